@@ -1,0 +1,149 @@
+"""One attention function, several backends, one visible choice.
+
+`auto` means xformers where a probe shows that it runs and the call is one it takes, else torch's SDPA; on
+anything but CUDA it means SDPA. Nothing is probed while torch.compile traces: there `auto` is SDPA, which the
+compiler knows, and a forced backend is taken at its word (call `choose` once beforehand to have it checked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import BackendError, nearest
+from attnctl.kernels import math, sdpa, xformers
+from attnctl.kernels.layout import check_call
+
+__all__ = ["Backend", "Plain", "attention", "backends", "choose", "plain", "probe"]
+
+Plain = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+
+
+class Backend(NamedTuple):
+    """Whether a backend runs on this machine, and why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class _Kernel(NamedTuple):
+    run: Plain
+    missing: Callable[[str], str]
+    declines: Callable[[Tensor, Tensor, Tensor, Tensor | None], str]
+
+
+# In the order of preference; the reference comes last and only when it is asked for.
+_KERNELS: dict[str, _Kernel] = {
+    "xformers": _Kernel(xformers.run, xformers.missing, xformers.declines),
+    "sdpa": _Kernel(sdpa.run, sdpa.missing, sdpa.declines),
+    "math": _Kernel(math.run, math.missing, math.declines),
+}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    plan: object | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute softmax(q k^T scale + mask) v with the chosen backend.
+
+    Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D]; v [B, Hk, Nk, Dv], Hk divides H -> [B, H, Nq, Dv].
+    mask: boolean (True = attend) or additive float of any dtype, broadcastable to [B, H, Nq, Nk].
+    scale: factor on q k^T, 1 / sqrt(D) if None. plan: reserved for block-sparse plans.
+    Raises: ConfigError for shapes that do not fit; BackendError for a plan, an unknown backend, or a forced
+        backend that cannot run this call.
+    """
+    if plan is not None:
+        raise BackendError(
+            f"plan={type(plan).__name__} was given, but this release has no block-sparse kernel yet: "
+            "plan= is reserved for a later one. Leave it out to compute dense attention."
+        )
+    mask = check_call(q, k, v, mask)
+    return _KERNELS[choose(q, k, v, mask, backend)].run(q, k, v, mask, scale)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Compute ordinary attention: `attention` in the positional form that kernel wrappers hand on."""
+    return attention(q, k, v, mask=mask, scale=scale)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
+    """Return the name of the backend that `attention` takes for this call.
+
+    Shapes: as in `attention`. Raises: BackendError for an unknown name or a forced backend that cannot run.
+    """
+    tracing = torch.compiler.is_compiling()
+    if backend == "auto":
+        if q.device.type != "cuda" or tracing:
+            return "sdpa"
+        return "xformers" if not _refusal("xformers", q, k, v, mask) else "sdpa"
+    if backend not in _KERNELS:
+        raise BackendError(
+            f"backend={backend!r} was given; expected 'auto' or one of {', '.join(map(repr, _KERNELS))}."
+            + nearest(backend, _KERNELS)
+        )
+    reason = _KERNELS[backend].declines(q, k, v, mask)
+    if not reason and not tracing:
+        reason = probe(backend, q.device.type, q.dtype, q.shape[-1], mask is not None)
+    if reason:
+        able = [] if tracing else [repr(name) for name in _KERNELS if not _refusal(name, q, k, v, mask)]
+        raise BackendError(
+            f"backend={backend!r} was given, but it cannot run this call: {reason}. "
+            f"Backends that can: {', '.join(able) or 'sdpa'}. Or leave the choice to backend='auto'."
+        )
+    return backend
+
+
+def backends(
+    device_type: str | None = None, dtype: torch.dtype | None = None, head_dim: int = 64
+) -> dict[str, Backend]:
+    """Try every backend on a tiny call and tell which ones run here, and why the others do not.
+
+    device_type: "cuda" where torch sees one, else "cpu". dtype: float16 on CUDA, else float32.
+    """
+    kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    kept = dtype or (torch.float16 if kind == "cuda" else torch.float32)
+    found = {}
+    for name in _KERNELS:
+        reason = probe(name, kind, kept, head_dim)
+        found[name] = Backend(name, not reason, reason)
+    return found
+
+
+@cache
+def probe(name: str, device_type: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
+    """Run a backend once on a tiny call, compare it with the reference, and keep the verdict.
+
+    Returns "" if it works, else the reason. A kernel that runs and returns wrong numbers does not work.
+    """
+    reason = _KERNELS[name].missing(device_type)
+    if reason:
+        return reason
+    try:
+        with torch.inference_mode():
+            # sin(0, 1, 2, ...) rather than random numbers: the caller's generators stay untouched.
+            x = torch.arange(3 * 2 * 16 * head_dim, device=device_type, dtype=torch.float32).sin().to(dtype)
+            q, k, v = x.reshape(3, 1, 2, 16, head_dim).unbind(0)
+            mask = (torch.arange(16, device=device_type) < 11).reshape(1, 1, 1, 16) if masked else None
+            out, want = _KERNELS[name].run(q, k, v, mask, None), math.run(q, k, v, mask, None)
+            if not torch.allclose(out.float(), want.float(), atol=3e-2):
+                return "its result on a tiny call differs from the reference"
+    except Exception as error:  # kernels raise whatever they like: missing symbols, unsupported chips
+        lines = str(error).strip().splitlines() or [""]
+        return f"a tiny call failed with {type(error).__name__}: {lines[0]}"
+    return ""
+
+
+def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    declined = _KERNELS[name].declines(q, k, v, mask)
+    return declined or probe(name, q.device.type, q.dtype, q.shape[-1], mask is not None)

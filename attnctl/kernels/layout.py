@@ -1,0 +1,112 @@
+"""Shapes shared by every kernel: checks, grouped heads, masks.
+
+Tensors are [B, H, N, D] throughout; a mask is boolean (True = attend) or an additive float bias and
+broadcasts to [B, H, Nq, Nk].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import ConfigError
+
+__all__ = [
+    "as_bias",
+    "check_call",
+    "check_mask",
+    "chunk_rows",
+    "masked_softmax",
+    "repeat_heads",
+    "rows_of",
+    "token_slice",
+    "wide_dtype",
+]
+
+# Largest block of logits held at once. The row cap keeps even short sequences from forming their whole map.
+_MAX_ELEMENTS = 2**23
+_MAX_ROWS = 256
+
+
+def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """Check the shapes of one attention call and return its mask with four dimensions.
+
+    Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D]; v [B, Hk, Nk, Dv]; Hk divides H.
+    Raises: ConfigError naming the shapes that were given and those that were expected.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ConfigError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} were given; expected four "
+            "dimensions [batch, heads, tokens, channels]. Split the heads first."
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ConfigError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not belong together; expected "
+            "q [B, H, Nq, D], k [B, Hk, Nk, D], v [B, Hk, Nk, Dv]."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ConfigError(
+            f"{q.shape[1]} query heads and {k.shape[1]} key heads were given; grouped heads need a number of "
+            "key heads that divides the number of query heads."
+        )
+    if mask is None:
+        return None
+    return check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+
+
+def check_mask(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    """Return a mask with four dimensions, or raise ConfigError unless it broadcasts to `full`."""
+    mask4 = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
+    if mask4.dim() != 4 or any(have not in (1, want) for have, want in zip(mask4.shape, full, strict=True)):
+        raise ConfigError(
+            f"a mask of shape {tuple(mask.shape)} was given; expected one that broadcasts to "
+            f"[B, H, Nq, Nk] = {list(full)}. A mask over keys has the shape [B, 1, 1, Nk]."
+        )
+    return mask4
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat grouped key or value heads so that every query head has its own.
+
+    Shapes: x [B, Hk, N, D] -> [B, heads, N, D]; x itself when there is nothing to repeat.
+    """
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for softmax and sums: float32, or float64 where the input has it."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype, blocked: float = float("-inf")) -> Tensor:
+    """Turn a mask into an additive bias: 0 where a boolean mask is True, `blocked` where it is False."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, blocked)
+
+
+def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """Cut query rows out of a four-dimensional mask; a mask over keys alone passes unchanged."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+
+
+def chunk_rows(batch: int, heads: int, keys: int) -> int:
+    """Return how many query rows fit into one bounded block of logits."""
+    return min(_MAX_ROWS, max(1, _MAX_ELEMENTS // max(1, batch * heads * keys)))
+
+
+def masked_softmax(logits: Tensor) -> Tensor:
+    """Take the softmax over the last dimension; a row with nothing to attend to becomes zero, as in SDPA."""
+    # Filled before the softmax and after it: otherwise the backward pass multiplies 0 by NaN.
+    dead = logits.detach().amax(dim=-1, keepdim=True).isneginf()
+    return logits.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
+
+
+def token_slice(part: slice, n: int, name: str) -> slice:
+    """Return a slice with plain ends, or raise ConfigError if it is empty, strided or beyond n tokens."""
+    start, stop = part.start or 0, n if part.stop is None else part.stop
+    if part.step not in (None, 1) or not 0 <= start < stop <= n:
+        raise ConfigError(
+            f"{name}={part} was given for {n} tokens; expected slice(first, end), 0 <= first < end <= {n}."
+        )
+    return slice(start, stop)
