@@ -750,7 +750,6 @@ def allegro(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
         "timestep": draw.times(500, 20).long(),
         "encoder_hidden_states": draw.rows(TEXT, 24),
         "encoder_attention_mask": draw.mask(),
-        "attention_mask": torch.ones(draw.batch, FRAMES, 12, 8),
         "image_rotary_emb": _allegro_rope(12, FRAMES, 6, 4),
     }
     return model, inputs
@@ -791,6 +790,23 @@ def unpack(output: Any) -> Tensor:
         return output
     sample = output[0]  # tuples and diffusers' output classes alike
     return torch.stack(sample) if isinstance(sample, list) else sample
+
+
+def take(inputs: Inputs, rows: list[int], batch: int = 2) -> Inputs:
+    """Select rows of a call's inputs; an input with several rows for each sample keeps them together."""
+    return {
+        key: value if key in SHARED_INPUTS else _take(value, rows, batch) for key, value in inputs.items()
+    }
+
+
+def _take(value: Any, rows: list[int], batch: int) -> Any:
+    if isinstance(value, dict):
+        return take(value, rows, batch)
+    if isinstance(value, list) and len(value) == batch:
+        return [value[row] for row in rows]
+    if isinstance(value, Tensor) and value.ndim:
+        return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    return value
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:

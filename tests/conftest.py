@@ -1,0 +1,24 @@
+"""Keep every test offline, quiet and on one thread per worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Before the first import of torch and the hubs, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import diffusers
+import torch
+import transformers
+
+torch.set_num_threads(1)
+logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns at its import where its wheel cannot run
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
