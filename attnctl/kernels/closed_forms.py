@@ -206,21 +206,19 @@ def _goal(
 ) -> Tensor:
     """Compute the target for the selected heads and for the rows that take it."""
     heads, n_query = q.shape[1], q.shape[2]
-    v_sel = _take(repeat_heads(v, heads), runs, True, heads)
     m_sel = _take_mask(mask, runs, True, heads)
-    if target == "identity" and scope != "image_block":
-        goal = identity(v_sel, n_query)
-    elif target == "uniform":
-        goal = uniform(v_sel, n_query, m_sel)
+    if target in ("identity", "uniform") and scope != "image_block":
+        own_v = _take(repeat_heads(v, heads), runs, True, heads)
+        goal = identity(own_v, n_query) if target == "identity" else uniform(own_v, n_query, m_sel)
+        return goal if rows is None else goal[..., rows, :]
+    q_sel, k_sel, v_sel, _ = _take_call(q, k, v, None, runs, True)
+    if scope == "image_block" and rows is not None:
+        return block_rows(q_sel, k_sel, v_sel, m_sel, scale, rows)
+    if target == "query_mean":
+        goal = query_mean(q_sel, k_sel, v_sel, m_sel, scale, rows=rows)
     else:
-        q_sel, k_sel = _take(q, runs, True, heads), _take(k, runs, True, heads)
-        if scope == "image_block" and rows is not None:
-            return block_rows(q_sel, k_sel, v_sel, m_sel, scale, rows)
-        if target == "query_mean":
-            goal = query_mean(q_sel, k_sel, v_sel, m_sel, scale, rows=rows)
-        else:
-            function = argmax if isinstance(target, str) else target
-            goal = function(q_sel, k_sel, v_sel, m_sel, scale)
+        function = argmax if isinstance(target, str) else target
+        goal = function(q_sel, k_sel, v_sel, m_sel, scale)
     return goal if rows is None else goal[..., rows, :]
 
 

@@ -1,0 +1,491 @@
+"""The closed forms of the PAG family, each against its dense float64 map and against HeadHunter's code."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnctl import kernels
+from attnctl.errors import ConfigError
+from attnctl.kernels.closed_forms import SCOPES
+
+torch.set_num_threads(1)
+FIXTURES = Path(__file__).parent / "fixtures" / "pag" / "headhunter_qkv"
+INDEX = json.loads((FIXTURES / "index.json").read_text())
+N_IMAGE, N_TEXT = 12, 5
+N = N_IMAGE + N_TEXT
+LAYOUTS = {
+    "image_first": (slice(0, N_IMAGE), slice(N_IMAGE, N)),
+    "text_first": (slice(N_TEXT, N), slice(0, N_TEXT)),
+    "image_only": (slice(0, N), None),
+}
+TARGETS = ("identity", "uniform", "query_mean", "argmax", "temperature")
+MASKS = ("none", "keys", "keys_float", "dense", "heads")
+
+
+def qkv(b=2, h=4, n=N, d=8, hk=None, dtype=torch.float32, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(b, x, n, d, generator=g) for x in (h, hk or h, hk or h))
+    return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def make_mask(kind: str, b: int = 2, h: int = 4, n: int = N) -> Tensor | None:
+    g = torch.Generator().manual_seed(7)
+    keys = torch.rand(b, 1, 1, n, generator=g) < 0.7
+    keys[..., 0] = True
+    match kind:
+        case "none":
+            return None
+        case "keys":
+            return keys
+        case "keys_float":
+            return (~keys).float() * -10000.0
+        case "dense":
+            return (torch.rand(b, 1, n, n, generator=g) < 0.6) | torch.eye(n, dtype=torch.bool)
+        case "heads":
+            return torch.randn(b, h, 1, n, generator=g)
+    raise AssertionError(kind)
+
+
+# ---- the definitions, written out as maps in float64
+
+
+def bias(mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.zeros(1, 1, 1, 1).double()
+    return (
+        torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask.double()
+    )
+
+
+def logits_of(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
+    return q.double() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def target_map(name: str, q: Tensor, k: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:
+    logits = logits_of(q, k)
+    match name:
+        case "identity":
+            return torch.eye(q.shape[2]).double().expand_as(logits)
+        case "uniform":
+            return (torch.zeros_like(logits) + bias(mask)).softmax(-1)
+        case "query_mean":
+            mean = q[..., rows, :].double().mean(2, keepdim=True).expand(-1, -1, q.shape[2], -1)
+            return (logits_of(mean, k) + bias(mask)).softmax(-1)
+        case "argmax":
+            best = (logits + bias(mask)).argmax(-1)
+            return torch.nn.functional.one_hot(best, k.shape[2]).double()
+        case "temperature":
+            return (logits * 0.4 + bias(mask)).softmax(-1)
+    raise AssertionError(name)
+
+
+def block_map(q: Tensor, k: Tensor, mask: Tensor | None, image: slice) -> Tensor:
+    logits = logits_of(q, k) + bias(mask)
+    n = image.stop - image.start
+    logits[..., image, image] = logits[..., image, image].masked_fill(
+        ~torch.eye(n, dtype=torch.bool), -torch.inf
+    )
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def naive_perturb(q, k, v, *, target, u, heads, scope, image, text, mask) -> Tensor:
+    """(1-u) A + u T on the selected heads and rows, then times v: nothing but the definition."""
+    a = (logits_of(q, k) + bias(mask)).softmax(-1)
+    taken = {"all": slice(None), "text": text}.get(scope, image)
+    goal = block_map(q, k, mask, image) if scope == "image_block" else target_map(target, q, k, mask, taken)
+    for i, h in enumerate(heads):
+        a[:, h, taken] = torch.lerp(
+            a[:, h, taken], goal[:, h, taken], float(u[i] if isinstance(u, tuple) else u)
+        )
+    return a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).double()
+
+
+def offered(target: str) -> object:
+    return partial(kernels.temperature, x=0.4) if target == "temperature" else target
+
+
+# ---- every target, scope, mask, head selection
+
+
+@pytest.mark.parametrize("hk", [4, 2])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_perturb_is_the_definition(target: str, mask: str, layout: str, hk: int) -> None:
+    q, k, v = qkv(hk=hk)
+    m = make_mask(mask)
+    image, text = LAYOUTS[layout]
+    scopes = [s for s in SCOPES if (s != "image_block" or target == "identity") and (s != "text" or text)]
+    for scope in scopes:
+        for heads, u in (
+            (None, 1.0),
+            (None, 0.25),
+            ((1, 2), 1.0),
+            ((3, 0), 0.6),
+            ((3, 0, 1), (0.1, 1.0, 0.0)),
+        ):
+            places = {"image": image, "text": text, "mask": m}
+            out = kernels.perturb(q, k, v, target=offered(target), u=u, heads=heads, scope=scope, **places)
+            want = naive_perturb(
+                q, k, v, target=target, u=u, heads=heads or (0, 1, 2, 3), scope=scope, **places
+            )
+            assert out.shape == want.shape
+            assert out.dtype == q.dtype
+            assert (out - want).abs().max() <= 4e-6, (scope, heads, u)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scope", ["all", "image"])
+def test_skipping_changes_nothing(target: str, mask: str, scope: str) -> None:
+    q, k, v = qkv(hk=2)
+    call = {
+        "target": offered(target),
+        "heads": (0, 2),
+        "scope": scope,
+        "image": slice(0, 12),
+        "mask": make_mask(mask),
+    }
+    a, b = (kernels.perturb(q, k, v, u=1.0, skip=skip, **call) for skip in (True, False))
+    assert torch.allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_image_block_and_rows(mask: str, layout: str) -> None:
+    q, k, v = qkv(hk=2)
+    m = make_mask(mask)
+    image, text = LAYOUTS[layout]
+    out = kernels.image_block(q, k, v, m, image=image, text=text)
+    wide = v.repeat_interleave(2, dim=1).double()
+    assert (out - block_map(q, k, m, image) @ wide).abs().max() <= 4e-6
+    if mask == "none" and text is None:
+        assert torch.allclose(out, wide.float())
+    rows = (logits_of(q, k) + bias(m)).softmax(-1) @ wide
+    rows[..., image, :] = wide[..., image, :]
+    assert (kernels.image_rows(q, k, v, m, image=image, text=text) - rows).abs().max() <= 2e-6
+
+
+def test_image_block_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    whole = kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17))
+    best = kernels.argmax(q, k, v, make_mask("dense"))
+    monkeypatch.setattr("attnctl.kernels.layout._MAX_ROWS", 5)
+    assert torch.allclose(
+        kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17)), whole, atol=1e-6
+    )
+    assert torch.equal(kernels.argmax(q, k, v, make_mask("dense")), best)
+
+
+def test_cross_attention_targets() -> None:
+    q, _, _ = qkv(n=9)
+    _, k, v = qkv(n=6, seed=1)
+    for target in ("uniform", "query_mean", "argmax"):
+        want = 0.5 * (logits_of(q, k).softmax(-1) + target_map(target, q, k, None)) @ v.double()
+        assert (kernels.perturb(q, k, v, target=target, u=0.5) - want).abs().max() <= 2e-6
+    with pytest.raises(ConfigError, match="9 queries and 6 keys"):
+        kernels.perturb(q, k, v, target="identity")
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_half_precision(dtype: torch.dtype, atol: float, target: str) -> None:
+    q, k, v = qkv(dtype=dtype)
+    image, text = LAYOUTS["image_first"]
+    for scope in ("all", "image_block") if target == "identity" else ("all",):
+        call = {
+            "u": 0.4,
+            "heads": (0, 3),
+            "scope": scope,
+            "image": image,
+            "text": text,
+            "mask": make_mask("keys"),
+        }
+        out = kernels.perturb(q, k, v, target=offered(target), **call)
+        assert out.dtype == dtype
+        assert (out - naive_perturb(q, k, v, target=target, **call)).abs().max() <= atol
+
+
+# ---- parity with the reference code
+
+
+def fixture_cases() -> list[dict]:
+    known = ("identity", "uniform", "seg", "argmax", "temp", "logit_II_identity")
+    return [c for c in INDEX["cases"] if c["name"].startswith(known)]
+
+
+@pytest.mark.parametrize("case", fixture_cases(), ids=lambda c: f"{c['file']}-{c['name']}")
+def test_headhunter_parity(case: dict) -> None:
+    t, layout = load_file(FIXTURES / f"{case['file']}.safetensors"), INDEX["layouts"][case["file"]]
+    n, m = layout["N"], layout["T"]
+    text_first = layout["order"] == "text_then_image"
+    image, text = (slice(m, m + n), slice(0, m)) if text_first else (slice(0, n), slice(n, n + m))
+    kind, _, strength = case["name"].partition("_u") if "_u" in case["name"] else (case["name"], "", "1")
+    how: dict = {
+        "u": float(strength.split("_")[0]),
+        "heads": tuple(case["heads"]),
+        "image": image,
+        "text": text,
+    }
+    if kind.startswith("temp"):
+        how["target"] = partial(kernels.temperature, x=float(kind.removeprefix("temp")))
+    elif kind.startswith("seg"):
+        how |= {"target": "query_mean", "scope": {"all": "all", "img": "image", "txt": "text"}[kind[4:]]}
+    elif kind == "logit_II_identity":
+        how["scope"] = "image_block"
+    else:
+        how["target"] = kind
+    plain = kernels.attention(t["q"], t["k"], t["v"])
+    out, want = kernels.perturb(t["q"], t["k"], t["v"], **how), t[f"out.{case['name']}"]
+    assert (out - want).abs().max() <= 2e-5
+    assert (plain - want).norm() / plain.norm() > 0.05, "a no-op must not pass"
+
+
+def test_every_parity_case_is_found() -> None:
+    assert len(fixture_cases()) == 46
+
+
+# ---- properties
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_properties(data: st.DataObject) -> None:
+    hk, group, n = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 14))
+    h = hk * group
+    q, k, v = qkv(
+        data.draw(st.integers(1, 2)),
+        h,
+        n,
+        data.draw(st.integers(1, 8)),
+        hk,
+        seed=data.draw(st.integers(0, 99)),
+    )
+    target = offered(data.draw(st.sampled_from(TARGETS)))
+    heads = tuple(data.draw(st.permutations(range(h)))[: data.draw(st.integers(1, h))])
+    plain = kernels.attention(q, k, v)
+    assert torch.equal(kernels.perturb(q, k, v, target=target, u=0.0, heads=heads), plain)
+    assert torch.equal(kernels.perturb(q, k, v, target="identity"), v.repeat_interleave(group, dim=1))
+
+    u = tuple(data.draw(st.lists(st.floats(0, 1), min_size=len(heads), max_size=len(heads))))
+    out = kernels.perturb(q, k, v, target=target, u=u, heads=heads)
+    others = [i for i in range(h) if i not in heads]
+    assert torch.allclose(out[:, others], plain[:, others], atol=2e-6)
+    order = data.draw(st.permutations(range(len(heads))))
+    moved = kernels.perturb(
+        q, k, v, target=target, u=tuple(u[i] for i in order), heads=tuple(heads[i] for i in order)
+    )
+    assert torch.equal(moved, out)
+    tensor = kernels.perturb(q, k, v, target=target, u=torch.tensor(u), heads=torch.tensor(heads))
+    assert torch.allclose(tensor, out, atol=1e-5)
+
+    whole = kernels.perturb(q, k, v, target=target, u=1.0, heads=heads, skip=False)
+    halfway = kernels.perturb(q, k, v, target=target, u=0.5, heads=heads)
+    assert torch.allclose(halfway, (plain + whole) / 2, atol=4e-6)
+
+
+def test_full_replacement_never_touches_queries_and_keys() -> None:
+    v = qkv()[2]
+    nan = torch.full_like(v, torch.nan)
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("attention was computed")
+
+    assert kernels.perturb(nan, nan, v, plain=refuse) is v
+    assert kernels.perturb(nan, nan, v, target="uniform", plain=refuse).isfinite().all()
+    some = kernels.perturb(nan, nan, v, heads=(0, 1), plain=lambda q, k, v, m, s: torch.zeros_like(v))
+    assert torch.equal(some[:, :2], v[:, :2])
+    assert (some[:, 2:] == 0).all()
+
+
+def test_replaced_heads_skip_their_attention() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        seen.append((q.shape[1], q.shape[2]))
+        return kernels.plain(q, k, v, mask, scale)
+
+    q, k, v = qkv()
+    kernels.perturb(q, k, v, heads=(0, 2, 3), plain=spy)
+    kernels.perturb(q, k, v, heads=(0, 2, 3), u=0.5, plain=spy)
+    kernels.perturb(q, k, v, heads=(0, 2, 3), skip=False, plain=spy)
+    kernels.perturb(q, k, v, scope="image_block", image=slice(0, 12), plain=spy)
+    kernels.perturb(q, k, v, scope="image_block", heads=(1,), image=slice(0, 12), plain=spy)
+    assert seen == [(1, N), (4, N), (4, N), (4, N_TEXT), (1, N_TEXT), (3, N)]
+
+
+# ---- no N x N tensor
+
+
+class Largest(TorchDispatchMode):
+    """Remember the largest tensor that any operation returns, and any that has two dimensions of N tokens."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.elements, self.squares = n, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+                self.squares += sum(size >= self.n for size in x.shape) >= 2
+        return out
+
+
+def test_no_map_is_ever_built() -> None:
+    n, t, h = 1536, 16, 2
+    q, k, v = qkv(1, h, n + t, 8)
+    image, keys = slice(0, n), torch.arange(n + t).view(1, 1, 1, -1) < n + 9
+    calls = {
+        "identity": partial(kernels.perturb, u=0.5),
+        "uniform": partial(kernels.perturb, target="uniform", u=0.5, mask=keys),
+        "query_mean": partial(kernels.perturb, target="query_mean", u=0.5, mask=keys),
+        "argmax": partial(kernels.perturb, target="argmax", u=1.0, mask=keys),
+        "image_block": partial(kernels.perturb, scope="image_block", image=image, heads=(1,), mask=keys),
+        "image_rows": partial(kernels.image_rows, image=image),
+        "temperature": partial(kernels.temperature, x=2.0),
+        "math": partial(kernels.attention, mask=keys, backend="math"),
+        "blur": lambda q, k, v: kernels.blur_queries(q, (48, 32), 3.0, image),
+    }
+    for name, call in calls.items():
+        with Largest(n) as watched:
+            call(q, k, v)
+        assert watched.squares == 0, name
+        assert watched.elements <= h * 256 * (n + t), name
+    with Largest(n) as watched:
+        logits_of(q, k)
+    assert watched.squares > 0, "the watcher must notice a map"
+
+
+# ---- gradients and torch.compile
+
+
+@pytest.mark.parametrize("target", ["identity", "uniform", "query_mean", "temperature", "image_block"])
+@pytest.mark.parametrize("u", [0.3, 1.0])
+def test_gradients(target: str, u: float) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 5, 3, dtype=torch.float64))
+    how: dict = {"u": u, "heads": (1,), "mask": make_mask("keys", 1, 2, 5)}
+    how |= {"scope": target, "image": slice(0, 3)} if target == "image_block" else {"target": offered(target)}
+    assert torch.autograd.gradcheck(lambda *x: kernels.perturb(*x, **how), (q, k, v))
+
+
+def test_gradients_of_argmax_blur_and_strength() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 6, 3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda v: kernels.argmax(q, k, v), v)
+    assert torch.autograd.gradcheck(lambda q: kernels.blur_queries(q, (2, 3), 0.8), q)
+    u = torch.tensor([0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u: kernels.perturb(q, k, v, u=u), u)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("target", "scope"),
+    [(t, s) for t in TARGETS for s in ("all", "image")] + [("identity", "image_block")],
+)
+def test_compiles_without_graph_breaks(target: str, scope: str) -> None:
+    q, k, v = qkv(hk=2)
+    strengths = torch.tensor([0.2, 0.7])
+    places = {"scope": scope, "image": slice(0, 12), "mask": make_mask("keys")}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        go = partial(kernels.perturb, q, k, v, target=offered(target), **places)
+        return go(u=1.0), go(u=0.5, heads=(1, 2)), go(u=1.0, heads=(0,)), go(u=u, heads=(3, 1))
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(q, k, v, strengths), run(q, k, v, strengths), strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+# ---- blurred queries
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blur_is_a_reflected_gaussian(sigma: float, layout: str) -> None:
+    image, _ = LAYOUTS[layout]
+    grid = (3, 4) if layout != "image_only" else (1, N)
+    q, _, _ = qkv()
+    size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
+    taps = np.exp(-0.5 * ((np.arange(size) - size // 2) / sigma) ** 2)
+    kernel = np.outer(taps, taps) / np.outer(taps, taps).sum()
+    want = q.double().clone()
+    for b, h, c in np.ndindex(2, 4, 8):
+        plane = np.pad(q[b, h, image, c].reshape(grid).double().numpy(), size // 2, mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(plane, (size, size))
+        want[b, h, image, c] = torch.from_numpy((windows * kernel).sum((-1, -2)).reshape(-1).copy())
+    out = kernels.blur_queries(q, grid, sigma, image)
+    assert (out - want).abs().max() <= 2e-6
+
+
+def test_blur_limits() -> None:
+    q, _, _ = qkv()
+    image = slice(0, N_IMAGE)
+    assert torch.equal(kernels.blur_queries(q, (3, 4), 0.0, image), q)
+    out = kernels.blur_queries(q, (3, 4), math.inf, image)
+    assert torch.allclose(out[..., image, :], q[..., image, :].mean(2, keepdim=True).expand(-1, -1, 12, -1))
+    assert torch.equal(out[..., N_IMAGE:, :], q[..., N_IMAGE:, :])
+    with pytest.raises(ConfigError, match=r"grid=\(4, 4\) was given for 12 image tokens"):
+        kernels.blur_queries(q, (4, 4), 1.0, image)
+    for sigma in (-1.0, math.nan):
+        with pytest.raises(ConfigError, match="sigma="):
+            kernels.blur_queries(q, (3, 4), sigma, image)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"u": 1.3}, r"u=1\.3 was given"),
+        ({"u": -0.1}, "from 0 .* to 1"),
+        ({"u": math.nan}, "u=nan"),
+        ({"u": (0.1, 0.2)}, "2 strengths u were given for 4"),
+        ({"u": torch.tensor([0.1, 0.2])}, "one per selected head"),
+        ({"u": torch.tensor([0.1, 2.0, 0.0, 0.0])}, "from 0 .* to 1"),
+        ({"heads": (0, 4)}, "from 0 to 3"),
+        ({"heads": (-1,)}, "from 0 to 3"),
+        ({"heads": (1, 1)}, "different whole numbers"),
+        ({"heads": ()}, "at least one"),
+        ({"heads": torch.tensor([7])}, "from 0 to 3"),
+        ({"target": "identty"}, "Did you mean 'identity'"),
+        ({"scope": "imge_block"}, "Did you mean 'image_block'"),
+        ({"scope": "image"}, "without image="),
+        ({"scope": "image_block"}, "without image="),
+        ({"scope": "text", "image": slice(0, 12)}, "without text="),
+        ({"scope": "image", "image": slice(0, 40)}, "for 17 tokens"),
+        ({"scope": "image", "image": slice(3, 3)}, "first < end"),
+        ({"scope": "image", "image": slice(0, 12), "text": slice(10, 17)}, "cover all"),
+        ({"scope": "image", "image": slice(0, 12), "text": slice(12, 16)}, "cover all"),
+        ({"scope": "image_block", "image": slice(0, 12), "target": "uniform"}, "a target of its own"),
+    ],
+)
+def test_bad_input(how: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kernels.perturb(*qkv(), **how)
+
+
+def test_image_scopes_need_the_same_tokens() -> None:
+    q, _, _ = qkv(n=9)
+    _, k, v = qkv(n=6)
+    with pytest.raises(ConfigError, match="same tokens"):
+        kernels.perturb(q, k, v, target="uniform", scope="image", image=slice(0, 4))
+    with pytest.raises(ConfigError, match="same tokens"):
+        kernels.image_block(q, k, v, image=slice(0, 4))
