@@ -1,9 +1,9 @@
-"""Time the closed forms against the map forms they replace: `python benchmarks/kernels.py [--json]`.
+"""Time the closed forms against the map forms they replace: `python benchmarks/kernels.py > kernels.json`.
 
-image_block: 1 + T logits per image row against SDPA with the dense (N+T) x (N+T) mask, rebuilt per call as
-diffusers' SD3 PAG processor does. identity: lerp of outputs against the explicit map (1-u) A + u I.
-Every repeat runs all variants one after the other, so that a busy machine slows all of them alike; the figures
-are medians.
+image_block: 1 + T logits per image row against SDPA with the dense (N+T) x (N+T) mask, built anew for every
+call, as diffusers' SD3 PAG pipeline does. identity: lerp of outputs against the explicit map (1-u) A + u I.
+Every repeat runs all variants one after the other, so that a busy machine slows all of them alike; the
+figures are medians. The table goes to stderr, the JSON to stdout.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure(calls: dict[str, Callable[[], Tensor]], repeats: int, device: str) -
                 torch.cuda.synchronize()
             if repeat:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def main() -> None:
@@ -102,12 +102,8 @@ def main() -> None:
         for name, value in medians.items():
             print(f"  {name:30s} {value:9.2f} ms", file=sys.stderr)
         results.append({"image_tokens": n, "text_tokens": t, "max_abs_difference": gap, "median_ms": medians})
-    setting = {
-        **vars(args),
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-        "backends": kernels.backends(args.device),
-    }
+    able = [b.name for b in kernels.backends(args.device, dtype, args.head_dim).values() if b.available]
+    setting = {**vars(args), "dtype": str(dtype), "torch": torch.__version__, "backends": able}
     print(json.dumps({"benchmark": "kernels", "setting": setting, "results": results}, indent=2))
 
 
