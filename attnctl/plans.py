@@ -1,0 +1,192 @@
+"""Selections as data: which heads to perturb, saved as JSON and checked when read.
+
+A plan file is never trusted: its size, schema and every value are checked, and nothing but JSON is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from attnctl.errors import PlanError, SiteError, nearest
+
+__all__ = ["HeadSet"]
+
+SCHEMA = 1
+_FILE = "attnctl_heads.json"
+_MAX_BYTES = 4 << 20
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+Pair = tuple[str | int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSet:
+    """Attention heads of one model, in the order in which they were chosen.
+
+    Attributes:
+        pairs: (site name or depth, head index).
+        model: Hub id or name of the model that they were chosen for, or None for any.
+        layers: Number of attention depths of that model, or None; checked when the set is used.
+        method: What chose them.
+        u: Strength that they were chosen for, or None.
+        scale: Guidance weight that they were chosen for, or None.
+        objective: What they were chosen to improve.
+
+    Example:
+        >>> HeadSet.from_pairs([(1, 2), (1, 10)]).pairs
+        ((1, 2), (1, 10))
+    """
+
+    pairs: tuple[Pair, ...]
+    model: str | None = None
+    layers: int | None = None
+    method: str = "manual"
+    u: float | None = None
+    scale: float | None = None
+    objective: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", _checked_pairs(self.pairs, SiteError))
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[Sequence[Any]], **about: Any) -> HeadSet:
+        """Make a head set from pairs (site name or depth, head index).
+
+        Raises:
+            SiteError: A pair is not a name or depth and a head index, or appears twice.
+        """
+        return cls(pairs=tuple(pairs), **about)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the set as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": "heads", "schema": SCHEMA, **values, "pairs": [list(p) for p in self.pairs]}
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "head set") -> HeadSet:
+        """Read a set from plain JSON values.
+
+        Raises:
+            PlanError: The values are not a head set of a known schema.
+        """
+        if not isinstance(data, dict) or data.get("kind") != "heads":
+            raise PlanError(f"{source} is not a head set: expected a JSON object with kind 'heads'.")
+        if data.get("schema") != SCHEMA:
+            raise PlanError(
+                f"{source} has schema {data.get('schema')!r}; this attnctl reads schema {SCHEMA}. "
+                "Update attnctl, or save the set again."
+            )
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            if name not in known | {"kind", "schema"}:
+                raise PlanError(f"{source} has an unknown field {name!r}.{nearest(name, sorted(known))}")
+        values = {n: v for n, v in data.items() if n in known}
+        pairs = _checked_pairs(values.pop("pairs", None), PlanError, source)
+        for name, kind in (("model", str), ("layers", int), ("method", str), ("objective", str)):
+            if values.get(name) is not None and (
+                not isinstance(values[name], kind) or isinstance(values[name], bool)
+            ):
+                raise PlanError(f"{source}: {name}={values[name]!r} should be {kind.__name__}.")
+        for name in ("u", "scale"):
+            value = values.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise PlanError(f"{source}: {name}={value!r} should be a number.")
+        return cls(pairs=pairs, **values)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the set into a folder as JSON and return the file."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        target = path / _FILE
+        with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as f:
+            json.dump(self.to_dict(), f, indent=1)
+        os.replace(f.name, target)
+        return target
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], *, revision: str | None = None) -> HeadSet:
+        """Read a set from a file, a folder or a Hub repository.
+
+        Raises:
+            PlanError: The file is missing, too large, a pickle, damaged, or of another schema.
+        """
+        path = Path(path_or_repo)
+        if path.suffix in _PICKLES:
+            raise PlanError(
+                f"{path.name} looks like a pickle, which could run code when read. attnctl reads JSON head sets only: "
+                "write the pairs with HeadSet.from_pairs([...]).save_pretrained(folder)."
+            )
+        if path.is_dir():
+            path = path / _FILE
+        elif not path.exists():
+            path = _from_hub(str(path_or_repo), revision)
+        return cls.from_dict(_read_json(path), path.name)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the set to a Hub repository and return its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = self.save_pretrained(folder)
+            return str(api.upload_file(path_or_fileobj=file, path_in_repo=_FILE, repo_id=repo_id))
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    if repo.count("/") != 1 or repo.startswith((".", "/")):
+        raise PlanError(
+            f"{repo} does not exist. Pass a head set's file or folder, or a Hub id such as 'user/heads'."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, _FILE, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PlanError(
+            f"{repo} is no local file or folder, and no head set could be fetched: {error}"
+        ) from None
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise PlanError(
+            f"{path.name} does not exist in {path.parent.name or '.'}: expected a saved head set."
+        )
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise PlanError(
+            f"{path.name} holds {size} bytes; a head set has at most {_MAX_BYTES}. It is not read."
+        )
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise PlanError(
+            f"{path.name} is not JSON: it is damaged, or another format under that name. Nothing was read from it."
+        ) from None
+
+
+def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") -> tuple[Pair, ...]:
+    expected = "pairs (site name or depth, head index), such as (9, 3)"
+    if not isinstance(pairs, (list, tuple)):
+        raise error(f"{source}: expected {expected}; got {type(pairs).__name__}.")
+    checked: list[Pair] = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise error(f"{source}: expected {expected}; got {pair!r}.")
+        where, head = pair
+        if isinstance(where, bool) or not isinstance(where, (str, int)):
+            raise error(f"{source}: expected {expected}; got {pair!r}.")
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+            raise error(f"{source}: head {head!r} of {where!r} is not a head index (0, 1, ...).")
+        if (where, head) in checked:
+            raise error(f"{source}: the pair {(where, head)!r} appears twice.")
+        checked.append((where, head))
+    return tuple(checked)

@@ -1,0 +1,202 @@
+"""Controls as data: a control to a dictionary and back, and the short form that the command line takes.
+
+A control is a frozen dataclass, and its method is its class name in `attnctl.processors`. The dictionary
+holds every field, defaults too, because a default may change from one version to the next:
+
+    {"method": "PAG", "sites": "mid", "start": 0.0, "stop": 1.0, "scale": 3.0, ...}
+
+Reading is strict: unknown methods and unknown keys are refused with the nearest names. Nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from attnctl.errors import AttnctlError, ConfigError, nearest
+
+__all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control"]
+
+_MARKS = ("sites", "start", "stop")  # the fields that every control has
+_LONGEST = 100_000  # characters of a short form
+
+
+def methods() -> dict[str, type]:
+    """List the controls there are, by method name."""
+    module = importlib.import_module("attnctl.processors")
+    found = {name: getattr(module, name) for name in sorted(module.__all__)}
+    return {name: cls for name, cls in found.items() if isinstance(cls, type) and _is_control(cls)}
+
+
+def control_to_dict(control: Any) -> dict[str, Any]:
+    """Write a control as plain JSON values.
+
+    Raises:
+        ConfigError: a field holds something that JSON cannot hold exactly, such as a tensor.
+    """
+    if isinstance(control, type) or not _is_control(type(control)):
+        raise ConfigError(f"{control!r} is not a control; expected for example PAG(scale=3.0).")
+    return {"method": type(control).__name__, **_fields(control, type(control).__name__)}
+
+
+def control_from_dict(data: Mapping[str, Any]) -> Any:
+    """Make the control that `control_to_dict` wrote.
+
+    Raises:
+        ConfigError: the method or a key is unknown, or a value is out of range.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise ConfigError(f"A control is an object with a 'method' and its fields, got {data!r}.")
+    values = {key: _decode(value) for key, value in data.items() if key != "method"}
+    return _make(_method(data["method"]), data["method"], values)
+
+
+def parse_control(text: str) -> Any:
+    """Read the short form, `PAG(scale=3.0, sites="mid")` or just `PAG`.
+
+    The text is parsed, not evaluated: one method name and keyword arguments whose values are literals.
+
+    Raises:
+        ConfigError: the text is not such a call, or the control refuses the values.
+    """
+    form = 'expected a method and keywords with literal values, such as PAG(scale=3.0, sites="mid")'
+    if len(text) > _LONGEST:
+        raise ConfigError(f"A control of {len(text)} characters is too long; the limit is {_LONGEST}.")
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"Cannot read the control {text!r} ({error}); {form}.") from None
+    if isinstance(node, ast.Name):
+        return _make(_method(node.id), node.id, {})
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ConfigError(f"Cannot read the control {text!r}; {form}.")
+    name = node.func.id
+    cls = _method(name)
+    if node.args:
+        raise ConfigError(f"{name} takes keywords only, got a positional value in {text!r}; {form}.")
+    values: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ConfigError(f"'**' is not taken in {text!r}; {form}.")
+        if keyword.arg in values:
+            raise ConfigError(f"{name} is given {keyword.arg!r} twice in {text!r}.")
+        try:
+            values[keyword.arg] = _literal(keyword.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            given = ast.unparse(keyword.value)
+            raise ConfigError(
+                f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}."
+            ) from None
+    return _make(cls, name, values)
+
+
+def _is_control(cls: type) -> bool:
+    base = cls.__module__.endswith(".base")  # what methods are built on is none itself
+    return (
+        dataclasses.is_dataclass(cls)
+        and not base
+        and set(_MARKS) <= {f.name for f in dataclasses.fields(cls)}
+    )
+
+
+def _method(name: str) -> type:
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"Unknown method {name!r}; known: {', '.join(known)}." + nearest(name, known))
+    return known[name]
+
+
+def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"{name} has no field {key!r}; it has {', '.join(known)}." + nearest(key, known)
+            )
+    try:
+        return cls(**values)
+    except AttnctlError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} refuses {dict(values)!r}: {error}.") from None
+
+
+def _fields(value: Any, where: str) -> dict[str, Any]:
+    return {
+        f.name: _encode(getattr(value, f.name), f"{where}.{f.name}")
+        for f in dataclasses.fields(value)
+        if f.init
+    }
+
+
+def _encode(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, (range, slice)):
+        parts = {name: _encode(getattr(value, name), where) for name in ("start", "stop", "step")}
+        return {"type": type(value).__name__, **parts}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _nested(type(value).__name__, where)
+        return {"type": type(value).__name__, **_fields(value, where)}
+    if isinstance(value, Mapping) and "type" not in value and all(isinstance(key, str) for key in value):
+        return {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    raise ConfigError(
+        f"{where} = {value!r:.80} cannot be kept in a record; expected numbers, text, None or tuples of them."
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    values = {key: _decode(item) for key, item in value.items() if key != "type"}
+    if "type" not in value:
+        return values
+    if value["type"] in ("range", "slice"):
+        whole = all(isinstance(v, int) or (v is None and value["type"] == "slice") for v in values.values())
+        if sorted(values) != ["start", "step", "stop"] or not whole or values["step"] == 0:
+            raise ConfigError(f"Expected whole numbers start, stop and step (not 0), got {dict(value)!r}.")
+        parts = values["start"], values["stop"], values["step"]
+        return range(*parts) if value["type"] == "range" else slice(*parts)
+    return _make(_nested(value["type"], "a field"), value["type"], values)
+
+
+def _nested(name: Any, where: str) -> type:
+    """Find a dataclass that a field may hold: those of `attnctl.plans`, and no other."""
+    try:
+        module = importlib.import_module("attnctl.plans")
+        known = {n: c for n in module.__all__ if isinstance(c := getattr(module, n), type)}
+    except ModuleNotFoundError:
+        known = {}
+    known = {n: c for n, c in known.items() if dataclasses.is_dataclass(c)}
+    if name not in known:
+        raise ConfigError(f"{where} holds an unknown type {name!r}; known: {', '.join(known) or 'none'}.")
+    return known[name]
+
+
+def _literal(node: ast.expr) -> Any:
+    """Read a literal, or a range of whole numbers such as range(4, 8)."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        numbers = [ast.literal_eval(part) for part in node.args]
+        if node.keywords or not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) for n in numbers):
+            raise ValueError("a range takes one to three whole numbers")
+        return range(*numbers)
+    return _tuples(ast.literal_eval(node))
+
+
+def _tuples(value: Any) -> Any:
+    """Turn the lists of a literal into tuples, so that a control stays frozen."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
