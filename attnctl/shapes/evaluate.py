@@ -1,0 +1,262 @@
+"""Measure a shapes model: `python -m attnctl.shapes.evaluate text2image [--folder DIR] [--quick] [--sheet out.png]`.
+
+The guidance scale is chosen on tuning prompts; the figures are then taken on report prompts with other seeds. They go to
+stdout, to `evaluation.json` and into the model card, both beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnctl.shapes.card import write_card
+from attnctl.shapes.judge import judge
+from attnctl.shapes.load import WEIGHTS, load_shapes
+from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
+
+__all__ = ["NounMaps", "contact_sheet", "evaluate", "generate", "localisation", "main", "score", "wilson"]
+
+SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float, float]:
+    """Return a share and its 95 % Wilson interval, in percent."""
+    if n == 0:
+        return 0.0, 0.0, 100.0
+    z, p = 1.96, hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return round(100 * p, 1), round(100 * (middle - half), 1), round(100 * (middle + half), 1)
+
+
+def generate(
+    pipe: object, prompts: Sequence[str], *, scale: float, seed: int, steps: int = 20, batch: int = 32
+) -> list[np.ndarray]:
+    """Make one picture per prompt, uint8 RGB; picture i has the noise of seed + i, whatever the batch size."""
+    images: list[np.ndarray] = []
+    for first in range(0, len(prompts), batch):
+        part = list(prompts[first : first + batch])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        out = pipe(  # type: ignore[operator]
+            part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np"
+        ).images
+        images += list(np.round(out * 255).astype(np.uint8))
+    return images
+
+
+def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, list[float]]:
+    """Mark pictures: `present`, `bound` (all objects), `right`, `background` (1 or 0 each), `objects` and `iou`."""
+    marks = [judge(image).matches(prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        "present": [float(m.all_present) for m in marks],
+        "bound": [float(all(m.bound)) for m in marks],
+        "right": [float(m.right) for m in marks],
+        "objects": [sum(m.bound) / len(m.bound) for m in marks],
+        "background": [float(m.background) for m in marks],
+        "iou": [m.iou for m in marks],
+    }
+
+
+class NounMaps:
+    """Add up the cross-attention maps of one word per prompt, over the second half of a run.
+
+    Use as a context manager around one pipeline call with guidance on; `maps` then holds, for every cross-attention
+    layer, a tensor [prompts, tokens on the grid] (mean over heads).
+    """
+
+    def __init__(self, pipe: object, prompts: Sequence[str], words: Sequence[str], steps: int) -> None:
+        self.unet = pipe.unet  # type: ignore[attr-defined]
+        self.steps, self.calls = steps, 0
+        self.maps: dict[str, Tensor] = {}
+        encode = pipe.tokenizer  # type: ignore[attr-defined]
+        self.tokens = torch.tensor(
+            [
+                encode(p).input_ids.index(encode(w, add_special_tokens=False).input_ids[0])
+                for p, w in zip(prompts, words, strict=True)
+            ]
+        )
+
+    def __enter__(self) -> NounMaps:
+        """Plug the capturing processors in."""
+        self.before = dict(self.unet.attn_processors)
+        self.unet.set_attn_processor(
+            {n: _Record(self, n) if "attn2" in n else p for n, p in self.before.items()}
+        )
+        self.hook = self.unet.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put the processors back."""
+        self.hook.remove()
+        self.unet.set_attn_processor(self.before)
+
+    def _count(self, *_: object) -> None:
+        self.calls += 1
+
+    def add(self, name: str, probs: Tensor, heads: int) -> None:
+        """Take the probabilities [rows * heads, grid, text] of one layer; the conditional rows come last."""
+        if self.calls * 2 < self.steps:
+            return
+        n = len(self.tokens)
+        maps = probs.unflatten(0, (-1, heads)).mean(1)[-n:].float()
+        maps = maps[torch.arange(n), :, self.tokens]
+        self.maps[name] = self.maps.get(name, torch.zeros_like(maps)) + maps
+
+
+class _Record:
+    """Run plain attention and hand its probabilities to a `NounMaps`."""
+
+    def __init__(self, maps: NounMaps, name: str) -> None:
+        self.maps, self.name = maps, name
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            attn.head_to_batch_dim(f(x))
+            for f, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
+        )
+        probs = attn.get_attention_scores(q, k, attention_mask)
+        self.maps.add(self.name, probs, attn.heads)
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probs, v))))
+
+
+def localisation(pipe: object, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32) -> dict[str, list[bool]]:
+    """Say for single-object pictures whether the noun's map peaks inside its object's box.
+
+    Returns:
+        For "mid", "up" (mean of each block's layers) and "mid+up": one truth value per picture that the judge finds
+        right, and under "chance" the share of the picture that the boxes take.
+    """
+    singles = single_prompts()
+    inside: dict[str, list] = {"mid": [], "up": [], "mid+up": [], "chance": []}
+    for first in range(0, n, batch):
+        prompts = [singles[(7 * (first + i)) % len(singles)] for i in range(min(batch, n - first))]
+        with NounMaps(pipe, prompts, [parse(p).things[0].shape for p in prompts], steps) as record:
+            images = generate(pipe, prompts, scale=scale, seed=seed + first, steps=steps, batch=batch)
+        groups = {
+            "mid": [m for k, m in record.maps.items() if k.startswith("mid_block")],
+            "up": [m for k, m in record.maps.items() if k.startswith("up_blocks")],
+        }
+        groups["mid+up"] = groups["mid"] + groups["up"]
+        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            verdict = judge(image)
+            if not verdict.matches(prompt).right:
+                continue
+            left, top, right, bottom = verdict.things[0].box
+            inside["chance"].append((right - left) * (bottom - top) / SIZE**2)
+            for group, layers in groups.items():
+                y, x = _peak([m[i] for m in layers])
+                inside[group].append(left <= x < right and top <= y < bottom)
+    return inside
+
+
+def _peak(layers: Iterable[Tensor]) -> tuple[int, int]:
+    total = torch.zeros(SIZE, SIZE)
+    for layer in layers:
+        side = math.isqrt(len(layer))
+        grid = (layer / layer.sum()).reshape(1, 1, side, side)
+        total += torch.nn.functional.interpolate(grid, (SIZE, SIZE), mode="bicubic", align_corners=False)[0, 0] * side**2
+    place = int(total.argmax())
+    return divmod(place, SIZE)
+
+
+def contact_sheet(images: Sequence[np.ndarray], prompts: Sequence[str], columns: int = 8, zoom: int = 2) -> np.ndarray:
+    """Lay pictures out with their prompts; a green frame means right, a red one wrong. uint8 RGB."""
+    side, text = SIZE * zoom, 26
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * (side + text + 6), columns * (side + 6), 3), 255, np.uint8)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        y, x = (i // columns) * (side + text + 6), (i % columns) * (side + 6)
+        frame = (40, 160, 60) if judge(image).matches(prompt).right else (210, 40, 40)
+        sheet[y : y + side + 6, x : x + side + 6] = frame
+        big = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
+        sheet[y + 3 : y + side + 3, x + 3 : x + side + 3] = big
+        words = prompt.replace("a ", "")
+        for line, part in enumerate(words.split(" and ", 1)):
+            place = (x + 3, y + side + 15 + 12 * line)
+            cv2.putText(sheet, part, place, cv2.FONT_HERSHEY_SIMPLEX, 0.32, (0, 0, 0), 1, cv2.LINE_AA)
+    return sheet
+
+
+def evaluate(pipe: object, *, n: int = 512, tune: int = 120, steps: int = 20, scales: Sequence[float] = SCALES) -> dict:
+    """Choose the guidance scale on tuning prompts, then measure on report prompts; all shares in percent."""
+    singles = single_prompts()
+    sweep = {}
+    for scale in scales:
+        one, two = [singles[i % 120] for i in range(tune)], pair_prompts(1, tune, "tuning")
+        marks = [score(generate(pipe, p, scale=scale, seed=10_000, steps=steps), p)["right"] for p in (one, two)]
+        sweep[scale] = [wilson(int(sum(m)), tune) for m in marks]
+        print(f"CFG {scale:g}: single {sweep[scale][0]}, two objects {sweep[scale][1]}", flush=True)
+    best = max(sweep, key=lambda s: sweep[s][0][0] + sweep[s][1][0])
+    result: dict = {"steps": steps, "scale": best, "n": n}
+    result["sweep"] = {f"{s:g}": {"single": v[0], "pairs": v[1]} for s, v in sweep.items()}
+    sets = {
+        "single": [singles[i % 120] for i in range(n)],
+        "pairs": list(pair_prompts(2, n, "report")),
+        "heldout": list(pair_prompts(3, n // 2, "heldout")),
+    }
+    for name, prompts in sets.items():
+        marks_of = score(generate(pipe, prompts, scale=best, seed=20_000, steps=steps), prompts)
+        result[name] = {k: wilson(int(sum(v)), len(v)) for k, v in marks_of.items() if k not in ("iou", "objects")}
+        result[name]["objects"] = round(100 * float(np.mean(marks_of["objects"])), 1)
+        shown = [v for v in marks_of["iou"] if v > 0]
+        result[name]["iou"] = round(float(np.mean(shown)), 3) if shown else 0.0
+        print(name, result[name], flush=True)
+    inside = localisation(pipe, scale=best, n=min(n, 256), seed=30_000, steps=steps)
+    result["noun_maps"] = {k: wilson(sum(v), len(v)) for k, v in inside.items() if k != "chance"}
+    result["noun_maps"]["chance"] = round(100 * float(np.mean(inside["chance"] or [0.0])), 1)
+    print("noun maps", result["noun_maps"], flush=True)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("text2image",))
+    parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="64 pictures at one scale, nothing written")
+    parser.add_argument("--scale", type=float, default=4.0, help="guidance scale of --quick and --sheet")
+    parser.add_argument("--sheet", type=Path, help="also write a contact sheet (PNG)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(os.cpu_count() or 1)
+    began = time.monotonic()
+    pipe = load_shapes(args.model, folder=args.folder)
+    if args.sheet is not None:
+        prompts = [*[single_prompts()[i * 5] for i in range(24)], *pair_prompts(4, 24, "report")]
+        sheet = contact_sheet(generate(pipe, prompts, scale=args.scale, seed=5, steps=args.steps), prompts)
+        cv2.imwrite(str(args.sheet), sheet[..., ::-1])
+    if args.quick:
+        for prompts in ([single_prompts()[i * 15 % 119] for i in range(64)], list(pair_prompts(5, 64, "tuning"))):
+            marks = score(generate(pipe, prompts, scale=args.scale, seed=7, steps=args.steps), prompts)
+            print({k: round(100 * float(np.mean(v)), 1) for k, v in marks.items()}, flush=True)
+        inside = localisation(pipe, scale=args.scale, n=64, seed=9, steps=args.steps)
+        print({k: round(100 * float(np.mean(v)), 1) for k, v in inside.items() if v})
+    else:
+        result = evaluate(pipe, steps=args.steps)
+        folder = args.folder or WEIGHTS / args.model
+        (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_card(folder, result)
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

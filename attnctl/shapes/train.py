@@ -1,0 +1,194 @@
+"""Train the shapes models: `python -m attnctl.shapes.train text2image --out runs/t2i --steps 4000 [--resume]`.
+
+text2image takes three stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
+cache of encoded scenes (`cache`), then text encoder and UNet together. `vae` alone trains the autoencoder only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnctl.shapes import models
+from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
+from attnctl.shapes.loop import Plan, load_checkpoint, train
+
+__all__ = ["Denoising", "export", "finish_vae", "main", "train_text2image", "train_vae"]
+
+_SNR_CAP = 5.0
+
+
+def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, quiet: bool = False) -> nn.Module:
+    """Train the autoencoder on fresh scenes of one to three objects and return it."""
+    torch.manual_seed(plan.seed)
+    vae = models.build_vae()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = draw_images(generator, batch)
+        if torch.rand((), generator=generator) < 0.6:
+            # Four crops cost as much as one picture and show four times as many edges.
+            x = draw_crops(generator, x, 4)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - x
+        # L1 alone forgets rare colours for a long time (a median ignores them); the square brings them in at once.
+        # The KL only keeps the latents of order one and the decoder tolerant of small errors.
+        return error.abs().mean() + 3 * error.square().mean() + 2e-4 * posterior.kl().mean() / noise[0].numel()
+
+    average = train({"vae": vae}, loss, out, plan, resume=resume, quiet=quiet)
+    return finish_vae(vae, average)
+
+
+@torch.no_grad()
+def finish_vae(vae: nn.Module, average: dict[str, Tensor]) -> nn.Module:
+    """Load averaged weights into the autoencoder and give every latent channel zero mean and unit variance."""
+    vae.load_state_dict({n.removeprefix("vae/"): t for n, t in average.items()})
+    vae.eval()
+    x = draw_images(torch.Generator().manual_seed(1), 256)
+    z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    # Pipelines know one scaling factor only; the 1x1 convolutions on both sides of the latents take the rest exactly.
+    into, back = vae.quant_conv, vae.post_quant_conv
+    into.bias.sub_(torch.cat([mean, 2 * std.log()]))
+    into.weight.div_(torch.cat([std, torch.ones_like(std)])[:, None, None, None])
+    into.bias.div_(torch.cat([std, torch.ones_like(std)]))
+    back.bias.add_(back.weight[:, :, 0, 0] @ mean)
+    back.weight.mul_(std[None, :, None, None])
+    vae.register_to_config(scaling_factor=1.0)
+    return vae
+
+
+class Denoising:
+    """The training loss of text2image: v-prediction on cached latents, a tenth of the prompts empty."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: object,
+        latents: Latents,
+        *,
+        batch: int = 64,
+        pairs: float = 0.125,
+        drop: float = 0.1,
+        bf16: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        self.unet, self.text_encoder, self.latents = unet, text_encoder, latents
+        self.batch, self.pairs, self.drop, self.bf16 = batch, pairs, drop, bf16
+        self.call = torch.compile(unet) if compiled else unet
+        self.ids = _encode(tokenizer, [*latents.captions, ""])
+        self.scheduler = models.build_scheduler()
+        snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
+        # A cap for the nearly clean steps, where nothing is decided; the noisy ones, where it is, keep their full share.
+        self.weight = (snr + 1).clamp(max=_SNR_CAP) / (snr + 1)
+        self.weight = self.weight / self.weight.mean()
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """Return the loss of one batch drawn from `generator`."""
+        index = self.latents.draw(generator, self.batch, self.pairs)
+        x = self.latents.values[index].float()
+        dropped = torch.rand(self.batch, generator=generator) < self.drop
+        ids = torch.where(dropped[:, None], self.ids[-1], self.ids[index])
+        noise = torch.randn(x.shape, generator=generator)
+        # Stratified timesteps: the same distribution with less noise in the loss.
+        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
+        t = (u * self.scheduler.config.num_train_timesteps).long()
+        target = self.scheduler.get_velocity(x, noise, t)
+        noisy = self.scheduler.add_noise(x, noise, t)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            text = self.text_encoder(ids)[0]
+            v = self.call(noisy, t, text, return_dict=False)[0]
+        return ((v.float() - target) ** 2).mean((1, 2, 3)).mul(self.weight[t]).mean()
+
+
+def train_text2image(
+    out: Path, plan: Plan, vae: nn.Module, latents: Latents, *, resume: bool = False, quiet: bool = False, **options: object
+) -> object:
+    """Train text encoder and UNet on cached latents and return the assembled pipeline with averaged weights."""
+    tokenizer, text_encoder, unet = _fresh(out, plan.seed)
+    loss = Denoising(unet, text_encoder, tokenizer, latents, **options)  # type: ignore[arg-type]
+    average = train({"text_encoder": text_encoder, "unet": unet}, loss, out, plan, resume=resume, quiet=quiet)
+    return _with_average(average, vae, text_encoder, tokenizer, unet)
+
+
+def export(out: Path, vae: nn.Module, target: Path) -> int:
+    """Write the averaged weights of the last checkpoint as a pipeline folder in fp16; return the checkpoint's step."""
+    tokenizer, text_encoder, unet = _fresh(out, 0)
+    modules = {"text_encoder": text_encoder, "unet": unet}
+    average = {f"{m}/{n}": p.detach().clone() for m, module in modules.items() for n, p in module.named_parameters()}
+    step = load_checkpoint(out, None, average)
+    pipe = _with_average(average, vae, text_encoder, tokenizer, unet)
+    pipe.to(dtype=torch.float16).save_pretrained(target, safe_serialization=True)
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train", description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("text2image", "vae"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of text encoder and UNet")
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--scenes", type=int, default=24000, help="single-object scenes to encode; pairs: a third more")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--pairs", type=float, default=0.125, help="share of two-object scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
+    parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 autocast")
+    parser.add_argument("--export", type=Path, help="write the pipeline folder here (default: OUT/pipeline)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    out: Path = args.out
+    vae_plan = Plan(steps=args.vae_steps, lr=2e-3, seed=args.seed, average=0.99, save_every=250)
+    vae = train_vae(out / "vae", vae_plan, resume=True)
+    if args.model == "vae":
+        return 0
+    latents = make_cache(out / "cache", vae, n_single=args.scenes, n_pairs=args.scenes // 3, seed=args.seed)
+    plan = Plan(steps=args.steps, optimizer=args.optimizer, lr=args.lr, seed=args.seed, save_every=args.save_every)
+    train_text2image(
+        out / "unet", plan, vae, latents, resume=args.resume,
+        batch=args.batch, pairs=args.pairs, bf16=not args.fp32, compiled=args.compile,
+    )  # fmt: skip
+    step = export(out / "unet", vae, args.export or out / "pipeline")
+    print(f"wrote {args.export or out / 'pipeline'} (step {step})")
+    return 0
+
+
+def _fresh(out: Path, seed: int) -> tuple[object, nn.Module, nn.Module]:
+    torch.manual_seed(seed)
+    tokenizer = models.build_tokenizer(out / "tokenizer")
+    return tokenizer, models.build_text_encoder(tokenizer), models.build_unet()
+
+
+def _with_average(
+    average: dict[str, Tensor], vae: nn.Module, text_encoder: nn.Module, tokenizer: object, unet: nn.Module
+) -> object:
+    for prefix, module in (("text_encoder/", text_encoder), ("unet/", unet)):
+        state = {n.removeprefix(prefix): t for n, t in average.items() if n.startswith(prefix)}
+        module.load_state_dict(state, strict=False)  # buffers such as position ids are not averaged
+    return models.assemble(vae, text_encoder, tokenizer, unet)  # type: ignore[arg-type]
+
+
+def _encode(tokenizer: object, captions: list[str]) -> Tensor:
+    unique = sorted(set(captions))
+    encoded = tokenizer(  # type: ignore[operator]
+        unique, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    place = {text: i for i, text in enumerate(unique)}
+    return encoded[torch.from_numpy(np.array([place[c] for c in captions]))]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
