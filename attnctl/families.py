@@ -113,7 +113,7 @@ def _sample_frames_first(model: torch.nn.Module, bound: Bound) -> Grid:
 def _ids(model: torch.nn.Module, bound: Bound) -> Grid | None:
     """Read the grid off position ids [N, 3 or 4] (time, row, column, ...)."""
     ids = bound.get("img_ids")
-    if ids is None:
+    if ids is None or ids.is_meta:
         return None
     ids = ids[0] if ids.ndim == 3 else ids
     size = (ids.amax(0) - ids.amin(0) + 1).tolist()

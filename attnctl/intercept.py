@@ -14,6 +14,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import attention
 from attnctl.linear import is_linear, run_linear
-from attnctl.sites import Site
+from attnctl.sites import Site, image_level_grid
 from attnctl.state import StepState
 
 __all__ = ["AttnCall", "Link", "Proceed", "Wrapper", "attach_processor", "controlled", "detach_processor"]
@@ -91,13 +92,27 @@ class Link:
         self.kernel = attention if backend == "auto" else functools.partial(attention, backend=backend)
         self.wrappers: tuple[Wrapper, ...] | None = None
         self.reached = False
+        self.seen: tuple[int, slice | None, slice | None] | None = None
+        """Query tokens, image range and text range of the first intercepted call."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return self  # a copied pipeline shares no hooks with the original: its links would act on nothing
 
+    def seen_site(self) -> Site:
+        """Return the site with what the calls so far have shown of its tokens."""
+        if self.seen is None:
+            return self.site
+        n, image, text = self.seen
+        grid, family = self.state.last_grid, self.state.family
+        if grid is not None and family is not None and family.unet:
+            grid = image_level_grid(grid, n)
+        return replace(self.site, grid=grid or self.site.grid, image=image, text=text)
+
     def run(self, call: AttnCall) -> torch.Tensor:
         """Send a call through the wrappers to its kernel."""
         self.reached = True
+        if self.seen is None:
+            self.seen = (call.q.shape[-2], call.image, call.text)
         return _proceed(self.wrappers or (), call)
 
 

@@ -30,7 +30,7 @@ def report(handle: Handle) -> str:
             if source:
                 lines.append(f"    default sites from {source}")
             for site in w.resolved[i]:
-                now = w.links[site.name].site
+                now = w.links[site.name].seen_site()
                 grid = "x".join(map(str, now.grid)) if now.grid else "not known before the first call"
                 lines.append(
                     f"    {now.name}: {now.kind}, depth {now.depth}, {now.heads} heads x {now.head_dim}, grid {grid}"

@@ -177,7 +177,7 @@ class Handle:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Return the sites under control, with grids and token ranges once a call has shown them."""
-        return tuple(link.site for w in self._watched for link in w.links.values())
+        return tuple(link.seen_site() for w in self._watched for link in w.links.values())
 
     @property
     def passes(self) -> int:
@@ -309,7 +309,7 @@ class Handle:
     def _perturbed(self, w: _Watched, branch: Branch) -> Any:
         """Run one perturbed pass on the prompt rows and return its prediction."""
         state, rows = w.state, w.state.rows
-        frames = state.grid[0] if state.grid else 1
+        frames = state.grid[0] if rows.role == "both" and state.grid else 1
         kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
         touched = {s.name: s for s in branch.sites}
         base = {name: link.wrappers for name, link in w.links.items()}

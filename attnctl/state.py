@@ -82,6 +82,7 @@ class StepState:
     denoiser: torch.nn.Module | None = None
     family: Family | None = None
     bound: Mapping[str, Any] = field(default_factory=dict)
+    last_grid: Grid | None = None
     _grid: Grid | None = None
     _grid_known: bool = False
 
@@ -98,7 +99,8 @@ class StepState:
 
     def end_call(self) -> None:
         """Drop references to the call's tensors."""
-        _ = self.grid, self.image_tokens  # read off the arguments before they go
+        if self.last_grid is None:  # reading it may wait for the device: once is enough for a report
+            self.last_grid = self.grid
         self.bound = {}
 
     @property
