@@ -166,9 +166,7 @@ class Record:
         if not isinstance(data, Mapping) or "schema" not in data:
             raise RecordError("This is not a record of attnctl: there is no 'schema' in it.")
         if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
-            raise RecordError(
-                f"The record has schema {data['schema']!r:.40}; this version reads schema {SCHEMA}."
-            )
+            raise RecordError(f"The record has schema {data['schema']!r:.40}; this version reads schema {SCHEMA}.")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key in data:
             if key not in fields and key != "schema":
@@ -230,9 +228,7 @@ def read(path: str | Path) -> tuple[Record, ...]:
     try:
         if isinstance(data, Mapping) and "records" in data:
             if set(data) != {"schema", "records"} or data["schema"] != SCHEMA:
-                raise RecordError(
-                    f"a sheet has schema {SCHEMA} and records, got {sorted(map(str, data))!r:.200}."
-                )
+                raise RecordError(f"a sheet has schema {SCHEMA} and records, got {sorted(map(str, data))!r:.200}.")
             if not isinstance(data["records"], list) or not data["records"]:
                 raise RecordError("a sheet has a list of records.")
             return tuple(Record.from_dict(item) for item in data["records"])
@@ -270,9 +266,7 @@ def _png_text(path: Path) -> str:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise RecordError(f"{path.name} is not a readable PNG.") from None
     if not isinstance(text, str):
-        raise RecordError(
-            f"{path.name} carries no record of attnctl; was it made or changed by another program?"
-        )
+        raise RecordError(f"{path.name} carries no record of attnctl; was it made or changed by another program?")
     return text
 
 

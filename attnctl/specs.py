@@ -88,19 +88,13 @@ def parse_control(text: str) -> Any:
             values[keyword.arg] = _literal(keyword.value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             given = ast.unparse(keyword.value)
-            raise ConfigError(
-                f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}."
-            ) from None
+            raise ConfigError(f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}.") from None
     return _make(cls, name, values)
 
 
 def _is_control(cls: type) -> bool:
     base = cls.__module__.endswith(".base")  # what methods are built on is none itself
-    return (
-        dataclasses.is_dataclass(cls)
-        and not base
-        and set(_MARKS) <= {f.name for f in dataclasses.fields(cls)}
-    )
+    return dataclasses.is_dataclass(cls) and not base and set(_MARKS) <= {f.name for f in dataclasses.fields(cls)}
 
 
 def _method(name: str) -> type:
@@ -114,9 +108,7 @@ def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in known:
-            raise ConfigError(
-                f"{name} has no field {key!r}; it has {', '.join(known)}." + nearest(key, known)
-            )
+            raise ConfigError(f"{name} has no field {key!r}; it has {', '.join(known)}." + nearest(key, known))
     try:
         return cls(**values)
     except AttnctlError:
@@ -126,11 +118,7 @@ def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
 
 
 def _fields(value: Any, where: str) -> dict[str, Any]:
-    return {
-        f.name: _encode(getattr(value, f.name), f"{where}.{f.name}")
-        for f in dataclasses.fields(value)
-        if f.init
-    }
+    return {f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value) if f.init}
 
 
 def _encode(value: Any, where: str) -> Any:
