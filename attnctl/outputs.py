@@ -26,7 +26,7 @@ def slug(text: str, longest: int = 48) -> str:
     """
     simple = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", simple).strip("-")
-    if name.replace("-", " ") == text and len(name) <= longest and name not in _RESERVED:
+    if name and name.replace("-", " ") == text and len(name) <= longest and name not in _RESERVED:
         return name
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{name[: longest - 7].strip('-')}-{mark}".strip("-")

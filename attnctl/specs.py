@@ -124,8 +124,8 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 def _encode(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if isinstance(value, float) and math.isfinite(value):
-        return float(value)
+    if isinstance(value, float) and not math.isnan(value):
+        return float(value) if math.isfinite(value) else {"type": "float", "value": str(float(value))}
     if isinstance(value, (tuple, list)):
         return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, (range, slice)):
@@ -149,6 +149,8 @@ def _decode(value: Any) -> Any:
     values = {key: _decode(item) for key, item in value.items() if key != "type"}
     if "type" not in value:
         return values
+    if value["type"] == "float" and values in ({"value": "inf"}, {"value": "-inf"}):
+        return float(values["value"])
     if value["type"] in ("range", "slice"):
         whole = all(isinstance(v, int) or (v is None and value["type"] == "slice") for v in values.values())
         if sorted(values) != ["start", "step", "stop"] or not whole or values["step"] == 0:
@@ -172,7 +174,9 @@ def _nested(name: Any, where: str) -> type:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Read a literal, or a range of whole numbers such as range(4, 8)."""
+    """Read a literal, inf, or a range of whole numbers such as range(4, 8)."""
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return math.inf
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
         numbers = [ast.literal_eval(part) for part in node.args]
         if node.keywords or not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) for n in numbers):
