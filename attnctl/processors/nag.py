@@ -1,0 +1,101 @@
+"""NAG: a negative prompt inside cross-attention, without an extra pass of the model.
+
+"Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models", arXiv 2505.21179, eq. 7 to 9:
+
+    z = z+ + s (z+ - z-)                    extrapolate, z- = attention of the same queries to the negative prompt
+    z = z min(r, tau) / r, r = |z|_1 / |z+|_1   bring the norm back, per token
+    z = alpha z + (1 - alpha) z+            blend
+
+z- needs the negative prompt's keys and values. They are read off the negative rows of the same call, so the pipeline
+must run with classifier-free guidance in one batch (a guidance_scale just above 1 is enough).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attnctl.errors import UnsupportedModelError
+from attnctl.families import Family
+from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.processors.base import Control
+from attnctl.sites import Site, select
+
+__all__ = ["NAG", "normalized_guidance"]
+
+
+def normalized_guidance(
+    positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float
+) -> torch.Tensor:
+    """Extrapolate away from the negative attention output, bounded in norm (arXiv 2505.21179, eq. 7 to 9).
+
+    Args:
+        positive: z+ [B, H, N, D].
+        negative: z- [B, H, N, D].
+        scale: Extrapolation s.
+        tau: Bound of the norm ratio, 1 or more.
+        alpha: Blend, 0 to 1.
+
+    Returns:
+        z [B, H, N, D], computed in float32, norms over heads and channels of each token.
+    """
+    p, n = positive.float(), negative.float()
+    z = p + scale * (p - n)
+    ratio = z.abs().sum((1, 3), keepdim=True) / p.abs().sum((1, 3), keepdim=True).clamp_min(1e-12)
+    z = z * ratio.clamp_max(tau) / ratio.clamp_min(1e-12)
+    return (alpha * z + (1 - alpha) * p).to(positive.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAG(Control):
+    """Push cross-attention away from the negative prompt (arXiv 2505.21179).
+
+    Attributes:
+        scale: Extrapolation s; 0 switches the control off.
+        tau: Bound of the norm ratio, 1 or more.
+        alpha: Blend with the unguided output, 0 to 1.
+    """
+
+    scale: float = 2.0
+    tau: float = 2.5
+    alpha: float = 0.5
+
+    kinds: ClassVar[tuple[str, ...]] = ("cross",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("scale", 0.0, float("inf"))
+        self._check_number("tau", 1.0, float("inf"))
+        self._check_number("alpha", 0.0, 1.0)
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        return select(sites, "cross", kinds=self.kinds, what="NAG")
+
+    def in_window(self, state: object) -> bool:
+        return self.scale != 0 and self.alpha != 0 and super().in_window(state)  # type: ignore[arg-type]
+
+    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
+        return self._guided
+
+    def _guided(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
+        rows = call.state.rows
+        if call.state.phase != "base" or call.index > 0:
+            return proceed(call)  # a perturbed pass keeps the plain attention; image prompts have no negative
+        if rows.uncond is None or rows.role != "both":
+            raise UnsupportedModelError(
+                "NAG reads the negative prompt off the negative rows of a batched call, and this call has none. Run the "
+                "pipeline with a negative prompt and guidance_scale above 1; pipelines that call the denoiser twice "
+                "(Wan, Qwen-Image, FLUX) are not supported."
+            )
+        out = proceed(call)
+        m = call.q.shape[0] // rows.total  # frames folded into rows
+        cond = slice(rows.cond.start * m, rows.cond.stop * m)
+        uncond = slice(rows.uncond.start * m, rows.uncond.stop * m)
+        mask = None if call.mask is None else call.mask if call.mask.shape[0] == 1 else call.mask[uncond]
+        negative = proceed(call.with_(q=call.q[cond], k=call.k[uncond], v=call.v[uncond], mask=mask))
+        guided = normalized_guidance(out[cond], negative, self.scale, self.tau, self.alpha)
+        parts = [out[uncond], guided] if rows.uncond.start == 0 else [guided, out[uncond]]
+        return torch.cat(parts)
