@@ -23,7 +23,16 @@ from attnctl.intercept import Wrapper
 from attnctl.sites import Site
 from attnctl.state import Rows, StepState, cut_tensor
 
-__all__ = ["Branch", "Prefix", "combine", "main_output", "overridden", "own_context", "with_main_output"]
+__all__ = [
+    "Branch",
+    "Checkpointing",
+    "Prefix",
+    "combine",
+    "main_output",
+    "overridden",
+    "own_context",
+    "with_main_output",
+]
 
 BlockOverride = Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]
 
@@ -137,14 +146,14 @@ def overridden(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterat
             # A compiled module is called through its compiled forward: set that aside too.
             held.append((module, vars(module).get("forward", _MISSING), module._compiled_call_impl))
             module._compiled_call_impl = None
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, forward, compiled in reversed(held):
             if forward is _MISSING:
-                del module.forward  # type: ignore[method-assign]
+                del module.forward
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
             if compiled is not None:
                 module._compiled_call_impl = compiled
             else:
@@ -152,6 +161,45 @@ def overridden(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterat
 
 
 _MISSING = object()
+
+
+class Checkpointing:
+    """Has gradient checkpointing run blocks again under what they ran under first.
+
+    The blocks of a checkpointed denoiser run a second time during backward, when the pass is over and its controls are
+    switched off. Each checkpoint therefore takes along what `remember` returns when its block runs first.
+    """
+
+    def __init__(
+        self, denoiser: torch.nn.Module, remember: Callable[[], Callable[[], contextlib.AbstractContextManager[Any]]]
+    ) -> None:
+        self._held = [
+            (module, vars(module)["_gradient_checkpointing_func"])
+            for module in denoiser.modules()
+            if getattr(module, "gradient_checkpointing", False)
+            and vars(module).get("_gradient_checkpointing_func") is not None
+        ]
+        for module, function in self._held:
+            vars(module)["_gradient_checkpointing_func"] = _remembering(function, remember)
+
+    def release(self) -> None:
+        """Give the modules their own functions back."""
+        for module, function in self._held:
+            vars(module)["_gradient_checkpointing_func"] = function
+        self._held = []
+
+
+def _remembering(function: Callable[..., Any], remember: Callable[[], Any]) -> Callable[..., Any]:
+    def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        again = remember()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with again():
+                return block(*args, **kwargs)
+
+        return function(run, *args, **kwargs)
+
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -162,9 +210,7 @@ def own_context(denoiser: Any, name: str) -> Iterator[None]:
     silently be zero.
     """
     managers = _state_managers(denoiser)
-    if (
-        not managers
-    ):  # nothing keeps state; entering a context would only leave an empty registry on the module
+    if not managers:  # nothing keeps state; entering a context would only leave an empty registry on the module
         yield
         return
     held = [(m, m._current_context) for m in managers]
@@ -178,7 +224,7 @@ def own_context(denoiser: Any, name: str) -> Iterator[None]:
 
 def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
     """Collect the diffusers state managers below a denoiser; they hold one state a context."""
-    found = []
+    found: list[Any] = []
     for module in denoiser.modules():
         registry = vars(module).get("_diffusers_hook")
         for hook in getattr(registry, "hooks", {}).values():
@@ -212,11 +258,7 @@ class Prefix:
         """Say why outputs cannot be replayed in this denoiser, or return None."""
         if torch.is_inference_mode_enabled():
             return "inference mode keeps no version counters"
-        if (
-            denoiser.training
-            and torch.is_grad_enabled()
-            and getattr(denoiser, "is_gradient_checkpointing", False)
-        ):
+        if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
             return "gradient checkpointing runs modules twice"
         for module in denoiser.modules():
             if module._compiled_call_impl is not None:
@@ -248,9 +290,7 @@ class Prefix:
         self._handles = []
         if learning and self._reached:
             self.chosen = {m: n for m, (n, _, _) in self.store.items() if self._calls[m] == 1}
-            self.store = {
-                m: (out, versions) for m, (_, out, versions) in self.store.items() if m in self.chosen
-            }
+            self.store = {m: (out, versions) for m, (_, out, versions) in self.store.items() if m in self.chosen}
 
     def release(self) -> None:
         """Remove hooks and drop stored tensors."""

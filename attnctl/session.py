@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from attnctl.branches import (
     Branch,
+    Checkpointing,
     Prefix,
     added,
     check_reached,
@@ -69,7 +70,32 @@ class _Watched:
     """Delta of the prompt call, waiting for the negative call of a sequential pair."""
     weights: list[tuple[Guidance, Branch, float]] = field(default_factory=list)
     prefix: Prefix | None = None
+    checkpointing: Checkpointing | None = None
+    forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
+    """Forwards that the current pass replaces."""
     passes: int = 0
+
+    def remember(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Note what the current pass does; the result does the same again, whenever it is entered."""
+        wrappers = [(link, link.wrappers) for link in self.links.values()]
+        state, forwards = dict(vars(self.state)), dict(self.forwards)
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            held = [(link, link.wrappers) for link, _ in wrappers]
+            now = dict(vars(self.state))
+            try:
+                for link, value in wrappers:
+                    link.wrappers = value
+                vars(self.state).update(state)
+                with overridden(forwards):
+                    yield
+            finally:
+                vars(self.state).update(now)
+                for link, value in held:
+                    link.wrappers = value
+
+        return again
 
 
 class Handle:
@@ -82,9 +108,7 @@ class Handle:
         enabled: Set to False to run the pipeline plain, bit for bit, without detaching.
     """
 
-    def __init__(
-        self, target: Any, controls: Sequence[Control], *, backend: str, layout: Layout, replay: bool
-    ) -> None:
+    def __init__(self, target: Any, controls: Sequence[Control], *, backend: str, layout: Layout, replay: bool) -> None:
         self.controls = tuple(controls)
         self.backend = backend
         self._enabled = True
@@ -161,9 +185,7 @@ class Handle:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         if value and not self._attached:
-            raise ConflictError(
-                "This handle is detached: call attnctl.control(...) again instead of enabling it."
-            )
+            raise ConflictError("This handle is detached: call attnctl.control(...) again instead of enabling it.")
         self._enabled = bool(value)
 
     def __enter__(self) -> Handle:
@@ -237,6 +259,8 @@ class Handle:
         w.state.rows = rows
         if rows.role == "extra":
             return
+        if torch.is_grad_enabled() and getattr(w.module, "is_gradient_checkpointing", False):
+            w.checkpointing = Checkpointing(w.module, w.remember)
         self._warn_bare(w, rows)
         for name, wrappers in w.base.items():
             active = tuple(wrap for c, wrap in wrappers if c.in_window(w.state))
@@ -313,12 +337,15 @@ class Handle:
         kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
         touched = {s.name: s for s in branch.sites}
         base = {name: link.wrappers for name, link in w.links.items()}
+        held = dict(vars(state))
         forwards: dict[torch.nn.Module, Any] = {}
         if w.prefix is not None:
             forwards.update(w.prefix.stubs(rows, frames))
         for module, make in branch.blocks.items():
             forwards[module] = make(module, module.forward)
         self._running = True
+        w.forwards = forwards
+        state.begin_call(w.module, w.family, kwargs)
         state.phase, state.rows = str(branch.key), Rows.all(rows.prompts)
         try:
             for name, link in w.links.items():
@@ -327,12 +354,11 @@ class Handle:
                 link.reached = False
             with own_context(w.module, "attnctl"), overridden(forwards):
                 output = w.module.forward(**kwargs)
-            check_reached(
-                [(w.links[n].site, w.links[n].reached) for n in touched], state, "the perturbed pass"
-            )
+            check_reached([(w.links[n].site, w.links[n].reached) for n in touched], state, "the perturbed pass")
         finally:
             self._running = False
-            state.phase, state.rows = "base", rows
+            w.forwards = {}
+            vars(state).update(held)
             for name, link in w.links.items():
                 link.wrappers = base[name]
         w.passes += 1
@@ -358,9 +384,7 @@ class Handle:
         if not wanted:
             return None
         if not cfg:
-            raise ConfigError(
-                'combine="rescale_safe" needs classifier-free guidance; this run has no negative prompt.'
-            )
+            raise ConfigError('combine="rescale_safe" needs classifier-free guidance; this run has no negative prompt.')
         scale = getattr(self._pipe, "guidance_scale", None)
         if not isinstance(scale, (int, float)):
             raise ConfigError(
@@ -368,9 +392,7 @@ class Handle:
                 'Use combine="add".'
             )
         if scale == 1:
-            raise ConfigError(
-                'combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".'
-            )
+            raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
         return float(scale)
 
     def _time(self, w: _Watched) -> None:
@@ -412,15 +434,15 @@ class Handle:
                 )
 
     def _warn_bare(self, w: _Watched, rows: Any) -> None:
-        if self._pipe is None and self._layout == "auto" and rows.total % 2 == 0 and w.branches:
-            if "layout" not in self._warned:
-                self._warned.add("layout")
-                warnings.warn(
-                    f"attnctl: a bare model tells nothing of its {rows.total} rows; each is guided as a prompt row. "
-                    'Pass control(..., layout="uncond_first") if the first half is the negative prompt, or '
-                    'layout="cond" to confirm.',
-                    stacklevel=2,
-                )
+        bare = self._pipe is None and self._layout == "auto" and rows.total % 2 == 0
+        if bare and w.branches and "layout" not in self._warned:
+            self._warned.add("layout")
+            warnings.warn(
+                f"attnctl: a bare model tells nothing of its {rows.total} rows; each is guided as a prompt row. "
+                'Pass control(..., layout="uncond_first") if the first half is the negative prompt, or '
+                'layout="cond" to confirm.',
+                stacklevel=2,
+            )
 
     def _quiet(self, w: _Watched) -> None:
         """Leave every link inactive and no watcher on any module."""
@@ -430,6 +452,9 @@ class Handle:
             link.wrappers = None
         if w.prefix is not None:
             w.prefix.release()
+        if w.checkpointing is not None:
+            w.checkpointing.release()
+            w.checkpointing = None
         w.weights = []
 
 
@@ -442,9 +467,7 @@ class _Hook:
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.handle._before(self.watched, args, kwargs)
 
-    def after(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return self.handle._after(self.watched, args, kwargs, output)
 
 
@@ -527,9 +550,7 @@ def attn_processors(model: torch.nn.Module, *controls: Control) -> dict[str, Any
 
 def _check_controls(controls: Sequence[Any]) -> None:
     if not controls:
-        raise ConfigError(
-            "control() was given no control. Pass one, for example attnctl.processors.PAG(scale=3.0)."
-        )
+        raise ConfigError("control() was given no control. Pass one, for example attnctl.processors.PAG(scale=3.0).")
     for c in controls:
         if not isinstance(c, Control):
             raise ConfigError(
