@@ -44,7 +44,9 @@ class Family:
         kinds: Pairs (pattern, kind): the first pattern found in a site's name decides its kind.
         text: Where text tokens lie in a joint sequence.
         grid: Gives frames, rows and columns of the token grid from the arguments of a denoiser call.
-        image_tokens: Gives the number of image tokens in a packed sequence; None = product of the grid.
+        image_tokens: Gives the number of image tokens in a packed sequence, or None where rows differ in it; no
+            function means the product of the grid.
+        first: Pattern of the sites that run before all others although they are registered later.
         unet: Whether the sites lie in down, mid and up stages of halving resolution.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         perturb: Published defaults for attention perturbation.
@@ -56,7 +58,8 @@ class Family:
     kinds: tuple[tuple[str, str], ...]
     text: Literal["first", "last"] | None = None
     grid: Callable[[torch.nn.Module, Bound], Grid | None] = lambda model, bound: None
-    image_tokens: Callable[[torch.nn.Module, Bound], int] | None = None
+    image_tokens: Callable[[torch.nn.Module, Bound], int | None] | None = None
+    first: str | None = None
     unet: bool = False
     cond_first: bool = False
     perturb: Default | None = None
@@ -125,9 +128,7 @@ def _img_shapes(model: torch.nn.Module, bound: Bound) -> Grid | None:
     if not shapes:
         return None
     first = shapes[0]
-    if isinstance(
-        first, list
-    ):  # an edit pipeline adds its reference images: the first entry is what is generated
+    if isinstance(first, list):  # an edit pipeline adds its reference images: the first entry is what is generated
         first = first[0]
     return int(first[0]), int(first[1]), int(first[2])
 
@@ -147,6 +148,14 @@ def _listed(model: torch.nn.Module, bound: Bound) -> Grid:
 def _listed_tokens(model: torch.nn.Module, bound: Bound) -> int:
     # Z-Image pads the image part of the sequence to a multiple of 32.
     return math.ceil(math.prod(_listed(model, bound)) / 32) * 32
+
+
+def _even_text(model: torch.nn.Module, bound: Bound) -> int | None:
+    # Lumina 2 packs the valid text of each row before its image: uneven prompts put the image at uneven places.
+    mask = bound.get("encoder_attention_mask")
+    if mask is not None and mask.sum(1).unique().numel() > 1:
+        return None
+    return math.prod(_image(model, bound))
 
 
 def _packed(model: torch.nn.Module, bound: Bound) -> int:
@@ -251,6 +260,8 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("context_refiner", "text"), ("noise_refiner", "self"), ("attn", "joint")),
         text="first",
         grid=_image,
+        image_tokens=_even_text,
+        first="context_refiner",
     ),
     Family(
         name="CogView 4",
@@ -314,6 +325,7 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("temporal_transformer_blocks", "temporal"), *_DIT),
         grid=_latte,
     ),
+    Family(name="Allegro", classes=("AllegroTransformer3DModel",), kinds=_DIT, grid=_video),
     Family(name="Cosmos", classes=("CosmosTransformer3DModel",), kinds=_DIT, grid=_video),
 )
 

@@ -86,9 +86,7 @@ def find_sites(target: Any) -> tuple[Site, ...]:
 
 
 def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
-    denoiser = getattr(
-        denoiser, "_orig_mod", denoiser
-    )  # a compiled module lists the sites of what it compiled
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # a compiled module lists the sites of what it compiled
     family = family_of(denoiser)
     found = [(n, m) for n, m in denoiser.named_modules() if _is_attention(m)]
     if not found:
@@ -97,6 +95,8 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
         )
     order = {n: i for i, (n, _) in enumerate(found)}
     found.sort(key=lambda item: _execution_key(item[0], order[item[0]]))
+    if (first := family.first) is not None:
+        found.sort(key=lambda item: re.search(first, item[0]) is None)
     sites: list[Site] = []
     for name, module in found:
         kind = kind_of(family, name, module)
@@ -110,9 +110,7 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
-    return hasattr(module, "processor") and any(
-        hasattr(module, n) for n in ("to_q", "to_qkv", "to_qkv_mlp_proj")
-    )
+    return hasattr(module, "processor") and any(hasattr(module, n) for n in ("to_q", "to_qkv", "to_qkv_mlp_proj"))
 
 
 def _heads(module: torch.nn.Module) -> int:
@@ -120,7 +118,7 @@ def _heads(module: torch.nn.Module) -> int:
 
 
 def _width(module: torch.nn.Module) -> int:
-    inner = getattr(module, "inner_dim", None)
+    inner: Any = getattr(module, "inner_dim", None)
     if inner is None:
         to_q: Any = getattr(module, "to_q", None)
         inner = getattr(to_q, "out_features", None) or _heads(module)
@@ -212,9 +210,7 @@ def _match(sites: Sequence[Site], part: Any, what: str) -> tuple[list[Site], boo
     """Return the sites that one part of a selector names, and whether it named them exactly."""
     depths = max(s.depth for s in sites) + 1
     if isinstance(part, bool) or not isinstance(part, (str, int, range, slice)):
-        raise SiteError(
-            f"{what}: a selector is a name, a glob, a depth, a range or a list of these; got {part!r}."
-        )
+        raise SiteError(f"{what}: a selector is a name, a glob, a depth, a range or a list of these; got {part!r}.")
     if isinstance(part, int):
         index = part + depths if part < 0 else part
         matched = [s for s in sites if s.depth == index]

@@ -20,9 +20,7 @@ from attnctl.families import Family, Grid
 __all__ = ["Rows", "StepState", "bind_call", "main_input", "row_count", "take_rows"]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
-_SHARED = frozenset(
-    {"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"}
-)
+_SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
 # Arguments that are Python lists with one entry a row.
 _ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
 _MAIN = ("sample", "hidden_states", "x")
@@ -85,6 +83,8 @@ class StepState:
     last_grid: Grid | None = None
     _grid: Grid | None = None
     _grid_known: bool = False
+    _image_tokens: int | None = None
+    _image_tokens_known: bool = False
 
     @property
     def progress(self) -> float:
@@ -95,6 +95,7 @@ class StepState:
         """Forget the last call and describe a new one."""
         self.denoiser, self.family, self.bound = denoiser, family, bound
         self._grid, self._grid_known = None, False
+        self._image_tokens, self._image_tokens_known = None, False
         self.phase = "base"
 
     def end_call(self) -> None:
@@ -115,12 +116,16 @@ class StepState:
     @property
     def image_tokens(self) -> int | None:
         """Return the number of image tokens in a packed sequence, or None where nothing tells."""
-        if self.family is None or self.denoiser is None or not self.bound:
+        if self.family is None or self.denoiser is None:
             return None
-        if self.family.image_tokens is not None:
-            return self.family.image_tokens(self.denoiser, self.bound)
-        grid = self.grid
-        return None if grid is None else grid[0] * grid[1] * grid[2]
+        if not self._image_tokens_known and self.bound:
+            self._image_tokens_known = True
+            grid = self.grid
+            if self.family.image_tokens is not None:
+                self._image_tokens = self.family.image_tokens(self.denoiser, self.bound)
+            elif grid is not None:
+                self._image_tokens = grid[0] * grid[1] * grid[2]
+        return self._image_tokens
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""What the contract tests share: choosing sites, recording what a control could leave behind, tiny controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor, nn
+
+import attnctl
+from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.processors import PAG, Control, SoftPAG
+from attnctl.sites import Site
+
+ALL_KINDS = ("self", "cross", "joint", "dual", "temporal", "text")
+
+# Hosts with a norm or a rotary table that computes in float32 whatever the type of the model.
+SINGLE_INSIDE = frozenset({"hunyuandit", "sana"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Through(Control):
+    """Wrap every attention and change nothing; note each call."""
+
+    seen: list[AttnCall] = field(default_factory=list, compare=False)
+    kinds = ALL_KINDS
+
+    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
+        """Return the wrapper."""
+
+        def note(call: AttnCall, proceed: Proceed) -> Tensor:
+            self.seen.append(call)
+            return proceed(call)
+
+        return note
+
+    def default_sites(self, sites: Any, family: Any) -> tuple[Site, ...]:
+        """Take every site."""
+        return tuple(sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replace(Control):
+    """Compute every selected attention by a function of the call, in the base pass."""
+
+    function: Callable[[AttnCall, Proceed], Tensor]
+    kinds = ALL_KINDS
+
+    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
+        """Return the wrapper."""
+        return self.function
+
+    def default_sites(self, sites: Any, family: Any) -> tuple[Site, ...]:
+        """Take every site."""
+        return tuple(sites)
+
+
+def perturbed(model: nn.Module, guidance: PAG | SoftPAG, inputs: dict[str, Any]) -> Tensor:
+    """Run a model with the perturbation of a guidance in its only pass, without branch, replay or rows."""
+    sites = guidance.resolve(attnctl.find_sites(model), _family(model))
+    wrap = guidance.branch(sites, model).perturb
+    assert wrap is not None
+    with attnctl.control(model, Replace(sites=[s.name for s in sites], function=wrap), layout="cond"):
+        return zoo.call(model, inputs)
+
+
+def _family(model: nn.Module) -> Any:
+    from attnctl.families import family_of
+
+    return family_of(model)
+
+
+def own(sites: tuple[Site, ...]) -> list[Site]:
+    """Keep the sites that perturbation guidance is about: self and joint attention."""
+    return [s for s in sites if s.kind in ("self", "joint")]
+
+
+def guidances(model: nn.Module) -> dict[str, PAG | SoftPAG]:
+    """Make one PAG (a middle site) and one SoftPAG (some heads of the middle and of the last site)."""
+    sites = own(attnctl.find_sites(model))
+    mid, last = sites[len(sites) // 2], sites[-1]
+    pairs = [(mid.name, 0), (last.name, last.heads - 1)]
+    return {"PAG": PAG(scale=2.5, sites=mid.name), "SoftPAG": SoftPAG(scale=1.5, u=0.6, heads=pairs)}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Compute the relative L2 distance of a to b."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# What could be left behind
+
+
+def snapshot(*roots: Any) -> dict[str, Any]:
+    """Record, by identity, the variables of every module, processor and scheduler below some objects."""
+    return dict(_entries(roots))
+
+
+def _entries(roots: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    for number, root in enumerate(roots):
+        if not isinstance(root, nn.Module):
+            yield from _plain(f"{number}", root)
+            continue
+        for name, module in root.named_modules():
+            where = f"{number}:{name}"
+            yield f"{where} class", type(module)
+            for key, value in vars(module).items():
+                yield f"{where}.{key}", value
+                if isinstance(value, dict):
+                    yield from ((f"{where}.{key}[{k!r}]", v) for k, v in value.items())
+            processor = getattr(module, "processor", None)
+            if processor is not None:
+                yield from _plain(f"{where}.processor", processor)
+        yield from ((f"{number} state {key}", None) for key in root.state_dict())
+
+
+def _plain(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield f"{where} class", type(value)
+    yield from ((f"{where}.{key} kept", None) for key in vars(value))
+
+
+def assert_clean(before: dict[str, Any], *roots: Any) -> None:
+    """Fail if anything differs from a snapshot."""
+    after = snapshot(*roots)
+    assert before.keys() == after.keys(), sorted(before.keys() ^ after.keys())[:6]
+    changed = [key for key, value in before.items() if after[key] is not value]
+    assert not changed, changed[:6]
+    for root in roots:
+        if isinstance(root, nn.Module):
+            assert attnctl.handle_of(root) is None
+            for module in root.modules():
+                assert not hasattr(getattr(module, "processor", None), "_attnctl")
+
+
+def inputs_requiring_grad(inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """Copy a call's inputs with latents that require gradients; return those latents too."""
+    key = next(k for k in ("sample", "hidden_states", "x") if k in inputs)
+    value = inputs[key]
+    parts = [t.detach().clone().requires_grad_() for t in (value if isinstance(value, list) else [value])]
+    return inputs | {key: parts if isinstance(value, list) else parts[0]}, parts
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any], handle: Any = None) -> list[Tensor]:
+    """Differentiate a fixed projection of the prediction by the latents."""
+    with_grad, parts = inputs_requiring_grad(inputs)
+    with torch.enable_grad():
+        out = zoo.call(model, with_grad)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        return list(torch.autograd.grad((out * weights).sum(), parts))
