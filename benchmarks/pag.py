@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import attnctl  # first: it keeps xformers from warning where it cannot run
 import diffusers
 import torch
-from attnctl.processors import PAG
 from torch.utils.flop_counter import FlopCounterMode
+
+import attnctl  # first: it keeps xformers from warning where it cannot run
+from attnctl.processors import PAG
 
 Inputs = dict[str, Any]
 LIMITS = {"SD1.5 mid": 0.90, "SDXL mid": 0.90, "SD3 block 13": 0.82, "PixArt block 14": 0.84, "FLUX single 0": 0.84}
@@ -104,9 +105,7 @@ def sd3() -> tuple[torch.nn.Module, Callable[[int], Inputs], PAG]:
 
 def pixart() -> tuple[torch.nn.Module, Callable[[int], Inputs], PAG]:
     """PixArt-Sigma at 1024 px."""
-    model = diffusers.PixArtTransformer2DModel(
-        sample_size=128, use_additional_conditions=False, caption_channels=4096
-    )
+    model = diffusers.PixArtTransformer2DModel(sample_size=128, use_additional_conditions=False, caption_channels=4096)
 
     def inputs(rows: int) -> Inputs:
         return {
@@ -197,9 +196,7 @@ def small_sd15() -> tuple[Any, Any, Inputs]:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )
     parts: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
-    parts |= dict.fromkeys(
-        ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
-    )
+    parts |= dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
     plain = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     twin = diffusers.StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers="mid")
     for pipe in (plain, twin):
@@ -271,7 +268,9 @@ def main() -> int:
         "flops": count(),
     }
     failed = [row["config"] for row in result["flops"] if row["shared_over_naive"] > row["limit"]]
-    print(f"{'configuration':18}{'base TF':>9}{'naive':>9}{'shared':>9}{'ratio':>8}{'limit':>7}  extra", file=sys.stderr)
+    print(
+        f"{'configuration':18}{'base TF':>9}{'naive':>9}{'shared':>9}{'ratio':>8}{'limit':>7}  extra", file=sys.stderr
+    )
     for row in result["flops"]:
         print(
             f"{row['config']:18}{row['base_tflop']:9.2f}{row['naive_tflop']:9.2f}{row['shared_tflop']:9.2f}"
