@@ -1,0 +1,433 @@
+"""The commands, run as a user runs them: results and talk, exit codes, records, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_pipelines
+from PIL import Image
+
+import attnctl
+from attnctl.cli import main
+from attnctl.commands.common import table, wilson
+from attnctl.commands.demo import PANELS
+from attnctl.record import Record, pixels_sha256, read
+from attnctl.shapes.load import WEIGHTS
+
+needs_weights = pytest.mark.skipif(not (WEIGHTS / "text2image").is_dir(), reason="the shapes weights are not here yet")
+Run = Any
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Save a tiny random Stable Diffusion pipeline."""
+    path = tmp_path_factory.mktemp("models") / "tiny-sd"
+    zoo_pipelines.build("sd")[0].save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command and return its exit code, stdout and stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def generate(folder: str, out: Path, *more: object) -> tuple[object, ...]:
+    size = ("--height", 16, "--width", 16, "--steps", 2)
+    return "generate", "--model", folder, "--prompt", "a cat", *size, "--out", out, *more
+
+
+# Help and usage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [(), ("--help",), ("demo", "--help"), ("generate", "--help"), ("env", "--help")])
+def test_help_is_no_failure(run: Run, args: tuple[str, ...]) -> None:
+    code, out, _ = run(*args)
+    assert code == 0
+    assert "usage: attnctl" in out
+
+
+def test_the_commands_import_nothing_heavy() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'cv2', 'matplotlib', 'xformers', 'PIL', 'numpy'}"
+    code = f"import sys, attnctl; a = set(sys.modules); import attnctl.cli; print(sorted({heavy} & (set(sys.modules) - a)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_the_installed_command_works() -> None:
+    command = Path(sys.executable).with_name("attnctl")
+    done = subprocess.run([str(command), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for name in ("demo", "generate", "sites", "env"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("nonsense",),
+        ("generate",),
+        ("generate", "--prompt", " "),
+        ("generate", "--prompt", "a", "--num", "0"),
+        ("generate", "--prompt", "a", "--num", "two"),
+        ("generate", "--prompt", "a", "--seed", "-1"),
+        ("generate", "--prompt", "a", "--steps", "0"),
+        ("generate", "--prompt", "a", "--width", "-8"),
+        ("generate", "--prompt", "a", "--control", "PAG(3)"),
+        ("generate", "--prompt", "a", "--control", "PAG(scal=3)"),
+        ("generate", "--prompt", "a", "--control", "__import__('os').getcwd()"),
+        ("generate", "--prompt", "a", "--from", "x.png"),
+        ("generate", "--from", "x.png", "--steps", "3"),
+        ("generate", "--prompt", "a", "--trust-remote-code"),
+        ("demo", "--steps", "0"),
+        ("sites", "a", "b"),
+    ],
+)
+def test_usage_errors_exit_with_2(run: Run, args: tuple[str, ...], tmp_path: Path) -> None:
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert err.strip()
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("sites", "no/such/place"), "no/such/place"),
+        (("sites", "shapes:nothing"), "Unknown shapes model 'nothing'"),
+        (("generate", "--from", "none.png"), "There is no file none.png"),
+        (("generate", "--prompt", "a", "--model", "nobody/nothing-1"), "Cannot load 'nobody/nothing-1'"),
+        (("generate", "--prompt", "a", "--device", "tpu"), "Unknown device 'tpu'"),
+        (("generate", "--prompt", "a", "--dtype", "int8"), "Unknown dtype 'int8'"),
+        (("generate", "--prompt", "a", "--device", "cuda:99"), "no device 'cuda:99'"),
+    ],
+)
+def test_failures_are_one_line_and_exit_with_1(
+    run: Run, args: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*args)
+    assert (code, out) == (1, "")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("attnctl: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(attnctl.AttnctlError, match="no file"):
+        main(["generate", "--from", "none.png", "--debug"])
+
+
+# generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_an_image_and_its_record(run: Run, folder: str, tmp_path: Path) -> None:
+    code, out, err = run(*generate(folder, tmp_path, "--negative", "a dog", "--guidance", 3, "--json"))
+    assert code == 0
+    data = json.loads(out)
+    (row,) = data["images"]
+    path = Path(row["path"])
+    assert path == tmp_path / "a-cat-0.png"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cat-0.json", "a-cat-0.png"]
+    (record,) = read(path)
+    with Image.open(path) as image:
+        assert pixels_sha256(image) == record.sha256[0] == row["sha256"]
+        assert image.size == (record.width, record.height) == (16, 16)
+    assert record.prompts == ("a cat",)
+    assert (record.negative, record.guidance, record.steps, record.seeds) == ("a dog", 3.0, 2, (0,))
+    assert (record.model, record.pipeline) == ("tiny-sd", "StableDiffusionPipeline")
+    assert (record.device, record.dtype, record.generator_device) == ("cpu", "float32", "cpu")
+    assert record.scheduler["_class_name"] == "DDIMScheduler"
+    assert record.revision is not None
+    assert record.revision.startswith("sha256:")
+    assert record.versions["torch"] == torch.__version__.split("+")[0]
+    assert str(tmp_path) not in path.with_suffix(".json").read_text()
+    assert folder not in path.with_suffix(".json").read_text()
+    assert "Loading" in err
+
+
+def test_controls_act_and_are_recorded(run: Run, folder: str, tmp_path: Path) -> None:
+    code, _, _ = run(*generate(folder, tmp_path))
+    assert code == 0
+    more = ("--control", 'PAG(scale=2.0, sites="mid")', "--control", 'SoftPAG(u=0.3, sites="up.1")')
+    code, out, err = run(*generate(folder, tmp_path, *more, "--json"))
+    assert code == 0
+    data = json.loads(out)
+    (record,) = read(data["images"][0]["path"])
+    (plain,) = read(tmp_path / "a-cat-0.png")
+    assert Path(data["images"][0]["path"]).name == "a-cat-pag-softpag-0.png"
+    assert [c["method"] for c in record.controls] == ["PAG", "SoftPAG"]
+    assert record.controls[0]["scale"] == 2.0
+    assert all("mid_block" in name for name in record.sites[0])
+    assert all("up_blocks.1" in name for name in record.sites[1])
+    assert record.sha256 != plain.sha256
+    assert "PAG(" in err
+    assert record.sites[0][0] in err
+    assert plain.controls == plain.sites == ()
+
+
+def test_seeds_count_up_and_each_image_stands_alone(run: Run, folder: str, tmp_path: Path) -> None:
+    args = ("--prompt", "a dog", "--num", 2, "--seed", 5, "--json")
+    code, out, _ = run(*generate(folder, tmp_path / "all", *args))
+    assert code == 0
+    rows = json.loads(out)["images"]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [("a cat", 5), ("a cat", 6), ("a dog", 7), ("a dog", 8)]
+    assert len({row["sha256"] for row in rows}) == 4
+    code, out, _ = run(*generate(folder, tmp_path / "one", "--seed", 6, "--json"))
+    assert json.loads(out)["images"][0]["sha256"] == rows[1]["sha256"]
+
+
+def test_the_global_generator_is_left_alone(run: Run, folder: str, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    assert run(*generate(folder, tmp_path, "--control", "PAG"))[0] == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generate_does_not_overwrite(run: Run, folder: str, tmp_path: Path) -> None:
+    assert run(*generate(folder, tmp_path))[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    code, out, err = run(*generate(folder, tmp_path))
+    assert (code, out) == (1, "")
+    assert "already there" in err
+    assert "--force" in err
+    assert "Loading" not in err, "refuse before the work, not after it"
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert run(*generate(folder, tmp_path, "--force"))[0] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--control", "PAG(scale=2.0)"), ("--batch", 3, "--num", 3)])
+def test_the_same_image_again(run: Run, folder: str, tmp_path: Path, more: tuple[object, ...]) -> None:
+    code, out, _ = run(*generate(folder, tmp_path, *more, "--json"))
+    assert code == 0
+    last = Path(json.loads(out)["images"][-1]["path"])
+    for source in (last, last.with_suffix(".json")):
+        code, out, err = run(
+            "generate", "--from", source, "--model", folder, "--out", tmp_path / source.suffix, "--json"
+        )
+        assert code == 0, err
+        data = json.loads(out)
+        assert data["identical"] is True
+        (row,) = data["images"]
+        with Image.open(last) as first, Image.open(row["path"]) as second:
+            assert (np.asarray(first) == np.asarray(second)).all()
+        (again,) = read(row["path"])
+        assert again.sha256 == read(last)[0].sha256
+        assert "pixel for pixel" in err
+
+
+def changed(path: Path, **fields: Any) -> Path:
+    """Write a record with other fields beside an image."""
+    data = read(path)[0].to_dict() | fields
+    other = path.with_name("changed.json")
+    other.write_text(json.dumps(Record.from_dict(data).to_dict()))
+    return other
+
+
+def test_a_different_version_is_named(run: Run, folder: str, tmp_path: Path) -> None:
+    assert run(*generate(folder, tmp_path))[0] == 0
+    versions = read(tmp_path / "a-cat-0.png")[0].versions | {"torch": "1.0", "diffusers": "0.0"}
+    other = changed(tmp_path / "a-cat-0.png", versions=versions, sha256=["0" * 64])
+    code, out, err = run("generate", "--from", other, "--model", folder, "--out", tmp_path / "again", "--json")
+    assert code == 1
+    data = json.loads(out)
+    assert data["identical"] is False
+    assert set(data["differences"]) == {"torch", "diffusers"}
+    assert data["differences"]["torch"]["recorded"] == "1.0"
+    assert "torch: recorded 1.0, here" in err
+    assert Path(data["images"][0]["path"]).exists()
+
+
+def test_another_scheduler_is_restored(run: Run, folder: str, tmp_path: Path) -> None:
+    assert run(*generate(folder, tmp_path))[0] == 0
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear"}
+    other = changed(tmp_path / "a-cat-0.png", scheduler=scheduler)
+    code, out, _ = run("generate", "--from", other, "--model", folder, "--out", tmp_path / "again", "--json")
+    assert code == 1
+    (again,) = read(json.loads(out)["images"][0]["path"])
+    assert again.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    for bad in ("UNet2DConditionModel", "__import__", "nothing", None):
+        other = changed(tmp_path / "a-cat-0.png", scheduler={"_class_name": bad})
+        code, _, err = run("generate", "--from", other, "--model", folder, "--out", tmp_path / "bad")
+        assert code == 1
+        assert "scheduler" in err
+
+
+def test_records_of_other_models_are_refused(run: Run, folder: str, tmp_path: Path) -> None:
+    assert run(*generate(folder, tmp_path))[0] == 0
+    code, _, err = run("generate", "--from", tmp_path / "a-cat-0.png", "--out", tmp_path / "again")
+    assert code == 2
+    assert "local model 'tiny-sd'" in err
+    other = changed(tmp_path / "a-cat-0.png", pipeline="FluxPipeline")
+    code, _, err = run("generate", "--from", other, "--model", folder, "--out", tmp_path / "again")
+    assert code == 1
+    assert "FluxPipeline" in err
+    other = changed(tmp_path / "a-cat-0.png", model="../../etc", revision=None)
+    assert run("generate", "--from", other, "--out", tmp_path / "again")[0] == 2
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_record_with_an_unknown_method_is_refused(run: Run, folder: str, tmp_path: Path) -> None:
+    assert run(*generate(folder, tmp_path))[0] == 0
+    other = changed(tmp_path / "a-cat-0.png", controls=[{"method": "PAGG"}])
+    code, _, err = run("generate", "--from", other, "--model", folder, "--out", tmp_path / "again")
+    assert code == 1
+    assert "Did you mean 'PAG'" in err
+
+
+def test_pickled_weights_are_not_loaded(run: Run, folder: str, tmp_path: Path) -> None:
+    import shutil
+
+    bad = tmp_path / "model"
+    shutil.copytree(folder, bad)
+    for path in bad.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    code, _, err = run(*generate(str(bad), tmp_path / "out"))
+    assert code == 1
+    assert "Cannot load" in err
+
+
+def test_remote_code_is_not_run(run: Run, folder: str, tmp_path: Path) -> None:
+    import shutil
+
+    bad, mark = tmp_path / "model", tmp_path / "it-ran"
+    shutil.copytree(folder, bad)
+    code = f"open({str(mark)!r}, 'w')\nfrom diffusers import StableDiffusionPipeline\n"
+    (bad / "pipeline.py").write_text(code + "class Evil(StableDiffusionPipeline):\n    pass\n")
+    index = json.loads((bad / "model_index.json").read_text())
+    (bad / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Evil"]}))
+    (bad / "unet" / "evil.py").write_text(code)
+    assert run(*generate(str(bad), tmp_path / "out"))[0] == 1
+    assert run("sites", bad)[0] in (0, 1)
+    assert not mark.exists()
+
+
+def test_the_output_folder_may_not_be_a_file(run: Run, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    code, _, err = run(*generate(folder, tmp_path / "out"))
+    assert code == 1
+    assert "expected a folder" in err
+
+
+def test_prompts_never_leave_the_folder(run: Run, folder: str, tmp_path: Path) -> None:
+    args = ["generate", "--model", folder, "--prompt", "../../a cat", "--height", 16, "--width", 16, "--steps", 1]
+    assert run(*args, "--out", tmp_path / "deep" / "out")[0] == 0
+    assert {p.suffix for p in (tmp_path / "deep" / "out").iterdir()} == {".png", ".json"}
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+
+
+# sites and env ---------------------------------------------------------------------------------------------------
+
+
+def test_sites_lists_what_find_sites_finds(run: Run, folder: str) -> None:
+    code, out, _ = run("sites", folder, "--json")
+    assert code == 0
+    data = json.loads(out)
+    found = attnctl.find_sites(zoo_pipelines.build("sd")[0])
+    assert [s["name"] for s in data["sites"]] == [s.name for s in found]
+    assert [(s["depth"], s["kind"], s["heads"], s["head_dim"]) for s in data["sites"]] == [
+        (s.depth, s.kind, s.heads, s.head_dim) for s in found
+    ]
+    code, out, err = run("sites", folder)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["depth", "name", "kind", "heads", "head", "dim", "grid"]
+    assert len(lines) == len(found) + 2
+    assert f"{len(found)} sites" in err
+
+
+def test_sites_reads_no_weights(run: Run, folder: str, tmp_path: Path) -> None:
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run("sites", bare)[0] == 0
+
+
+def test_env_names_versions_and_kernels(run: Run) -> None:
+    code, out, _ = run("env", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["versions"]["attnctl"] == attnctl.__version__
+    assert {"torch", "diffusers", "transformers", "python"} <= set(data["versions"])
+    kernels = {k["name"]: k for k in data["kernels"]}
+    assert kernels["sdpa"]["available"]
+    assert all(k["available"] or k["reason"] for k in kernels.values())
+    code, out, err = run("env")
+    assert code == 0
+    assert "kernel" in out
+    assert err == ""
+
+
+def test_a_closed_pipe_is_no_traceback(folder: str) -> None:
+    command = f"{sys.executable} -m attnctl.cli sites {folder} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env={**os.environ})
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("depth")
+
+
+# demo ------------------------------------------------------------------------------------------------------------
+
+
+@needs_weights
+def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> None:
+    small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
+    code, out, err = run("demo", *small, "--out", tmp_path, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert [panel["name"] for panel in data["panels"]] == [panel.name for panel in PANELS]
+    for panel in data["panels"]:
+        for mark in ("present", "bound", "right"):
+            one = panel[mark]
+            assert one["n"] == 4
+            assert 0 <= one["low"] <= one["k"] / 4 <= one["high"] <= 1
+    records = read(tmp_path / "demo.png")
+    assert [len(r.controls) for r in records] == [len(panel.controls) for panel in PANELS]
+    assert {r.seeds for r in records} == {(0, 1, 2)}
+    assert {r.shows for r in records} == {(0, 1)}
+    code, _, err = run("demo", *small, "--out", tmp_path)
+    assert code == 1
+    assert "already there" in err
+    code, out, err = run("generate", "--from", tmp_path / "demo.png", "--out", tmp_path / "again", "--json")
+    assert code == 0, err
+    again = json.loads(out)
+    assert again["identical"] is True
+    assert len(again["images"]) == 2 * len(PANELS)
+
+
+@needs_weights
+def test_the_demo_prints_a_table(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("demo", "--prompts", 1, "--seeds", 1, "--steps", 1, "--out", tmp_path)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[2:5]] == [panel.name for panel in PANELS]
+    assert "95 % Wilson" in out
+    assert "demo.png" in err
+
+
+# Small things ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (0, 0, 0.0, 1.0)]
+)
+def test_wilson_matches_the_textbook(k: int, n: int, low: float, high: float) -> None:
+    assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_tables_align() -> None:
+    assert table(("name", "n"), [("a", 1), ("bcd", 100)]) == "name    n\n----  ---\na       1\nbcd   100"
