@@ -206,7 +206,9 @@ def test_a_leaking_colour_is_marked_wrong(part: float) -> None:
     wrong = []
     for scene in [sample(rng, 1) for _ in range(200)]:
         (a,) = scene.things
-        leak = render(Scene((Thing(a.shape, "blue" if a.color != "blue" else "red", a.x, a.y, a.size),), scene.background))
+        leak = render(
+            Scene((Thing(a.shape, "blue" if a.color != "blue" else "red", a.x, a.y, a.size),), scene.background)
+        )
         image = render(scene)
         cut = int(a.x - a.size + 2 * part * a.size)
         image[:, cut:] = leak[:, cut:]
@@ -241,7 +243,9 @@ def test_noise_alone_crashes_nothing() -> None:
         assert not verdict.matches("a red circle on gray").right
 
 
-@pytest.mark.parametrize("bad", [np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8), "x"])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8), "x"]
+)
 def test_the_judge_refuses_other_pictures(bad: object) -> None:
     with pytest.raises(JudgeError, match="64x64"):
         judge(bad)

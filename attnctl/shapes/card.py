@@ -15,9 +15,9 @@ pipeline_tag: text-to-image
 ---
 # shapes text2image
 
-A StableDiffusionPipeline of {params} million parameters, trained from nothing on drawn scenes: one coloured shape, seldom
-two, on a plain background, 64x64. It exists to show and measure attention control where every picture can be judged
-exactly, offline. It knows 30 colour-shape pairs and nothing else.
+A StableDiffusionPipeline of {params} million parameters, trained from nothing on drawn scenes: one coloured shape,
+seldom two, on a plain background, 64x64. It exists to show and measure attention control where every picture can be
+judged exactly, offline. It knows 30 colour-shape pairs and nothing else.
 
 ```python
 import attnctl
@@ -29,13 +29,14 @@ pipe("a red circle and a blue square on gray", num_inference_steps=20, guidance_
 
 _TAIL = """
 ## Training
-`python -m attnctl.shapes.train text2image`: autoencoder (64x64x3 to 16x16x4), then text encoder and UNet together on cached
-latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as float16. An eighth of the
-scenes have two objects, none has three. Held out: {held} occur as single objects only, never beside another.
+`python -m attnctl.shapes.train text2image`: autoencoder (64x64x3 to 16x16x4), then text encoder and UNet together on
+cached latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as float16. An
+eighth of the scenes have two objects, none has three. Held out: {held} occur as single objects only, never
+beside another.
 
 ## Limits
 Two objects are meant to fail often: the headroom is what attention control is measured on. Prompts outside "a COLOUR
-SHAPE [and a COLOUR SHAPE] on BACKGROUND" are legal and mean nothing. Pictures are 64x64; other sizes were never trained.
+SHAPE [and a COLOUR SHAPE] on BACKGROUND" are legal and mean nothing. Pictures are 64x64; no other size was trained.
 """
 
 

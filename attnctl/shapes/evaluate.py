@@ -1,7 +1,7 @@
 """Measure a shapes model: `python -m attnctl.shapes.evaluate text2image [--folder DIR] [--quick] [--sheet out.png]`.
 
-The guidance scale is chosen on tuning prompts; the figures are then taken on report prompts with other seeds. They go to
-stdout, to `evaluation.json` and into the model card, both beside the weights.
+The guidance scale is chosen on tuning prompts; the figures are then taken on report prompts with other seeds. They go
+to stdout, to `evaluation.json` and into the model card, both beside the weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.shapes.card import write_card
@@ -89,9 +90,7 @@ class NounMaps:
     def __enter__(self) -> NounMaps:
         """Plug the capturing processors in."""
         self.before = dict(self.unet.attn_processors)
-        self.unet.set_attn_processor(
-            {n: _Record(self, n) if "attn2" in n else p for n, p in self.before.items()}
-        )
+        self.unet.set_attn_processor({n: _Record(self, n) if "attn2" in n else p for n, p in self.before.items()})
         self.hook = self.unet.register_forward_hook(self._count)
         return self
 
@@ -129,15 +128,16 @@ class _Record:
     ) -> Tensor:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
-            attn.head_to_batch_dim(f(x))
-            for f, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
+            attn.head_to_batch_dim(f(x)) for f, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
         )
         probs = attn.get_attention_scores(q, k, attention_mask)
         self.maps.add(self.name, probs, attn.heads)
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probs, v))))
 
 
-def localisation(pipe: object, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32) -> dict[str, list[bool]]:
+def localisation(
+    pipe: object, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32
+) -> dict[str, list[bool]]:
     """Say for single-object pictures whether the noun's map peaks inside its object's box.
 
     Returns:
@@ -172,7 +172,7 @@ def _peak(layers: Iterable[Tensor]) -> tuple[int, int]:
     for layer in layers:
         side = math.isqrt(len(layer))
         grid = (layer / layer.sum()).reshape(1, 1, side, side)
-        total += torch.nn.functional.interpolate(grid, (SIZE, SIZE), mode="bicubic", align_corners=False)[0, 0] * side**2
+        total += F.interpolate(grid, (SIZE, SIZE), mode="bicubic", align_corners=False)[0, 0] * side**2
     place = int(total.argmax())
     return divmod(place, SIZE)
 

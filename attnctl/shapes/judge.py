@@ -1,9 +1,9 @@
 """Mark pictures of the shapes world: which objects of which colour and shape are where, and is it what was asked.
 
-OpenCV and NumPy only. A picture is segmented by the nearest of the world's ten colours in Lab; each connected region of
-an object colour is refined to a soft coverage mask (how far each pixel lies between background and object colour) and
-compared, scaled to its bounding box, with the five shapes; the best intersection over union names the shape and measures
-its quality. What is too small, or looks like no shape, still counts as something that nobody asked for.
+OpenCV and NumPy only. A picture is segmented by the nearest of the world's ten colours in Lab; each connected region
+of an object colour is refined to a soft coverage mask (how far each pixel lies between background and object colour)
+and compared, scaled to its bounding box, with the five shapes; the best intersection over union names the shape and
+measures its quality. What is too small, or looks like no shape, still counts as something that nobody asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MIN_IOU = 0.75  # a circle cut out of a square has 0.785, but then the square wi
 _NAMES = (*COLORS, *BACKGROUNDS)
 _N_COLORS = len(COLORS)
 _CANON = 48  # side of the frame in which regions and templates are compared
+_TRIANGLE = SHAPES.index("triangle")
 _ASPECT = 1.45  # the triangle is 2.0 by 1.8
 
 
@@ -144,7 +145,9 @@ def judge(image: object) -> Verdict:
         core = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
         n, labels, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=8)
         found += [
-            _look(rgb, labels == i, names[index], background) for i in range(1, n) if stats[i, cv2.CC_STAT_AREA] >= MIN_AREA
+            _look(rgb, labels == i, names[index], background)
+            for i in range(1, n)
+            if stats[i, cv2.CC_STAT_AREA] >= MIN_AREA
         ]
     return Verdict(tuple(sorted(found, key=lambda f: -f.area)), background)
 
@@ -165,10 +168,10 @@ def _look(rgb: np.ndarray, region: np.ndarray, color: str, background: str) -> F
         cover = region.astype(np.float32)
     left, top, right, bottom = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
     # The true edges lie where the coverage profile says, not on whole pixels.
-    l, r = _edges(cover.max(0), left, right)
-    t, b = _edges(cover.max(1), top, bottom)
-    shape, iou = _classify(cover, l, t, r, b)
-    return Found(shape, color, (l + r) / 2, (t + b) / 2, (left, top, right, bottom), float(cover.sum()), iou)
+    x0, x1 = _edges(cover.max(0), left, right)
+    y0, y1 = _edges(cover.max(1), top, bottom)
+    shape, iou = _classify(cover, x0, y0, x1, y1)
+    return Found(shape, color, (x0 + x1) / 2, (y0 + y1) / 2, (left, top, right, bottom), float(cover.sum()), iou)
 
 
 def _edges(profile: np.ndarray, first: int, last: int) -> tuple[float, float]:
@@ -177,19 +180,28 @@ def _edges(profile: np.ndarray, first: int, last: int) -> tuple[float, float]:
     return first + 1 - float(profile[first]) - before, last - 1 + float(profile[last - 1]) + after
 
 
-def _classify(cover: np.ndarray, l: float, t: float, r: float, b: float) -> tuple[str | None, float]:
-    width, height = max(r - l, 1.0), max(b - t, 1.0)
-    # Sample the box on a fixed frame, as warpAffine maps frame pixels to picture pixels.
-    sx, sy = width / _CANON, height / _CANON
-    matrix = np.array([[sx, 0, l + sx / 2 - 0.5], [0, sy, t + sy / 2 - 0.5]], np.float32)
-    frame = cv2.warpAffine(cover, matrix, (_CANON, _CANON), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    frame = (frame > 0.5).astype(np.float32)
+def _classify(cover: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> tuple[str | None, float]:
+    width, height = max(x1 - x0, 1.0), max(y1 - y0, 1.0)
     templates = _templates()
-    both = np.minimum(templates, frame).sum((1, 2))
-    iou = both / np.maximum(templates, frame).sum((1, 2))
+    iou = np.zeros(len(SHAPES))
+    # Sharp corners fade before the box can be seen, so a triangle may reach a little further than its box.
+    for reach in (0.0, 1.0, 2.0):
+        frame = _frame(cover, x0 - reach / 2, y0 - reach, width + reach, height + reach)
+        some = slice(None) if reach == 0 else slice(_TRIANGLE, _TRIANGLE + 1)
+        both = np.minimum(templates[some], frame).sum((1, 2))
+        iou[some] = np.maximum(iou[some], both / np.maximum(templates[some], frame).sum((1, 2)))
     best = int(np.argmax(iou))
     squeezed = max(width / height, height / width) > _ASPECT
     return (SHAPES[best] if iou[best] >= MIN_IOU and not squeezed else None), float(iou[best])
+
+
+def _frame(cover: np.ndarray, x0: float, y0: float, width: float, height: float) -> np.ndarray:
+    """Sample a box on the fixed frame, 0 or 1."""
+    sx, sy = width / _CANON, height / _CANON
+    # warpAffine maps the centre of frame pixel i to picture coordinate matrix @ i, with centres on whole numbers.
+    matrix = np.array([[sx, 0, x0 + sx / 2 - 0.5], [0, sy, y0 + sy / 2 - 0.5]], np.float32)
+    frame = cv2.warpAffine(cover, matrix, (_CANON, _CANON), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return (frame > 0.5).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attnctl.errors import ConfigError
 from attnctl.shapes.muon import Muon
 
-__all__ = ["Plan", "average_decay", "learning_rate", "load_checkpoint", "step_generator", "train"]
+__all__ = ["Plan", "average_decay", "learning_rate", "load_checkpoint", "named_parameters", "step_generator", "train"]
 
 _FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json")
 
@@ -93,7 +94,7 @@ def train(
     from tqdm import tqdm
 
     out = Path(out)
-    params = {f"{m}/{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    params = named_parameters(modules)
     average = {n: p.detach().clone() for n, p in params.items()}
     optimizer = _optimizer(params, plan)
     start = 0
@@ -129,6 +130,11 @@ def train(
     return average
 
 
+def named_parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Name the trained parameters of several modules "module/parameter"."""
+    return {f"{m}/{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
+
+
 def load_checkpoint(
     out: str | Path,
     params: dict[str, Tensor] | None,
@@ -155,7 +161,7 @@ def load_checkpoint(
             for key, tensor in moments.items():
                 kind, _, name = key.partition(":")
                 optimizer.state[params[name]][kind] = tensor
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+    except (KeyError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(f"The checkpoint {folder} cannot be read ({error}): delete it and train anew.") from error
     return int(state["step"])
 

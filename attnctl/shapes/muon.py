@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are made orthogonal, for all weights of two and more dimensions; Adam for the rest.
 
-K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with the update scaled to Adam's typical
-size (0.2 sqrt(max(rows, columns)); Liu et al., arXiv 2502.16982), so that one learning rate serves both kinds. On two cores
-every step is dear, and this takes far fewer of them than Adam does.
+K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with the update scaled to Adam's
+typical size (0.2 sqrt(max(rows, columns)); Liu et al., arXiv 2502.16982), so that one learning rate serves both kinds.
+On two cores every step is dear, and this takes far fewer of them than Adam does.
 """
 
 from __future__ import annotations

@@ -97,9 +97,13 @@ class Thing:
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
-            raise ConfigError(f"Unknown shape {self.shape!r}; known: {', '.join(SHAPES)}." + nearest(self.shape, SHAPES))
+            raise ConfigError(
+                f"Unknown shape {self.shape!r}; known: {', '.join(SHAPES)}." + nearest(self.shape, SHAPES)
+            )
         if self.color not in COLORS:
-            raise ConfigError(f"Unknown colour {self.color!r}; known: {', '.join(COLORS)}." + nearest(self.color, COLORS))
+            raise ConfigError(
+                f"Unknown colour {self.color!r}; known: {', '.join(COLORS)}." + nearest(self.color, COLORS)
+            )
 
     @property
     def pair(self) -> tuple[str, str]:

@@ -1,14 +1,15 @@
 """The tokenizer of the shapes world: a real CLIPTokenizer whose vocabulary makes each world word one token.
 
 The folder it writes (vocab.json, merges.txt and the special tokens) loads in every supported transformers. Byte-pair
-merges are learnt on the world's words alone, until each is one token; all 256 bytes stay in the vocabulary, so any other
-text is legal and simply takes more tokens.
+merges are learnt on the world's words alone, until each is one token; all 256 bytes stay in the vocabulary, so any
+other text is legal and simply takes more tokens.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from attnctl.shapes.scenes import WORDS
@@ -27,7 +28,7 @@ def learn_merges(words: tuple[str, ...] = WORDS) -> list[tuple[str, str]]:
     split = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
     while True:
-        count = Counter(pair for s in split for pair in zip(s, s[1:], strict=False))
+        count = Counter(pair for s in split for pair in pairwise(s))
         if not count:
             return merges
         best = min(count, key=lambda p: (-count[p], p))
@@ -43,9 +44,7 @@ def write_tokenizer(folder: str | Path) -> Path:
     alphabet = list(_byte_alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), BOS, EOS]
     _dump(folder / "vocab.json", {t: i for i, t in enumerate(tokens)})
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
-    )
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     _dump(folder / "special_tokens_map.json", {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS})
     _dump(
         folder / "tokenizer_config.json",

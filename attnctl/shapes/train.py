@@ -1,27 +1,30 @@
 """Train the shapes models: `python -m attnctl.shapes.train text2image --out runs/t2i --steps 4000 [--resume]`.
 
-text2image takes three stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
-cache of encoded scenes (`cache`), then text encoder and UNet together. `vae` alone trains the autoencoder only.
+text2image takes four stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
+cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and more training for the decoder
+(`decoder`). The model `vae` is the first and the last of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.shapes import models
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
-from attnctl.shapes.loop import Plan, load_checkpoint, train
+from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, train
+from attnctl.shapes.tokenizer import write_tokenizer
 
 __all__ = ["Denoising", "export", "finish_vae", "main", "train_text2image", "train_vae"]
 
 _SNR_CAP = 5.0
+_ROUGHNESS = 0.15  # in standard deviations of a latent
 
 
 def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, quiet: bool = False) -> nn.Module:
@@ -50,7 +53,7 @@ def finish_vae(vae: nn.Module, average: dict[str, Tensor]) -> nn.Module:
     """Load averaged weights into the autoencoder and give every latent channel zero mean and unit variance."""
     vae.load_state_dict({n.removeprefix("vae/"): t for n, t in average.items()})
     vae.eval()
-    x = draw_images(torch.Generator().manual_seed(1), 256)
+    x = draw_images(torch.Generator().manual_seed(1), 128)
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     # Pipelines know one scaling factor only; the 1x1 convolutions on both sides of the latents take the rest exactly.
@@ -62,6 +65,33 @@ def finish_vae(vae: nn.Module, average: dict[str, Tensor]) -> nn.Module:
     back.weight.mul_(std[None, :, None, None])
     vae.register_to_config(scaling_factor=1.0)
     return vae
+
+
+def refine_decoder(
+    out: Path, plan: Plan, vae: nn.Module, *, batch: int = 8, resume: bool = False, quiet: bool = False
+) -> nn.Module:
+    """Train the decoder on, for the encoder as it is and for latents that are slightly wrong, as generated ones are."""
+    vae.requires_grad_(False)
+    parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = draw_images(generator, batch)
+        if torch.rand((), generator=generator) < 0.6:
+            x = draw_crops(generator, x, 4)
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+        noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
+        error = vae.decode(z + _ROUGHNESS * noise).sample - x
+        return error.abs().mean() + 3 * error.square().mean()
+
+    average = train(parts, loss, out, plan, resume=resume, quiet=quiet)
+    vae.load_state_dict(average_to_state(average), strict=False)
+    return vae.requires_grad_(False).eval()
+
+
+def average_to_state(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename averaged weights from "module/parameter" to "module.parameter"."""
+    return {n.replace("/", ".", 1): t for n, t in average.items()}
 
 
 class Denoising:
@@ -86,7 +116,7 @@ class Denoising:
         self.ids = _encode(tokenizer, [*latents.captions, ""])
         self.scheduler = models.build_scheduler()
         snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
-        # A cap for the nearly clean steps, where nothing is decided; the noisy ones, where it is, keep their full share.
+        # A cap for the nearly clean steps, where nothing is decided; the noisy ones keep their full share.
         self.weight = (snr + 1).clamp(max=_SNR_CAP) / (snr + 1)
         self.weight = self.weight / self.weight.mean()
 
@@ -109,7 +139,14 @@ class Denoising:
 
 
 def train_text2image(
-    out: Path, plan: Plan, vae: nn.Module, latents: Latents, *, resume: bool = False, quiet: bool = False, **options: object
+    out: Path,
+    plan: Plan,
+    vae: nn.Module,
+    latents: Latents,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    **options: object,
 ) -> object:
     """Train text encoder and UNet on cached latents and return the assembled pipeline with averaged weights."""
     tokenizer, text_encoder, unet = _fresh(out, plan.seed)
@@ -122,10 +159,15 @@ def export(out: Path, vae: nn.Module, target: Path) -> int:
     """Write the averaged weights of the last checkpoint as a pipeline folder in fp16; return the checkpoint's step."""
     tokenizer, text_encoder, unet = _fresh(out, 0)
     modules = {"text_encoder": text_encoder, "unet": unet}
-    average = {f"{m}/{n}": p.detach().clone() for m, module in modules.items() for n, p in module.named_parameters()}
+    average = {n: p.detach().clone() for n, p in named_parameters(modules).items()}
     step = load_checkpoint(out, None, average)
     pipe = _with_average(average, vae, text_encoder, tokenizer, unet)
     pipe.to(dtype=torch.float16).save_pretrained(target, safe_serialization=True)
+    # The newest transformers writes a format that older ones cannot read; these files serve all of them.
+    shutil.rmtree(target / "tokenizer")
+    write_tokenizer(target / "tokenizer")
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)  # some writers leave it readable by its owner only
     return step
 
 
@@ -136,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=4000, help="steps of text encoder and UNet")
     parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--scenes", type=int, default=24000, help="single-object scenes to encode; pairs: a third more")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
@@ -146,21 +189,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 autocast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="one can be as fast on a busy machine")
+    parser.add_argument("--export-only", action="store_true", help="write out the last checkpoint, train nothing")
     parser.add_argument("--export", type=Path, help="write the pipeline folder here (default: OUT/pipeline)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
 
     out: Path = args.out
     vae_plan = Plan(steps=args.vae_steps, lr=2e-3, seed=args.seed, average=0.99, save_every=250)
     vae = train_vae(out / "vae", vae_plan, resume=True)
+    refine = Plan(steps=args.decoder_steps, optimizer="muon", seed=args.seed + 1, average=0.995, cooldown=0.5)
     if args.model == "vae":
+        refine_decoder(out / "decoder", refine, vae, resume=True)
         return 0
     latents = make_cache(out / "cache", vae, n_single=args.scenes, n_pairs=args.scenes // 3, seed=args.seed)
     plan = Plan(steps=args.steps, optimizer=args.optimizer, lr=args.lr, seed=args.seed, save_every=args.save_every)
-    train_text2image(
-        out / "unet", plan, vae, latents, resume=args.resume,
-        batch=args.batch, pairs=args.pairs, bf16=not args.fp32, compiled=args.compile,
-    )  # fmt: skip
+    if not args.export_only:
+        train_text2image(
+            out / "unet", plan, vae, latents, resume=args.resume,
+            batch=args.batch, pairs=args.pairs, bf16=not args.fp32, compiled=args.compile,
+        )  # fmt: skip
+        vae = refine_decoder(out / "decoder", refine, vae, resume=True)
+    elif (out / "decoder" / "checkpoint").exists():
+        parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+        average = {n: p.detach().clone() for n, p in named_parameters(parts).items()}
+        load_checkpoint(out / "decoder", None, average)
+        vae.load_state_dict(average_to_state(average), strict=False)
     step = export(out / "unet", vae, args.export or out / "pipeline")
     print(f"wrote {args.export or out / 'pipeline'} (step {step})")
     return 0
