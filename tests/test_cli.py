@@ -63,7 +63,8 @@ def test_help_is_no_failure(run: Run, args: tuple[str, ...]) -> None:
 
 def test_the_commands_import_nothing_heavy() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'cv2', 'matplotlib', 'xformers', 'PIL', 'numpy'}"
-    code = f"import sys, attnctl; a = set(sys.modules); import attnctl.cli; print(sorted({heavy} & (set(sys.modules) - a)))"
+    new = "set(sys.modules) - before"
+    code = f"import sys, attnctl; before = set(sys.modules); import attnctl.cli; print(sorted({heavy} & ({new})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
 

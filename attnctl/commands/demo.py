@@ -123,9 +123,9 @@ class Demo(Common):
             force=self.force,
         )
         panels = [_marks(panel, column) for panel, column in zip(PANELS, columns, strict=True)]
-        for column in columns:
-            if column["report"]:
-                say(column["report"])
+        for panel, row in zip(PANELS, panels, strict=True):
+            for control, names in zip(panel.controls, row["sites"], strict=True):
+                say(f"{control} acts on {', '.join(names)}")
         say(f"{seconds:.0f} s of computing; picture in {path}")
         data = {
             "picture": str(path),
@@ -151,7 +151,6 @@ def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
     return {
         "images": images,
         "records": [one.record for one in done],
-        "report": done[-1].report,
         "present": [match.all_present for match in matches],
         "bound": [all(match.bound) for match in matches],
         "right": [match.right for match in matches],
@@ -167,7 +166,7 @@ def _sheet(columns: Sequence[dict[str, Any]], prompts: Sequence[str], seeds: Seq
         rows,
         len(columns),
         [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
-        ["\n".join((panel.name, *panel.controls)) for panel in PANELS],
+        ["\n".join(panel.controls) or panel.name for panel in PANELS],
         footer=(
             "Green frame: the judge finds both objects, each in its own colour and shape, and nothing else. "
             f"The first {rows} of {demo.prompts * demo.seeds} images, not chosen; CFG {demo.guidance:g}, "
