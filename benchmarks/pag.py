@@ -281,8 +281,9 @@ def main() -> int:
     if not options.flops:
         result["wall"] = w = wall(options.repeats)
         print(
-            f"whole run, SD1.5-shaped: plain {w['seconds']['plain']:.2f} s, diffusers' PAG {w['seconds']['theirs']:.2f} s, "
-            f"attnctl {w['seconds']['ours']:.2f} s; wall ratio {w['wall_ratio']:.3f} at FLOP ratio {w['flop_ratio']:.3f}; "
+            f"whole run, SD1.5-shaped: plain {w['seconds']['plain']:.2f} s, "
+            f"diffusers' PAG {w['seconds']['theirs']:.2f} s, attnctl {w['seconds']['ours']:.2f} s; "
+            f"wall ratio {w['wall_ratio']:.3f} at FLOP ratio {w['flop_ratio']:.3f}; "
             f"latents differ by {w['relative_difference_of_latents']:.1e}",
             file=sys.stderr,
         )
