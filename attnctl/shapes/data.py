@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnctl.shapes.scenes import caption, render, sample
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 __all__ = ["Latents", "draw_crops", "draw_images", "make_cache", "to_tensor"]
 
@@ -58,7 +62,7 @@ def draw_crops(generator: torch.Generator, x: Tensor, each: int) -> Tensor:
 
 
 @torch.no_grad()
-def make_cache(folder: str | Path, vae: nn.Module, *, n_single: int, n_pairs: int, seed: int = 0) -> Latents:
+def make_cache(folder: str | Path, vae: AutoencoderKL, *, n_single: int, n_pairs: int, seed: int = 0) -> Latents:
     """Encode training scenes once, or read them back where `folder` already holds them."""
     from tqdm import tqdm
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -24,6 +25,10 @@ from attnctl.shapes.card import write_card
 from attnctl.shapes.judge import judge
 from attnctl.shapes.load import WEIGHTS, load_shapes
 from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import Attention
 
 __all__ = ["NounMaps", "contact_sheet", "evaluate", "generate", "localisation", "main", "score", "wilson"]
 
@@ -41,16 +46,14 @@ def wilson(hits: int, n: int) -> tuple[float, float, float]:
 
 
 def generate(
-    pipe: object, prompts: Sequence[str], *, scale: float, seed: int, steps: int = 20, batch: int = 32
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], *, scale: float, seed: int, steps: int = 20, batch: int = 32
 ) -> list[np.ndarray]:
     """Make one picture per prompt, uint8 RGB; picture i has the noise of seed + i, whatever the batch size."""
     images: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        out = pipe(  # type: ignore[operator]
-            part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np"
-        ).images
+        out = pipe(part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np").images
         images += list(np.round(out * 255).astype(np.uint8))
     return images
 
@@ -75,11 +78,11 @@ class NounMaps:
     layer, a tensor [prompts, tokens on the grid] (mean over heads).
     """
 
-    def __init__(self, pipe: object, prompts: Sequence[str], words: Sequence[str], steps: int) -> None:
-        self.unet = pipe.unet  # type: ignore[attr-defined]
+    def __init__(self, pipe: StableDiffusionPipeline, prompts: Sequence[str], words: Sequence[str], steps: int) -> None:
+        self.unet = pipe.unet
         self.steps, self.calls = steps, 0
         self.maps: dict[str, Tensor] = {}
-        encode = pipe.tokenizer  # type: ignore[attr-defined]
+        encode = pipe.tokenizer
         self.tokens = torch.tensor(
             [
                 encode(p).input_ids.index(encode(w, add_special_tokens=False).input_ids[0])
@@ -120,7 +123,7 @@ class _Record:
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -136,16 +139,16 @@ class _Record:
 
 
 def localisation(
-    pipe: object, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32
-) -> dict[str, list[bool]]:
+    pipe: StableDiffusionPipeline, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32
+) -> dict[str, list[float]]:
     """Say for single-object pictures whether the noun's map peaks inside its object's box.
 
     Returns:
-        For "mid", "up" (mean of each block's layers) and "mid+up": one truth value per picture that the judge finds
+        For "mid", "up" (mean of each block's layers) and "mid+up": 1 or 0 per picture that the judge finds
         right, and under "chance" the share of the picture that the boxes take.
     """
     singles = single_prompts()
-    inside: dict[str, list] = {"mid": [], "up": [], "mid+up": [], "chance": []}
+    inside: dict[str, list[float]] = {"mid": [], "up": [], "mid+up": [], "chance": []}
     for first in range(0, n, batch):
         prompts = [singles[(7 * (first + i)) % len(singles)] for i in range(min(batch, n - first))]
         with NounMaps(pipe, prompts, [parse(p).things[0].shape for p in prompts], steps) as record:
@@ -163,7 +166,7 @@ def localisation(
             inside["chance"].append((right - left) * (bottom - top) / SIZE**2)
             for group, layers in groups.items():
                 y, x = _peak([m[i] for m in layers])
-                inside[group].append(left <= x < right and top <= y < bottom)
+                inside[group].append(float(left <= x < right and top <= y < bottom))
     return inside
 
 
@@ -195,7 +198,9 @@ def contact_sheet(images: Sequence[np.ndarray], prompts: Sequence[str], columns:
     return sheet
 
 
-def evaluate(pipe: object, *, n: int = 512, tune: int = 120, steps: int = 20, scales: Sequence[float] = SCALES) -> dict:
+def evaluate(
+    pipe: StableDiffusionPipeline, *, n: int = 512, tune: int = 120, steps: int = 20, scales: Sequence[float] = SCALES
+) -> dict:
     """Choose the guidance scale on tuning prompts, then measure on report prompts; all shares in percent."""
     singles = single_prompts()
     sweep = {}
@@ -220,7 +225,7 @@ def evaluate(pipe: object, *, n: int = 512, tune: int = 120, steps: int = 20, sc
         result[name]["iou"] = round(float(np.mean(shown)), 3) if shown else 0.0
         print(name, result[name], flush=True)
     inside = localisation(pipe, scale=best, n=min(n, 256), seed=30_000, steps=steps)
-    result["noun_maps"] = {k: wilson(sum(v), len(v)) for k, v in inside.items() if k != "chance"}
+    result["noun_maps"] = {k: wilson(int(sum(v)), len(v)) for k, v in inside.items() if k != "chance"}
     result["noun_maps"]["chance"] = round(100 * float(np.mean(inside["chance"] or [0.0])), 1)
     print("noun maps", result["noun_maps"], flush=True)
     return result

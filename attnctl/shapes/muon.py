@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([g for g in groups if g["params"]], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step on the gradients that are there."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -60,6 +60,7 @@ class Muon(torch.optim.Optimizer):
     def _matrices(self, params: list[Tensor], group: dict) -> None:
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in params:
+            assert p.grad is not None
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
@@ -76,6 +77,7 @@ class Muon(torch.optim.Optimizer):
     def _vectors(self, params: list[Tensor], group: dict) -> None:
         b1, b2 = group["betas"]
         for p in params:
+            assert p.grad is not None
             state = self.state[p]
             if not state:
                 state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.zeros(())}

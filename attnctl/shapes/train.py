@@ -11,15 +11,20 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnctl.shapes import models
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
 from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, train
 from attnctl.shapes.tokenizer import write_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 __all__ = ["Denoising", "export", "finish_vae", "main", "train_text2image", "train_vae"]
 
@@ -27,7 +32,7 @@ _SNR_CAP = 5.0
 _ROUGHNESS = 0.15  # in standard deviations of a latent
 
 
-def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, quiet: bool = False) -> nn.Module:
+def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, quiet: bool = False) -> AutoencoderKL:
     """Train the autoencoder on fresh scenes of one to three objects and return it."""
     torch.manual_seed(plan.seed)
     vae = models.build_vae()
@@ -49,7 +54,7 @@ def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, qu
 
 
 @torch.no_grad()
-def finish_vae(vae: nn.Module, average: dict[str, Tensor]) -> nn.Module:
+def finish_vae(vae: AutoencoderKL, average: dict[str, Tensor]) -> AutoencoderKL:
     """Load averaged weights into the autoencoder and give every latent channel zero mean and unit variance."""
     vae.load_state_dict({n.removeprefix("vae/"): t for n, t in average.items()})
     vae.eval()
@@ -68,8 +73,8 @@ def finish_vae(vae: nn.Module, average: dict[str, Tensor]) -> nn.Module:
 
 
 def refine_decoder(
-    out: Path, plan: Plan, vae: nn.Module, *, batch: int = 8, resume: bool = False, quiet: bool = False
-) -> nn.Module:
+    out: Path, plan: Plan, vae: AutoencoderKL, *, batch: int = 8, resume: bool = False, quiet: bool = False
+) -> AutoencoderKL:
     """Train the decoder on, for the encoder as it is and for latents that are slightly wrong, as generated ones are."""
     vae.requires_grad_(False)
     parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
@@ -99,9 +104,9 @@ class Denoising:
 
     def __init__(
         self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        tokenizer: object,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
         latents: Latents,
         *,
         batch: int = 64,
@@ -141,21 +146,21 @@ class Denoising:
 def train_text2image(
     out: Path,
     plan: Plan,
-    vae: nn.Module,
+    vae: AutoencoderKL,
     latents: Latents,
     *,
     resume: bool = False,
     quiet: bool = False,
-    **options: object,
-) -> object:
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Train text encoder and UNet on cached latents and return the assembled pipeline with averaged weights."""
     tokenizer, text_encoder, unet = _fresh(out, plan.seed)
-    loss = Denoising(unet, text_encoder, tokenizer, latents, **options)  # type: ignore[arg-type]
+    loss = Denoising(unet, text_encoder, tokenizer, latents, **options)
     average = train({"text_encoder": text_encoder, "unet": unet}, loss, out, plan, resume=resume, quiet=quiet)
     return _with_average(average, vae, text_encoder, tokenizer, unet)
 
 
-def export(out: Path, vae: nn.Module, target: Path) -> int:
+def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     """Write the averaged weights of the last checkpoint as a pipeline folder in fp16; return the checkpoint's step."""
     tokenizer, text_encoder, unet = _fresh(out, 0)
     modules = {"text_encoder": text_encoder, "unet": unet}
@@ -220,24 +225,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _fresh(out: Path, seed: int) -> tuple[object, nn.Module, nn.Module]:
+def _fresh(out: Path, seed: int) -> tuple[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel]:
     torch.manual_seed(seed)
     tokenizer = models.build_tokenizer(out / "tokenizer")
     return tokenizer, models.build_text_encoder(tokenizer), models.build_unet()
 
 
 def _with_average(
-    average: dict[str, Tensor], vae: nn.Module, text_encoder: nn.Module, tokenizer: object, unet: nn.Module
-) -> object:
+    average: dict[str, Tensor],
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
     for prefix, module in (("text_encoder/", text_encoder), ("unet/", unet)):
         state = {n.removeprefix(prefix): t for n, t in average.items() if n.startswith(prefix)}
         module.load_state_dict(state, strict=False)  # buffers such as position ids are not averaged
-    return models.assemble(vae, text_encoder, tokenizer, unet)  # type: ignore[arg-type]
+    return models.assemble(vae, text_encoder, tokenizer, unet)
 
 
-def _encode(tokenizer: object, captions: list[str]) -> Tensor:
+def _encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     unique = sorted(set(captions))
-    encoded = tokenizer(  # type: ignore[operator]
+    encoded = tokenizer(
         unique, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
     place = {text: i for i, text in enumerate(unique)}
