@@ -4,16 +4,21 @@ with attnctl.control(pipe, PAG(scale=3.0)):
     image = pipe("a prompt").images[0]
 """
 
+# ruff: noqa: E402
+from typing import TYPE_CHECKING, Any
+
 from attnctl._quiet import hush_xformers
 
 hush_xformers()  # before diffusers is imported, which imports xformers
 
-from attnctl.errors import AttnctlError  # noqa: E402
-from attnctl.kernels import attention  # noqa: E402
-from attnctl.plans import HeadSet  # noqa: E402
-from attnctl.session import Handle, attn_processors, control, handle_of  # noqa: E402
-from attnctl.shapes.load import load_shapes  # noqa: E402
-from attnctl.sites import Site, find_sites  # noqa: E402
+from attnctl.errors import AttnctlError
+from attnctl.kernels import attention
+from attnctl.plans import HeadSet
+from attnctl.session import Handle, attn_processors, control, handle_of
+from attnctl.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from attnctl.shapes.load import load_shapes
 
 __all__ = [
     "AttnctlError",
@@ -30,3 +35,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_shapes":  # the shapes world imports OpenCV, which most sessions do not need
+        from attnctl.shapes.load import load_shapes
+
+        return load_shapes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
