@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,16 +67,31 @@ def load_shapes(
     from diffusers import StableDiffusionPipeline
 
     _check_device(torch.device(device))
-    pipe = StableDiffusionPipeline.from_pretrained(
-        str(root),
-        torch_dtype=dtype or torch.float32,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        safety_checker=None,
-        feature_extractor=None,
-    )
+    with _no_loading_bars():
+        pipe = StableDiffusionPipeline.from_pretrained(
+            str(root), local_files_only=True, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None
+        )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        # diffusers' own `to` warns about casts that do no harm here.
+        torch.nn.Module.to(part, device=device, dtype=dtype or torch.float32)
+    return pipe
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Silence the libraries' bars for a load that takes a moment, and leave them as they were."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    silenced = [lib for lib in (of_diffusers, of_transformers) if getattr(lib, "_tqdm_active", True)]
+    for lib in silenced:
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib in silenced:
+            lib.enable_progress_bar()
 
 
 def _check(path: Path, name: str) -> None:

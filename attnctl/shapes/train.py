@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnctl.shapes import models
@@ -167,10 +168,15 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     average = {n: p.detach().clone() for n, p in named_parameters(modules).items()}
     step = load_checkpoint(out, None, average)
     pipe = _with_average(average, vae, text_encoder, tokenizer, unet)
-    pipe.to(dtype=torch.float16).save_pretrained(target, safe_serialization=True)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        torch.nn.Module.to(part, dtype=torch.float16)
+    pipe.save_pretrained(target, safe_serialization=True)
     # The newest transformers writes a format that older ones cannot read; these files serve all of them.
     shutil.rmtree(target / "tokenizer")
     write_tokenizer(target / "tokenizer")
+    text = target / "text_encoder" / "model.safetensors"
+    tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(text).items()}
+    save_file(tensors, text, metadata={"format": "pt"})
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # some writers leave it readable by its owner only
     return step
