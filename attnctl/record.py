@@ -86,6 +86,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "sites": _many(_many(_is_text)),
     "guidance": _maybe(_is_number),
     "controls": _many(_is_object),
+    "options": _is_object,
     "scheduler": _is_object,
     "versions": lambda v: _is_object(v) and all(map(_is_text, v.values())),
 }
@@ -102,6 +103,7 @@ class Record:
         shows: The indices of the images that the file shows.
         negative: The negative prompt, the same for all images.
         guidance: The guidance scale; None where the pipeline has none.
+        options: Other arguments of the call, such as `true_cfg_scale`.
         controls: The controls in order, as `attnctl.specs.control_to_dict` writes them.
         sites: The names of the sites that each control reached.
         backend: The kernel backend that was asked for.
@@ -127,6 +129,7 @@ class Record:
     scheduler: dict[str, Any]
     negative: str | None = None
     guidance: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     controls: tuple[dict[str, Any], ...] = ()
     sites: tuple[tuple[str, ...], ...] = ()
     backend: str = "auto"

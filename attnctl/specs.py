@@ -19,7 +19,7 @@ from typing import Any
 
 from attnctl.errors import AttnctlError, ConfigError, nearest
 
-__all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control"]
+__all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_option"]
 
 _MARKS = ("sites", "start", "stop")  # the fields that every control has
 _LONGEST = 100_000  # characters of a short form
@@ -90,6 +90,22 @@ def parse_control(text: str) -> Any:
             given = ast.unparse(keyword.value)
             raise ConfigError(f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}.") from None
     return _make(cls, name, values)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Read `name=value`, where a value that is no literal is text.
+
+    Raises:
+        ConfigError: there is no name, or the value is nothing that a record can hold.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise ConfigError(f"Cannot read the option {text!r}; expected name=value, such as true_cfg_scale=4.0.")
+    try:
+        literal = ast.literal_eval(value.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        literal = value
+    return name.strip(), _encode(literal, name.strip())
 
 
 def _is_control(cls: type) -> bool:

@@ -183,6 +183,24 @@ def test_controls_act_and_are_recorded(run: Run, folder: str, tmp_path: Path) ->
     assert plain.controls == plain.sites == ()
 
 
+def test_other_arguments_of_the_pipeline(run: Run, folder: str, tmp_path: Path) -> None:
+    args = generate(folder, tmp_path, "--option", "guidance_rescale=0.7", "--option", "clip_skip=None")
+    assert run(*args)[0] == 0
+    (record,) = read(tmp_path / "a-cat-0.png")
+    assert record.options == {"guidance_rescale": 0.7, "clip_skip": None}
+    code, _, err = run("generate", "--from", tmp_path / "a-cat-0.png", "--model", folder, "--out", tmp_path / "again")
+    assert code == 0, err
+    for bad, code, message in (
+        ("guidance_rescal=1", 1, "Did you mean 'guidance_rescale'"),
+        ("generator=1", 1, "set by attnctl"),
+        ("prompt=b", 1, "set by attnctl"),
+        ("nothing", 2, "expected name=value"),
+        ("a b=1", 2, "expected name=value"),
+    ):
+        found, _, err = run(*generate(folder, tmp_path / "bad", "--option", bad))
+        assert (found, message in err) == (code, True), err
+
+
 def test_seeds_count_up_and_each_image_stands_alone(run: Run, folder: str, tmp_path: Path) -> None:
     args = ("--prompt", "a dog", "--num", 2, "--seed", 5, "--json")
     code, out, _ = run(*generate(folder, tmp_path / "all", *args))
@@ -418,6 +436,27 @@ def test_the_demo_prints_a_table(run: Run, tmp_path: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()[2:5]] == [panel.name for panel in PANELS]
     assert "95 % Wilson" in out
     assert "demo.png" in err
+
+
+@needs_weights
+def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "records.md").read_text(encoding="utf-8")
+    script = text.split("## From a script")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "docs/records.md", "exec"), {})
+    (record,) = read("out/circle.png")
+    assert record.seeds == (7,)
+
+
+def test_the_readme_names_every_command_family_and_method() -> None:
+    from attnctl.families import FAMILIES
+    from attnctl.specs import methods
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name in (*methods(), "attnctl demo", "attnctl generate", "attnctl sites", "attnctl env"):
+        assert name in text, name
+    for family in FAMILIES:
+        assert f"| {family.name}" in text, f"the README's table lacks {family.name}"
 
 
 # Small things ----------------------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ class Generate(Common):
     batch: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 1)")] = None
     """Images per pipeline call. A record can only be made again with its whole batch."""
 
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Another argument of the pipeline, such as true_cfg_scale=4.0."""
+
     backend: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: auto)")] = None
     """Attention kernel: auto, or a name from `attnctl env`."""
 
@@ -97,10 +100,11 @@ class Generate(Common):
         from attnctl.commands.sampling import Call, sample
         from attnctl.errors import ConfigError
         from attnctl.record import save_image, sidecar
-        from attnctl.specs import parse_control
+        from attnctl.specs import parse_control, parse_option
 
         try:
             controls = tuple(parse_control(text) for text in self.control)
+            options = dict(parse_option(text) for text in self.option)
         except ConfigError as error:
             raise UsageError(str(error)) from None
         suffix = "".join(f"-{type(control).__name__.lower()}" for control in controls)
@@ -123,6 +127,7 @@ class Generate(Common):
                     negative=self.negative,
                     width=self.width,
                     height=self.height,
+                    options=options,
                     controls=controls,
                     backend=self.backend or "auto",
                     command=command,
@@ -142,7 +147,7 @@ class Generate(Common):
 
     def _again(self, source: Path) -> Result:
         fixed = ("prompt", "control", "seed", "num", "steps", "guidance", "negative", "height", "width")
-        for name in (*fixed, "batch", "backend", "revision"):
+        for name in (*fixed, "batch", "option", "backend", "revision"):
             if getattr(self, name) not in (None, ()):
                 raise UsageError(f"--from repeats a record as it is: drop --{name}, or drop --from.")
 

@@ -6,19 +6,20 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
 from attnctl.commands.models import Loaded
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.provenance import hardware, versions
 from attnctl.record import Record, RecordError, pixels_sha256
 from attnctl.specs import control_from_dict, control_to_dict
 
 __all__ = ["Call", "Sampled", "differences", "sample", "sample_again"]
 
+_OURS = ("self", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end")
 _INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -33,6 +34,7 @@ class Call:
     negative: str | None = None
     width: int | None = None
     height: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     controls: tuple[Any, ...] = ()
     backend: str = "auto"
     command: str = ""
@@ -85,6 +87,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
         negative=call.negative,
         steps=defaults["num_inference_steps"],
         guidance=defaults.get("guidance_scale"),
+        options=dict(call.options),
         width=images[0].width,
         height=images[0].height,
         controls=controls,
@@ -117,14 +120,16 @@ def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = la
         raise RecordError(f"The record was made with {record.pipeline}, but {loaded.name} is a {type(pipe).__name__}.")
     if _scheduler_config(pipe.scheduler) != record.scheduler:
         pipe.scheduler = _scheduler(record.scheduler)
+    sized = {"width", "height"} <= set(inspect.signature(type(pipe).__call__).parameters)
     call = Call(
         prompts=record.prompts,
         seeds=record.seeds,
         steps=record.steps,
         guidance=record.guidance,
         negative=record.negative,
-        width=record.width,
-        height=record.height,
+        width=record.width if sized else None,
+        height=record.height if sized else None,
+        options=record.options,
         controls=tuple(control_from_dict(control) for control in record.controls),
         backend=record.backend,
         command=record.command,
@@ -161,9 +166,13 @@ def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         "height": call.height,
     }
     options = {name: value for name, value in given.items() if value is not None}
+    for name in call.options:
+        if name in given or name in _OURS:
+            raise ConfigError(f"The option {name!r} is set by attnctl itself.")
+    options |= call.options
     for name in options:
         if name not in signature:
-            raise ConfigError(f"{type(pipe).__name__} takes no {name}.")
+            raise ConfigError(f"{type(pipe).__name__} takes no {name!r}." + nearest(name, signature))
     if "generator" not in signature:
         raise UnsupportedModelError(f"{type(pipe).__name__} takes no generator, so no run of it can be repeated.")
     kept = {
@@ -179,13 +188,15 @@ def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
 @contextlib.contextmanager
 def _progress(pipe: Any, options: dict[str, Any], step: Callable[[], object]) -> Iterator[None]:
     """Report every step to `step` instead of the pipeline's own bar; leave the pipeline as it was."""
-    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        yield  # an older pipeline shows its own bar
+        return
 
-        def report(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            step()
-            return tensors
+    def report(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step()
+        return tensors
 
-        options["callback_on_step_end"] = report
+    options["callback_on_step_end"] = report
     missing = object()
     before = getattr(pipe, "_progress_bar_config", missing)
     pipe.set_progress_bar_config(disable=True)
