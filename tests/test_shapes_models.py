@@ -328,10 +328,10 @@ def test_score_and_sheet() -> None:
 def test_card_holds_every_figure(tmp_path) -> None:
     row = dict.fromkeys(("right", "present", "bound", "background"), (90.1, 87.0, 92.0)) | {"iou": 0.95}
     result = {
-        "steps": 20, "scale": 4.0, "n": 512, "single": row, "pairs": row, "heldout": row,
+        "params": 5.2, "steps": 20, "scale": 4.0, "n": 512, "single": row, "pairs": row, "heldout": row,
         "sweep": {"4": {"single": (90.1, 87.0, 92.0), "pairs": (50.0, 45.0, 55.0)}},
         "noun_maps": dict.fromkeys(("mid", "up", "mid+up"), (85.0, 80.0, 90.0)) | {"chance": 14.0},
     }  # fmt: skip
     text = write_card(tmp_path, result).read_text()
-    for part in ("90.1 (87 to 92)", "50 (45 to 55)", "red ring", "14 %", "load_shapes"):
+    for part in ("90.1 (87 to 92)", "50 (45 to 55)", "5.2 million", "red ring", "14 %", "load_shapes"):
         assert part in text

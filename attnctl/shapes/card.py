@@ -67,7 +67,7 @@ def write_card(folder: str | Path, result: dict) -> Path:
         f"{_share(maps['mid+up'])}; a random place would be inside in {maps['chance']:g} %.",
     ]
     held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
-    head = _HEAD.format(params=result.get("params", "4.9"), scale=result["scale"])
+    head = _HEAD.format(params=result["params"], scale=result["scale"])
     path = folder / "README.md"
     path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held), encoding="utf-8")
     return path

@@ -74,8 +74,8 @@ def make_cache(folder: str | Path, vae: AutoencoderKL, *, n_single: int, n_pairs
             last = min(first + 64, n_single + n_pairs)
             scenes = [sample(rng, 1 if i < n_single else 2) for i in range(first, last)]
             captions += [caption(s) for s in scenes]
-            x = to_tensor(np.stack([render(s) for s in scenes]))
-            parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half())
+            x = to_tensor(np.stack([render(s) for s in scenes])).to(vae.device)
+            parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half().cpu())
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": torch.cat(parts).contiguous()}, folder / "latents.safetensors")
         # Written last: its presence says that the cache is whole.

@@ -256,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         print({k: round(100 * float(np.mean(v)), 1) for k, v in inside.items() if v})
     else:
         result = evaluate(pipe, steps=args.steps)
+        parts = (pipe.vae, pipe.text_encoder, pipe.unet)
+        result["params"] = round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
         folder = args.folder or WEIGHTS / args.model
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         write_card(folder, result)

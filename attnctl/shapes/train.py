@@ -33,18 +33,21 @@ _SNR_CAP = 5.0
 _ROUGHNESS = 0.15  # in standard deviations of a latent
 
 
-def train_vae(out: Path, plan: Plan, *, batch: int = 8, resume: bool = False, quiet: bool = False) -> AutoencoderKL:
+def train_vae(
+    out: Path, plan: Plan, *, batch: int = 8, device: str = "cpu", resume: bool = False, quiet: bool = False
+) -> AutoencoderKL:
     """Train the autoencoder on fresh scenes of one to three objects and return it."""
     torch.manual_seed(plan.seed)
-    vae = models.build_vae()
+    vae = models.build_vae().to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
         x = draw_images(generator, batch)
         if torch.rand((), generator=generator) < 0.6:
             # Four crops cost as much as one picture and show four times as many edges.
             x = draw_crops(generator, x, 4)
+        x = x.to(device)
         posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x
         # L1 alone forgets rare colours for a long time (a median ignores them); the square brings them in at once.
         # The KL only keeps the latents of order one and the decoder tolerant of small errors.
@@ -59,7 +62,7 @@ def finish_vae(vae: AutoencoderKL, average: dict[str, Tensor]) -> AutoencoderKL:
     """Load averaged weights into the autoencoder and give every latent channel zero mean and unit variance."""
     vae.load_state_dict({n.removeprefix("vae/"): t for n, t in average.items()})
     vae.eval()
-    x = draw_images(torch.Generator().manual_seed(1), 128)
+    x = draw_images(torch.Generator().manual_seed(1), 128).to(vae.device)
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     # Pipelines know one scaling factor only; the 1x1 convolutions on both sides of the latents take the rest exactly.
@@ -84,10 +87,11 @@ def refine_decoder(
         x = draw_images(generator, batch)
         if torch.rand((), generator=generator) < 0.6:
             x = draw_crops(generator, x, 4)
+        x = x.to(vae.device)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
-        error = vae.decode(z + _ROUGHNESS * noise).sample - x
+        error = vae.decode(z + _ROUGHNESS * noise.to(vae.device)).sample - x
         return error.abs().mean() + 3 * error.square().mean()
 
     average = train(parts, loss, out, plan, resume=resume, quiet=quiet)
@@ -114,11 +118,10 @@ class Denoising:
         pairs: float = 0.125,
         drop: float = 0.1,
         bf16: bool = True,
-        compiled: bool = False,
     ) -> None:
         self.unet, self.text_encoder, self.latents = unet, text_encoder, latents
         self.batch, self.pairs, self.drop, self.bf16 = batch, pairs, drop, bf16
-        self.call = torch.compile(unet) if compiled else unet
+        self.device = next(unet.parameters()).device
         self.ids = _encode(tokenizer, [*latents.captions, ""])
         self.scheduler = models.build_scheduler()
         snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
@@ -138,10 +141,12 @@ class Denoising:
         t = (u * self.scheduler.config.num_train_timesteps).long()
         target = self.scheduler.get_velocity(x, noise, t)
         noisy = self.scheduler.add_noise(x, noise, t)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        # Drawn on the CPU, so that a seed means the same everywhere.
+        ids, noisy, target, weight, t = (a.to(self.device) for a in (ids, noisy, target, self.weight[t], t))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             text = self.text_encoder(ids)[0]
-            v = self.call(noisy, t, text, return_dict=False)[0]
-        return ((v.float() - target) ** 2).mean((1, 2, 3)).mul(self.weight[t]).mean()
+            v = self.unet(noisy, t, text, return_dict=False)[0]
+        return ((v.float() - target) ** 2).mean((1, 2, 3)).mul(weight).mean()
 
 
 def train_text2image(
@@ -150,12 +155,15 @@ def train_text2image(
     vae: AutoencoderKL,
     latents: Latents,
     *,
+    device: str = "cpu",
     resume: bool = False,
     quiet: bool = False,
     **options: Any,
 ) -> StableDiffusionPipeline:
     """Train text encoder and UNet on cached latents and return the assembled pipeline with averaged weights."""
     tokenizer, text_encoder, unet = _fresh(out, plan.seed)
+    text_encoder.to(device)
+    unet.to(device)
     loss = Denoising(unet, text_encoder, tokenizer, latents, **options)
     average = train({"text_encoder": text_encoder, "unet": unet}, loss, out, plan, resume=resume, quiet=quiet)
     return _with_average(average, vae, text_encoder, tokenizer, unet)
@@ -167,7 +175,7 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     modules = {"text_encoder": text_encoder, "unet": unet}
     average = {n: p.detach().clone() for n, p in named_parameters(modules).items()}
     step = load_checkpoint(out, None, average)
-    pipe = _with_average(average, vae, text_encoder, tokenizer, unet)
+    pipe = _with_average(average, vae.cpu(), text_encoder, tokenizer, unet)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         torch.nn.Module.to(part, dtype=torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
@@ -177,6 +185,9 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     text = target / "text_encoder" / "model.safetensors"
     tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(text).items()}
     save_file(tensors, text, metadata={"format": "pt"})
+    if (out / "log.jsonl").exists():
+        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
+        (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # some writers leave it readable by its owner only
     return step
@@ -188,17 +199,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", choices=("text2image", "vae"))
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=4000, help="steps of text encoder and UNet")
-    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--vae-steps", type=int, default=1450)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--scenes", type=int, default=24000, help="single-object scenes to encode; pairs: a third more")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode; pairs: a third more")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--pairs", type=float, default=0.125, help="share of two-object scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 autocast")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="one can be as fast on a busy machine")
     parser.add_argument("--export-only", action="store_true", help="write out the last checkpoint, train nothing")
@@ -208,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
     out: Path = args.out
     vae_plan = Plan(steps=args.vae_steps, lr=2e-3, seed=args.seed, average=0.99, save_every=250)
-    vae = train_vae(out / "vae", vae_plan, resume=True)
+    vae = train_vae(out / "vae", vae_plan, resume=True, device=args.device)
     refine = Plan(steps=args.decoder_steps, optimizer="muon", seed=args.seed + 1, average=0.995, cooldown=0.5)
     if args.model == "vae":
         refine_decoder(out / "decoder", refine, vae, resume=True)
@@ -218,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.export_only:
         train_text2image(
             out / "unet", plan, vae, latents, resume=args.resume,
-            batch=args.batch, pairs=args.pairs, bf16=not args.fp32, compiled=args.compile,
+            batch=args.batch, pairs=args.pairs, bf16=not args.fp32, device=args.device,
         )  # fmt: skip
         vae = refine_decoder(out / "decoder", refine, vae, resume=True)
     elif (out / "decoder" / "checkpoint").exists():
