@@ -11,6 +11,7 @@ finish before it; the base pass keeps their outputs, and the perturbed pass take
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -203,23 +204,26 @@ def _remembering(function: Callable[..., Any], remember: Callable[[], Any]) -> C
 
 
 @contextlib.contextmanager
-def own_context(denoiser: Any, name: str) -> Iterator[None]:
-    """Run a pass in a cache context of its own, then give the caller's context back.
+def own_context(denoiser: Any, name: str) -> Iterator[bool]:
+    """Run a pass in a cache context of its own, then give the caller's context back; yield whether a cache is on.
 
     In a shared context FirstBlockCache would answer the perturbed pass with the base pass's blocks, and guidance would
     silently be zero.
     """
     managers = _state_managers(denoiser)
     if not managers:  # nothing keeps state; entering a context would only leave an empty registry on the module
-        yield
+        yield False
         return
-    held = [(m, m._current_context) for m in managers]
+    held = [(m, f, getattr(m, f)) for m in managers for f in ("_context", "_current_context") if hasattr(m, f)]
     try:
         with denoiser.cache_context(name):
-            yield
+            for manager, field_, context in held:
+                if dataclasses.is_dataclass(context) and not isinstance(context, type):  # the host's step and sigma
+                    setattr(manager, field_, dataclasses.replace(context, name=name))
+            yield True
     finally:
-        for manager, context in held:
-            manager._current_context = context
+        for manager, field_, context in held:
+            setattr(manager, field_, context)
 
 
 def _state_managers(denoiser: torch.nn.Module) -> list[Any]:

@@ -21,13 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import ConflictError, UnsupportedModelError
+from attnctl.families import Grid
 from attnctl.kernels import attention
 from attnctl.linear import is_linear, run_linear
 from attnctl.sites import Site, image_level_grid
 from attnctl.state import StepState
 
-__all__ = ["AttnCall", "Link", "Proceed", "Wrapper", "attach_processor", "controlled", "detach_processor"]
+__all__ = [
+    "AttnCall",
+    "Link",
+    "Proceed",
+    "Wrapper",
+    "attach_processor",
+    "controlled",
+    "detach_processor",
+    "is_controlled",
+    "release_processor",
+]
 
 Proceed: TypeAlias = Callable[["AttnCall"], torch.Tensor]
 Wrapper: TypeAlias = Callable[["AttnCall", Proceed], torch.Tensor]
@@ -67,6 +78,19 @@ class AttnCall:
         self.image, self.text = tokens
         self.kernel = kernel
 
+    @property
+    def grid(self) -> Grid | None:
+        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown."""
+        n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
+        grid, family = self.state.grid, self.state.family
+        if grid is None or family is None:
+            return None
+        if family.unet:
+            level = image_level_grid(grid, n)
+            return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
+        frames, h, w = grid
+        return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
+
     def with_(self, **changes: Any) -> AttnCall:
         """Return a copy with some fields replaced."""
         other = copy.copy(self)
@@ -94,9 +118,12 @@ class Link:
         self.reached = False
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
+        self.fixed = False
+        """Belongs to a processor that was handed out, not to a session."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        return self  # a copied pipeline shares no hooks with the original: its links would act on nothing
+        # No session writes to the links of a copied pipeline: they must not act while the original's do.
+        return self if self.fixed else Link(replace(self.site, module=None), StepState())
 
     def seen_site(self) -> Site:
         """Return the site with what the calls so far have shown of its tokens."""
@@ -152,18 +179,14 @@ class _Intercept(TorchFunctionMode):
                 f"{self.link.site.name} drops attention weights (p = {dropout_p}): call model.eval() first."
             )
         if is_causal:
-            attn_mask = torch.ones(
-                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-            ).tril()
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         tokens = _token_slices(self.link, query.shape[-2], self.hidden, self.encoder)
         call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, self.link.kernel)
         self.index += 1
         return self.link.run(call)
 
 
-def _token_slices(
-    link: Link, n: int, hidden: int | None, encoder: int | None
-) -> tuple[slice | None, slice | None]:
+def _token_slices(link: Link, n: int, hidden: int | None, encoder: int | None) -> tuple[slice | None, slice | None]:
     """Tell image from text tokens in a joint sequence of n tokens."""
     family = link.state.family
     if link.site.kind != "joint" or family is None or family.text is None:
@@ -202,10 +225,10 @@ def _make_controlled(cls: Any) -> type:
     linear = is_linear(cls)
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        link: Link = self._attnctl
-        if link.wrappers is None:
+        link: Link | None = self._attnctl
+        if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
         encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         encoder = None if encoder is hidden else encoder
         if linear:
@@ -214,8 +237,10 @@ def _make_controlled(cls: Any) -> type:
             return cls.__call__(self, attn, *args, **kwargs)
 
     __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
-    # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold.
-    return type(f"Controlled{cls.__name__}", (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold. Hosts make new
+    # processors of an old one's class: those have no link and act like the original.
+    members = {"__call__": __call__, "__module__": cls.__module__, "_attnctl": None, "_attnctl_original": None}
+    return type(f"Controlled{cls.__name__}", (cls,), members)
 
 
 @contextlib.contextmanager
@@ -246,13 +271,15 @@ def _native() -> Any:
 
 
 def attach_processor(site: Site, link: Link) -> Any:
-    """Put a module's processor under control; return what `detach_processor` needs.
+    """Put a module's processor under control and return the controlled processor.
 
     Raises:
+        ConflictError: The module carries a processor made by `attn_processors`.
         UnsupportedModelError: The processor computes attention where it cannot be intercepted.
     """
     module: Any = site.module
-    original = module.processor
+    _refuse_fixed(site)
+    original = module.processor = release_processor(module.processor)
     inner = _interceptable(site, original)
     if getattr(inner, "_parallel_config", None) is not None:
         raise UnsupportedModelError(
@@ -266,21 +293,46 @@ def attach_processor(site: Site, link: Link) -> Any:
     new.__class__ = controlled(type(inner))
     new.__dict__["_attnctl"] = link
     if new is not original:
+        new.__dict__["_attnctl_original"] = original
         module.processor = new
-    return original
+    return new
 
 
-def detach_processor(site: Site, original: Any) -> bool:
-    """Give a module its own processor back; return False if another tool has replaced ours meanwhile."""
+def detach_processor(site: Site, link: Link) -> bool:
+    """Give a module its own processor back; return False if another tool has put its own there meanwhile."""
     module: Any = site.module
     current = module.processor
-    ours = hasattr(current, "_attnctl")
-    if isinstance(original, torch.nn.Module) and hasattr(original, "_attnctl"):
-        original.__class__ = type(original).__mro__[1]
-        del original.__dict__["_attnctl"]
-    elif ours:
-        module.processor = original
-    return ours
+    if not is_controlled(current) or current._attnctl not in (link, None):
+        return False
+    restored = release_processor(current)
+    if restored is not current:
+        module.processor = restored
+    return True
+
+
+def is_controlled(processor: Any) -> bool:
+    """Tell whether a processor has a controlled class."""
+    return type(processor) in _classes.values()
+
+
+def release_processor(processor: Any) -> Any:
+    """Give a controlled processor its own class back, wherever it is kept; return the one that it stands for."""
+    if not is_controlled(processor):
+        return processor
+    original = processor._attnctl_original
+    processor.__class__ = type(processor).__mro__[1]
+    for name in ("_attnctl", "_attnctl_original"):
+        processor.__dict__.pop(name, None)
+    return processor if original is None else original
+
+
+def _refuse_fixed(site: Site) -> None:
+    module: Any = site.module
+    if is_controlled(module.processor) and getattr(module.processor._attnctl, "fixed", False):
+        raise ConflictError(
+            f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
+            "model's own processors with set_attn_processor before attaching a control."
+        )
 
 
 def _interceptable(site: Site, processor: Any) -> Any:

@@ -32,7 +32,7 @@ from attnctl.branches import (
 )
 from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 from attnctl.families import Family, family_of
-from attnctl.intercept import Link, Wrapper, attach_processor, detach_processor
+from attnctl.intercept import Link, Wrapper, attach_processor, detach_processor, release_processor
 from attnctl.kernels import backends
 from attnctl.layout import Layout, RowReader
 from attnctl.processors.base import Control, Guidance
@@ -62,7 +62,8 @@ class _Watched:
     """Sites of each control, by the control's place in the list."""
     state: StepState = field(default_factory=StepState)
     links: dict[str, Link] = field(default_factory=dict)
-    originals: dict[str, Any] = field(default_factory=dict)
+    made: list[Any] = field(default_factory=list)
+    """Every processor that was put under control, those that a host set aside included."""
     base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
     memory: dict[Any, _Memory] = field(default_factory=dict)
@@ -74,6 +75,8 @@ class _Watched:
     forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
     """Forwards that the current pass replaces."""
     passes: int = 0
+    began: set[Any] = field(default_factory=set)
+    """Branches that have run in this run."""
 
     def remember(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         """Note what the current pass does; the result does the same again, whenever it is entered."""
@@ -139,10 +142,10 @@ class Handle:
         return self
 
     def _attach_denoiser(self, watched: _Watched) -> None:
-        for name, link in watched.links.items():
-            site = link.site
-            watched.originals[name] = attach_processor(site, link)
-            self._undo.callback(self._release_processor, watched, site)
+        self._undo.callback(self._release_made, watched)
+        for link in watched.links.values():
+            watched.made.append(attach_processor(link.site, link))
+            self._undo.callback(self._release_processor, watched, link)
         pre = watched.module.register_forward_pre_hook(_Hook(self, watched).before, with_kwargs=True)
         self._undo.callback(pre.remove)
         post = watched.module.register_forward_hook(_Hook(self, watched).after, with_kwargs=True)
@@ -153,19 +156,26 @@ class Handle:
         scheduler = getattr(self._pipe, "scheduler", None)
         if scheduler is None or scheduler is self._scheduler:
             return
-        if self._scheduler is not None:  # the user gave the pipeline another scheduler
-            unwatch_scheduler(self._scheduler)
-        else:
-            self._undo.callback(lambda: unwatch_scheduler(self._scheduler))
-        self._scheduler = scheduler
+        held, self._scheduler = self._scheduler, scheduler
         watch_scheduler(scheduler, self)
+        if held is None:
+            self._undo.callback(lambda: unwatch_scheduler(self._scheduler))
+        else:  # the user gave the pipeline another scheduler, whose set_timesteps nobody has heard
+            unwatch_scheduler(held)
+            self.on_set_timesteps()
 
-    def _release_processor(self, watched: _Watched, site: Site) -> None:
-        if not detach_processor(site, watched.originals[site.name]):
+    def _release_processor(self, watched: _Watched, link: Link) -> None:
+        if not detach_processor(link.site, link):
             warnings.warn(
-                f"attnctl: the processor of {site.name} was replaced after control() attached; it is left as it is.",
+                f"attnctl: the processor of {link.site.name} was replaced after control() attached; it is left as it "
+                "is.",
                 stacklevel=4,
             )
+
+    def _release_made(self, watched: _Watched) -> None:
+        for processor in watched.made:  # a model that fused its projections keeps the old ones for later
+            release_processor(processor)
+        watched.made.clear()
 
     def detach(self) -> None:
         """Take the controls off: processors, hooks and scheduler are as before. Detaching twice does nothing."""
@@ -214,6 +224,7 @@ class Handle:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
             if step == 0:
                 w.memory.clear()
+                w.began.clear()
             w.pending = None
         self._reader.calls = 0
 
@@ -231,6 +242,7 @@ class Handle:
         for w in self._watched:
             w.state.step, w.state.steps = 0, None
             w.memory.clear()
+            w.began.clear()
             w.pending = None
 
     def on_scale(self, sample: torch.Tensor) -> None:
@@ -352,9 +364,14 @@ class Handle:
                 if name in touched and branch.perturb is not None:
                     link.wrappers = (branch.perturb, *(base[name] or ()))
                 link.reached = False
-            with own_context(w.module, "attnctl"), overridden(forwards):
+            own = [b.key for _, b in w.branches].index(branch.key)
+            with own_context(w.module, f"attnctl_{own}") as cached, overridden(forwards):
                 output = w.module.forward(**kwargs)
-            check_reached([(w.links[n].site, w.links[n].reached) for n in touched], state, "the perturbed pass")
+            reached = [(w.links[n].site, w.links[n].reached) for n in touched]
+            # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
+            if not (cached and branch.key in w.began):
+                check_reached(reached, state, "the perturbed pass")
+            w.began.add(branch.key)
         finally:
             self._running = False
             w.forwards = {}
@@ -424,7 +441,7 @@ class Handle:
             module: Any = link.site.module
             if vars(module.processor).get("_attnctl") is link:
                 continue
-            w.originals[name] = attach_processor(link.site, link)
+            w.made.append(attach_processor(link.site, link))
             if name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
@@ -461,13 +478,19 @@ class Handle:
 class _Hook:
     """Binds a handle and a denoiser to torch's hook signatures."""
 
-    def __init__(self, handle: Handle, watched: _Watched) -> None:
+    def __init__(self, handle: Handle | None, watched: _Watched | None) -> None:
         self.handle, self.watched = handle, watched
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, None)  # the copy of a denoiser is not under control
+
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.handle._before(self.watched, args, kwargs)
+        if self.handle is not None and self.watched is not None:
+            self.handle._before(self.watched, args, kwargs)
 
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.handle is None or self.watched is None:
+            return None
         return self.handle._after(self.watched, args, kwargs, output)
 
 
@@ -506,7 +529,7 @@ def handle_of(pipe: Any) -> Handle | None:
     for module in denoisers_of(pipe).values():
         for hook in module._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, _Hook):
+            if isinstance(owner, _Hook) and owner.handle is not None:
                 return owner.handle
     return None
 
@@ -532,13 +555,14 @@ def attn_processors(model: torch.nn.Module, *controls: Control) -> dict[str, Any
         if link is None:
             made[name] = module.processor
             continue
-        original = attach_processor(site, link)
-        made[name] = module.processor
+        original = module.processor
         if isinstance(original, torch.nn.Module):
             raise UnsupportedModelError(
                 f"{site.name} holds {type(original).__name__}, whose weights live in the model: a processor for it "
                 "cannot be handed out. Use attnctl.control(model, ...)."
             )
+        link.fixed = True
+        made[name] = attach_processor(site, link)
         module.processor = original
         wrappers = [wrap for _, wrap in watched.base.get(site.name, [])]
         for _, branch in watched.branches:

@@ -114,15 +114,15 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 
 def _heads(module: torch.nn.Module) -> int:
-    return int(getattr(module, "heads", None) or getattr(module, "num_heads", 1))
+    heads: Any = getattr(module, "heads", None) or getattr(module, "num_heads", 1)
+    return int(heads)
 
 
 def _width(module: torch.nn.Module) -> int:
     inner: Any = getattr(module, "inner_dim", None)
     if inner is None:
-        to_q: Any = getattr(module, "to_q", None)
-        inner = getattr(to_q, "out_features", None) or _heads(module)
-    return int(inner)
+        inner = getattr(getattr(module, "to_q", None), "out_features", None)
+    return _heads(module) if inner is None else int(inner)
 
 
 def _execution_key(name: str, registered: int) -> tuple[Any, ...]:
