@@ -1,24 +1,25 @@
 """Attention control for diffusers pipelines and timm backbones.
 
-with attnctl.control(pipe, PAG(scale=3.0)):
-    image = pipe("a prompt").images[0]
+    with attnctl.control(pipe, PAG(scale=3.0)):
+        image = pipe("a prompt").images[0]
+
+Public names are looked up on first use, so that the command line starts without torch.
 """
 
-# ruff: noqa: E402
+from __future__ import annotations
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnctl._quiet import hush_xformers
 
-hush_xformers()  # before diffusers is imported, which imports xformers
-
-from attnctl.errors import AttnctlError
-from attnctl.kernels import attention
-from attnctl.plans import HeadSet
-from attnctl.session import Handle, attn_processors, control, handle_of
-from attnctl.sites import Site, find_sites
-
 if TYPE_CHECKING:
+    from attnctl.errors import AttnctlError
+    from attnctl.kernels import attention
+    from attnctl.plans import HeadSet
+    from attnctl.session import Handle, attn_processors, control, handle_of
     from attnctl.shapes.load import load_shapes
+    from attnctl.sites import Site, find_sites
 
 __all__ = [
     "AttnctlError",
@@ -36,10 +37,29 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "AttnctlError": "errors",
+    "Handle": "session",
+    "HeadSet": "plans",
+    "Site": "sites",
+    "attention": "kernels",
+    "attn_processors": "session",
+    "control": "session",
+    "find_sites": "sites",
+    "handle_of": "session",
+    "load_shapes": "shapes.load",
+}
+
+hush_xformers()  # before anything imports diffusers, which imports xformers
+
 
 def __getattr__(name: str) -> Any:
-    if name == "load_shapes":  # the shapes world imports OpenCV, which most sessions do not need
-        from attnctl.shapes.load import load_shapes
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"attnctl.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return load_shapes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

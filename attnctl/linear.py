@@ -43,9 +43,7 @@ def linear_attention(
     return out.transpose(2, 3).to(q.dtype)
 
 
-def run_linear(
-    link: Any, attn: Any, hidden: torch.Tensor, encoder: torch.Tensor | None, call: Any
-) -> torch.Tensor:
+def run_linear(link: Any, attn: Any, hidden: torch.Tensor, encoder: torch.Tensor | None, call: Any) -> torch.Tensor:
     """Run a linear attention module with a link's wrappers around its kernel, [B, N, C] in and out."""
     source = hidden if encoder is None else encoder
     q, k, v = attn.to_q(hidden), attn.to_k(source), attn.to_v(source)

@@ -89,9 +89,7 @@ class HeadSet:
         values = {n: v for n, v in data.items() if n in known}
         pairs = _checked_pairs(values.pop("pairs", None), PlanError, source)
         for name, kind in (("model", str), ("layers", int), ("method", str), ("objective", str)):
-            if values.get(name) is not None and (
-                not isinstance(values[name], kind) or isinstance(values[name], bool)
-            ):
+            if values.get(name) is not None and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
                 raise PlanError(f"{source}: {name}={values[name]!r} should be {kind.__name__}.")
         for name in ("u", "scale"):
             value = values.get(name)
@@ -141,30 +139,22 @@ class HeadSet:
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise PlanError(
-            f"{repo} does not exist. Pass a head set's file or folder, or a Hub id such as 'user/heads'."
-        )
+        raise PlanError(f"{repo} does not exist. Pass a head set's file or folder, or a Hub id such as 'user/heads'.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, _FILE, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise PlanError(
-            f"{repo} is no local file or folder, and no head set could be fetched: {error}"
-        ) from None
+        raise PlanError(f"{repo} is no local file or folder, and no head set could be fetched: {error}") from None
 
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
-        raise PlanError(
-            f"{path.name} does not exist in {path.parent.name or '.'}: expected a saved head set."
-        )
+        raise PlanError(f"{path.name} does not exist in {path.parent.name or '.'}: expected a saved head set.")
     size = path.stat().st_size
     if size > _MAX_BYTES:
-        raise PlanError(
-            f"{path.name} holds {size} bytes; a head set has at most {_MAX_BYTES}. It is not read."
-        )
+        raise PlanError(f"{path.name} holds {size} bytes; a head set has at most {_MAX_BYTES}. It is not read.")
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):

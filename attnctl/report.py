@@ -15,18 +15,14 @@ __all__ = ["report"]
 
 def report(handle: Handle) -> str:
     """Describe controls, resolved sites and their source, kernels and replay, line by line."""
-    lines = [
-        f"{'attached' if handle.attached else 'detached'}, {'enabled' if handle.enabled else 'not enabled'}"
-    ]
+    lines = [f"{'attached' if handle.attached else 'detached'}, {'enabled' if handle.enabled else 'not enabled'}"]
     for w in handle._watched:
         lines.append(f"{type(w.module).__name__} ({w.family.name}), {len(w.sites)} attention sites")
         if w.family.note:
             lines.append(f"  note: {w.family.note}")
         for i, c in enumerate(handle.controls):
             lines.append(f"  {c.describe()}")
-            source = (
-                c.default_source(w.family) if c.sites is None and getattr(c, "heads", None) is None else None
-            )
+            source = c.default_source(w.family) if c.sites is None and getattr(c, "heads", None) is None else None
             if source:
                 lines.append(f"    default sites from {source}")
             for site in w.resolved[i]:

@@ -39,7 +39,9 @@ class _Slot:
 
 
 @functools.cache
-def _watched(cls: Any) -> type:
+def _watched(original: type) -> type:
+    cls: Any = original
+
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = cls.set_timesteps(self, *args, **kwargs)
         self._attnctl.listener.on_set_timesteps()

@@ -74,9 +74,7 @@ def measure(calls: dict[str, Callable[[], Tensor]], repeats: int, device: str) -
 
 def main() -> None:
     """Run the benchmark and print a table (stderr) and JSON (stdout)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)

@@ -65,9 +65,7 @@ def bias(mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.zeros(1, 1, 1, 1).double()
     return (
-        torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask.double()
+        torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.double()
     )
 
 
@@ -97,9 +95,7 @@ def target_map(name: str, q: Tensor, k: Tensor, mask: Tensor | None, rows: slice
 def block_map(q: Tensor, k: Tensor, mask: Tensor | None, image: slice) -> Tensor:
     logits = logits_of(q, k) + bias(mask)
     n = image.stop - image.start
-    logits[..., image, image] = logits[..., image, image].masked_fill(
-        ~torch.eye(n, dtype=torch.bool), -torch.inf
-    )
+    logits[..., image, image] = logits[..., image, image].masked_fill(~torch.eye(n, dtype=torch.bool), -torch.inf)
     return logits.softmax(-1).nan_to_num(0.0)
 
 
@@ -109,9 +105,7 @@ def naive_perturb(q, k, v, *, target, u, heads, scope, image, text, mask) -> Ten
     taken = {"all": slice(None), "text": text}.get(scope, image)
     goal = block_map(q, k, mask, image) if scope == "image_block" else target_map(target, q, k, mask, taken)
     for i, h in enumerate(heads):
-        a[:, h, taken] = torch.lerp(
-            a[:, h, taken], goal[:, h, taken], float(u[i] if isinstance(u, tuple) else u)
-        )
+        a[:, h, taken] = torch.lerp(a[:, h, taken], goal[:, h, taken], float(u[i] if isinstance(u, tuple) else u))
     return a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).double()
 
 
@@ -141,9 +135,7 @@ def test_perturb_is_the_definition(target: str, mask: str, layout: str, hk: int)
         ):
             places = {"image": image, "text": text, "mask": m}
             out = kernels.perturb(q, k, v, target=offered(target), u=u, heads=heads, scope=scope, **places)
-            want = naive_perturb(
-                q, k, v, target=target, u=u, heads=heads or (0, 1, 2, 3), scope=scope, **places
-            )
+            want = naive_perturb(q, k, v, target=target, u=u, heads=heads or (0, 1, 2, 3), scope=scope, **places)
             assert out.shape == want.shape
             assert out.dtype == q.dtype
             assert (out - want).abs().max() <= 4e-6, (scope, heads, u)
@@ -186,9 +178,7 @@ def test_image_block_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17))
     best = kernels.argmax(q, k, v, make_mask("dense"))
     monkeypatch.setattr("attnctl.kernels.layout._MAX_ROWS", 5)
-    assert torch.allclose(
-        kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17)), whole, atol=1e-6
-    )
+    assert torch.allclose(kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17)), whole, atol=1e-6)
     assert torch.equal(kernels.argmax(q, k, v, make_mask("dense")), best)
 
 
@@ -287,9 +277,7 @@ def test_properties(data: st.DataObject) -> None:
     others = [i for i in range(h) if i not in heads]
     assert torch.allclose(out[:, others], plain[:, others], atol=2e-6)
     order = data.draw(st.permutations(range(len(heads))))
-    moved = kernels.perturb(
-        q, k, v, target=target, u=tuple(u[i] for i in order), heads=tuple(heads[i] for i in order)
-    )
+    moved = kernels.perturb(q, k, v, target=target, u=tuple(u[i] for i in order), heads=tuple(heads[i] for i in order))
     assert torch.equal(moved, out)
     tensor = kernels.perturb(q, k, v, target=target, u=torch.tensor(u), heads=torch.tensor(heads))
     assert torch.allclose(tensor, out, atol=1e-5)

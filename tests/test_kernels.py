@@ -59,11 +59,7 @@ def dense_map(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | N
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
     logits = q.double() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        add = (
-            torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
-            if mask.dtype == torch.bool
-            else mask
-        )
+        add = torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         logits = logits + add.double()
     return logits.softmax(-1).nan_to_num(0.0)
 
@@ -255,9 +251,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
     q, k, v = qkv(hk=2)
     m = make_mask("keys", 2, 4, 9, 9)
     torch.compiler.reset()
-    compiled = torch.compile(
-        lambda *x: kernels.attention(*x, mask=m, backend=backend), fullgraph=True, backend="eager"
-    )
+    compiled = torch.compile(lambda *x: kernels.attention(*x, mask=m, backend=backend), fullgraph=True, backend="eager")
     assert torch.equal(compiled(q, k, v), kernels.attention(q, k, v, mask=m, backend=backend))
 
 

@@ -1,4 +1,4 @@
-"""PAG and SoftPAG against recorded runs: diffusers' own PAG pipelines, and HeadHunter's definition of head perturbation."""
+"""PAG and SoftPAG against recorded runs: diffusers' PAG pipelines, and HeadHunter's definition for single heads."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def test_tpg_permutes_the_tokens_of_a_block() -> None:
     order = torch.randperm(48, generator=torch.Generator().manual_seed(5))
 
     def shuffle(module: Any, args: Any, kwargs: Any) -> Any:
-        return ((args[0][:, order], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": kwargs["hidden_states"][:, order]})
+        if args:
+            return (args[0][:, order], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"][:, order]}
 
     with torch.no_grad():
         plain = zoo.call(model, inputs)

@@ -581,9 +581,7 @@ def wan(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
 def wan_i2v(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
     """Build a Wan-like transformer, image to video: cross attention to the image, then to the text."""
     model, inputs = wan(draw, **{"image_dim": 8, "added_kv_proj_dim": 24} | config)
-    inputs["encoder_hidden_states"] = draw.rows(
-        512, 16
-    )  # the host tells the image tokens apart by this length
+    inputs["encoder_hidden_states"] = draw.rows(512, 16)  # the host tells the image tokens apart by this length
     inputs["encoder_hidden_states_image"] = draw.rows(5, 8)
     return model, inputs
 
@@ -771,9 +769,7 @@ def build(
         **config: Replaces constructor arguments of the host class.
     """
     draw = Draw(batch, seed)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the host's own initialisation, replaced below, takes global numbers
+    with torch.random.fork_rng(devices=[]):  # the host's own initialisation, replaced below, takes global numbers
         model, inputs = _FAMILIES[name](draw, **config)
     randomize(model, draw.generator)
     return model.to(dtype).eval(), cast(inputs, dtype)
@@ -794,9 +790,7 @@ def unpack(output: Any) -> Tensor:
 
 def take(inputs: Inputs, rows: list[int], batch: int = 2) -> Inputs:
     """Select rows of a call's inputs; an input with several rows for each sample keeps them together."""
-    return {
-        key: value if key in SHARED_INPUTS else _take(value, rows, batch) for key, value in inputs.items()
-    }
+    return {key: value if key in SHARED_INPUTS else _take(value, rows, batch) for key, value in inputs.items()}
 
 
 def _take(value: Any, rows: list[int], batch: int) -> Any:

@@ -79,9 +79,7 @@ class Parts:
 
     def text(self) -> Kwargs:
         """Build a tokenizer and a text encoder."""
-        tokenizer = CLIPTokenizer(
-            str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"), model_max_length=77
-        )
+        tokenizer = CLIPTokenizer(str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"), model_max_length=77)
         config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
@@ -409,9 +407,7 @@ def pag_twin(pipe: Pipeline, layers: str | list[str] | None = None) -> Pipeline:
 NAMES: tuple[str, ...] = tuple(_RECIPES)
 
 
-def build(
-    name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0
-) -> tuple[Pipeline, Kwargs]:
+def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0) -> tuple[Pipeline, Kwargs]:
     """Build one pipeline with the keyword arguments of one call.
 
     Args:
@@ -456,9 +452,7 @@ def load_ip_adapter(pipe: Pipeline, seed: int = 0) -> Kwargs:
     The host's own `load_ip_adapter` is used; its `unload_ip_adapter` takes the adapter off again.
     """
     unet = denoiser(pipe)
-    pipe.load_ip_adapter(
-        ip_adapter_state(unet, seed), subfolder="", weight_name="", image_encoder_folder=None
-    )
+    pipe.load_ip_adapter(ip_adapter_state(unet, seed), subfolder="", weight_name="", image_encoder_folder=None)
     embeds = zoo.Draw(2, seed + 1).rows(1, IP_DIM)  # uncond, cond
     return {"ip_adapter_image_embeds": [embeds.to(unet.dtype)]}
 

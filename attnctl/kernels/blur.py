@@ -25,9 +25,7 @@ def blur_queries(q: Tensor, grid: tuple[int, int], sigma: float, image: slice | 
     Raises: ConfigError for a negative or NaN sigma, or a grid that does not hold the image tokens.
     """
     if not sigma >= 0:
-        raise ConfigError(
-            f"sigma={sigma} was given; expected 0 (no blur) to inf (the mean query), in tokens."
-        )
+        raise ConfigError(f"sigma={sigma} was given; expected 0 (no blur) to inf (the mean query), in tokens.")
     rows = token_slice(slice(None) if image is None else image, q.shape[2], "image")
     if grid[0] * grid[1] != rows.stop - rows.start:
         raise ConfigError(

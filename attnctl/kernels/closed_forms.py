@@ -150,9 +150,7 @@ def check_strength(u: float | Sequence[float] | Tensor, n_heads: int) -> float |
     if not isinstance(u, Sequence):
         return float(u)
     if len(values) != n_heads:
-        raise ConfigError(
-            f"{len(values)} strengths u were given for {n_heads} selected heads; expected one each."
-        )
+        raise ConfigError(f"{len(values)} strengths u were given for {n_heads} selected heads; expected one each.")
     return float(values[0]) if len(set(values)) == 1 else torch.tensor(values)
 
 
@@ -167,8 +165,7 @@ def _rows(
         )
     if scope not in SCOPES:
         raise ConfigError(
-            f"scope={scope!r} was given; expected one of {', '.join(map(repr, SCOPES))}."
-            + nearest(scope, SCOPES)
+            f"scope={scope!r} was given; expected one of {', '.join(map(repr, SCOPES))}." + nearest(scope, SCOPES)
         )
     if scope == "all":
         return None

@@ -74,9 +74,7 @@ def image_rows(
     return stitch(goal, q, k, v, mask, scale, image, plain)
 
 
-def block_rows(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, image: slice
-) -> Tensor:
+def block_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, image: slice) -> Tensor:
     """Compute the image rows of `image_block`: 1 + T logits a row instead of N + T.
 
     Shapes: q [B, H, N+T, D]; k, v [B, Hk, N+T, D]; mask four-dimensional -> [B, H, N, D].

@@ -100,9 +100,7 @@ def argmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
         rows = slice(start, start + step)
         logits = (q[..., rows, :].detach().to(wide) * scale) @ kt
         cut = rows_of(mask, rows)
-        best, index = (logits if cut is None else logits + as_bias(cut.detach(), wide)).max(
-            dim=-1, keepdim=True
-        )
+        best, index = (logits if cut is None else logits + as_bias(cut.detach(), wide)).max(dim=-1, keepdim=True)
         picked = v.gather(2, index.expand(-1, -1, -1, v.shape[-1]))
         blocks.append(picked if cut is None else picked.masked_fill(best.isneginf(), 0.0))
     return torch.cat(blocks, dim=2)

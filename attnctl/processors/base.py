@@ -68,9 +68,7 @@ class Control:
     def _check_choice(self, name: str, literal: Any) -> None:
         value, options = getattr(self, name), get_args(literal)
         if value not in options:
-            raise ConfigError(
-                f"{self._label}: {name}={value!r} is unknown. Choose one of {', '.join(options)}."
-            )
+            raise ConfigError(f"{self._label}: {name}={value!r} is unknown. Choose one of {', '.join(options)}.")
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         """Choose this control's sites in a model.
@@ -141,9 +139,7 @@ class Guidance(Control):
         self._check_number("adaptive", 0.0, 1.0 if self.adaptive_form == "knob" else math.inf)
         self._check_choice("combine", Combine)
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ConfigError(
-                f"{self._label}: every={self.every!r} must be a whole number of steps, 1 or more."
-            )
+            raise ConfigError(f"{self._label}: every={self.every!r} must be a whole number of steps, 1 or more.")
 
     def weight(self, state: StepState) -> float:
         """Compute the guidance weight of the current step; 0.0 means that no pass is needed."""

@@ -1,13 +1,13 @@
 """SLG and TPG: guidance away from a prediction with whole transformer blocks skipped, or fed shuffled tokens.
 
-    SLG   block output := block input     skip-layer guidance, Stability AI's SD3.5 reference; for video also STG,
-                                          "Spatiotemporal Skip Guidance", arXiv 2411.18664
-    TPG   block input := shuffled tokens  "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036
+SLG   block output := block input     skip-layer guidance, Stability AI's SD3.5 reference; for video also STG,
+                                      "Spatiotemporal Skip Guidance", arXiv 2411.18664
+TPG   block input := shuffled tokens  "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class SLG(_BlockGuidance):
     start: float = 0.01
     stop: float = 0.2
 
-    def default_sites(self, sites: tuple[Site, ...], family: Family) -> tuple[Site, ...]:
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         blocks = [s for s in sites if s.kind == "joint"]
         if "SD3Transformer2DModel" in family.classes and len(blocks) == 24:
             return select(sites, [f"transformer_blocks.{i}" for i in (7, 8, 9)], kinds=("joint",), what="SLG")
@@ -81,7 +81,7 @@ class TPG(_BlockGuidance):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"TPG: seed={self.seed!r} must be a whole number, 0 or more.")
 
-    def default_sites(self, sites: tuple[Site, ...], family: Family) -> tuple[Site, ...]:
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if any(s.name.startswith("down_blocks.") and s.kind == "self" for s in sites):
             return select(sites, "down_blocks", kinds=("self",), what="TPG")
         raise SiteError(

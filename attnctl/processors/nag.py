@@ -86,8 +86,8 @@ class NAG(Control):
             return proceed(call)  # a perturbed pass keeps the plain attention; image prompts have no negative
         if rows.uncond is None or rows.role != "both":
             raise UnsupportedModelError(
-                "NAG reads the negative prompt off the negative rows of a batched call, and this call has none. Run the "
-                "pipeline with a negative prompt and guidance_scale above 1; pipelines that call the denoiser twice "
+                "NAG reads the negative prompt off the negative rows of a batched call, and this call has none. Run "
+                "the pipeline with a negative prompt and guidance_scale above 1; pipelines that call the denoiser twice "
                 "(Wan, Qwen-Image, FLUX) are not supported."
             )
         out = proceed(call)

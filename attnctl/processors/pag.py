@@ -110,9 +110,7 @@ class SoftPAG(Guidance):
             asked = {s.name for s in super().resolve(sites, family)}
             outside = [s.name for s in chosen if s.name not in asked]
             if outside:
-                raise SiteError(
-                    f"{self._label}: heads name {outside[0]}, which sites={self.sites!r} leaves out."
-                )
+                raise SiteError(f"{self._label}: heads name {outside[0]}, which sites={self.sites!r} leaves out.")
         return chosen
 
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
@@ -132,7 +130,7 @@ class SoftPAG(Guidance):
     def _pairs(self) -> tuple[tuple[str | int, int], ...]:
         if isinstance(self.heads, HeadSet):
             return self.heads.pairs
-        return tuple(self.heads or ())  # type: ignore[arg-type]
+        return tuple(self.heads or ())
 
 
 def _site_of(label: str, where: str | int, sites: Sequence[Site], kinds: tuple[str, ...]) -> Site:
@@ -150,9 +148,7 @@ def _sites_of_pairs(
     label: str, pairs: Sequence[tuple[str | int, int]], sites: Sequence[Site], kinds: tuple[str, ...]
 ) -> tuple[Site, ...]:
     if not pairs:
-        raise SiteError(
-            f"{label}: heads is empty. Name at least one (site, head) pair, or pass heads=None for all."
-        )
+        raise SiteError(f"{label}: heads is empty. Name at least one (site, head) pair, or pass heads=None for all.")
     names = {_site_of(label, where, sites, kinds).name for where, _ in pairs}
     return tuple(s for s in sites if s.name in names)
 

@@ -48,7 +48,9 @@ class SEG(Guidance):
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         for site in sites:
             if is_linear(type(getattr(site.module, "processor", None))):
-                raise UnsupportedModelError(f"SEG: {site.name} is linear attention: blurred queries have no published form.")
+                raise UnsupportedModelError(
+                    f"SEG: {site.name} is linear attention, for which blurred queries have no published form."
+                )
         names = tuple(s.name for s in sites)
         return Branch(("seg", self.sigma, names), sites, self._blurred)
 
@@ -56,7 +58,8 @@ class SEG(Guidance):
         grid = call.grid
         if call.site.kind == "joint" and call.image is None:
             raise UnsupportedModelError(
-                f"SEG: image and text tokens cannot be told apart at {call.site.name}. Use SoftPAG(target='query_mean')."
+                f"SEG: image and text tokens cannot be told apart at {call.site.name}. "
+                "Use SoftPAG(target='query_mean')."
             )
         n = call.q.shape[-2] if call.image is None else call.image.stop - call.image.start
         if math.isinf(self.sigma):
