@@ -75,7 +75,8 @@ def _watched(original: type) -> type:
 def watch_scheduler(scheduler: Any, listener: Listener) -> None:
     """Report a scheduler's calls to a listener."""
     if not getattr(scheduler, "_attnctl_watched", False):
-        scheduler.__class__ = _watched(type(scheduler))
+        original: type = type(scheduler)
+        scheduler.__class__ = _watched(original)
     scheduler.__dict__["_attnctl"] = _Slot(listener)
 
 

@@ -11,7 +11,7 @@ import zoo
 
 import attnctl
 from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedModelError
-from attnctl.processors import NAG, SEG, SLG, TPG, SoftPAG
+from attnctl.processors import NAG, PAG, SEG, SLG, TPG, SoftPAG
 from attnctl.processors.nag import normalized_guidance
 
 
@@ -147,6 +147,22 @@ def test_nag_needs_negative_rows() -> None:
     joint, _ = zoo.build("flux")
     with pytest.raises(SiteError):
         attnctl.control(joint, NAG())
+
+
+def test_nag_and_pag_together() -> None:
+    # p must carry NAG too: with PAG at weight w the prompt row moves by w (c_nag - p_nag).
+    model, inputs = zoo.build("pixart", dtype=torch.float64)
+    site = "transformer_blocks.2.attn1"
+    nag = run(model, inputs, NAG(), layout="uncond_first")
+    both = run(model, inputs, PAG(scale=1.0, sites=site), NAG(), layout="uncond_first")
+    original = model.get_submodule("transformer_blocks.2").attn1.processor
+    model.get_submodule("transformer_blocks.2").attn1.processor = attnctl.attn_processors(model, PAG(sites=site))[
+        f"{site}.processor"
+    ]
+    replaced = run(model, inputs, NAG(), layout="uncond_first")
+    model.get_submodule("transformer_blocks.2").attn1.processor = original
+    expected = nag + (nag[1:] - replaced[1:])
+    assert (both - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize(

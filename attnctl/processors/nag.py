@@ -78,24 +78,36 @@ class NAG(Control):
         return self.scale != 0 and self.alpha != 0 and super().in_window(state)  # type: ignore[arg-type]
 
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
-        return self._guided
+        # Text keys and values do not depend on the image: a guidance branch's pass, which runs the prompt rows alone,
+        # takes the negative ones that the base pass saw. Without them its c - p would hold NAG's own effect.
+        negatives: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
 
-    def _guided(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
+        def guided(call: AttnCall, proceed: Proceed) -> torch.Tensor:
+            if call.index > 0:
+                return proceed(call)  # image prompts have no negative
+            rows = call.state.rows
+            m = call.q.shape[0] // rows.total  # frames folded into rows
+            cond = slice(rows.cond.start * m, rows.cond.stop * m)
+            if call.state.phase == "base":
+                negatives[call.site.name] = self._negative(call, m)
+            k, v, mask = negatives[call.site.name]
+            out = proceed(call)
+            away = proceed(call.with_(q=call.q[cond], k=k, v=v, mask=mask))
+            moved = normalized_guidance(out[cond], away, self.scale, self.tau, self.alpha)
+            return torch.cat([out[: cond.start], moved, out[cond.stop :]])
+
+        return guided
+
+    @staticmethod
+    def _negative(call: AttnCall, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return keys, values and mask of the negative rows."""
         rows = call.state.rows
-        if call.state.phase != "base" or call.index > 0:
-            return proceed(call)  # a perturbed pass keeps the plain attention; image prompts have no negative
         if rows.uncond is None or rows.role != "both":
             raise UnsupportedModelError(
                 "NAG reads the negative prompt off the negative rows of a batched call, and this call has none. Run "
-                "the pipeline with a negative prompt and guidance_scale above 1; pipelines that call the denoiser twice "
-                "(Wan, Qwen-Image, FLUX) are not supported."
+                "the pipeline with a negative prompt and guidance_scale above 1. Pipelines that call the denoiser "
+                "twice (Wan, Qwen-Image, FLUX) are not supported."
             )
-        out = proceed(call)
-        m = call.q.shape[0] // rows.total  # frames folded into rows
-        cond = slice(rows.cond.start * m, rows.cond.stop * m)
         uncond = slice(rows.uncond.start * m, rows.uncond.stop * m)
-        mask = None if call.mask is None else call.mask if call.mask.shape[0] == 1 else call.mask[uncond]
-        negative = proceed(call.with_(q=call.q[cond], k=call.k[uncond], v=call.v[uncond], mask=mask))
-        guided = normalized_guidance(out[cond], negative, self.scale, self.tau, self.alpha)
-        parts = [out[uncond], guided] if rows.uncond.start == 0 else [guided, out[uncond]]
-        return torch.cat(parts)
+        mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[uncond]
+        return call.k[uncond], call.v[uncond], mask
