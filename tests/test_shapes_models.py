@@ -64,6 +64,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, optimizer: str) -> N
     assert json.loads((tmp_path / "b/checkpoint/state.json").read_text())["step"] == 10
     resumed = run(tmp_path / "b", resume=True)
     assert all(torch.equal(through[n], resumed[n]) for n in through)
+    runs = [json.loads((tmp_path / d / "checkpoint/state.json").read_text())["history"] for d in "ab"]
+    assert runs[0] == runs[1]
+    assert [r["from"] for r in runs[0]] == [0]
     rows = [[json.loads(x) for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in "ab"]
     assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
     assert rows[0][-1]["mean"] < 1.5
@@ -168,6 +171,8 @@ def test_text2image_trains_resumes_and_exports(tmp_path) -> None:
     image = pipe("a red circle on gray", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
     assert not list((tmp_path / "pipeline").rglob("*.bin"))
+    record = json.loads((tmp_path / "pipeline/training.json").read_text())
+    assert [(h["from"], h["pairs"], h["batch"]) for h in record["history"]] == [(0, 0.125, 2)]
 
 
 def test_cache_is_made_once_and_draws_the_right_share(tmp_path) -> None:
@@ -332,6 +337,19 @@ def test_card_holds_every_figure(tmp_path) -> None:
         "sweep": {"4": {"single": (90.1, 87.0, 92.0), "pairs": (50.0, 45.0, 55.0)}},
         "noun_maps": dict.fromkeys(("mid", "up", "mid+up"), (85.0, 80.0, 90.0)) | {"chance": 14.0},
     }  # fmt: skip
+    runs = [
+        {"from": k, "batch": 32, "optimizer": "muon", "lr": 2e-3, "pairs": p, "scenes": 9}
+        for k, p in ((0, 0.125), (20, 0.5))
+    ]
+    (tmp_path / "training.json").write_text(json.dumps({"step": 50, "history": runs}))
     text = write_card(tmp_path, result).read_text()
-    for part in ("90.1 (87 to 92)", "50 (45 to 55)", "5.2 million", "red ring", "14 %", "load_shapes"):
+    for part in (
+        "90.1 (87 to 92)",
+        "50 (45 to 55)",
+        "5.2 million",
+        "red ring",
+        "14 %",
+        "load_shapes",
+        "| 20 to 50 | 32 | muon, 0.002 | 50 % |",
+    ):
         assert part in text

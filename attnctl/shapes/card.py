@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from attnctl.shapes.scenes import HELD_OUT
@@ -30,9 +31,11 @@ pipe("a red circle and a blue square on gray", num_inference_steps=20, guidance_
 _TAIL = """
 ## Training
 `python -m attnctl.shapes.train text2image`: autoencoder (64x64x3 to 16x16x4), then text encoder and UNet together on
-cached latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as float16. An
-eighth of the scenes have two objects, none has three. Held out: {held} occur as single objects only, never
-beside another.
+cached latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as float16.
+No scene has three objects. Held out: {held} occur as single objects only, never beside
+another. The loss of every fiftieth step is in `training.jsonl`.
+
+{runs}
 
 ## Limits
 Two objects are meant to fail often: the headroom is what attention control is measured on. Prompts outside "a COLOUR
@@ -69,8 +72,26 @@ def write_card(folder: str | Path, result: dict) -> Path:
     held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
     head = _HEAD.format(params=result["params"], scale=result["scale"])
     path = folder / "README.md"
-    path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held), encoding="utf-8")
+    path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held, runs=_runs(folder)), encoding="utf-8")
     return path
+
+
+def _runs(folder: Path) -> str:
+    """Say from the training record how many steps were made with which share of two-object scenes."""
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    history = record["history"]
+    ends = [h["from"] for h in history[1:]] + [record["step"]]
+    rows = ["| steps | batch | optimizer, rate | two-object scenes | different scenes |", "|---|---|---|---|---|"]
+    for h, end in zip(history, ends, strict=True):
+        told = (
+            f"{h['from']} to {end}",
+            h["batch"],
+            f"{h['optimizer']}, {h['lr']:g}",
+            f"{100 * h['pairs']:g} %",
+            h["scenes"],
+        )
+        rows.append(f"| {' | '.join(map(str, told))} |")
+    return "\n".join(rows)
 
 
 def _share(value: list[float] | tuple[float, float, float]) -> str:

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from attnctl.errors import ConfigError
 from attnctl.shapes.muon import Muon
 
-__all__ = ["Plan", "average_decay", "learning_rate", "load_checkpoint", "named_parameters", "step_generator", "train"]
+__all__ = [
+    "Plan",
+    "average_decay",
+    "learning_rate",
+    "load_checkpoint",
+    "named_parameters",
+    "read_history",
+    "step_generator",
+    "train",
+]
 
 _FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json")
 
@@ -75,6 +84,7 @@ def train(
     out: str | Path,
     plan: Plan,
     *,
+    facts: dict[str, object] | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Tensor]:
@@ -85,6 +95,7 @@ def train(
         loss: draws its batch from the generator of the step and returns a scalar.
         out: folder for `log.jsonl` and `checkpoint/`.
         plan: length and rates.
+        facts: what else defines the run; kept in the checkpoint's history with the step from which it held.
         resume: go on from `out/checkpoint` where there is one.
         quiet: no progress bar.
 
@@ -98,10 +109,15 @@ def train(
     average = {n: p.detach().clone() for n, p in params.items()}
     optimizer = _optimizer(params, plan)
     start = 0
+    history: list[dict[str, object]] = []
     if (out / "checkpoint" / "state.json").exists():
         if not resume:
             raise ConfigError(f"{out} already holds a checkpoint: pass --resume to go on, or another --out.")
         start = load_checkpoint(out, params, average, optimizer)
+        history = read_history(out)
+    facts = {**asdict(plan), **(facts or {})}
+    if not history or any(history[-1].get(key) != value for key, value in facts.items()):
+        history.append({"from": start, **facts})
     out.mkdir(parents=True, exist_ok=True)
     _cut_log(out / "log.jsonl", start)
     began, mean = time.monotonic(), None
@@ -126,7 +142,7 @@ def train(
                 log.flush()
                 bar.set_postfix(loss=f"{mean:.4f}")
             if done % plan.save_every == 0 or done == plan.steps:
-                _save_checkpoint(out, done, params, average, optimizer, plan)
+                _save_checkpoint(out, done, params, average, optimizer, history)
     return average
 
 
@@ -166,6 +182,12 @@ def load_checkpoint(
     return int(state["step"])
 
 
+def read_history(out: str | Path) -> list[dict[str, object]]:
+    """Read from a checkpoint what the run was told, and from which step on."""
+    state = json.loads((Path(out) / "checkpoint" / "state.json").read_text(encoding="utf-8"))
+    return state.get("history", [])
+
+
 def _optimizer(params: dict[str, Tensor], plan: Plan) -> torch.optim.Optimizer:
     if plan.optimizer == "adam":
         return torch.optim.AdamW(params.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
@@ -180,7 +202,7 @@ def _save_checkpoint(
     params: dict[str, Tensor],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    plan: Plan,
+    history: list[dict[str, object]],
 ) -> None:
     # Written beside the old one and then renamed: a kill in between leaves one whole checkpoint.
     fresh, old, final = out / "checkpoint.new", out / "checkpoint.old", out / "checkpoint"
@@ -190,7 +212,7 @@ def _save_checkpoint(
     save_file({n: a.contiguous() for n, a in average.items()}, fresh / "average.safetensors")
     moments = {f"{k}:{n}": v.contiguous() for n, p in params.items() for k, v in optimizer.state[p].items()}
     save_file(moments, fresh / "optimizer.safetensors")
-    (fresh / "state.json").write_text(json.dumps({"step": step, "plan": asdict(plan)}), encoding="utf-8")
+    (fresh / "state.json").write_text(json.dumps({"step": step, "history": history}), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)

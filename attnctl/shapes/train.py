@@ -8,6 +8,7 @@ cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from attnctl.shapes import models
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
-from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, train
+from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, read_history, train
 from attnctl.shapes.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ def train_text2image(
     text_encoder.to(device)
     unet.to(device)
     loss = Denoising(unet, text_encoder, tokenizer, latents, **options)
-    average = train({"text_encoder": text_encoder, "unet": unet}, loss, out, plan, resume=resume, quiet=quiet)
+    modules = {"text_encoder": text_encoder, "unet": unet}
+    facts = {"batch": loss.batch, "pairs": loss.pairs, "scenes": len(latents.captions)}
+    average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     return _with_average(average, vae, text_encoder, tokenizer, unet)
 
 
@@ -188,6 +191,8 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     if (out / "log.jsonl").exists():
         rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
         (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    record = {"step": step, "history": read_history(out)}
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # some writers leave it readable by its owner only
     return step
@@ -205,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--cooldown", type=float, default=0.55, help="last fraction of the steps, where lr falls to 0")
     parser.add_argument("--pairs", type=float, default=0.125, help="share of two-object scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
@@ -225,7 +231,10 @@ def main(argv: list[str] | None = None) -> int:
         refine_decoder(out / "decoder", refine, vae, resume=True)
         return 0
     latents = make_cache(out / "cache", vae, n_single=args.scenes, n_pairs=args.scenes // 3, seed=args.seed)
-    plan = Plan(steps=args.steps, optimizer=args.optimizer, lr=args.lr, seed=args.seed, save_every=args.save_every)
+    plan = Plan(
+        steps=args.steps, optimizer=args.optimizer, lr=args.lr, cooldown=args.cooldown,
+        seed=args.seed, save_every=args.save_every,
+    )  # fmt: skip
     if not args.export_only:
         train_text2image(
             out / "unet", plan, vae, latents, resume=args.resume,
