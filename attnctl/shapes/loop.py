@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def train(
     out: str | Path,
     plan: Plan,
     *,
-    facts: dict[str, object] | None = None,
+    facts: Mapping[str, object] | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Tensor]:
