@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from attnctl.errors import AttnctlError
     from attnctl.kernels import attention
     from attnctl.plans import HeadSet
-    from attnctl.session import Handle, attn_processors, control, handle_of
+    from attnctl.plug import attn_processors
+    from attnctl.session import Handle, control, handle_of
     from attnctl.shapes.load import load_shapes
     from attnctl.sites import Site, find_sites
 
@@ -43,7 +44,7 @@ _HOMES = {
     "HeadSet": "plans",
     "Site": "sites",
     "attention": "kernels",
-    "attn_processors": "session",
+    "attn_processors": "plug",
     "control": "session",
     "find_sites": "sites",
     "handle_of": "session",

@@ -372,18 +372,18 @@ def _take(output: Any, rows: Rows) -> Any:
     return output
 
 
-def check_reached(sites: Iterable[tuple[Site, bool]], state: StepState, what: str) -> None:
-    """Raise if a controlled pass left a selected site out.
+def check_reached(places: Iterable[tuple[str, bool]], state: StepState, what: str) -> None:
+    """Raise if a controlled pass left a selected attention site or block out.
 
     Raises:
         UnsupportedModelError: Some sites were never reached: a cache skipped their block, or a backend hides them.
     """
-    missing = [site.name for site, reached in sites if not reached]
+    missing = [name for name, reached in places if not reached]
     if missing:
         from attnctl.errors import NeverApplied
 
         raise NeverApplied(
-            f"{what}: the denoiser ran step {state.step} without calling the attention of {', '.join(missing[:4])}"
+            f"{what}: the denoiser ran step {state.step} without reaching {', '.join(missing[:4])}"
             f"{' and more' if len(missing) > 4 else ''}. A cache that skips blocks, a `skip_layers` option, or an "
             "attention backend that does not go through scaled_dot_product_attention hides it: switch that off, or "
             "choose sites that run (attnctl.find_sites lists them)."

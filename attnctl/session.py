@@ -9,96 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from attnctl.branches import (
-    Branch,
-    Checkpointing,
-    Prefix,
-    added,
-    check_reached,
-    combine,
-    difference,
-    main_output,
-    overridden,
-    own_context,
-    scaled,
-    with_main_output,
-)
-from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
-from attnctl.families import Family, family_of
-from attnctl.intercept import Link, Wrapper, attach_processor, detach_processor, release_processor
+from attnctl.errors import BackendError, ConfigError, ConflictError, UnsupportedModelError
+from attnctl.intercept import Link, attach_processor, detach_processor, release_processor
 from attnctl.kernels import backends
 from attnctl.layout import Layout, RowReader
 from attnctl.processors.base import Control, Guidance
-from attnctl.sites import Site, denoisers_of, find_sites
-from attnctl.state import Rows, StepState, bind_call, take_rows
+from attnctl.sites import Site, denoisers_of
+from attnctl.state import bind_call
 from attnctl.steps import unwatch_scheduler, watch_scheduler
+from attnctl.watched import Watched, resolve
 
-__all__ = ["Handle", "attn_processors", "control", "handle_of"]
-
-
-@dataclass
-class _Memory:
-    """The last c - p of one branch, kept for the steps that reuse it."""
-
-    step: int
-    delta: Any
-
-
-@dataclass
-class _Watched:
-    """One denoiser under control."""
-
-    module: torch.nn.Module
-    family: Family
-    sites: tuple[Site, ...]
-    resolved: dict[int, tuple[Site, ...]]
-    """Sites of each control, by the control's place in the list."""
-    state: StepState = field(default_factory=StepState)
-    links: dict[str, Link] = field(default_factory=dict)
-    made: list[Any] = field(default_factory=list)
-    """Every processor that was put under control, those that a host set aside included."""
-    base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
-    branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
-    memory: dict[Any, _Memory] = field(default_factory=dict)
-    pending: tuple[Any, float | None] | None = None
-    """Delta of the prompt call, waiting for the negative call of a sequential pair."""
-    weights: list[tuple[Guidance, Branch, float]] = field(default_factory=list)
-    prefix: Prefix | None = None
-    checkpointing: Checkpointing | None = None
-    forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
-    """Forwards that the current pass replaces."""
-    passes: int = 0
-    began: set[Any] = field(default_factory=set)
-    """Branches that have run in this run."""
-
-    def remember(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Note what the current pass does; the result does the same again, whenever it is entered."""
-        wrappers = [(link, link.wrappers) for link in self.links.values()]
-        state, forwards = dict(vars(self.state)), dict(self.forwards)
-
-        @contextlib.contextmanager
-        def again() -> Iterator[None]:
-            held = [(link, link.wrappers) for link, _ in wrappers]
-            now = dict(vars(self.state))
-            try:
-                for link, value in wrappers:
-                    link.wrappers = value
-                vars(self.state).update(state)
-                with overridden(forwards):
-                    yield
-            finally:
-                vars(self.state).update(now)
-                for link, value in held:
-                    link.wrappers = value
-
-        return again
+__all__ = ["Handle", "check_controls", "check_hookable", "control", "handle_of"]
 
 
 class Handle:
@@ -116,7 +43,6 @@ class Handle:
         self.backend = backend
         self._enabled = True
         self._replay = replay
-        self._running = False
         self._undo = contextlib.ExitStack()
         self._attached = False
         self._pipe = None if isinstance(target, torch.nn.Module) else target
@@ -124,10 +50,13 @@ class Handle:
         self._reader = RowReader(self._pipe, layout)
         self._layout = layout
         self._warned: set[str] = set()
-        _check_controls(controls)
-        if backend != "auto":
-            _check_backend(backend)
-        self._watched = [_resolve(m, self.controls, backend) for m in denoisers_of(target).values()]
+        check_controls(controls)
+        modules = denoisers_of(target).values()
+        for module in modules:
+            check_hookable(module)
+            if backend != "auto":
+                _check_backend(backend, module)
+        self._watched = [resolve(m, self.controls, backend, self._pipe) for m in modules]
 
     def attach(self) -> Handle:
         """Install the controls; undo everything if any part fails."""
@@ -141,7 +70,7 @@ class Handle:
             raise
         return self
 
-    def _attach_denoiser(self, watched: _Watched) -> None:
+    def _attach_denoiser(self, watched: Watched) -> None:
         self._undo.callback(self._release_made, watched)
         for link in watched.links.values():
             watched.made.append(attach_processor(link.site, link))
@@ -150,7 +79,7 @@ class Handle:
         self._undo.callback(pre.remove)
         post = watched.module.register_forward_hook(_Hook(self, watched).after, with_kwargs=True)
         self._undo.callback(post.remove)
-        self._undo.callback(self._quiet, watched)
+        self._undo.callback(watched.quiet)
 
     def _attach_scheduler(self) -> None:
         scheduler = getattr(self._pipe, "scheduler", None)
@@ -164,7 +93,7 @@ class Handle:
             unwatch_scheduler(held)
             self.on_set_timesteps()
 
-    def _release_processor(self, watched: _Watched, link: Link) -> None:
+    def _release_processor(self, watched: Watched, link: Link) -> None:
         if not detach_processor(link.site, link):
             warnings.warn(
                 f"attnctl: the processor of {link.site.name} was replaced after control() attached; it is left as it "
@@ -172,7 +101,7 @@ class Handle:
                 stacklevel=4,
             )
 
-    def _release_made(self, watched: _Watched) -> None:
+    def _release_made(self, watched: Watched) -> None:
         for processor in watched.made:  # a model that fused its projections keeps the old ones for later
             release_processor(processor)
         watched.made.clear()
@@ -218,13 +147,15 @@ class Handle:
 
     def set_step(self, step: int, steps: int, timestep: float | None = None) -> None:
         """Tell the step of a hand-written loop: step i of n, and the timestep (1000 = noise) where weights adapt."""
-        if not 0 <= step < steps:
-            raise ConfigError(f"set_step({step}, {steps}): the step must lie in 0 to {steps - 1}.")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (step, steps))
+        if not whole or not 0 <= step < steps:
+            raise ConfigError(
+                f"set_step({step!r}, {steps!r}): give step i of n as whole numbers, the step from 0 to n - 1."
+            )
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
             if step == 0:
-                w.memory.clear()
-                w.began.clear()
+                w.begin_run()
             w.pending = None
         self._reader.calls = 0
 
@@ -241,9 +172,7 @@ class Handle:
         self._reader.new_run()
         for w in self._watched:
             w.state.step, w.state.steps = 0, None
-            w.memory.clear()
-            w.began.clear()
-            w.pending = None
+            w.begin_run()
 
     def on_scale(self, sample: torch.Tensor) -> None:
         """Note the latents that the pipeline scales."""
@@ -259,9 +188,9 @@ class Handle:
 
     # What the denoiser's hooks do ----------------------------------------------------------------------------
 
-    def _before(self, w: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._quiet(w)
-        if not self._enabled or self._running:
+    def _before(self, w: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        w.quiet()
+        if not self._enabled or w.running:
             return
         self._heal(w)
         bound = bind_call(w.module, args, kwargs)
@@ -269,150 +198,16 @@ class Handle:
         self._time(w)
         rows = self._reader.read(bound, w.family.cond_first)
         w.state.rows = rows
-        if rows.role == "extra":
-            return
-        if torch.is_grad_enabled() and getattr(w.module, "is_gradient_checkpointing", False):
-            w.checkpointing = Checkpointing(w.module, w.remember)
-        self._warn_bare(w, rows)
-        for name, wrappers in w.base.items():
-            active = tuple(wrap for c, wrap in wrappers if c.in_window(w.state))
-            w.links[name].wrappers = active or None
-            w.links[name].reached = False
-        if rows.role == "uncond":
-            return
-        w.weights = [(g, b, g.weight(w.state)) for g, b in w.branches]
-        due = [(g, b) for g, b, weight in w.weights if weight != 0 and self._due(w, g, b)]
-        if due and self._replay and Prefix.refusal(w.module) is None:
-            targets = {m for _, b in due for m in b.targets}
-            if w.prefix is None or w.prefix.targets != targets:
-                w.prefix = Prefix(w.module, targets)
-            w.prefix.watch()
-        elif w.prefix is not None:
-            w.prefix.release()
+        if rows.role != "extra":
+            self._warn_bare(w, rows)
+            w.begin_pass(self._replay)
 
-    def _after(self, w: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._enabled or self._running or w.state.denoiser is None:
+    def _after(self, w: Watched, output: Any) -> Any:
+        if not self._enabled or w.running or w.state.denoiser is None:
             return None
-        controlled = [(link.site, link.reached) for link in w.links.values() if link.wrappers is not None]
-        if w.prefix is not None:
-            w.prefix.unwatch()
-        try:
-            check_reached(controlled, w.state, "the base pass")
-            return self._guide(w, output)
-        finally:
-            self._quiet(w)
-            w.state.end_call()
-            if w.prefix is not None:
-                w.prefix.release()
+        return w.end_pass(output)
 
-    def _guide(self, w: _Watched, output: Any) -> Any:
-        """Add the guidance of all branches to a prediction; None where there is none."""
-        rows = w.state.rows
-        if rows.role == "extra":
-            return None
-        if rows.role == "uncond":
-            if w.pending is None:
-                return None
-            delta, safe = w.pending
-            w.pending = None
-            return with_main_output(output, combine(main_output(output), delta, rows, safe))
-        if not any(weight for _, _, weight in w.weights):
-            return None
-        pred = main_output(output)
-        c = pred[rows.cond]
-        total: Any = None
-        ran: dict[Any, Any] = {}
-        for g, branch, weight in w.weights:
-            if weight == 0:
-                continue
-            if branch.key in ran:  # two controls that perturb alike share the pass
-                unit = ran[branch.key]
-            elif self._due(w, g, branch):
-                unit = difference(c, self._perturbed(w, branch))
-                if g.every > 1:
-                    w.memory[branch.key] = _Memory(w.state.step, unit)
-            else:
-                unit = w.memory[branch.key].delta
-            ran[branch.key] = unit
-            total = added(total, scaled(unit, weight))
-        safe = self._rescale_safe(w)
-        if rows.role == "all" and self._pipe is not None:
-            w.pending = (total, safe)
-        if rows.role == "all" and safe is not None:
-            return None  # the whole share goes to the negative call
-        return with_main_output(output, combine(pred, total, rows, safe))
-
-    def _perturbed(self, w: _Watched, branch: Branch) -> Any:
-        """Run one perturbed pass on the prompt rows and return its prediction."""
-        state, rows = w.state, w.state.rows
-        frames = state.grid[0] if rows.role == "both" and state.grid else 1
-        kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
-        touched = {s.name: s for s in branch.sites}
-        base = {name: link.wrappers for name, link in w.links.items()}
-        held = dict(vars(state))
-        forwards: dict[torch.nn.Module, Any] = {}
-        if w.prefix is not None:
-            forwards.update(w.prefix.stubs(rows, frames))
-        for module, make in branch.blocks.items():
-            forwards[module] = make(module, module.forward)
-        self._running = True
-        w.forwards = forwards
-        state.begin_call(w.module, w.family, kwargs)
-        state.phase, state.rows = str(branch.key), Rows.all(rows.prompts)
-        try:
-            for name, link in w.links.items():
-                if name in touched and branch.perturb is not None:
-                    link.wrappers = (branch.perturb, *(base[name] or ()))
-                link.reached = False
-            own = [b.key for _, b in w.branches].index(branch.key)
-            with own_context(w.module, f"attnctl_{own}") as cached, overridden(forwards):
-                output = w.module.forward(**kwargs)
-            reached = [(w.links[n].site, w.links[n].reached) for n in touched]
-            # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
-            if not (cached and branch.key in w.began):
-                check_reached(reached, state, "the perturbed pass")
-            w.began.add(branch.key)
-        finally:
-            self._running = False
-            w.forwards = {}
-            vars(state).update(held)
-            for name, link in w.links.items():
-                link.wrappers = base[name]
-        w.passes += 1
-        return main_output(output)
-
-    def _due(self, w: _Watched, g: Guidance, branch: Branch) -> bool:
-        """Tell whether a branch must be computed on this step."""
-        memory = w.memory.get(branch.key)
-        if g.every == 1 or memory is None or w.state.step - memory.step >= g.every:
-            return True
-        delta = memory.delta
-        return isinstance(delta, torch.Tensor) and delta.shape[0] != w.state.rows.prompts
-
-    def _rescale_safe(self, w: _Watched) -> float | None:
-        """Return the CFG scale if guidance must leave the prompt rows alone, else None."""
-        modes = {g.combine for g, _, weight in w.weights if weight != 0}
-        explicit = modes - {"auto"}
-        if len(explicit) > 1:
-            raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
-        cfg = w.state.rows.role == "both" or getattr(self._pipe, "do_classifier_free_guidance", False) is True
-        rescale = getattr(self._pipe, "guidance_rescale", 0.0) or 0.0
-        wanted = explicit == {"rescale_safe"} or (not explicit and rescale > 0 and cfg)
-        if not wanted:
-            return None
-        if not cfg:
-            raise ConfigError('combine="rescale_safe" needs classifier-free guidance; this run has no negative prompt.')
-        scale = getattr(self._pipe, "guidance_scale", None)
-        if not isinstance(scale, (int, float)):
-            raise ConfigError(
-                f'combine="rescale_safe" needs the CFG scale, which {type(self._pipe).__name__} does not tell. '
-                'Use combine="add".'
-            )
-        if scale == 1:
-            raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
-        return float(scale)
-
-    def _time(self, w: _Watched) -> None:
+    def _time(self, w: Watched) -> None:
         """Fill in the length of the run and the timestep, once a run."""
         self._attach_scheduler()
         state = w.state
@@ -435,7 +230,7 @@ class Handle:
             index = min(len(timesteps) - state.steps + state.step, len(timesteps) - 1)
             state.timestep = float(timesteps[index])
 
-    def _heal(self, w: _Watched) -> None:
+    def _heal(self, w: Watched) -> None:
         """Put links back where another tool has replaced a controlled processor."""
         for name, link in w.links.items():
             module: Any = link.site.module
@@ -450,7 +245,7 @@ class Handle:
                     stacklevel=2,
                 )
 
-    def _warn_bare(self, w: _Watched, rows: Any) -> None:
+    def _warn_bare(self, w: Watched, rows: Any) -> None:
         bare = self._pipe is None and self._layout == "auto" and rows.total % 2 == 0
         if bare and w.branches and "layout" not in self._warned:
             self._warned.add("layout")
@@ -461,24 +256,11 @@ class Handle:
                 stacklevel=2,
             )
 
-    def _quiet(self, w: _Watched) -> None:
-        """Leave every link inactive and no watcher on any module."""
-        if self._running:
-            return
-        for link in w.links.values():
-            link.wrappers = None
-        if w.prefix is not None:
-            w.prefix.release()
-        if w.checkpointing is not None:
-            w.checkpointing.release()
-            w.checkpointing = None
-        w.weights = []
-
 
 class _Hook:
     """Binds a handle and a denoiser to torch's hook signatures."""
 
-    def __init__(self, handle: Handle | None, watched: _Watched | None) -> None:
+    def __init__(self, handle: Handle | None, watched: Watched | None) -> None:
         self.handle, self.watched = handle, watched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
@@ -491,7 +273,7 @@ class _Hook:
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.handle is None or self.watched is None:
             return None
-        return self.handle._after(self.watched, args, kwargs, output)
+        return self.handle._after(self.watched, output)
 
 
 def control(
@@ -534,45 +316,8 @@ def handle_of(pipe: Any) -> Handle | None:
     return None
 
 
-def attn_processors(model: torch.nn.Module, *controls: Control) -> dict[str, Any]:
-    """Make processors for `model.set_attn_processor`, diffusers' own plug point.
-
-    The model that carries them computes what the controls do to attention at every call and for every row: with PAG it
-    is the perturbed model p, to be combined with the plain prediction in a loop of your own. Sites that no control
-    selects keep their processor. `control()` does the guidance, the extra pass and the switching by itself.
-
-    Raises:
-        SiteError: A control selects sites that do not exist or that it cannot act on.
-    """
-    _check_controls(controls)
-    watched = _resolve(model, controls, "auto")
-    made: dict[str, Any] = {}
-    watched.state.family, watched.state.denoiser = watched.family, model
-    for site in watched.sites:
-        module: Any = site.module
-        name = f"{site.name}.processor"
-        link = watched.links.get(site.name)
-        if link is None:
-            made[name] = module.processor
-            continue
-        original = module.processor
-        if isinstance(original, torch.nn.Module):
-            raise UnsupportedModelError(
-                f"{site.name} holds {type(original).__name__}, whose weights live in the model: a processor for it "
-                "cannot be handed out. Use attnctl.control(model, ...)."
-            )
-        link.fixed = True
-        made[name] = attach_processor(site, link)
-        module.processor = original
-        wrappers = [wrap for _, wrap in watched.base.get(site.name, [])]
-        for _, branch in watched.branches:
-            if branch.perturb is not None and site in branch.sites:
-                wrappers.insert(0, branch.perturb)
-        link.wrappers = tuple(wrappers) or None
-    return made
-
-
-def _check_controls(controls: Sequence[Any]) -> None:
+def check_controls(controls: Sequence[Any]) -> None:
+    """Raise ConfigError unless there is at least one control, and nothing else."""
     if not controls:
         raise ConfigError("control() was given no control. Pass one, for example attnctl.processors.PAG(scale=3.0).")
     for c in controls:
@@ -582,34 +327,19 @@ def _check_controls(controls: Sequence[Any]) -> None:
             )
 
 
-def _check_backend(backend: str) -> None:
-    from attnctl.errors import BackendError
-
-    known = backends()
-    names = list(known) if isinstance(known, dict) else [b.name for b in known]
-    if backend not in names:
-        raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(names)}.")
-
-
-def _resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str) -> _Watched:
-    """Find out everything about a denoiser before anything is touched."""
-    _check_hookable(module)
-    family = family_of(module)
-    sites = find_sites(module)
-    watched = _Watched(module, family, sites, {i: c.resolve(sites, family) for i, c in enumerate(controls)})
-    for i, c in enumerate(controls):
-        for site in watched.resolved[i]:
-            watched.links.setdefault(site.name, Link(site, watched.state, backend))
-        wrap = c.wrapper(watched.resolved[i])
-        if wrap is not None:
-            for site in watched.resolved[i]:
-                watched.base.setdefault(site.name, []).append((c, wrap))
-        if isinstance(c, Guidance):
-            watched.branches.append((c, c.branch(watched.resolved[i], module)))
-    return watched
+def _check_backend(backend: str, denoiser: torch.nn.Module) -> None:
+    """Raise BackendError if a kernel asked for by name is unknown or cannot run where the denoiser is."""
+    weight = next(denoiser.parameters())
+    known = backends(weight.device.type, weight.dtype)
+    if backend not in known:
+        raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(known)}.")
+    if not known[backend].available:
+        runs = ", ".join(name for name, b in known.items() if b.available)
+        raise BackendError(f"backend={backend!r} cannot run here: {known[backend].reason}. These can: {runs}.")
 
 
-def _check_hookable(module: torch.nn.Module) -> None:
+def check_hookable(module: torch.nn.Module) -> None:
+    """Raise unless hooks on a denoiser would run, and nobody else's controls are on it."""
     name = type(module).__name__
     if handle_of(module) is not None:
         raise ConflictError(

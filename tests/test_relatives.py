@@ -10,7 +10,7 @@ import torch
 import zoo
 
 import attnctl
-from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedModelError
+from attnctl.errors import AttnctlError, ConfigError, NeverApplied, SiteError, UnsupportedModelError
 from attnctl.processors import NAG, PAG, SEG, SLG, TPG, SoftPAG
 from attnctl.processors.nag import normalized_guidance
 
@@ -181,3 +181,13 @@ def test_bad_fields(make: Any) -> None:
     with pytest.raises(ConfigError) as error:
         make()
     assert isinstance(error.value, AttnctlError)
+
+
+def test_a_block_that_never_runs_is_an_error() -> None:
+    model, inputs = zoo.build("latte")
+    with (
+        attnctl.control(model, SLG(sites="temporal_transformer_blocks.1", start=0.0, stop=1.0), layout="cond"),
+        pytest.raises(NeverApplied, match=r"temporal_transformer_blocks\.1"),
+        torch.no_grad(),
+    ):
+        zoo.call(model, inputs | {"enable_temporal_attentions": False})
