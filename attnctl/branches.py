@@ -292,7 +292,9 @@ class Prefix:
             handle.remove()
         learning = self.chosen is None and bool(self._handles)
         self._handles = []
-        if learning and self._reached:
+        if learning and not self._reached:
+            self.store = {}  # nothing perturbed has run: the perturbed pass shows whether that is an error
+        elif learning:
             self.chosen = {m: n for m, (n, _, _) in self.store.items() if self._calls[m] == 1}
             self.store = {m: (out, versions) for m, (_, out, versions) in self.store.items() if m in self.chosen}
 
