@@ -97,6 +97,7 @@ class StepState:
         self._grid, self._grid_known = None, False
         self._image_tokens, self._image_tokens_known = None, False
         self.phase = "base"
+        _ = self.image_tokens  # here and not at a site, where a compiled block would have to trace it
 
     def end_call(self) -> None:
         """Drop references to the call's tensors."""
@@ -120,10 +121,9 @@ class StepState:
             return None
         if not self._image_tokens_known and self.bound:
             self._image_tokens_known = True
-            grid = self.grid
             if self.family.image_tokens is not None:
                 self._image_tokens = self.family.image_tokens(self.denoiser, self.bound)
-            elif grid is not None:
+            elif (grid := self.grid) is not None:
                 self._image_tokens = grid[0] * grid[1] * grid[2]
         return self._image_tokens
 
