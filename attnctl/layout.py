@@ -59,7 +59,7 @@ class RowReader:
         if "skip_layers" in bound and bound["skip_layers"] is not None:
             return Rows(total, slice(0, 0), role="extra")  # SD3's own skip-layer guidance: not ours to guide
         if self.pipe is None:
-            return Rows.halves(total) if self.layout == "uncond_first" else Rows.all(total)
+            return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
         if call == 0:
             self._first = main_input(bound)
             self._read = self._first_rows(bound, total, cond_first)
@@ -79,16 +79,20 @@ class RowReader:
         if self.layout in ("cond", "sequential"):
             return Rows.all(total)
         if self.layout == "uncond_first":
-            if total % 2:
-                raise UnsupportedModelError(
-                    f'layout="uncond_first" needs an even number of rows; the denoiser was called with {total}.'
-                )
-            return Rows.halves(total)
+            return self._told_halves(total)
         flag = self._cfg_flag()
         key = (total, flag)
         if key not in self._known:
             self._known[key] = flag is not False and total % 2 == 0 and self._halves_equal(bound, total)
         return Rows.halves(total, cond_first) if self._known[key] else Rows.all(total)
+
+    @staticmethod
+    def _told_halves(total: int) -> Rows:
+        if total % 2:
+            raise UnsupportedModelError(
+                f'layout="uncond_first" needs an even number of rows; the denoiser was called with {total}.'
+            )
+        return Rows.halves(total)
 
     def _cfg_flag(self) -> bool | None:
         """Return whether the pipeline says that it uses classifier-free guidance, or None if it does not say."""

@@ -77,7 +77,7 @@ class HeadSet:
         """
         if not isinstance(data, dict) or data.get("kind") != "heads":
             raise PlanError(f"{source} is not a head set: expected a JSON object with kind 'heads'.")
-        if data.get("schema") != SCHEMA:
+        if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
             raise PlanError(
                 f"{source} has schema {data.get('schema')!r}; this attnctl reads schema {SCHEMA}. "
                 "Update attnctl, or save the set again."

@@ -186,7 +186,8 @@ def select(
         SiteError: A part of the selector matches nothing, or only sites of other kinds.
     """
     allowed = tuple(kinds)
-    parts = [selector] if isinstance(selector, (str, int, range, slice)) else list(selector)
+    several = isinstance(selector, Sequence) and not isinstance(selector, (str, range))
+    parts: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
     if not parts:
         raise SiteError(f"{what}: the selector is an empty list. Name at least one site.")
     chosen: dict[str, Site] = {}

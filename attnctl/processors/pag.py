@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from attnctl.branches import Branch
-from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
+from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.families import Family
 from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import perturb
@@ -105,6 +105,12 @@ class SoftPAG(Guidance):
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if self.heads is None:
             return super().resolve(sites, family)
+        depths = max(s.depth for s in sites) + 1
+        if isinstance(self.heads, HeadSet) and self.heads.layers not in (None, depths):
+            raise PlanError(
+                f"{self._label}: the head set was made for a model of {self.heads.layers} attention depths "
+                f"({self.heads.model or 'unnamed'}); this one has {depths}. Use it with the model it was made for."
+            )
         chosen = _sites_of_pairs(self._label, self._pairs, sites, self.kinds)
         if self.sites is not None:
             asked = {s.name for s in super().resolve(sites, family)}
