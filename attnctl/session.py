@@ -88,10 +88,16 @@ class Handle:
         held, self._scheduler = self._scheduler, scheduler
         watch_scheduler(scheduler, self)
         if held is None:
-            self._undo.callback(lambda: unwatch_scheduler(self._scheduler))
+            self._undo.callback(self._release_scheduler)
         else:  # the user gave the pipeline another scheduler, whose set_timesteps nobody has heard
             unwatch_scheduler(held)
             self.on_set_timesteps()
+
+    def _release_scheduler(self) -> None:
+        unwatch_scheduler(self._scheduler)
+        latest = getattr(self._pipe, "scheduler", None)
+        if latest is not None and getattr(latest, "_attnctl", None) is None:
+            unwatch_scheduler(latest)  # made of a watched class, and given to the pipeline after the last run
 
     def _release_processor(self, watched: Watched, link: Link) -> None:
         if not detach_processor(link.site, link):

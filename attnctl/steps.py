@@ -44,12 +44,14 @@ def _watched(original: type) -> type:
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = cls.set_timesteps(self, *args, **kwargs)
-        self._attnctl.listener.on_set_timesteps()
+        if self._attnctl is not None:
+            self._attnctl.listener.on_set_timesteps()
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
-        self._attnctl.listener.on_step(sample)
+        if self._attnctl is not None:
+            self._attnctl.listener.on_step(sample)
         return cls.step(self, *args, **kwargs)
 
     members: dict[str, Any] = {
@@ -59,11 +61,12 @@ def _watched(original: type) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_attnctl_watched": True,
+        "_attnctl": None,  # type(pipe.scheduler).from_config(...) makes a scheduler that nobody watches yet
     }
     if hasattr(cls, "scale_model_input"):
 
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(sample, torch.Tensor):
+            if isinstance(sample, torch.Tensor) and self._attnctl is not None:
                 self._attnctl.listener.on_scale(sample)
             return cls.scale_model_input(self, sample, *args, **kwargs)
 
