@@ -18,10 +18,10 @@ from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache, to
 from attnctl.shapes.evaluate import NounMaps, contact_sheet, generate, localisation, score, wilson
 from attnctl.shapes.load import WEIGHTS
 from attnctl.shapes.loop import Plan, average_decay, learning_rate, train
-from attnctl.shapes.models import build_unet, build_vae
+from attnctl.shapes.models import build_tokenizer, build_unet, build_vae
 from attnctl.shapes.muon import orthogonalise
 from attnctl.shapes.scenes import caption
-from attnctl.shapes.train import export, finish_vae, main, train_text2image, train_vae
+from attnctl.shapes.train import Denoising, export, finish_vae, main, shares, train_text2image, train_vae
 
 
 class Killed(Exception):
@@ -49,7 +49,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, optimizer: str) -> N
     def run(out: Path, resume: bool = False, stop: int | None = None):
         model = tiny()
 
-        def loss(generator: torch.Generator):
+        def loss(generator: torch.Generator, step: int):
             seen.append(1)
             if stop is not None and len(seen) > stop:
                 raise Killed
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage: str) -> None:
     def run(model: nn.Module, resume: bool):
         plan = Plan(steps=3, save_every=2)
         return train(
-            {"m": model}, lambda g: model(torch.ones(1, 3, 8, 8)).mean(), tmp_path, plan, resume=resume, quiet=True
+            {"m": model}, lambda g, i: model(torch.ones(1, 3, 8, 8)).mean(), tmp_path, plan, resume=resume, quiet=True
         )
 
     run(tiny(), False)
@@ -172,7 +172,7 @@ def test_text2image_trains_resumes_and_exports(tmp_path) -> None:
     assert image.size == (64, 64)
     assert not list((tmp_path / "pipeline").rglob("*.bin"))
     record = json.loads((tmp_path / "pipeline/training.json").read_text())
-    assert [(h["from"], h["pairs"], h["batch"]) for h in record["history"]] == [(0, 0.125, 2)]
+    assert [(h["from"], h["pairs"], h["batch"]) for h in record["history"]] == [(0, [[0, 0.125]], 2)]
 
 
 def test_cache_is_made_once_and_draws_the_right_share(tmp_path) -> None:
@@ -187,6 +187,29 @@ def test_cache_is_made_once_and_draws_the_right_share(tmp_path) -> None:
     assert set(index.tolist()) == set(range(8))
 
 
+def test_the_share_of_pairs_changes_with_the_steps(tmp_path) -> None:
+    assert shares("0.125") == [(0, 0.125)]
+    assert shares("0.125,2000:0.5,3000:0.15") == [(0, 0.125), (2000, 0.5), (3000, 0.15)]
+    for bad in ("", "x", "5:0.5", "1.5", "0.1,100:-1"):
+        with pytest.raises(ConfigError, match="Shares"):
+            shares(bad)
+
+    class Seen(Latents):
+        def draw(self, generator, n, pairs):
+            drawn.append(pairs)
+            raise Killed
+
+    drawn: list[float] = []
+    latents = fake_latents()
+    tokenizer = build_tokenizer(tmp_path)
+    seen = Seen(latents.values, latents.captions, latents.n_single)
+    loss = Denoising(nn.Linear(1, 1), nn.Linear(1, 1), tokenizer, seen, pairs=[(0, 0.1), (5, 0.5), (9, 0.2)])
+    for step in (0, 4, 5, 8, 9, 100):
+        with pytest.raises(Killed):
+            loss(torch.Generator(), step)
+    assert drawn == [0.1, 0.1, 0.5, 0.5, 0.2, 0.2]
+
+
 def test_crops_show_objects() -> None:
     generator = torch.Generator().manual_seed(0)
     x = draw_images(generator, 4)
@@ -199,8 +222,19 @@ def test_crops_show_objects() -> None:
 
 
 def test_command_line_of_training(tmp_path, capsys) -> None:
-    arguments = ["--out", str(tmp_path), "--vae-steps", "1", "--decoder-steps", "1", "--scenes", "6", "--steps", "1"]
-    assert main(["text2image", *arguments, "--batch", "2", "--threads", "1"]) == 0
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--vae-steps",
+        "1",
+        "--decoder-steps",
+        "1",
+        "--scenes",
+        "4",
+        "--pair-scenes",
+        "2",
+    ]
+    assert main(["text2image", *arguments, "--steps", "1", "--batch", "2", "--threads", "1"]) == 0
     assert "step 1" in capsys.readouterr().out
     assert main(["text2image", *arguments, "--export-only", "--export", str(tmp_path / "x")]) == 0
     assert (tmp_path / "x/model_index.json").exists()
@@ -338,7 +372,7 @@ def test_card_holds_every_figure(tmp_path) -> None:
         "noun_maps": dict.fromkeys(("mid", "up", "mid+up"), (85.0, 80.0, 90.0)) | {"chance": 14.0},
     }  # fmt: skip
     runs = [
-        {"from": k, "batch": 32, "optimizer": "muon", "lr": 2e-3, "pairs": p, "scenes": 9}
+        {"from": k, "batch": 32, "optimizer": "muon", "lr": 2e-3, "pairs": [[0, p]], "scenes": 9}
         for k, p in ((0, 0.125), (20, 0.5))
     ]
     (tmp_path / "training.json").write_text(json.dumps({"step": 50, "history": runs}))

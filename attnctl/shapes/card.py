@@ -87,11 +87,15 @@ def _runs(folder: Path) -> str:
             f"{h['from']} to {end}",
             h["batch"],
             f"{h['optimizer']}, {h['lr']:g}",
-            f"{100 * h['pairs']:g} %",
+            _shares(h["pairs"]),
             h["scenes"],
         )
         rows.append(f"| {' | '.join(map(str, told))} |")
     return "\n".join(rows)
+
+
+def _shares(pairs: list[tuple[int, float]]) -> str:
+    return ", ".join(f"from {first}: {100 * share:g} %" if first else f"{100 * share:g} %" for first, share in pairs)
 
 
 def _share(value: list[float] | tuple[float, float, float]) -> str:

@@ -80,7 +80,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def train(
     modules: dict[str, nn.Module],
-    loss: Callable[[torch.Generator], Tensor],
+    loss: Callable[[torch.Generator, int], Tensor],
     out: str | Path,
     plan: Plan,
     *,
@@ -92,7 +92,7 @@ def train(
 
     Args:
         modules: what is trained; changed in place.
-        loss: draws its batch from the generator of the step and returns a scalar.
+        loss: called with the generator of a step and its number; draws its batch and returns a scalar.
         out: folder for `log.jsonl` and `checkpoint/`.
         plan: length and rates.
         facts: what else defines the run; kept in the checkpoint's history with the step from which it held.
@@ -127,7 +127,7 @@ def train(
             rate = learning_rate(step, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            value = loss(step_generator(plan.seed, step))
+            value = loss(step_generator(plan.seed, step), step)
             value.backward()
             norm = nn.utils.clip_grad_norm_(params.values(), plan.clip)
             optimizer.step()

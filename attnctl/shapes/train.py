@@ -1,4 +1,4 @@
-"""Train the shapes models: `python -m attnctl.shapes.train text2image --out runs/t2i --steps 4000 [--resume]`.
+"""Train the shapes models: `python -m attnctl.shapes.train text2image --out runs/t2i [--resume]`.
 
 text2image takes four stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
 cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and more training for the decoder
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attnctl.errors import ConfigError
 from attnctl.shapes import models
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
 from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, read_history, train
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["Denoising", "export", "finish_vae", "main", "train_text2image", "train_vae"]
+__all__ = ["Denoising", "export", "finish_vae", "main", "shares", "train_text2image", "train_vae"]
 
 _SNR_CAP = 5.0
 _ROUGHNESS = 0.15  # in standard deviations of a latent
@@ -41,7 +43,7 @@ def train_vae(
     torch.manual_seed(plan.seed)
     vae = models.build_vae().to(device)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, step: int) -> Tensor:
         x = draw_images(generator, batch)
         if torch.rand((), generator=generator) < 0.6:
             # Four crops cost as much as one picture and show four times as many edges.
@@ -84,7 +86,7 @@ def refine_decoder(
     vae.requires_grad_(False)
     parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, step: int) -> Tensor:
         x = draw_images(generator, batch)
         if torch.rand((), generator=generator) < 0.6:
             x = draw_crops(generator, x, 4)
@@ -116,12 +118,13 @@ class Denoising:
         latents: Latents,
         *,
         batch: int = 64,
-        pairs: float = 0.125,
+        pairs: float | Sequence[tuple[int, float]] = 0.125,
         drop: float = 0.1,
         bf16: bool = True,
     ) -> None:
         self.unet, self.text_encoder, self.latents = unet, text_encoder, latents
-        self.batch, self.pairs, self.drop, self.bf16 = batch, pairs, drop, bf16
+        self.batch, self.drop, self.bf16 = batch, drop, bf16
+        self.pairs = [(0, pairs)] if isinstance(pairs, float) else list(pairs)
         self.device = next(unet.parameters()).device
         self.ids = _encode(tokenizer, [*latents.captions, ""])
         self.scheduler = models.build_scheduler()
@@ -130,9 +133,10 @@ class Denoising:
         self.weight = (snr + 1).clamp(max=_SNR_CAP) / (snr + 1)
         self.weight = self.weight / self.weight.mean()
 
-    def __call__(self, generator: torch.Generator) -> Tensor:
-        """Return the loss of one batch drawn from `generator`."""
-        index = self.latents.draw(generator, self.batch, self.pairs)
+    def __call__(self, generator: torch.Generator, step: int) -> Tensor:
+        """Return the loss of one batch drawn from `generator`; the share of pairs is the last one due at `step`."""
+        share = [share for first, share in self.pairs if first <= step][-1]
+        index = self.latents.draw(generator, self.batch, share)
         x = self.latents.values[index].float()
         dropped = torch.rand(self.batch, generator=generator) < self.drop
         ids = torch.where(dropped[:, None], self.ids[-1], self.ids[index])
@@ -167,7 +171,7 @@ def train_text2image(
     unet.to(device)
     loss = Denoising(unet, text_encoder, tokenizer, latents, **options)
     modules = {"text_encoder": text_encoder, "unet": unet}
-    facts = {"batch": loss.batch, "pairs": loss.pairs, "scenes": len(latents.captions)}
+    facts = {"batch": loss.batch, "pairs": [list(p) for p in loss.pairs], "scenes": len(latents.captions)}
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     return _with_average(average, vae, text_encoder, tokenizer, unet)
 
@@ -198,20 +202,42 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     return step
 
 
+def shares(text: str) -> list[tuple[int, float]]:
+    """Read "0.125" or "0.125,2000:0.5" as [(first step, share), ...].
+
+    Raises:
+        ConfigError: a share is not within 0..1, or the first one does not hold from step 0.
+    """
+    try:
+        parts = [part.rpartition(":") for part in text.split(",")]
+        result = [(int(first or 0), float(share)) for first, _, share in parts]
+    except ValueError:
+        result = []
+    if not result or result[0][0] != 0 or any(not 0 <= share <= 1 for _, share in result):
+        raise ConfigError(f"Shares of pairs look like '0.125' or '0.125,2000:0.5' and lie within 0..1, got {text!r}.")
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train", description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("text2image", "vae"))
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of text encoder and UNet")
+    parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
     parser.add_argument("--vae-steps", type=int, default=1450)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode; pairs: a third more")
+    parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode")
+    parser.add_argument("--pair-scenes", type=int, default=18000, help="two-object scenes to encode")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--cooldown", type=float, default=0.55, help="last fraction of the steps, where lr falls to 0")
-    parser.add_argument("--pairs", type=float, default=0.125, help="share of two-object scenes")
+    parser.add_argument("--cooldown", type=float, default=0.25, help="last fraction of the steps, where lr falls to 0")
+    parser.add_argument(
+        "--pairs",
+        type=shares,
+        default="0.125,2000:0.5,3000:0.15",
+        help="share of two-object scenes, STEP:SHARE from a step on",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--resume", action="store_true")
@@ -230,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.model == "vae":
         refine_decoder(out / "decoder", refine, vae, resume=True)
         return 0
-    latents = make_cache(out / "cache", vae, n_single=args.scenes, n_pairs=args.scenes // 3, seed=args.seed)
+    latents = make_cache(out / "cache", vae, n_single=args.scenes, n_pairs=args.pair_scenes, seed=args.seed)
     plan = Plan(
         steps=args.steps, optimizer=args.optimizer, lr=args.lr, cooldown=args.cooldown,
         seed=args.seed, save_every=args.save_every,
