@@ -223,7 +223,7 @@ def controlled(cls: type) -> type:
 
 
 def _make_controlled(cls: Any) -> type:
-    linear = is_linear(cls)
+    linear, native = is_linear(cls), _native()  # looked up here: torch.compile warns of caches that it traces
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         link: Link | None = self._attnctl
@@ -234,7 +234,7 @@ def _make_controlled(cls: Any) -> type:
         encoder = None if encoder is hidden else encoder
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
-        with _native_backend(self), _Intercept(link, _tokens(hidden), _tokens(encoder)):
+        with _native_backend(self, native), _Intercept(link, _tokens(hidden), _tokens(encoder)):
             return cls.__call__(self, attn, *args, **kwargs)
 
     __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
@@ -245,13 +245,13 @@ def _make_controlled(cls: Any) -> type:
 
 
 @contextlib.contextmanager
-def _native_backend(processor: Any) -> Iterator[None]:
+def _native_backend(processor: Any, native: Any) -> Iterator[None]:
     """Have diffusers' dispatcher call SDPA, where it can be seen, whatever backend is set."""
     if not hasattr(processor, "_attention_backend"):
         yield
         return
     held = vars(processor).get("_attention_backend", _MISSING)
-    processor._attention_backend = _native()
+    processor._attention_backend = native
     try:
         yield
     finally:

@@ -156,7 +156,7 @@ def test_a_model_compiled_as_a_whole_is_refused(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 def test_compiling_the_whole_model_under_control(how: str) -> None:
-    model, inputs = zoo.build("sd3")
+    model, inputs = zoo.build("sd3", num_layers=2)
     plain = zoo.call(model, inputs)
     with attnctl.control(model, SoftPAG(scale=3.0, sites=1), layout="uncond_first") as handle:
         eager = zoo.call(model, inputs)
