@@ -239,7 +239,10 @@ class Watched:
         if not wanted:
             return None
         if not cfg:
-            raise ConfigError('combine="rescale_safe" needs classifier-free guidance; this run has no negative prompt.')
+            raise ConfigError(
+                'combine="rescale_safe" needs classifier-free guidance that the pipeline tells of; this run has no '
+                f'negative prompt, or {type(self.pipe).__name__} does not say so. Use combine="add".'
+            )
         scale = getattr(self.pipe, "guidance_scale", None)
         if not isinstance(scale, (int, float)):
             raise ConfigError(

@@ -36,9 +36,9 @@ with torch.no_grad():
     for t in scheduler.timesteps:
         u = unet(x, t, encoder_hidden_states=u_text).sample
         c = unet(x, t, encoder_hidden_states=c_text).sample
-        unet.set_attn_processor(perturbed)
+        unet.set_attn_processor(dict(perturbed))  # the host empties the dict that it is given
         p = unet(x, t, encoder_hidden_states=c_text).sample
-        unet.set_attn_processor(plain)
+        unet.set_attn_processor(dict(plain))
         x = scheduler.step(u + s * (c - u) + w * (c - p), t, x).prev_sample
 
 # The same with one line on and one line off.

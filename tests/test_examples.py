@@ -1,0 +1,45 @@
+"""Every example runs offline with `--shapes` and writes what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
+
+
+def run(name: str, out: Path) -> str:
+    """Run one example in a fresh interpreter."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--shapes", "--out", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_every_script_is_tested() -> None:
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand"}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_example(name: str, tmp_path: Path) -> None:
+    text = run(name, tmp_path)
+    assert "perturbed passes so far" in text
+    plain, guided = (np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("plain.png", GUIDED[name]))
+    assert plain.shape == guided.shape == (64, 64, 3)
+    assert abs(plain - guided).max() > 8
+
+
+def test_by_hand_equals_control(tmp_path: Path) -> None:
+    text = run("by_hand", tmp_path)
+    assert float(text.split("two: ")[1].split()[0]) < 1e-4
+    assert (tmp_path / "by_hand.png").is_file()
