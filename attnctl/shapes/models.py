@@ -110,6 +110,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # unused by this spacing, but pipelines warn about any other value
         set_alpha_to_one=False,
     )
 

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
     parser.add_argument("--vae-steps", type=int, default=1450)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode")
     parser.add_argument("--pair-scenes", type=int, default=18000, help="two-object scenes to encode")
     parser.add_argument("--batch", type=int, default=32)
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = args.out
     vae_plan = Plan(steps=args.vae_steps, lr=2e-3, seed=args.seed, average=0.99, save_every=250)
     vae = train_vae(out / "vae", vae_plan, resume=True, device=args.device)
-    refine = Plan(steps=args.decoder_steps, optimizer="muon", seed=args.seed + 1, average=0.995, cooldown=0.5)
+    refine = Plan(steps=args.decoder_steps, optimizer="muon", seed=args.seed + 1, average=0.99, cooldown=0.7)
     if args.model == "vae":
         refine_decoder(out / "decoder", refine, vae, resume=True)
         return 0
