@@ -1,4 +1,4 @@
-"""Measure a shapes model: `python -m attnctl.shapes.evaluate text2image [--folder DIR] [--quick] [--sheet out.png]`.
+"""Measure a shapes model: `python -m attnctl.shapes.evaluate {text2image,mmdit,video} [--folder DIR] [--quick]`.
 
 The guidance scale is chosen on tuning prompts; the figures are then taken on report prompts with other seeds. They go
 to stdout, to `evaluation.json` and into the model card, both beside the weights.
@@ -10,10 +10,11 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -27,10 +28,10 @@ from attnctl.shapes.load import WEIGHTS, load_shapes
 from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
     from diffusers.models.attention_processor import Attention
 
-__all__ = ["NounMaps", "contact_sheet", "evaluate", "generate", "localisation", "main", "score", "wilson"]
+__all__ = ["NounMaps", "contact_sheet", "evaluate", "generate", "localisation", "main", "score", "summary", "wilson"]
 
 SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 
@@ -46,14 +47,23 @@ def wilson(hits: int, n: int) -> tuple[float, float, float]:
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], *, scale: float, seed: int, steps: int = 20, batch: int = 32
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    scale: float,
+    seed: int,
+    steps: int = 20,
+    batch: int = 32,
+    **options: Any,
 ) -> list[np.ndarray]:
     """Make one picture per prompt, uint8 RGB; picture i has the noise of seed + i, whatever the batch size."""
     images: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        out = pipe(part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np").images
+        out = pipe(
+            part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np", **options
+        ).images
         images += list(np.round(out * 255).astype(np.uint8))
     return images
 
@@ -198,6 +208,15 @@ def contact_sheet(images: Sequence[np.ndarray], prompts: Sequence[str], columns:
     return sheet
 
 
+def summary(marks: dict[str, list[float]]) -> dict:
+    """Turn what `score` returned into shares in percent with their intervals, and the mean shape quality."""
+    result: dict = {k: wilson(int(sum(v)), len(v)) for k, v in marks.items() if k not in ("iou", "objects")}
+    result["objects"] = round(100 * float(np.mean(marks["objects"])), 1)
+    shown = [v for v in marks["iou"] if v > 0]
+    result["iou"] = round(float(np.mean(shown)), 3) if shown else 0.0
+    return result
+
+
 def evaluate(
     pipe: StableDiffusionPipeline, *, n: int = 512, tune: int = 120, steps: int = 20, scales: Sequence[float] = SCALES
 ) -> dict:
@@ -218,11 +237,7 @@ def evaluate(
         "heldout": list(pair_prompts(3, n // 2, "heldout")),
     }
     for name, prompts in sets.items():
-        marks_of = score(generate(pipe, prompts, scale=best, seed=20_000, steps=steps), prompts)
-        result[name] = {k: wilson(int(sum(v)), len(v)) for k, v in marks_of.items() if k not in ("iou", "objects")}
-        result[name]["objects"] = round(100 * float(np.mean(marks_of["objects"])), 1)
-        shown = [v for v in marks_of["iou"] if v > 0]
-        result[name]["iou"] = round(float(np.mean(shown)), 3) if shown else 0.0
+        result[name] = summary(score(generate(pipe, prompts, scale=best, seed=20_000, steps=steps), prompts))
         print(name, result[name], flush=True)
     inside = localisation(pipe, scale=best, n=min(n, 256), seed=30_000, steps=steps)
     result["noun_maps"] = {k: wilson(int(sum(v)), len(v)) for k, v in inside.items() if k != "chance"}
@@ -233,8 +248,14 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("mmdit", "video"):
+        # They import this module, so it imports them only here.
+        from attnctl.shapes import evaluate_mmdit, evaluate_video
+
+        return (evaluate_mmdit if argv[0] == "mmdit" else evaluate_video).main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=("text2image",))
+    parser.add_argument("model", choices=("text2image",), help="or mmdit or video, with their own options")
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="64 pictures at one scale, nothing written")
@@ -245,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     pipe = load_shapes(args.model, folder=args.folder)
     if args.sheet is not None:
-        prompts = [*[single_prompts()[i * 5] for i in range(24)], *pair_prompts(4, 24, "report")]
+        prompts = [*[single_prompts()[i * 37 % 120] for i in range(24)], *pair_prompts(4, 24, "report")]
         sheet = contact_sheet(generate(pipe, prompts, scale=args.scale, seed=5, steps=args.steps), prompts)
         cv2.imwrite(str(args.sheet), sheet[..., ::-1])
     if args.quick:
