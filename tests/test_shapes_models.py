@@ -247,7 +247,7 @@ def test_command_line_of_training(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("video", "not shipped"), ("mmdit", "not shipped"), ("text2imag", "Did you mean 'text2image'"), ("x", "known")],
+    [("vidoe", "Did you mean 'video'"), ("text2imag", "Did you mean 'text2image'"), ("x", "known")],
 )
 def test_other_names_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attnctl.shapes.scenes import HELD_OUT
 
-__all__ = ["write_card"]
+__all__ = ["runs_table", "share", "write_card"]
 
 _HEAD = """---
 license: apache-2.0
@@ -58,25 +58,25 @@ def write_card(folder: str | Path, result: dict) -> Path:
     names = {"single": "one object", "pairs": "two objects", "heldout": "two objects, one a held-out pair"}
     for key, name in names.items():
         row = result[key]
-        cells = [_share(row[k]) for k in ("right", "present", "bound", "background")]
+        cells = [share(row[k]) for k in ("right", "present", "bound", "background")]
         lines.append(f"| {name} | {' | '.join(cells)} | {row['iou']:.3f} |")
     lines += ["", "| guidance (tuning prompts) | one object | two objects |", "|---|---|---|"]
-    lines += [f"| {s} | {_share(v['single'])} | {_share(v['pairs'])} |" for s, v in result["sweep"].items()]
+    lines += [f"| {s} | {share(v['single'])} | {share(v['pairs'])} |" for s, v in result["sweep"].items()]
     maps = result["noun_maps"]
     lines += [
         "",
         f"The noun's cross-attention map (second half of the run, single objects that came out right) peaks inside its "
-        f"object: mid block {_share(maps['mid'])}, up blocks {_share(maps['up'])}, both together "
-        f"{_share(maps['mid+up'])}; a random place would be inside in {maps['chance']:g} %.",
+        f"object: mid block {share(maps['mid'])}, up blocks {share(maps['up'])}, both together "
+        f"{share(maps['mid+up'])}; a random place would be inside in {maps['chance']:g} %.",
     ]
     held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
     head = _HEAD.format(params=result["params"], scale=result["scale"])
     path = folder / "README.md"
-    path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held, runs=_runs(folder)), encoding="utf-8")
+    path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held, runs=runs_table(folder)), encoding="utf-8")
     return path
 
 
-def _runs(folder: Path) -> str:
+def runs_table(folder: Path) -> str:
     """Say from the training record how many steps were made with which share of two-object scenes."""
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     history = record["history"]
@@ -98,5 +98,6 @@ def _shares(pairs: list[tuple[int, float]]) -> str:
     return ", ".join(f"from {first}: {100 * share:g} %" if first else f"{100 * share:g} %" for first, share in pairs)
 
 
-def _share(value: list[float] | tuple[float, float, float]) -> str:
+def share(value: list[float] | tuple[float, float, float]) -> str:
+    """Write a share and its interval: "90.1 (87 to 92)"."""
     return f"{value[0]:g} ({value[1]:g} to {value[2]:g})"

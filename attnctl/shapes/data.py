@@ -16,8 +16,9 @@ from attnctl.shapes.scenes import caption, render, sample
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
 
-__all__ = ["Latents", "draw_crops", "draw_images", "make_cache", "to_tensor"]
+__all__ = ["Latents", "draw_crops", "draw_images", "encode_captions", "make_cache", "to_tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,16 @@ def draw_crops(generator: torch.Generator, x: Tensor, each: int) -> Tensor:
         for picture, places in zip(x, corner, strict=True)
     ]
     return torch.cat([c[c.std((2, 3)).sum(1).topk(each).indices] for c in crops])
+
+
+def encode_captions(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Turn `n` captions into padded token numbers, int64 [n, 16]."""
+    unique = sorted(set(captions))
+    encoded = tokenizer(
+        unique, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    place = {text: i for i, text in enumerate(unique)}
+    return encoded[torch.from_numpy(np.array([place[c] for c in captions]))]
 
 
 @torch.no_grad()

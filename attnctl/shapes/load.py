@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,20 +19,24 @@ __all__ = ["MODELS", "WEIGHTS", "load_shapes"]
 MODELS = ("text2image", "video", "mmdit")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
-_SHIPPED = ("text2image",)
+_TEXT = ("text_encoder/config.json", "text_encoder/model.safetensors")
+_TOKENS = ("tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+_VAE = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
+_UNET = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
+_COMMON = ("model_index.json", "scheduler/scheduler_config.json", *_TEXT, *_TOKENS, *_VAE)
 _FILES: dict[str, tuple[str, ...]] = {
-    "text2image": (
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "text_encoder/config.json",
-        "text_encoder/model.safetensors",
-        "tokenizer/tokenizer_config.json",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
+    "text2image": (*_COMMON, *_UNET),
+    "video": (
+        *_COMMON,
+        *_UNET,
+        "motion_adapter/config.json",
+        "motion_adapter/diffusion_pytorch_model.safetensors",
+    ),
+    "mmdit": (
+        *_COMMON,
+        *(file.replace("/", "_2/") for file in (*_TEXT, *_TOKENS)),
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
     ),
 }
 
@@ -47,35 +51,81 @@ def load_shapes(
     """Load a shipped model; call it as `pipe("a red circle on gray", num_inference_steps=20, guidance_scale=4)`.
 
     Args:
-        name: "text2image" (StableDiffusionPipeline).
+        name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames) or "mmdit"
+            (StableDiffusion3Pipeline).
         device: where to put it.
         dtype: float32 if not given; the files are float16.
         folder: another folder of the same layout, such as the result of a training.
 
     Raises:
-        ConfigError: an unknown or unshipped name, a missing or damaged weight file, a device that is not there.
+        ConfigError: an unknown name, a missing or damaged weight file, a device that is not there. The video pipeline
+            raises it too, where it is called for more frames than its adapter was trained for.
     """
     if name not in MODELS:
         raise ConfigError(f"Unknown shapes model {name!r}; known: {', '.join(MODELS)}." + nearest(name, MODELS))
-    if name not in _SHIPPED:
-        raise ConfigError(f"The shapes model {name!r} is not shipped in this version; shipped: {', '.join(_SHIPPED)}.")
     root = Path(folder) if folder is not None else WEIGHTS / name
     for file in _FILES[name]:
         _check(root / file, name)
 
     import torch
-    from diffusers import StableDiffusionPipeline
 
     _check_device(torch.device(device))
     with _no_loading_bars():
-        pipe = StableDiffusionPipeline.from_pretrained(
-            str(root), local_files_only=True, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None
-        )
+        pipe = _CLASSES[name](str(root))
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        # diffusers' own `to` warns about casts that do no harm here.
-        torch.nn.Module.to(part, device=device, dtype=dtype or torch.float32)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            # diffusers' own `to` warns about casts that do no harm here.
+            torch.nn.Module.to(part, device=device, dtype=dtype or torch.float32)
+    if name == "video":
+        _watch_frames(pipe.unet)
     return pipe
+
+
+def _text2image(root: str) -> DiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(
+        root, local_files_only=True, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None
+    )
+
+
+def _video(root: str) -> DiffusionPipeline:
+    from diffusers import AnimateDiffPipeline
+
+    return AnimateDiffPipeline.from_pretrained(root, local_files_only=True, low_cpu_mem_usage=False)
+
+
+def _mmdit(root: str) -> DiffusionPipeline:
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_pretrained(
+        root, local_files_only=True, low_cpu_mem_usage=False, text_encoder_3=None, tokenizer_3=None
+    )
+
+
+_CLASSES: dict[str, Callable[[str], DiffusionPipeline]] = {
+    "text2image": _text2image,
+    "video": _video,
+    "mmdit": _mmdit,
+}
+
+
+def _watch_frames(unet: torch.nn.Module) -> None:
+    """Let the motion modules refuse more frames than they know places for, in words instead of in shapes."""
+
+    def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        asked, known = args[0].shape[1], module.pe.shape[1]
+        if asked > known:
+            raise ConfigError(
+                f"The motion adapter was trained for {known} frames, but {asked} were asked for: pass "
+                f"num_frames={known} or fewer, or let diffusers slide a window: pipe.enable_free_noise("
+                f"context_length={known})."
+            )
+
+    for name, module in unet.named_modules():
+        if name.endswith(".pos_embed") and ".motion_modules." in name:
+            module.register_forward_pre_hook(refuse)
 
 
 @contextmanager

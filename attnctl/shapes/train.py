@@ -2,29 +2,27 @@
 
 text2image takes four stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
 cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and more training for the decoder
-(`decoder`). The model `vae` is the first and the last of them.
+(`decoder`). The model `vae` is the first and the last of them. `mmdit` and `video` build on its result: see
+`train_mmdit` and `train_video`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.shapes import models
-from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache
-from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, read_history, train
-from attnctl.shapes.tokenizer import write_tokenizer
+from attnctl.shapes.data import Latents, draw_crops, draw_images, encode_captions, make_cache
+from attnctl.shapes.export import settle
+from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, train
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -126,7 +124,7 @@ class Denoising:
         self.batch, self.drop, self.bf16 = batch, drop, bf16
         self.pairs = [(0, pairs)] if isinstance(pairs, float) else list(pairs)
         self.device = next(unet.parameters()).device
-        self.ids = _encode(tokenizer, [*latents.captions, ""])
+        self.ids = encode_captions(tokenizer, [*latents.captions, ""])
         self.scheduler = models.build_scheduler()
         snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
         # A cap for the nearly clean steps, where nothing is decided; the noisy ones keep their full share.
@@ -186,19 +184,7 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         torch.nn.Module.to(part, dtype=torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
-    # The newest transformers writes a format that older ones cannot read; these files serve all of them.
-    shutil.rmtree(target / "tokenizer")
-    write_tokenizer(target / "tokenizer")
-    text = target / "text_encoder" / "model.safetensors"
-    tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(text).items()}
-    save_file(tensors, text, metadata={"format": "pt"})
-    if (out / "log.jsonl").exists():
-        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
-        (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    record = {"step": step, "history": read_history(out)}
-    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for file in target.rglob("*.safetensors"):
-        file.chmod(0o644)  # some writers leave it readable by its owner only
+    settle(out, target, step)
     return step
 
 
@@ -220,8 +206,14 @@ def shares(text: str) -> list[tuple[int, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("mmdit", "video"):
+        # They import this module, so it imports them only here.
+        from attnctl.shapes import train_mmdit, train_video
+
+        return (train_mmdit if argv[0] == "mmdit" else train_video).main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train", description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=("text2image", "vae"))
+    parser.add_argument("model", choices=("text2image", "vae"), help="or mmdit or video, with their own options")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
     parser.add_argument("--vae-steps", type=int, default=1450)
@@ -294,15 +286,6 @@ def _with_average(
         state = {n.removeprefix(prefix): t for n, t in average.items() if n.startswith(prefix)}
         module.load_state_dict(state, strict=False)  # buffers such as position ids are not averaged
     return models.assemble(vae, text_encoder, tokenizer, unet)
-
-
-def _encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    unique = sorted(set(captions))
-    encoded = tokenizer(
-        unique, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
-    place = {text: i for i, text in enumerate(unique)}
-    return encoded[torch.from_numpy(np.array([place[c] for c in captions]))]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""Finish the folder of an exported pipeline: files that every supported transformers reads, and the training record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from attnctl.shapes.loop import read_history
+from attnctl.shapes.tokenizer import write_tokenizer
+
+__all__ = ["settle"]
+
+
+def settle(out: Path, target: Path, step: int) -> None:
+    """Make the pipeline saved in `target` readable everywhere and put the training record of `out` beside it."""
+    # The newest transformers writes formats that older ones cannot read; these files serve all of them.
+    for folder in target.glob("tokenizer*"):
+        shutil.rmtree(folder)
+        write_tokenizer(folder)
+    for text in target.glob("text_encoder*/model.safetensors"):
+        tensors = {
+            n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}": t
+            for n, t in load_file(text).items()
+        }
+        save_file(tensors, text, metadata={"format": "pt"})
+    if (out / "log.jsonl").exists():
+        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
+        (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    record = {"step": step, "history": read_history(out)}
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)  # some writers leave it readable by its owner only
