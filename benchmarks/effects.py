@@ -9,7 +9,9 @@ The table goes to stderr, the JSON to stdout.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -29,7 +31,7 @@ from attnctl.shapes.scenes import pair_prompts
 
 STEPS = 20
 TUNING_SEED, REPORT_SEED = 40_000, 500_000
-PLAIN_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+PLAIN_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 MARKS = ("present", "bound", "right")
 
 
@@ -50,39 +52,41 @@ def interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float
     return round(100 * float(differences.mean()), 1), round(100 * float(low), 1), round(100 * float(high), 1)
 
 
-def candidates() -> list[Guidance]:
-    """List the settings to choose from: where to perturb, how softly, how strongly."""
-    found: list[Guidance] = []
-    for sites in ("mid", "up.0", "up.1", ["mid", "up.0"]):
-        found += [PAG(sites=sites, scale=w) for w in (1.0, 2.0, 4.0)]
-    for sites in ("up.0", "up.1"):
-        found += [SoftPAG(sites=sites, scale=w, u=0.5) for w in (2.0, 4.0)]
-    return found
+PLACES: tuple[Any, ...] = ("down.0", "down.1", "mid", "up.0", "up.1", ("up.0", "up.1"), "self")
 
 
 def tune(pipe: Any, prompts: Sequence[str]) -> tuple[float, float, Guidance, list[dict[str, Any]]]:
-    """Choose plain's scale, then the method's scale and setting, by pictures that are right."""
+    """Choose plain's scale, then place, weight, softness and CFG scale of the method, by pictures that are right."""
     table: list[dict[str, Any]] = []
+    tried: dict[tuple[float, Guidance | None], float] = {}
 
-    def measure(scale: float, control: Guidance | None) -> float:
-        marks = run(pipe, prompts, scale, TUNING_SEED, control)
-        share = float(np.mean(marks["right"]))
-        name = control.describe() if control is not None else "plain"
-        table.append({"cfg": scale, "control": name, **{m: round(100 * float(np.mean(marks[m])), 1) for m in MARKS}})
-        return share
+    def measure(scale: float, controls: Sequence[Guidance | None], label: str) -> None:
+        for control in tqdm([c for c in controls if (scale, c) not in tried], desc=label, disable=None):
+            marks = run(pipe, prompts, scale, TUNING_SEED, control)
+            tried[scale, control] = float(np.mean(marks["right"]))
+            name = control.describe() if control is not None else "plain"
+            table.append(
+                {"cfg": scale, "control": name, **{m: round(100 * float(np.mean(marks[m])), 1) for m in MARKS}}
+            )
 
-    plain = {s: measure(s, None) for s in tqdm(PLAIN_SCALES, desc="plain", disable=None)}
-    best_plain = max(plain, key=plain.__getitem__)
-    first = {c: measure(best_plain, c) for c in tqdm(candidates(), desc="method", disable=None)}
-    leaders = sorted(first, key=first.__getitem__, reverse=True)[:3]
-    # The method may want another CFG scale than plain guidance: try its leaders at the neighbours too.
-    index = PLAIN_SCALES.index(best_plain)
-    neighbours = [s for s in PLAIN_SCALES[max(index - 2, 0) : index + 2] if s != best_plain]
-    second = {(best_plain, c): first[c] for c in leaders}
-    for s in neighbours:
-        second |= {(s, c): measure(s, c) for c in tqdm(leaders, desc=f"method at CFG {s:g}", disable=None)}
-    scale, control = max(second, key=second.__getitem__)
-    return best_plain, scale, control, table
+    def best(n: int) -> list[tuple[float, Guidance]]:
+        found = [(share, key) for key, share in tried.items() if key[1] is not None]
+        return [key for _, key in sorted(found, key=lambda item: item[0], reverse=True)[:n]]  # type: ignore[misc]
+
+    for scale in PLAIN_SCALES:
+        measure(scale, [None], f"plain at CFG {scale:g}")
+    plain_scale = max(PLAIN_SCALES, key=lambda s: tried[s, None])
+    measure(plain_scale, [PAG(sites=p, scale=w) for p in PLACES for w in (2.5,)], "places")
+    for _, control in best(2):
+        where = control.sites
+        softer = [SoftPAG(sites=where, scale=control.scale, target=t) for t in ("identity", "query_mean", "uniform")]
+        measure(plain_scale, [PAG(sites=where, scale=w) for w in (1.0, 5.0)] + softer, "weights and targets")
+    # The method may want another CFG scale than plain guidance.
+    index = PLAIN_SCALES.index(plain_scale)
+    for scale in {PLAIN_SCALES[max(index - 1, 0)], PLAIN_SCALES[min(index + 1, len(PLAIN_SCALES) - 1)]} - {plain_scale}:
+        measure(scale, [c for _, c in best(2)], f"method at CFG {scale:g}")
+    scale, control = best(1)[0]
+    return plain_scale, scale, control, table
 
 
 def report_pag(n: int, n_tune: int) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def report_pag(n: int, n_tune: int) -> dict[str, Any]:
     pipe = attnctl.load_shapes("text2image")
     plain_scale, scale, control, table = tune(pipe, pair_prompts(11, n_tune, "tuning"))
     prompts = pair_prompts(12, n, "report")
-    thirds = type(control)(**{f: getattr(control, f) for f in control.__dataclass_fields__} | {"every": 3})
+    thirds = dataclasses.replace(control, every=3)
     runs = {
         "plain": run(pipe, prompts, plain_scale, REPORT_SEED, None),
         "method": run(pipe, prompts, scale, REPORT_SEED, control),
@@ -121,8 +125,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("pag",))
     parser.add_argument("-n", type=int, default=512, help="pictures of the report")
-    parser.add_argument("--tune", type=int, default=128, help="pictures of every setting tried")
+    parser.add_argument("--tune", type=int, default=64, help="pictures of every setting tried")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "attnctl": attnctl.__version__}
     result = {"study": options.study, "steps": STEPS, "versions": versions, "machine": platform.machine()}
     result |= report_pag(options.n, options.tune)

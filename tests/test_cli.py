@@ -20,9 +20,7 @@ from attnctl.cli import main
 from attnctl.commands.common import table, wilson
 from attnctl.commands.demo import PANELS
 from attnctl.record import Record, pixels_sha256, read
-from attnctl.shapes.load import WEIGHTS
 
-needs_weights = pytest.mark.skipif(not (WEIGHTS / "text2image").is_dir(), reason="the shapes weights are not here yet")
 Run = Any
 
 
@@ -403,7 +401,6 @@ def test_a_closed_pipe_is_no_traceback(folder: str) -> None:
 # demo ------------------------------------------------------------------------------------------------------------
 
 
-@needs_weights
 def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> None:
     small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
     code, out, err = run("demo", *small, "--out", tmp_path, "--json")
@@ -429,7 +426,6 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
     assert len(again["images"]) == 2 * len(PANELS)
 
 
-@needs_weights
 def test_the_demo_prints_a_table(run: Run, tmp_path: Path) -> None:
     code, out, err = run("demo", "--prompts", 1, "--seeds", 1, "--steps", 1, "--out", tmp_path)
     assert code == 0, err
@@ -438,7 +434,6 @@ def test_the_demo_prints_a_table(run: Run, tmp_path: Path) -> None:
     assert "demo.png" in err
 
 
-@needs_weights
 def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[1] / "docs" / "records.md").read_text(encoding="utf-8")
     script = text.split("## From a script")[1].split("```python\n")[1].split("```")[0]

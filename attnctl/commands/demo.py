@@ -50,7 +50,7 @@ class Demo(Common):
     steps: int = 20
     """Denoising steps."""
 
-    guidance: float = 4.0
+    guidance: float = 3.0
     """Classifier-free guidance scale, the same in every panel."""
 
     rows: int = 5
