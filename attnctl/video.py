@@ -1,9 +1,10 @@
 """Measure motion in videos by optical flow: how much there is, how smooth it is, how well frames explain each other.
 
 OpenCV and NumPy only, on one thread, so that figures repeat. `dynamic` and `temporal_flicker` follow VBench (Huang et
-al., arXiv 2311.17982), which estimates flow by RAFT; here it is DIS, so thresholds carry over approximately only and the
-share of dynamic videos should be reported as "dynamic_degree_dis". A static video with grain moves by about 0.1 pixel:
-take motion below `NO_MOTION` as none. Report `temporal_flicker` with the motion: a standing picture has the best one.
+al., arXiv 2311.17982), which estimates flow by RAFT; here it is DIS, so thresholds carry over approximately only and
+the share of dynamic videos should be reported as "dynamic_degree_dis". A static video with grain moves by about 0.1
+pixel: take motion below `NO_MOTION` as none. Report `temporal_flicker` with the motion: a standing picture has the
+best one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -112,7 +114,7 @@ def flow(frames: np.ndarray | Sequence[object], method: str = "dis") -> Flow:
                 return dis.calc(a, b, None)
             return cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
 
-        pairs = list(zip(grey[:-1], grey[1:], strict=True))
+        pairs = list(pairwise(grey))
         return Flow(np.stack([between(a, b) for a, b in pairs]), np.stack([between(b, a) for a, b in pairs]))
 
 

@@ -1,0 +1,176 @@
+"""The shapes video model: text2image's UNet, frozen, with motion modules, and what trains them.
+
+The text encoder of text2image has never seen a motion word, and the motion modules see no text: direction reaches them
+only through the features that the frozen cross-attention writes into every frame. So the video pipeline has a text
+encoder of its own, which starts as text2image's and is trained with the motion modules. What it says about captions
+without motion words is tied to what text2image's says (`Motions.anchor`), so still pictures stay as good as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from attnctl.shapes.data import encode_captions, to_tensor
+from attnctl.shapes.models import build_scheduler
+from attnctl.shapes.motion import FRAMES, clip_caption, render_clip, sample_clip
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AnimateDiffPipeline,
+        AutoencoderKL,
+        MotionAdapter,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+        UNetMotionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+__all__ = ["Clips", "Motions", "assemble", "build_adapter", "make_clips", "motion_parameters", "with_motion"]
+
+# How often a training caption is told in full, without its speed, without its motion, or not at all.
+_TOLD = (0.65, 0.15, 0.1, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """Hold scaled latents [n, 16, 4, 16, 16] (fp16) and, for each clip, its caption in three forms.
+
+    The forms are the full caption, the one without its speed, and the one without its motion.
+    """
+
+    values: Tensor
+    captions: list[list[str]]
+
+    def draw(self, generator: torch.Generator, n: int) -> Tensor:
+        """Draw `n` indices."""
+        return torch.randint(len(self.captions), (n,), generator=generator)
+
+
+@torch.no_grad()
+def make_clips(folder: str | Path, vae: AutoencoderKL, *, n: int, seed: int = 0) -> Clips:
+    """Encode `n` training clips once, or read them back where `folder` already holds them."""
+    from tqdm import tqdm
+
+    folder = Path(folder)
+    if not (folder / "captions.json").exists():
+        rng = np.random.default_rng(seed)
+        captions, parts = [], []
+        for _ in tqdm(range(n), desc="encode"):
+            clip = sample_clip(rng)
+            captions.append([clip_caption(clip), clip_caption(clip, speed=False), clip_caption(clip, motion=False)])
+            x = to_tensor(render_clip(clip)).to(vae.device)
+            parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half().cpu())
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.stack(parts)}, folder / "latents.safetensors")
+        # Written last: its presence says that the cache is whole.
+        (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    info = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return Clips(load_file(folder / "latents.safetensors")["latents"], info)
+
+
+def build_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
+    """Build motion modules for every down, mid and up block of the UNet; each starts as the identity."""
+    from diffusers import MotionAdapter
+
+    adapter = MotionAdapter(
+        block_out_channels=tuple(unet.config.block_out_channels),
+        motion_layers_per_block=unet.config.layers_per_block,
+        motion_num_attention_heads=4,
+        motion_norm_num_groups=unet.config.norm_num_groups,
+        motion_max_seq_length=FRAMES,
+        use_motion_mid_block=True,
+    )
+    for name, module in adapter.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(".proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return adapter
+
+
+def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
+    """Join UNet and motion modules; only the latter are left to train."""
+    from diffusers import UNetMotionModel
+
+    model = UNetMotionModel.from_unet2d(unet, adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".motion_modules." in name)
+    return model
+
+
+def motion_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
+    """Return the motion modules' weights under the names that they have in a MotionAdapter."""
+    return {n: t for n, t in unet.state_dict().items() if ".motion_modules." in n}
+
+
+def assemble(base: StableDiffusionPipeline, text_encoder: CLIPTextModel, adapter: MotionAdapter) -> AnimateDiffPipeline:
+    """Put the parts together as an AnimateDiffPipeline."""
+    from diffusers import AnimateDiffPipeline
+
+    pipe = AnimateDiffPipeline(
+        vae=base.vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=base.tokenizer,
+        unet=base.unet.eval(),
+        motion_adapter=adapter.eval(),
+        scheduler=build_scheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Motions:
+    """The training loss of the motion modules: v-prediction on whole clips, every frame with noise of its own."""
+
+    def __init__(
+        self,
+        unet: UNetMotionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        clips: Clips,
+        *,
+        batch: int = 4,
+        anchor: float = 1.0,
+        bf16: bool = True,
+    ) -> None:
+        self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
+        self.batch, self.weight, self.bf16 = batch, anchor, bf16
+        self.device = next(unet.parameters()).device
+        forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
+        empty = encode_captions(tokenizer, [""]).expand_as(forms[0])
+        self.ids = torch.stack([*forms, empty])
+        self.before = copy.deepcopy(text_encoder).requires_grad_(False).eval()
+        self.scheduler = build_scheduler()
+
+    def anchor(self, ids: Tensor) -> Tensor:
+        """Return how far the text encoder has moved from text2image's on captions without motion [batch, 16]."""
+        with torch.no_grad():
+            before = self.before(ids)[0]
+        return (self.text_encoder(ids)[0] - before).square().mean()
+
+    def __call__(self, generator: torch.Generator, step: int) -> Tensor:
+        """Return the loss of one batch drawn from `generator`."""
+        index = self.clips.draw(generator, self.batch)
+        x = self.clips.values[index].float()
+        form = torch.multinomial(torch.tensor(_TOLD), self.batch, replacement=True, generator=generator)
+        ids, still = self.ids[form, index], torch.cat([self.ids[2, index], self.ids[3, :1]])
+        noise = torch.randn(x.shape, generator=generator)
+        # Stratified; more of the noisy steps, where motion is decided: the rest is what the frozen layers can do.
+        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
+        t = (u.sqrt() * self.scheduler.config.num_train_timesteps).long()
+        target = self.scheduler.get_velocity(x, noise, t)
+        noisy = self.scheduler.add_noise(x, noise, t)
+        # Drawn on the CPU, so that a seed means the same everywhere.
+        ids, still, noisy, target, t = (a.to(self.device) for a in (ids, still, noisy, target, t))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            text = self.text_encoder(ids)[0].repeat_interleave(x.shape[1], 0)
+            v = self.unet(noisy.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+        return (v.float() - target).square().mean() + self.weight * self.anchor(still)
