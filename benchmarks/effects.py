@@ -65,9 +65,9 @@ def tune(pipe: Any, prompts: Sequence[str]) -> tuple[float, float, Guidance, lis
             marks = run(pipe, prompts, scale, TUNING_SEED, control)
             tried[scale, control] = float(np.mean(marks["right"]))
             name = control.describe() if control is not None else "plain"
-            table.append(
-                {"cfg": scale, "control": name, **{m: round(100 * float(np.mean(marks[m])), 1) for m in MARKS}}
-            )
+            shares = {m: round(100 * float(np.mean(marks[m])), 1) for m in MARKS}
+            table.append({"cfg": scale, "control": name, **shares})
+            tqdm.write(f"CFG {scale:g}, {name}: {shares}", file=sys.stderr)
 
     def best(n: int) -> list[tuple[float, Guidance]]:
         found = [(share, key) for key, share in tried.items() if key[1] is not None]

@@ -41,9 +41,11 @@ def draw() -> object:
     return pipe(prompt, guidance_scale=4.0, num_inference_steps=25, generator=generator).images[0]
 
 
+# The mid block, as published; the small model's mid block decides little, its last stage much.
+sites = "up.1" if args.shapes else None
 args.out.mkdir(parents=True, exist_ok=True)
 draw().save(args.out / "plain.png")
-with attnctl.control(pipe, PAG(scale=args.scale)) as handle:  # the mid block, as published
+with attnctl.control(pipe, PAG(scale=args.scale, sites=sites)) as handle:
     draw().save(args.out / "pag.png")
     print(handle.report())
 print(f"wrote {args.out / 'plain.png'} and {args.out / 'pag.png'}")

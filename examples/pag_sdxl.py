@@ -42,8 +42,10 @@ def draw() -> object:
     return pipe(prompt, guidance_scale=guidance, num_inference_steps=30, generator=generator).images[0]
 
 
-# The mid block as published; only in the first 60 % of the run, and c - p computed on every second step.
-guide = PAG(scale=args.scale, stop=0.6, every=2)
+# The mid block, as published; the small model's mid block decides little, its last stage much. Guidance acts in the
+# first 60 % of the run, and c - p is computed on every second step.
+sites = "up.1" if args.shapes else None
+guide = PAG(scale=args.scale, sites=sites, stop=0.6, every=2)
 args.out.mkdir(parents=True, exist_ok=True)
 draw().save(args.out / "plain.png")
 with attnctl.control(pipe, guide) as handle:
