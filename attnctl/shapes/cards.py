@@ -1,0 +1,161 @@
+"""Write the model cards of mmdit and video from their evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from attnctl.shapes.card import runs_table, share
+from attnctl.shapes.scenes import HELD_OUT
+
+__all__ = ["write_mmdit_card", "write_video_card"]
+
+_MMDIT_HEAD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# shapes mmdit
+
+A StableDiffusion3Pipeline of {params} million parameters: joint attention of image and text, eight blocks of six heads,
+one token for each of the 16x16 latents, flow matching. Trained on drawn scenes as shapes text2image, whose autoencoder
+it shares. It exists to show and measure attention control where every picture can be judged exactly, offline.
+
+```python
+import attnctl
+
+pipe = attnctl.load_shapes("mmdit")
+pipe("a red circle and a blue square on gray", num_inference_steps=20, guidance_scale={scale:g}).images[0]
+```
+
+Without a T5 encoder the pipeline pads the text with 256 zero vectors. The model was trained with and without them:
+`max_sequence_length=0` leaves them out and is about twice as fast. Both CLIP encoders are one encoder, stored twice.
+"""
+
+_MMDIT_TAIL = """
+## Training
+`python -m attnctl.shapes.train mmdit`: transformer and text encoder together on cached latents; the text encoder starts
+from text2image's. Rectified flow, logit-normal noise levels, a tenth of the prompts empty; averaged weights, stored as
+float16. No scene has three objects. Held out: {held} occur as single objects only, never beside another. The
+loss of every fiftieth step is in `training.jsonl`.
+
+{runs}
+
+## Limits
+Two objects are meant to fail often: the headroom is what attention control is measured on. Prompts outside "a COLOUR
+SHAPE [and a COLOUR SHAPE] on BACKGROUND" are legal and mean nothing. Pictures are 64x64; no other size was trained.
+"""
+
+_VIDEO_HEAD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+# shapes video
+
+An AnimateDiffPipeline of {params} million parameters: the UNet and the autoencoder of shapes text2image, unchanged, a
+MotionAdapter with motion modules in every down, mid and up block, and a text encoder that has learnt the motion words.
+16 frames of 64x64, one object. It exists to show and measure video control where every frame can be judged exactly.
+
+```python
+import attnctl
+
+pipe = attnctl.load_shapes("video")
+pipe("a red circle moving left fast on gray", num_frames=16, num_inference_steps=20, guidance_scale={scale:g}).frames[0]
+```
+
+Motion words: moving left, right, up or down, slow or fast; still. A prompt may leave them out.
+"""
+
+_VIDEO_TAIL = """
+## Training
+`python -m attnctl.shapes.train video`: motion modules and text encoder on {clips} encoded clips; {steps} steps of
+{batch} clips, {optimizer}, rate {lr:g}. v-prediction, cosine noise of its own for every frame, more of the noisy steps;
+a tenth of the prompts empty, a tenth without motion, some without speed. What the text encoder says about captions
+without motion words is held to what text2image's says (weight {anchor:g}). Averaged weights, stored as float16. The
+loss of every fiftieth step is in `training.jsonl`.
+
+## Limits
+More than 16 frames need a sliding window (`pipe.enable_free_noise(context_length=16)`). Two objects in motion, turns
+and changes of pace were never trained. Prompts outside the world's words are legal and mean nothing.
+"""
+
+
+def write_mmdit_card(folder: str | Path, result: dict) -> Path:
+    """Write `README.md` into `folder` from what `evaluate_mmdit` returned; return its path."""
+    folder = Path(folder)
+    lines = [
+        "",
+        "## Figures",
+        f"Euler, {result['steps']} steps, guidance {result['scale']:g} (the best of the sweep on tuning prompts), "
+        f"{result['n']} pictures a row (held-out: {result['n'] // 2}); percent with the 95 % Wilson interval.",
+        "",
+        "| prompts | all right | colours there | pairs bound | background | shape IoU |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {
+        "single": "one object",
+        "pairs": "two objects",
+        "heldout": "two objects, one a held-out pair",
+        "pairs without null tokens": "two objects, `max_sequence_length=0`",
+    }
+    for key, name in names.items():
+        row = result[key]
+        cells = [share(row[k]) for k in ("right", "present", "bound", "background")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['iou']:.3f} |")
+    lines += [
+        "",
+        f"| guidance ({result['tune']} tuning prompts each, no null tokens) | one object | two objects |",
+        "|---|---|---|",
+        *(f"| {s} | {share(v['single'])} | {share(v['pairs'])} |" for s, v in result["sweep"].items()),
+    ]
+    held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
+    head = _MMDIT_HEAD.format(params=result["params"], scale=result["scale"])
+    tail = _MMDIT_TAIL.format(held=held, runs=runs_table(folder))
+    return _write(folder, head, lines, tail)
+
+
+def write_video_card(folder: str | Path, result: dict) -> Path:
+    """Write `README.md` into `folder` from what `evaluate_video` returned; return its path."""
+    folder = Path(folder)
+    lines = [
+        "",
+        "## Figures",
+        f"DDIM, {result['steps']} steps, guidance {result['scale']:g} (the best of the sweep on tuning prompts), "
+        f"{result['n']} videos; percent with the 95 % Wilson interval. Colour, shape and background: right in nine "
+        "frames of ten. All right: these, direction and speed.",
+        "",
+        "| motion | all right | direction | speed | colour | colour and shape | background | wobble, px |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in {"all": result["all"], **result["motions"]}.items():
+        cells = [share(row[k]) for k in ("right", "direction", "speed", "present", "bound", "background")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_number(row['wobble'])} |")
+    total = result["all"]
+    lines += [
+        "",
+        f"The colour is there in {total['present frames']:g} % of all frames, with the right shape in "
+        f"{total['bound frames']:g} %. Optical flow (DIS): mean motion {_number(total['motion_mean'])} pixels a frame, "
+        f"dynamic {share(total['dynamic'])} %, warp error {_number(total['warp_error'])}, jerkiness "
+        f"{_number(total['flow_accel'])}; the background flickers by {_number(total['flicker'])} of the full range.",
+        "",
+        f"| guidance ({result['tune']} tuning prompts each) | all right | direction | colour and shape |",
+        "|---|---|---|---|",
+        *(
+            f"| {s} | {share(v['right'])} | {share(v['direction'])} | {share(v['bound'])} |"
+            for s, v in result["sweep"].items()
+        ),
+    ]
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    tail = _VIDEO_TAIL.format(**{**record["history"][-1], "steps": record["step"]})
+    return _write(folder, _VIDEO_HEAD.format(params=result["params"], scale=result["scale"]), lines, tail)
+
+
+def _write(folder: Path, head: str, lines: list[str], tail: str) -> Path:
+    path = folder / "README.md"
+    path.write_text(head + "\n".join(lines) + "\n" + tail, encoding="utf-8")
+    return path
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3g}"
