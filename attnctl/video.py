@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
@@ -106,13 +107,14 @@ def flow(frames: np.ndarray | Sequence[object], method: str = "dis") -> Flow:
     if method not in METHODS:
         raise ConfigError(f"Unknown flow {method!r}; known: {', '.join(METHODS)}." + nearest(method, METHODS))
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in video]
+    flows: Any = cv2  # its stubs know neither DIS nor that the first guess of the flow may be None
     with _one_thread():
-        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        dis = flows.DISOpticalFlow_create(flows.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
         def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             if method == "dis":
                 return dis.calc(a, b, None)
-            return cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+            return flows.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
 
         pairs = list(pairwise(grey))
         return Flow(np.stack([between(a, b) for a, b in pairs]), np.stack([between(b, a) for a, b in pairs]))

@@ -7,6 +7,7 @@ to stdout, to `evaluation.json` and into the model card, both beside the weights
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -251,9 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("mmdit", "video"):
         # They import this module, so it imports them only here.
-        from attnctl.shapes import evaluate_mmdit, evaluate_video
-
-        return (evaluate_mmdit if argv[0] == "mmdit" else evaluate_video).main(argv[1:])
+        module = importlib.import_module(f"attnctl.shapes.evaluate_{argv[0]}")
+        return int(module.main(argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("text2image",), help="or mmdit or video, with their own options")
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")

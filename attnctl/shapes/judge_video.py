@@ -199,7 +199,7 @@ def _flicker(video: np.ndarray, verdicts: tuple[Verdict, ...]) -> float:
 def _spoil(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     noisy = np.clip(frame + rng.normal(0, 8, frame.shape), 0, 255).astype(np.uint8)
     data = cv2.imencode(".jpg", noisy[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1].copy()
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1].copy()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnctl.errors import ConfigError, nearest
 
@@ -115,7 +115,8 @@ def _watch_frames(unet: torch.nn.Module) -> None:
     """Let the motion modules refuse more frames than they know places for, in words instead of in shapes."""
 
     def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        asked, known = args[0].shape[1], module.pe.shape[1]
+        places: Any = module.pe
+        asked, known = args[0].shape[1], places.shape[1]
         if asked > known:
             raise ConfigError(
                 f"The motion adapter was trained for {known} frames, but {asked} were asked for: pass "

@@ -9,6 +9,7 @@ cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -209,9 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("mmdit", "video"):
         # They import this module, so it imports them only here.
-        from attnctl.shapes import train_mmdit, train_video
-
-        return (train_mmdit if argv[0] == "mmdit" else train_video).main(argv[1:])
+        module = importlib.import_module(f"attnctl.shapes.train_{argv[0]}")
+        return int(module.main(argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train", description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("text2image", "vae"), help="or mmdit or video, with their own options")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
