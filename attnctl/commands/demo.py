@@ -32,8 +32,8 @@ class Panel:
 
 PANELS: tuple[Panel, ...] = (
     Panel("plain"),
-    Panel("PAG", ('PAG(scale=2.5, sites="down.1")',)),
-    Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="down.1")',)),
+    Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
+    Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
 )
 
 
