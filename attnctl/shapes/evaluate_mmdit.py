@@ -52,7 +52,7 @@ def evaluate_mmdit(
     sets = {
         "single": (singles[:n], {}),
         "pairs": (pairs, {}),
-        "heldout": (list(pair_prompts(3, n // 2, "heldout")), {}),
+        "heldout": (list(pair_prompts(3, max(1, n // 2), "heldout")), {}),
         "pairs without null tokens": (pairs, {"max_sequence_length": 0}),
     }
     for name, (prompts, options) in sets.items():
