@@ -11,6 +11,7 @@ from attnctl.kernels.closed_forms import (
     temperature,
     uniform,
 )
+from attnctl.kernels.columns import columns
 from attnctl.kernels.dispatch import Backend, Plain, attention, backends, choose, plain, probe
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "backends",
     "blur_queries",
     "choose",
+    "columns",
     "identity",
     "image_block",
     "image_rows",
