@@ -1,0 +1,335 @@
+"""Filters along the frames of temporal attention, without FFT and, where the algebra allows it, without maps.
+
+"ByTheWay: Boost Your Text-to-Video Generation Model to Higher Quality in a Training-free Way" (BroadWay), arXiv
+2410.06241, multiplies the high band of the Fourier transform of every row of a temporal map A by beta. That is a
+product with one constant symmetric circulant matrix on the key side,
+
+    A' = A M,   M = beta I + (1 - beta) L,   L = the low-band projector of (F, tau)
+
+so A' V = A (M V): the values are filtered and any kernel runs unchanged. Where only the mean is low (even F, tau =
+F / 2 - 1, the published setting), L averages the frames and A' V = mu + beta (A V - mu).
+
+Maps are kept centred here, A - 1 / F: what is left is all that guidance and enhancement act on, and energies of nearly
+uniform maps stay exact in float32. Frames lie on the next to last axis: q, k, v [positions, heads, F, D].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnctl.errors import ConfigError
+from attnctl.kernels.layout import wide_dtype
+
+__all__ = [
+    "MAX_POSITIONS",
+    "Band",
+    "Layer",
+    "Reference",
+    "centred_map",
+    "filter_frames",
+    "guided_maps",
+    "motion_beta",
+    "weigh",
+]
+
+MAX_POSITIONS = 65_535  # CUDA's grid bound: fused kernels refuse a larger batch
+_MAX_ELEMENTS = 2**20  # of maps at once: small enough for a cache, large enough for a batched product
+
+Interpolation = Literal["nearest", "bilinear"]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The split of F frequency bins: F // 2 - tau to F // 2 + tau are high, the others, the mean among them, low.
+
+    Attributes:
+        frames: F, 4 or more.
+        tau: Half width of the high band.
+
+    Example:
+        >>> Band.of(16, "auto"), Band.of(16, "auto").mean_only
+        (Band(frames=16, tau=7), True)
+    """
+
+    frames: int
+    tau: int
+
+    @classmethod
+    def of(cls, frames: int, tau: int | Literal["auto"] = "auto") -> Band:
+        """Check tau against the number of frames; "auto" is F // 2 - 1, the published 7 of 16.
+
+        Raises:
+            ConfigError: Fewer than 4 frames, or a high band that leaves the spectrum.
+        """
+        if frames < 4:
+            raise ConfigError(
+                f"BroadWay splits the frames' spectrum into bands, and {frames} frames are too few: give 4 or more "
+                "(num_frames=...; fewer than 16 are poor with most motion models)."
+            )
+        largest = (frames - 1) // 2
+        if tau == "auto":
+            return cls(frames, frames // 2 - 1)
+        if not 0 <= tau <= largest:
+            raise ConfigError(
+                f"tau={tau} is too large for {frames} frames: the high band of bins {frames // 2 - tau} to "
+                f"{frames // 2 + tau} leaves 0 to {frames - 1}. Give tau from 0 to {largest}, or tau='auto' "
+                f"({frames // 2 - 1} here)."
+            )
+        return cls(frames, tau)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether every bin is high: rows then lose in the re-normalisation what they gained, and A' = A."""
+        return 2 * self.tau + 1 == self.frames
+
+    @property
+    def mean_only(self) -> bool:
+        """Tell whether the mean is all that is low."""
+        return 2 * self.tau + 2 == self.frames
+
+    def low(self, like: Tensor) -> Tensor:
+        """Return L [F, F] in a tensor's device and dtype, float32 at least; the identity where every bin is high."""
+        return _projector(self.frames, self.tau).to(like.device, wide_dtype(like.dtype))
+
+    def matrix(self, like: Tensor, beta: float | Tensor) -> Tensor:
+        """Return M / g_0 [F, F], symmetric, rows summing to 1."""
+        eye = torch.eye(self.frames, device=like.device, dtype=wide_dtype(like.dtype))
+        return torch.lerp(self.low(like), eye, torch.as_tensor(beta, device=like.device, dtype=eye.dtype))
+
+
+@lru_cache(maxsize=64)
+def _projector(frames: int, tau: int) -> Tensor:
+    if 2 * tau + 1 == frames:
+        return torch.eye(frames, dtype=torch.float64)
+    bins = torch.arange(frames)
+    low = ((bins < frames // 2 - tau) | (bins > frames // 2 + tau)).double()
+    # Taking the real part of the inverse transform averages the gains of k and F - k; they differ for odd F only.
+    low = (low + low[-bins % frames]) / 2
+    shift = (bins[:, None] - bins[None]).double()
+    return (low * torch.cos(2 * math.pi / frames * shift[..., None] * bins)).sum(-1) / frames
+
+
+def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) -> Tensor:
+    """Compute M v along the frame axis (arXiv 2410.06241, Fourier motion enhancement moved to the values).
+
+    Args:
+        v: Values of any shape with F entries along `dim`.
+        band: Low and high bins.
+        beta: Gain of the high band: a number, or a tensor that broadcasts to v.
+        dim: The frame axis.
+
+    Returns:
+        beta v + (1 - beta) L v in the dtype of v, sums in float32.
+    """
+    if band.whole:
+        return v
+    wide = v.to(wide_dtype(v.dtype))
+    if band.mean_only:
+        low = wide.mean(dim, keepdim=True)
+    else:
+        low = (band.low(v) @ wide.movedim(dim, -2)).movedim(-2, dim)
+    # lerp, because it returns v itself where beta is 1.
+    return torch.lerp(low.expand_as(wide), wide, torch.as_tensor(beta).to(wide)).to(v.dtype)
+
+
+def centred_map(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Compute softmax(q k^T scale) - 1 / F, [positions, heads, F, F], in float32; its rows sum to zero."""
+    wide = wide_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q.to(wide) * scale) @ k.to(wide).transpose(-2, -1)
+    weights = logits.softmax(-1)
+    return weights - 1 / q.shape[-2] if weights.requires_grad else weights.sub_(1 / q.shape[-2])
+
+
+def motion_beta(e1: Tensor, e2: Tensor, e2_low: Tensor, floor: float) -> Tensor:
+    """Compute max(floor, sqrt((E1 - E2_low) / E2_high)): at least the energy that guidance removed comes back.
+
+    Args:
+        e1: Energy of the map before self-guidance. Energies of centred maps serve as well: the mean drops out.
+        e2: Energy of the guided map.
+        e2_low: Its low band.
+        floor: The user's beta.
+
+    Returns:
+        beta, of the energies' shape; `floor` where the ratio is 0 / 0 or the root is not real.
+    """
+    high = e2 - e2_low
+    ratio = ((e1 - e2_low) / high).sqrt().masked_fill(high <= 0, math.nan)
+    return torch.fmax(ratio, ratio.new_tensor(floor))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """How the positions of one temporal attention lie: rows major, then y, then x.
+
+    Attributes:
+        rows: Rows of the call.
+        grid: Rows and columns of positions of each.
+        cond: Rows whose energies count.
+    """
+
+    rows: int
+    grid: tuple[int, int]
+    cond: slice
+
+    @property
+    def positions(self) -> int:
+        """Count the positions."""
+        return self.rows * self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Centred maps [rows * h * w, heads, F, F] of the block that guides, and their grid (h, w)."""
+
+    maps: Tensor
+    rows: int
+    grid: tuple[int, int]
+
+    def take(self, rows: slice) -> Reference:
+        """Keep some rows."""
+        kept = self.maps.unflatten(0, (self.rows, -1))[rows]
+        return Reference(kept.flatten(0, 1), kept.shape[0], self.grid)
+
+    def with_heads(self, heads: int) -> Reference:
+        """Average groups of heads where the guided layer has fewer; the mean of all where the numbers do not fit."""
+        have = self.maps.shape[1]
+        if have == heads:
+            return self
+        groups = heads if have % heads == 0 else 1
+        return Reference(self.maps.unflatten(1, (groups, -1)).mean(2), self.rows, self.grid)
+
+    def on(self, grid: tuple[int, int], mode: Interpolation) -> tuple[Tensor, tuple[int, int]]:
+        """Bring the maps to another grid.
+
+        Returns:
+            Maps, and how often each is repeated down and across: enlarging by whole numbers copies nothing.
+        """
+        (h, w), (big_h, big_w) = self.grid, grid
+        if mode == "nearest" and big_h % h == 0 and big_w % w == 0:
+            return self.maps, (big_h // h, big_w // w)
+        heads, frames = self.maps.shape[1:3]
+        planes = self.maps.reshape(self.rows, h, w, -1).permute(0, 3, 1, 2)
+        options = {} if mode == "nearest" else {"align_corners": False}
+        planes = F.interpolate(planes, size=grid, mode=mode, **options)
+        return planes.permute(0, 2, 3, 1).reshape(-1, heads, frames, frames), (1, 1)
+
+
+def guided_maps(
+    q: Tensor,
+    k: Tensor,
+    layer: Layer,
+    reference: Reference | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float | Tensor = 0.0,
+    interpolation: Interpolation = "nearest",
+    band: Band | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Compute centred maps, pulled towards a reference: A + alpha (R - A), and their energies.
+
+    Args:
+        q: Queries [positions, heads, F, D].
+        k: Keys of the same shape.
+        layer: How the positions lie.
+        reference: Maps of the block that guides, with as many heads or one; None for none.
+        scale: Logit scale.
+        alpha: Strength in [0, 1], or a tensor [positions].
+        interpolation: How the reference is enlarged.
+        band: Bands to measure energies of; None measures nothing.
+
+    Returns:
+        Maps [n, heads, F, F] in pieces of bounded size along the positions, in order, and energies
+        [3, prompt rows] of E1, E2 and E2_low, each the sum over a row's positions, heads and queries.
+    """
+    grid, repeat, maps = layer.grid, (1, 1), None
+    if reference is not None:
+        maps, repeat = reference.on(grid, interpolation)
+    unit = repeat[0] * grid[1]
+    low = band.low(q) if band is not None and not band.mean_only else None
+    counted = range(layer.rows)[layer.cond]
+    energies = q.new_zeros((3, len(counted)), dtype=wide_dtype(q.dtype)) if band is not None else None
+    pieces: list[Tensor] = []
+    for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
+        a = centred_map(q[part], k[part], scale)
+        measured = energies is not None and row in counted
+        e1 = _dot(a, a) if measured else None  # before the map is overwritten
+        if maps is not None:
+            source = slice(part.start // (repeat[0] * repeat[1]), part.stop // (repeat[0] * repeat[1]))
+            weight = alpha[part] if isinstance(alpha, Tensor) else alpha
+            a = _towards(a, maps[source], weight, repeat, grid[1])
+        if energies is not None and e1 is not None:
+            e2 = e1 if maps is None else _dot(a, a)
+            e2_low = torch.zeros_like(e1) if low is None else _dot(a, a @ low)
+            energies[:, counted.index(row)] += torch.stack([e1, e2, e2_low])
+        pieces.append(a)
+    return pieces, energies
+
+
+def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> Tensor:
+    """Multiply values by centred maps with an enhanced high band: mu + A M v, consuming the maps.
+
+    Args:
+        pieces: What `guided_maps` returned.
+        v: Values [positions, heads, F, D].
+        band: Low and high bins.
+        beta: Gain: a number, a tensor without dimensions, or one for each position, [positions].
+
+    Returns:
+        Output [positions, heads, F, D] in the dtype of v.
+    """
+    outputs: list[Tensor] = []
+    spread = isinstance(beta, Tensor) and beta.dim() == 1
+    matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
+    start = 0
+    for i, a in enumerate(pieces):
+        pieces[i] = a.new_empty(0)  # its memory is free for the next piece
+        part = slice(start, start + a.shape[0])
+        start = part.stop
+        values = v[part].to(a.dtype)
+        mu = values.mean(-2, keepdim=True)
+        if band.whole:
+            out = mu + a @ values
+        elif matrix is not None:
+            out = mu + (a @ matrix) @ values
+        else:
+            gain = beta[part].view(-1, 1, 1, 1).to(a.dtype) if spread else beta  # type: ignore[index]
+            if not band.mean_only:
+                a = torch.lerp(a @ band.low(v), a, torch.as_tensor(gain, device=a.device, dtype=a.dtype))
+                gain = 1.0
+            out = mu + gain * (a @ values)
+        outputs.append(out.to(v.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _parts(layer: Layer, unit: int, elements: int) -> Iterator[tuple[int, slice]]:
+    """Cut the positions into bounded pieces that end with a row and with what shares a row of the reference."""
+    per_row = layer.grid[0] * layer.grid[1]
+    step = max(1, min(MAX_POSITIONS, _MAX_ELEMENTS // elements) // unit) * unit
+    for row in range(layer.rows):
+        for start in range(0, per_row, step):
+            yield row, slice(row * per_row + start, row * per_row + min(start + step, per_row))
+
+
+def _towards(a: Tensor, r: Tensor, alpha: float | Tensor, repeat: tuple[int, int], width: int) -> Tensor:
+    """Compute lerp(a, r, alpha) where each map of r serves a block of positions."""
+    down, across = repeat
+    tail = a.shape[1:]
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(a.dtype).view(-1, down, width // across, across, *(1,) * len(tail))
+    r = r.view(-1, 1, width // across, 1, *r.shape[1:]).to(a.dtype)
+    view = a.view(-1, down, width // across, across, *tail)
+    mixed = torch.lerp(view, r.expand_as(view), alpha) if a.requires_grad else view.lerp_(r.expand_as(view), alpha)
+    return mixed.view(-1, *tail)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
