@@ -29,9 +29,11 @@ __all__ = [
     "Checkpointing",
     "Prefix",
     "combine",
+    "latents_of",
     "main_output",
     "overridden",
     "own_context",
+    "with_latents",
     "with_main_output",
 ]
 
@@ -78,6 +80,19 @@ def with_main_output(output: Any, new: Any) -> Any:
     if isinstance(output, list):
         return [new, *output[1:]]
     return type(output)(**{**output, "sample": new})
+
+
+def latents_of(result: Any) -> torch.Tensor:
+    """Return the latents that a scheduler's step returned."""
+    latents: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return latents
+
+
+def with_latents(result: Any, latents: torch.Tensor) -> Any:
+    """Return what a scheduler's step returned with other latents in it."""
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    return type(result)(**{**result, "prev_sample": latents})
 
 
 def difference(c: Any, p: Any) -> Any:

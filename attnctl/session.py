@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from attnctl.branches import latents_of, with_latents
 from attnctl.errors import BackendError, ConfigError, ConflictError, UnsupportedModelError
 from attnctl.intercept import Link, attach_processor, detach_processor, release_processor
 from attnctl.kernels import backends
@@ -191,6 +192,17 @@ class Handle:
         for w in self._watched:
             w.state.step += 1
             w.pending = None
+
+    def on_stepped(self, result: Any) -> Any:
+        """Give the latents that a step returned to the controls that change them."""
+        if not self.enabled:
+            return result
+        for w in self._watched:
+            for c, own in w.attached:
+                step = w.state.step - 1  # counted already
+                if own.changes_latents and c.in_window_at(step, w.state.steps):
+                    result = with_latents(result, own.stepped(step, latents_of(result)))
+        return result
 
     # What the denoiser's hooks do ----------------------------------------------------------------------------
 

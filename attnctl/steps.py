@@ -8,6 +8,8 @@ made once per scheduler class: a deep copy of the scheduler keeps working, and n
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +23,14 @@ class Listener(Protocol):
     def on_set_timesteps(self) -> None:
         """A run begins."""
 
-    def on_scale(self, sample: Any) -> None:
-        """The pipeline scales its latents for the denoiser."""
+    def on_scale(self, sample: Any, scale: Callable[[Any], Any]) -> None:
+        """The pipeline scales its latents for the denoiser; `scale` does the same to others."""
 
-    def on_step(self, sample: Any) -> None:
-        """A step ends; `sample` holds the latents that it updates."""
+    def on_step(self, sample: Any) -> Any:
+        """A step ends; `sample` holds the latents that it updates. Return those that it shall update."""
+
+    def on_stepped(self, result: Any) -> Any:
+        """A step has ended; return its result, with other latents if a control asks for them."""
 
 
 class _Slot:
@@ -41,6 +46,7 @@ class _Slot:
 @functools.cache
 def _watched(original: type) -> type:
     cls: Any = original
+    place = list(inspect.signature(cls.step).parameters).index("sample") - 1
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = cls.set_timesteps(self, *args, **kwargs)
@@ -52,7 +58,8 @@ def _watched(original: type) -> type:
         sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
         if self._attnctl is not None:
             self._attnctl.listener.on_step(sample)
-        return cls.step(self, *args, **kwargs)
+        result = cls.step(self, *args, **kwargs)
+        return result if self._attnctl is None else self._attnctl.listener.on_stepped(result)
 
     members: dict[str, Any] = {
         # Pipelines inspect both signatures to decide what to pass.
@@ -67,12 +74,17 @@ def _watched(original: type) -> type:
 
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(sample, torch.Tensor) and self._attnctl is not None:
-                self._attnctl.listener.on_scale(sample)
+                scale = functools.partial(_scale, cls, self, args, kwargs)
+                self._attnctl.listener.on_scale(sample, scale)
             return cls.scale_model_input(self, sample, *args, **kwargs)
 
         members["scale_model_input"] = functools.wraps(cls.scale_model_input)(scale_model_input)
     # The same name, so that a pipeline saved under control records the scheduler's own class.
     return type(cls.__name__, (cls,), members)
+
+
+def _scale(cls: Any, scheduler: Any, args: Any, kwargs: Any, sample: Any) -> Any:
+    return cls.scale_model_input(scheduler, sample, *args, **kwargs)
 
 
 def watch_scheduler(scheduler: Any, listener: Listener) -> None:

@@ -7,7 +7,7 @@ runs with the wrappers of the controls that act on it; after it, each guidance b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,9 @@ from attnctl.branches import (
 from attnctl.errors import ConfigError
 from attnctl.families import Family, family_of
 from attnctl.intercept import Link, Wrapper
-from attnctl.processors.base import Control, Guidance
+from attnctl.processors.base import Attached, Control, Guidance
 from attnctl.sites import Site, find_sites
-from attnctl.state import Rows, StepState, take_rows
+from attnctl.state import Rows, StepState, row_count, take_rows
 
 __all__ = ["Watched", "resolve"]
 
@@ -62,6 +62,8 @@ class Watched:
     made: list[Any] = field(default_factory=list)
     """Every processor that was put under control, those that a host set aside included."""
     base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
+    attached: list[tuple[Control, Attached]] = field(default_factory=list)
+    """Controls that keep something of their own while they are attached."""
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
     memory: dict[Any, _Memory] = field(default_factory=dict)
     pending: tuple[Any, float | None] | None = None
@@ -102,11 +104,16 @@ class Watched:
         self.memory.clear()
         self.began.clear()
         self.pending = None
+        for _, own in self.attached:
+            own.begin_run()
 
     def begin_pass(self, replay: bool) -> None:
         """Switch on what acts in the base pass of the call that `state` describes, and watch what can be replayed."""
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
             self.checkpointing = Checkpointing(self.module, self.remember)
+        for c, own in self.attached:
+            if c.in_window(self.state):
+                own.before(self)
         for name, wrappers in self.base.items():
             active = tuple(wrap for c, wrap in wrappers if c.in_window(self.state))
             self.links[name].wrappers = active or None
@@ -213,6 +220,34 @@ class Watched:
         self.passes += 1
         return main_output(output)
 
+    def side_pass(
+        self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
+    ) -> Any:
+        """Run the denoiser with other inputs and wrappers: see `processors.base.Passes`."""
+        state, held = self.state, dict(vars(self.state))
+        links = {name: link.wrappers for name, link in self.links.items()}
+        token, handle = object(), None
+        self.running = True
+        state.begin_call(self.module, self.family, kwargs)
+        state.phase, state.rows = phase, Rows.all(row_count(kwargs))
+        try:
+            for name, link in self.links.items():
+                link.wrappers = (wrappers[name],) if name in wrappers else None
+                link.reached = False
+            if last is not None and last.module is not None and Prefix.refusal(self.module) is None:
+                handle = last.module.register_forward_hook(_ending(token))
+            with own_context(self.module, f"attnctl_{phase}"), _cut_short(token) as cut:
+                cut.output = main_output(self.module.forward(**kwargs))
+            check_reached([(n, self.links[n].reached) for n in wrappers], state, f"the {phase} pass")
+        finally:
+            if handle is not None:
+                handle.remove()
+            self.running = False
+            vars(state).update(held)
+            for name, link in self.links.items():
+                link.wrappers = links[name]
+        return None if last is not None else cut.output
+
     def names(self, branch: Branch) -> dict[torch.nn.Module, str]:
         """Name the blocks whose forward a branch replaces."""
         if not branch.blocks:
@@ -267,6 +302,30 @@ class Watched:
         self.weights = []
 
 
+class _Ended(Exception):
+    """Ends a pass whose prediction nobody needs."""
+
+
+class _Cut:
+    output: Any = None
+
+
+@contextlib.contextmanager
+def _cut_short(token: object) -> Iterator[_Cut]:
+    try:
+        yield _Cut()
+    except _Ended as end:
+        if end.args[0] is not token:
+            raise
+
+
+def _ending(token: object) -> Callable[..., None]:
+    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+        raise _Ended(token)
+
+    return end
+
+
 def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torch.nn.Module]) -> Callable[..., Any]:
     """Note that a replaced forward was called."""
 
@@ -286,7 +345,10 @@ def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str =
     for i, c in enumerate(controls):
         for site in watched.resolved[i]:
             watched.links.setdefault(site.name, Link(site, watched.state, backend))
-        wrap = c.wrapper(watched.resolved[i])
+        own = c.attached(watched.resolved[i], module, pipe)
+        if own is not None:
+            watched.attached.append((c, own))
+        wrap = c.wrapper(watched.resolved[i]) if own is None else own.wrap
         if wrap is not None:
             for site in watched.resolved[i]:
                 watched.base.setdefault(site.name, []).append((c, wrap))

@@ -8,23 +8,69 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 
 from attnctl.branches import Branch
 from attnctl.errors import ConfigError, SiteError
 from attnctl.families import Family
-from attnctl.intercept import Wrapper
+from attnctl.intercept import AttnCall, Proceed, Wrapper
 from attnctl.sites import Selector, Site, select
 from attnctl.state import StepState
 
-__all__ = ["AdaptiveForm", "Combine", "Control", "Guidance"]
+__all__ = ["AdaptiveForm", "Attached", "Combine", "Control", "Guidance", "Passes"]
 
 Combine = Literal["auto", "add", "rescale_safe"]
 AdaptiveForm = Literal["knob", "timestep"]
+
+
+class Passes(Protocol):
+    """One denoiser under control, as an attached control sees it."""
+
+    pipe: Any
+    state: StepState
+
+    def side_pass(
+        self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
+    ) -> Any:
+        """Run the denoiser once more with other inputs and wrappers, and without guidance.
+
+        Args:
+            phase: What `state.phase` says meanwhile.
+            kwargs: Inputs of the denoiser.
+            wrappers: What wraps the kernel, by site name; every site named must be reached.
+            last: The pass may end behind this site, its prediction not being asked for.
+
+        Returns:
+            The prediction, or None with `last`.
+        """
+
+
+class Attached:
+    """What a control keeps while it is attached to one denoiser: stored attention, say. It may change; controls do not.
+
+    Attributes:
+        changes_latents: Whether `stepped` is asked after each step of the scheduler.
+    """
+
+    changes_latents: bool = False
+
+    def begin_run(self) -> None:
+        """Forget the last run."""
+
+    def before(self, passes: Passes) -> None:
+        """Run ahead of each base pass in the control's window."""
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
+        """Wrap the kernel at the control's sites in the base pass."""
+        return proceed(call)
+
+    def stepped(self, step: int, latents: torch.Tensor) -> torch.Tensor:
+        """Return the latents to go on with after a step of the scheduler."""
+        return latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +139,24 @@ class Control:
         """Tell whether the current step lies in [start, stop)."""
         return self.start <= state.progress < self.stop
 
+    def in_window_at(self, step: int, steps: int | None) -> bool:
+        """Tell whether a step of the run lies in [start, stop)."""
+        return self.start <= (step / steps if steps else 0.0) < self.stop
+
     def needs_steps(self) -> bool:
         """Tell whether this control must know the step of the run."""
         return self.start > 0.0 or self.stop < 1.0
 
+    def wants_block_input(self) -> bool:
+        """Tell whether `AttnCall.block_input` must be filled at this control's sites."""
+        return False
+
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper | None:
         """Return what wraps the kernel at this control's sites in the base pass, or None."""
+        return None
+
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached | None:
+        """Return what this control keeps while it is attached to a denoiser, or None where `wrapper` says it all."""
         return None
 
     def describe(self) -> str:
