@@ -152,8 +152,8 @@ def test_forced_backend_that_cannot_run_names_the_reason_and_the_others() -> Non
         kernels.attention(q, k, v, backend="spda")
 
 
-def test_plan_is_reserved() -> None:
-    with pytest.raises(BackendError, match="reserved for a later"):
+def test_plan_must_be_a_plan() -> None:
+    with pytest.raises(ConfigError, match=r"expected an attnctl\.plans\.BlockPlan"):
         kernels.attention(*qkv(), plan=object())
 
 

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnctl.errors import BackendError, nearest
+from attnctl.errors import BackendError, ConfigError, nearest
 from attnctl.kernels import math, sdpa, xformers
 from attnctl.kernels.layout import check_call
+from attnctl.kernels.sparse import block_sparse
+from attnctl.plans.blocks import BlockPlan
 
 __all__ = ["Backend", "Plain", "attention", "backends", "choose", "plain", "probe"]
 
@@ -52,23 +54,26 @@ def attention(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
-    plan: object | None = None,
+    plan: BlockPlan | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compute softmax(q k^T scale + mask) v with the chosen backend.
 
     Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D]; v [B, Hk, Nk, Dv], Hk divides H -> [B, H, Nq, Dv].
     mask: boolean (True = attend) or additive float of any dtype, broadcastable to [B, H, Nq, Nk].
-    scale: factor on q k^T, 1 / sqrt(D) if None. plan: reserved for block-sparse plans.
-    Raises: ConfigError for shapes that do not fit; BackendError for a plan, an unknown backend, or a forced
-        backend that cannot run this call.
+    scale: factor on q k^T, 1 / sqrt(D) if None.
+    plan: blocks to compute instead of the whole map (`attnctl.plans.BlockPlan`, its first step group); the backends
+        are then those of `attnctl.kernels.sparse`, and there can be no mask.
+    Raises: ConfigError for shapes that do not fit; PlanError for a plan of other heads or tokens; BackendError for an
+        unknown backend, a forced backend that cannot run this call, or a plan together with a mask.
     """
-    if plan is not None:
-        raise BackendError(
-            f"plan={type(plan).__name__} was given, but this release has no block-sparse kernel yet: "
-            "plan= is reserved for a later one. Leave it out to compute dense attention."
-        )
     mask = check_call(q, k, v, mask)
+    if plan is not None:
+        if not isinstance(plan, BlockPlan):
+            raise ConfigError(f"plan={type(plan).__name__} was given; expected an attnctl.plans.BlockPlan.")
+        if mask is not None:
+            raise BackendError("A plan and a mask were given together; block-sparse kernels take no mask. Pass one.")
+        return block_sparse(q, k, v, plan, scale=scale, backend=backend)
     return _KERNELS[choose(q, k, v, mask, backend)].run(q, k, v, mask, scale)
 
 
