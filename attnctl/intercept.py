@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnctl.errors import ConflictError, UnsupportedModelError
 from attnctl.families import Grid
-from attnctl.kernels import attention
+from attnctl.kernels import attention, sdpa
 from attnctl.linear import is_linear, run_linear
 from attnctl.sites import Site, image_level_grid
 from attnctl.state import StepState
@@ -37,6 +37,7 @@ __all__ = [
     "controlled",
     "detach_processor",
     "is_controlled",
+    "is_last",
     "release_processor",
 ]
 
@@ -59,6 +60,9 @@ class AttnCall:
         text: Text tokens of a joint sequence, or None.
         index: 0 for the first attention of the processor; IP-Adapters and Wan i2v compute a second one.
         kernel: What computes the plain attention.
+        hidden: What the processor was called with, before its projections; None where it is no tensor.
+        after: Functions that a wrapper appends, to be applied in order to what the processor returns (the output
+            after its last projection, or a tuple with the text's).
     """
 
     def __init__(
@@ -72,11 +76,21 @@ class AttnCall:
         index: int,
         tokens: tuple[slice | None, slice | None],
         kernel: Callable[..., torch.Tensor],
+        hidden: torch.Tensor | None = None,
+        after: list[Callable[[Any], Any]] | None = None,
     ) -> None:
         self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
         self.site, self.state, self.index = link.site, link.state, index
         self.image, self.text = tokens
         self.kernel = kernel
+        self.hidden = hidden
+        self.after = [] if after is None else after
+        self._link = link
+
+    @property
+    def block_input(self) -> torch.Tensor | None:
+        """Return what the transformer block around the site was called with, if a control asked to see it."""
+        return self._link.block_input
 
     @property
     def grid(self) -> Grid | None:
@@ -118,12 +132,18 @@ class Link:
         self.reached = False
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
+        self.block_input: torch.Tensor | None = None
         self.fixed = False
         """Belongs to a processor that was handed out, not to a session."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         # No session writes to the links of a copied pipeline: they must not act while the original's do.
         return self if self.fixed else Link(replace(self.site, module=None), StepState())
+
+    @property
+    def observed(self) -> bool:
+        """Tell whether all wrappers only look at the call."""
+        return all(getattr(getattr(w, "__self__", None), "observes", False) for w in self.wrappers or ())
 
     def seen_site(self) -> Site:
         """Return the site with what the calls so far have shown of its tokens."""
@@ -150,13 +170,19 @@ def _proceed(wrappers: tuple[Wrapper, ...], call: AttnCall) -> torch.Tensor:
     return wrappers[0](call, functools.partial(_proceed, wrappers[1:]))
 
 
+def is_last(proceed: Proceed) -> bool:
+    """Tell whether a wrapper has nothing but the kernel behind it, so that it may compute in another way."""
+    return isinstance(proceed, functools.partial) and proceed.func is _proceed and not proceed.args[0]
+
+
 class _Intercept(TorchFunctionMode):
     """Send scaled_dot_product_attention to a link; everything else passes."""
 
-    def __init__(self, link: Link, hidden: int | None, encoder: int | None) -> None:
+    def __init__(self, link: Link, hidden: Any, encoder: Any) -> None:
         super().__init__()
         self.link, self.hidden, self.encoder = link, hidden, encoder
         self.index = 0
+        self.after: list[Callable[[Any], Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,8 +207,14 @@ class _Intercept(TorchFunctionMode):
             )
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        tokens = _token_slices(self.link, query.shape[-2], self.hidden, self.encoder)
-        call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, self.link.kernel)
+        tokens = _token_slices(self.link, query.shape[-2], _tokens(self.hidden), _tokens(self.encoder))
+        hidden = self.hidden if isinstance(self.hidden, torch.Tensor) else None
+        kernel = self.link.kernel
+        if self.link.observed:
+            kernel = functools.partial(sdpa.as_called, is_causal=is_causal, enable_gqa=enable_gqa)
+        call = AttnCall(
+            query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after
+        )
         self.index += 1
         return self.link.run(call)
 
@@ -234,8 +266,12 @@ def _make_controlled(cls: Any) -> type:
         encoder = None if encoder is hidden else encoder
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
-        with _native_backend(self, native), _Intercept(link, _tokens(hidden), _tokens(encoder)):
-            return cls.__call__(self, attn, *args, **kwargs)
+        mode = _Intercept(link, hidden, encoder)
+        with _native_backend(self, native), mode:
+            output = cls.__call__(self, attn, *args, **kwargs)
+        for change in mode.after:
+            output = change(output)
+        return output
 
     __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
     # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold. Hosts make new

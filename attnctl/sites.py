@@ -18,7 +18,16 @@ import torch
 from attnctl.errors import SiteError, UnsupportedModelError, nearest
 from attnctl.families import Family, Grid, family_of, kind_of
 
-__all__ = ["Selector", "Site", "denoisers_of", "find_sites", "image_level_grid", "select"]
+__all__ = [
+    "Selector",
+    "Site",
+    "denoisers_of",
+    "find_sites",
+    "halve",
+    "image_level_grid",
+    "select",
+    "unet_halvings",
+]
 
 Selector: TypeAlias = "str | int | range | slice | Sequence[str | int | range | slice]"
 
@@ -152,6 +161,26 @@ def image_level_grid(grid: Grid, tokens: int) -> Grid | None:
     return (frames, h, w) if h * w == tokens else None
 
 
+def unet_halvings(name: str, levels: int) -> int | None:
+    """Count how often the grid is halved at a UNet's site; None outside its stages."""
+    stage, *rest = name.split(".")
+    if stage in ("transformer_in", "image_latents_temporal_encoder"):
+        return 0
+    if stage == "mid_block":
+        return levels - 1
+    if stage not in ("down_blocks", "up_blocks"):
+        return None
+    index = int(rest[0])
+    return index if stage == "down_blocks" else levels - 1 - index
+
+
+def halve(h: int, w: int, times: int) -> tuple[int, int]:
+    """Halve a grid, rounding up."""
+    for _ in range(times):
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return h, w
+
+
 def _default_grid(family: Family, denoiser: torch.nn.Module, name: str) -> Grid | None:
     config: Any = getattr(denoiser, "config", None)
     size = getattr(config, "sample_size", None)
@@ -159,17 +188,8 @@ def _default_grid(family: Family, denoiser: torch.nn.Module, name: str) -> Grid 
         return None
     h, w = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     if family.unet:
-        levels = len(config.block_out_channels)
-        stage, *rest = name.split(".")
-        halvings = {"down_blocks": 0, "mid_block": levels - 1, "up_blocks": levels - 1}.get(stage)
-        if halvings is None:
-            return None
-        if stage != "mid_block":
-            index = int(rest[0])
-            halvings = index if stage == "down_blocks" else levels - 1 - index
-        for _ in range(halvings):
-            h, w = (h + 1) // 2, (w + 1) // 2
-        return (1, h, w)
+        halvings = unet_halvings(name, len(config.block_out_channels))
+        return None if halvings is None else (1, *halve(h, w, halvings))
     p = getattr(config, "patch_size", 1)
     return (1, h // p, w // p) if isinstance(p, int) else None
 

@@ -16,8 +16,9 @@ import torch
 
 from attnctl.errors import UnsupportedModelError
 from attnctl.families import Family, Grid
+from attnctl.prompts import PromptCall
 
-__all__ = ["Rows", "StepState", "bind_call", "main_input", "row_count", "take_rows"]
+__all__ = ["Rows", "StepState", "bind_call", "main_input", "main_name", "row_count", "take_rows"]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
 _SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
@@ -70,6 +71,9 @@ class StepState:
         timestep: The scheduler's timestep, 0 to 1000 (1000 = noise), or None.
         rows: Rows of the call.
         phase: "base" or the name of the guidance branch that is running.
+        call: Number of the denoiser call; the same while autograd computes a part of it again.
+        prompts: The texts of the pipeline call, where a control asked to hear them and the pipeline was given text.
+        scratch: What controls keep from one site to the next; emptied when the call and its perturbed passes are over.
     """
 
     step: int = 0
@@ -77,9 +81,12 @@ class StepState:
     timestep: float | None = None
     rows: Rows = field(default_factory=lambda: Rows.all(1))
     phase: str = "base"
+    call: int = 0
+    prompts: PromptCall | None = None
     denoiser: torch.nn.Module | None = None
     family: Family | None = None
     bound: Mapping[str, Any] = field(default_factory=dict)
+    scratch: dict[Any, Any] = field(default_factory=dict)
     last_grid: Grid | None = None
     _grid: Grid | None = None
     _grid_known: bool = False
@@ -97,6 +104,7 @@ class StepState:
         self._grid, self._grid_known = None, False
         self._image_tokens, self._image_tokens_known = None, False
         self.phase = "base"
+        self.call += 1
         _ = self.image_tokens  # here and not at a site, where a compiled block would have to trace it
 
     def end_call(self) -> None:
@@ -148,6 +156,12 @@ def main_input(bound: Mapping[str, Any]) -> Any:
         f"The denoiser was called without {', '.join(_MAIN)} (got {', '.join(bound) or 'nothing'}): "
         "its rows cannot be told apart."
     )
+
+
+def main_name(bound: Mapping[str, Any]) -> str:
+    """Name the argument that holds the latents of a call."""
+    main_input(bound)
+    return next(name for name in _MAIN if bound.get(name) is not None)
 
 
 def row_count(bound: Mapping[str, Any]) -> int:
