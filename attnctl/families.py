@@ -26,12 +26,16 @@ Bound = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Default:
-    """Sites that a publication perturbs in a family, with the source that says so."""
+    """Sites that a publication acts on in a family, with the source that says so."""
 
     source: str
     sites: str | None = None
     depth: float | None = None
     """Relative depth of the block: 13 of 24 is written 13 / 24, so that smaller and larger siblings resolve too."""
+    span: tuple[float, float] | None = None
+    """Relative depths of a range of blocks, the second excluded."""
+    reduction: int | None = None
+    """How many times smaller than the latents the token grid is, along a side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,10 @@ class Family:
             function means the product of the grid.
         first: Pattern of the sites that run before all others although they are registered later.
         unet: Whether the sites lie in down, mid and up stages of halving resolution.
+        all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         perturb: Published defaults for attention perturbation.
+        guide: Published defaults for latent guidance by attention to words.
         note: A limit that `report()` prints.
     """
 
@@ -61,8 +67,10 @@ class Family:
     image_tokens: Callable[[torch.nn.Module, Bound], int | None] | None = None
     first: str | None = None
     unet: bool = False
+    all_frames: bool = False
     cond_first: bool = False
     perturb: Default | None = None
+    guide: Default | None = None
     note: str | None = None
 
 
@@ -163,6 +171,7 @@ def _packed(model: torch.nn.Module, bound: Bound) -> int:
 
 
 _SD = Default(sites="mid", source="PAG, arXiv 2403.17377: the mid block")
+_WORDS = Default(reduction=4, source="Attend-and-Excite, arXiv 2301.13826: 16 x 16 maps of 64 x 64 latents")
 _UNET = (("attn2", "cross"), ("attn1", "self"))
 _DIT = (("attn2", "cross"), ("attn1", "self"))
 _TEMPORAL = r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in"
@@ -176,6 +185,7 @@ FAMILIES: tuple[Family, ...] = (
         grid=_sample,
         unet=True,
         perturb=_SD,
+        guide=_WORDS,
     ),
     Family(
         name="AnimateDiff",
@@ -184,6 +194,7 @@ FAMILIES: tuple[Family, ...] = (
         grid=_sample,
         unet=True,
         perturb=Default(sites="mid", source="diffusers AnimateDiffPAGPipeline: mid_block.*attn1"),
+        guide=_WORDS,
     ),
     Family(
         name="Stable Video Diffusion",
@@ -194,12 +205,21 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(name="UNet3D", classes=("UNet3DConditionModel",), kinds=_VIDEO_UNET, grid=_sample, unet=True),
     Family(
+        name="I2VGenXL",
+        classes=("I2VGenXLUNet",),
+        kinds=(("image_latents_temporal_encoder", "temporal"), *_VIDEO_UNET),
+        grid=_sample,
+        first="image_latents_temporal_encoder",
+        unet=True,
+    ),
+    Family(
         name="Stable Diffusion 3, 3.5",
         classes=("SD3Transformer2DModel",),
         kinds=(("attn2", "dual"), ("attn", "joint")),
         text="last",
         grid=_image,
         perturb=Default(depth=13 / 24, source="PAG for SD3 by its authors (diffusers#8861): block 13 of 24"),
+        guide=Default(span=(5 / 24, 13 / 24), source="Self-Cross guidance, arXiv 2411.18936: blocks 5 to 12 of 24"),
     ),
     Family(
         name="FLUX.1",
@@ -208,6 +228,7 @@ FAMILIES: tuple[Family, ...] = (
         text="first",
         grid=_ids,
         image_tokens=_packed,
+        guide=Default(sites="transformer_blocks.*", source="FOCUS, arXiv 2510.02315: all double-stream blocks"),
     ),
     Family(
         name="FLUX.2",
@@ -293,13 +314,15 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("attn1", "joint"),),
         text="first",
         grid=_frames_first,
+        all_frames=True,
     ),
-    Family(name="Wan", classes=("WanTransformer3DModel",), kinds=_DIT, grid=_video),
+    Family(name="Wan", classes=("WanTransformer3DModel",), kinds=_DIT, grid=_video, all_frames=True),
     Family(
         name="LTX-Video",
         classes=("LTXVideoTransformer3DModel",),
         kinds=_DIT,
         grid=_ltx,
+        all_frames=True,
         image_tokens=_packed,
         perturb=Default(depth=19 / 28, source="STG, arXiv 2411.18664: LTX-Video block 19 of 28"),
     ),
@@ -309,6 +332,7 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("token_refiner", "text"), ("attn", "joint")),
         text="last",
         grid=_video,
+        all_frames=True,
         perturb=Default(depth=2 / 60, source="STG, arXiv 2411.18664: HunyuanVideo block 2 of 60"),
     ),
     Family(
@@ -317,6 +341,7 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("attn1", "joint"),),
         text="last",
         grid=_video,
+        all_frames=True,
         perturb=Default(depth=34 / 48, source="STG, arXiv 2411.18664: Mochi block 34 of 48"),
     ),
     Family(
@@ -325,8 +350,8 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("temporal_transformer_blocks", "temporal"), *_DIT),
         grid=_latte,
     ),
-    Family(name="Allegro", classes=("AllegroTransformer3DModel",), kinds=_DIT, grid=_video),
-    Family(name="Cosmos", classes=("CosmosTransformer3DModel",), kinds=_DIT, grid=_video),
+    Family(name="Allegro", classes=("AllegroTransformer3DModel",), kinds=_DIT, grid=_video, all_frames=True),
+    Family(name="Cosmos", classes=("CosmosTransformer3DModel",), kinds=_DIT, grid=_video, all_frames=True),
 )
 
 GENERIC = Family(

@@ -1,0 +1,295 @@
+"""Losses on concept maps, whose gradient moves the latents: pure functions, one value a sample.
+
+A concept map is the cross-attention that image tokens pay to the tokens of one word. Everywhere `maps` is
+[B, C, h, w] (samples, concepts, rows, columns of the token grid), every loss is [B], and sums run in float32 (float64
+stays). No function changes its inputs.
+
+    segregation, retention   A-STAR, "Test-time Attention Segregation and Retention for Text-to-image Synthesis",
+                             arXiv 2306.14544, eq. 2 and 3
+    attend_excite            "Attend-and-Excite: Attention-Based Semantic Guidance", arXiv 2301.13826
+    info_nce                 CONFORM, "Contrast is All You Need for High-Fidelity Text-to-Image Diffusion Models",
+                             arXiv 2312.06059
+    attendance, divergence   "Divide & Bind Your Attention for Improved Generative Semantic Nursing", arXiv 2307.10864
+    self_cross               "Self-Cross Diffusion Guidance", arXiv 2411.18936
+    focus                    FOCUS, arXiv 2510.02315
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnctl.errors import ConfigError
+
+__all__ = [
+    "Binarise",
+    "MapNorm",
+    "attend_excite",
+    "attendance",
+    "binarise",
+    "divergence",
+    "focus",
+    "info_nce",
+    "normalise",
+    "retention",
+    "segregation",
+    "self_cross",
+    "smooth",
+    "token_softmax",
+    "total_variation",
+]
+
+MapNorm = Literal["none", "max", "minmax", "ae"]
+Binarise = Literal["mean", "otsu"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Divide, and give 0 with a finite gradient where the divisor is 0."""
+    return a / torch.where(b > 0, b, torch.ones_like(b))
+
+
+# Maps
+
+
+def token_softmax(maps: Tensor, temperature: float = 100.0) -> Tensor:
+    """Share each image token among the text tokens: softmax(100 A) without the first and the last token.
+
+    Attend-and-Excite's normalisation; it needs the map of every text token.
+
+    Shapes: maps [B, T, h, w] -> [B, T, h, w], zero for the first and the last token.
+    """
+    shares = (_wide(maps)[:, 1:-1] * temperature).softmax(dim=1)
+    return F.pad(shares, (0, 0, 0, 0, 1, 1))
+
+
+def normalise(maps: Tensor, how: MapNorm = "max") -> Tensor:
+    """Divide each map by its own maximum ("max"), stretch it to [0, 1] ("minmax"), or leave it ("none", "ae").
+
+    The maximum and the minimum are part of the graph. A map that is constant at 0 stays 0.
+    """
+    maps = _wide(maps)
+    if how in ("none", "ae"):
+        return maps
+    if how == "minmax":
+        maps = maps - maps.amin((-2, -1), keepdim=True)
+    return _ratio(maps, maps.amax((-2, -1), keepdim=True))
+
+
+def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
+    """Blur maps with Attend-and-Excite's 3 x 3 kernel, edges reflected.
+
+    Its weights are exp(-(x / (2 sigma))^2), so that sigma = 0.5 is a Gaussian of 0.71 tokens.
+
+    Shapes: maps [..., h, w] -> the same. A grid with a side of one token is left alone along that side.
+    """
+    maps = _wide(maps)
+    x = torch.tensor([-1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device)
+    line = torch.exp(-((x / (2 * sigma)) ** 2))
+    line = line / line.sum()
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    for axis, size in ((-2, maps.shape[-2]), (-1, maps.shape[-1])):
+        if size > 1:
+            pad = (0, 0, 1, 1) if axis == -2 else (1, 1, 0, 0)
+            flat = F.conv2d(
+                F.pad(flat, pad, mode="reflect"), line.reshape((1, 1, 3, 1) if axis == -2 else (1, 1, 1, 3))
+            )
+    return flat.reshape(maps.shape)
+
+
+def binarise(maps: Tensor, rule: Binarise | float = 0.5) -> Tensor:
+    """Mark the active pixels of each map with 1, the others with 0; no gradient.
+
+    Args:
+        maps: [..., h, w].
+        rule: A fraction in (0, 1) of the way from the map's minimum to its maximum; "mean": at least the map's mean;
+            "otsu": above Otsu's threshold.
+
+    Returns:
+        [..., h, w], in the floating-point type of the maps. A constant map has no active pixel under a fraction.
+    """
+    maps = _wide(maps.detach())
+    if rule == "mean":
+        return (maps >= maps.mean((-2, -1), keepdim=True)).to(maps)
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    stretched = _ratio(maps - low, high - low)
+    return _otsu(stretched) if isinstance(rule, str) else (stretched >= rule).to(maps)
+
+
+def _otsu(maps: Tensor) -> Tensor:
+    """Split each map where the variance between the two classes is greatest."""
+    values = maps.flatten(-2).sort(dim=-1).values
+    n = values.shape[-1]
+    if n == 1:
+        return torch.ones_like(maps)
+    count = torch.arange(1, n, device=maps.device, dtype=maps.dtype)
+    below = values.cumsum(-1)[..., :-1]
+    total = values.sum(-1, keepdim=True)
+    gap = (total - below) / (n - count) - below / count
+    split = (count * (n - count) * gap**2).argmax(-1, keepdim=True)
+    return (maps > values.gather(-1, split)[..., None]).to(maps)
+
+
+# A-STAR
+
+
+def segregation(maps: Tensor) -> Tensor:
+    """Measure how far the maps of different concepts overlap: A-STAR eq. 2.
+
+        L = sum_{m > n} [ sum_ij min(A^m, A^n) / sum_ij (A^m + A^n) ]
+
+    Between 0 (disjoint) and half the number of pairs (identical); 0 for a single concept, with a zero gradient.
+
+    Shapes: maps [B, C, h, w] -> [B].
+    """
+    maps = _wide(maps)
+    total = maps.sum((1, 2, 3)) * 0  # a single concept has no pair, but its loss can still be differentiated
+    for m, n in itertools.combinations(range(maps.shape[1]), 2):
+        a, b = maps[:, m], maps[:, n]
+        total = total + _ratio(torch.minimum(a, b).sum((1, 2)), (a + b).sum((1, 2)))
+    return total
+
+
+def retention(maps: Tensor, masks: Tensor) -> Tensor:
+    """Measure how much of each concept's region its map has left: A-STAR eq. 3.
+
+        L = sum_m [ 1 - sum_ij min(A^m, B^m) / sum_ij (A^m + B^m) ]
+
+    Between half the number of concepts (map equals mask) and their number (disjoint).
+
+    Shapes: maps [B, C, h, w]; masks broadcastable to it, 0 or 1, no gradient -> [B].
+    """
+    maps = _wide(maps)
+    masks = masks.detach().to(maps).expand_as(maps)
+    kept = _ratio(torch.minimum(maps, masks).sum((2, 3)), (maps + masks).sum((2, 3)))
+    return (1 - kept).sum(1)
+
+
+# Attend-and-Excite
+
+
+def attend_excite(maps: Tensor) -> Tensor:
+    """Ask the least attended concept for a strong pixel: max_s max(0, 1 - max_ij A^s) (arXiv 2301.13826, eq. 1).
+
+    Shapes: maps [B, C, h, w] -> [B]. Only the worst concept of each sample has a gradient.
+    """
+    return (1 - _wide(maps).amax((2, 3))).clamp_min(0).amax(1)
+
+
+# CONFORM
+
+
+def info_nce(maps: Tensor, groups: Sequence[int], previous: Tensor | None = None, temperature: float = 0.5) -> Tensor:
+    """Draw maps of one group together and others apart: the InfoNCE loss of CONFORM (arXiv 2312.06059).
+
+        L = mean over positive pairs (a, p) of -log( e^{s(a,p)/t} / (e^{s(a,p)/t} + sum_n e^{s(a,n)/t}) )
+
+    with the cosine similarity s, n over the maps of other groups.
+
+    Args:
+        maps: [B, C, h, w].
+        groups: The group of each concept: an object and its attributes share one.
+        previous: Maps of the step before, further members of the same groups, or None.
+        temperature: t.
+
+    Returns:
+        [B]; 0 where no group has two members.
+    """
+    if len(groups) != maps.shape[1]:
+        raise ConfigError(f"info_nce: {len(groups)} groups were given for {maps.shape[1]} concepts; give one for each.")
+    rows = _wide(maps).flatten(2)
+    labels = torch.tensor(list(groups), device=maps.device)
+    if previous is not None:
+        rows, labels = torch.cat([rows, previous.detach().to(rows).flatten(2)], 1), labels.repeat(2)
+    rows = F.normalize(rows, dim=-1)
+    logits = rows @ rows.transpose(1, 2) / temperature
+    alike = labels[:, None] == labels
+    positive = alike & ~torch.eye(len(labels), dtype=torch.bool, device=maps.device)
+    others = logits.masked_fill(alike, -torch.inf).logsumexp(-1, keepdim=True)
+    loss = torch.logaddexp(logits, others) - logits
+    return torch.where(positive, loss, 0.0).sum((1, 2)) / positive.sum().clamp_min(1)
+
+
+# Divide & Bind
+
+
+def total_variation(maps: Tensor) -> Tensor:
+    """Sum up each map's mean absolute differences down and across: [..., h, w] -> [...]."""
+    maps = _wide(maps)
+    down, across = maps.diff(dim=-2).abs(), maps.diff(dim=-1).abs()
+    return sum((d.mean((-2, -1)) for d in (down, across) if d.numel()), start=maps.sum((-2, -1)) * 0)
+
+
+def attendance(maps: Tensor) -> Tensor:
+    """Ask the flattest map for variation: -min_s TV(A^s), Divide & Bind's attendance loss (arXiv 2307.10864).
+
+    Shapes: maps [B, C, h, w] -> [B].
+    """
+    return -total_variation(maps).amin(1)
+
+
+def divergence(maps: Tensor) -> Tensor:
+    """Compute the Jensen-Shannon divergence of the maps as distributions, divided by log C: 0 (equal) to 1 (disjoint).
+
+    Divide & Bind's binding loss is this for an object and its attribute.
+
+    Shapes: maps [B, C, h, w] -> [B]; 0 for a single concept.
+    """
+    p = _shares(maps)
+    if p.shape[1] == 1:
+        return p.sum((1, 2)) * 0
+    mean = p.mean(1, keepdim=True)
+    tiny = torch.finfo(p.dtype).tiny  # keeps the logarithm of an empty pixel, and its gradient, finite
+    kl = (p * ((p + tiny).log() - (mean + tiny).log())).sum(-1)
+    return kl.mean(1) / torch.log(torch.tensor(float(p.shape[1]), dtype=p.dtype, device=p.device))
+
+
+def _shares(maps: Tensor, power: float = 1.0) -> Tensor:
+    rows = _wide(maps).flatten(2) ** power
+    return _ratio(rows, rows.sum(-1, keepdim=True))
+
+
+# Self-Cross guidance
+
+
+def self_cross(maps: Tensor, masks: Tensor, self_attention: Tensor) -> Tensor:
+    """Measure how far the image tokens of one concept look where another concept is (arXiv 2411.18936).
+
+        L = mean_{i != j} sum min(S_j, M_i),   S_j = sum_{p in mask j} M_j[p] self_attention[p, :]
+
+    with S and M normalised to sum 1.
+
+    Shapes: maps, masks [B, C, h, w]; self_attention [B, h w, h w] -> [B]; 0 for a single concept.
+    """
+    c = maps.shape[1]
+    seen = _wide(maps * masks.detach().to(maps)).flatten(2) @ _wide(self_attention)
+    seen = _ratio(seen, seen.sum(-1, keepdim=True))
+    shared = torch.minimum(seen[:, :, None], _shares(maps)[:, None]).sum(-1)
+    apart = ~torch.eye(c, dtype=torch.bool, device=maps.device)
+    return (shared * apart).sum((1, 2)) / max(c * (c - 1), 1)
+
+
+# FOCUS
+
+
+def focus(maps: Tensor, groups: Sequence[int]) -> Tensor:
+    """Ask for one sharp place a group and different places for different groups (FOCUS, arXiv 2510.02315).
+
+        L = (mean over groups of JSD within the group + 1 - JSD of the group means) / 2,   each map as A^3 / sum A^3
+
+    Shapes: maps [B, C, h, w]; groups: the group of each concept -> [B].
+    """
+    if len(groups) != maps.shape[1]:
+        raise ConfigError(f"focus: {len(groups)} groups were given for {maps.shape[1]} concepts; give one for each.")
+    q = _shares(maps, 3.0).unflatten(-1, maps.shape[-2:])
+    members = [[i for i, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
+    within = torch.stack([divergence(q[:, m]) for m in members]).mean(0)
+    return (within + 1 - divergence(torch.stack([q[:, m].mean(1) for m in members], 1))) / 2
