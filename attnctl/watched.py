@@ -74,6 +74,10 @@ class Watched:
     forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
     """Forwards that the current pass replaces."""
     passes: int = 0
+    listeners: list[tuple[Control, torch.nn.Module, Link]] = field(default_factory=list)
+    """Blocks whose input a control wants to see, with the link that it goes to."""
+    listening: list[Any] = field(default_factory=list)
+    """Handles of the hooks that the current call put on them."""
     began: set[Any] = field(default_factory=set)
     """Branches that have run in this run."""
 
@@ -118,6 +122,9 @@ class Watched:
             active = tuple(wrap for c, wrap in wrappers if c.in_window(self.state))
             self.links[name].wrappers = active or None
             self.links[name].reached = False
+        for c, block, link in self.listeners:
+            if c.in_window(self.state):
+                self.listening.append(block.register_forward_pre_hook(_listen(link), with_kwargs=True))
         if self.state.rows.role == "uncond":
             return
         self.weights = [(g, b, g.weight(self.state)) for g, b in self.branches]
@@ -293,7 +300,11 @@ class Watched:
         if self.running:
             return
         for link in self.links.values():
-            link.wrappers = None
+            link.wrappers, link.block_input = None, None
+        for handle in self.listening:
+            handle.remove()
+        self.listening = []
+        self.state.scratch = {}
         if self.prefix is not None:
             self.prefix.release()
         if self.checkpointing is not None:
@@ -336,6 +347,15 @@ def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torc
     return noted
 
 
+def _listen(link: Link) -> Callable[..., None]:
+    """Make a hook that hands a block's input to the link of an attention inside it."""
+
+    def seen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        link.block_input = args[0] if args else kwargs.get("hidden_states")
+
+    return seen
+
+
 def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str = "auto", pipe: Any = None) -> Watched:
     """Find out everything about a denoiser before anything is touched."""
     family = family_of(module)
@@ -344,7 +364,9 @@ def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str =
     watched = Watched(module, family, sites, resolved, pipe)
     for i, c in enumerate(controls):
         for site in watched.resolved[i]:
-            watched.links.setdefault(site.name, Link(site, watched.state, backend))
+            link = watched.links.setdefault(site.name, Link(site, watched.state, backend))
+            if c.wants_block_input():
+                watched.listeners.append((c, module.get_submodule(site.name.rpartition(".")[0]), link))
         own = c.attached(watched.resolved[i], module, pipe)
         if own is not None:
             watched.attached.append((c, own))

@@ -233,6 +233,7 @@ def guided_maps(
     alpha: float | Tensor = 0.0,
     interpolation: Interpolation = "nearest",
     band: Band | None = None,
+    maps: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Compute centred maps, pulled towards a reference: A + alpha (R - A), and their energies.
 
@@ -245,29 +246,31 @@ def guided_maps(
         alpha: Strength in [0, 1], or a tensor [positions].
         interpolation: How the reference is enlarged.
         band: Bands to measure energies of; None measures nothing.
+        maps: Maps [positions, heads, F, F] that somebody else computed, in place of those of q and k.
 
     Returns:
         Maps [n, heads, F, F] in pieces of bounded size along the positions, in order, and energies
         [3, prompt rows] of E1, E2 and E2_low, each the sum over a row's positions, heads and queries.
     """
-    grid, repeat, maps = layer.grid, (1, 1), None
+    grid, repeat, guide = layer.grid, (1, 1), None
     if reference is not None:
-        maps, repeat = reference.on(grid, interpolation)
+        guide, repeat = reference.on(grid, interpolation)
     unit = repeat[0] * grid[1]
     low = band.low(q) if band is not None and not band.mean_only else None
     counted = range(layer.rows)[layer.cond]
-    energies = q.new_zeros((3, len(counted)), dtype=wide_dtype(q.dtype)) if band is not None else None
+    wide = wide_dtype(q.dtype)
+    energies = q.new_zeros((3, len(counted)), dtype=wide) if band is not None else None
     pieces: list[Tensor] = []
     for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
-        a = centred_map(q[part], k[part], scale)
+        a = centred_map(q[part], k[part], scale) if maps is None else maps[part].to(wide) - 1 / maps.shape[-1]
         measured = energies is not None and row in counted
         e1 = _dot(a, a) if measured else None  # before the map is overwritten
-        if maps is not None:
+        if guide is not None:
             source = slice(part.start // (repeat[0] * repeat[1]), part.stop // (repeat[0] * repeat[1]))
             weight = alpha[part] if isinstance(alpha, Tensor) else alpha
-            a = _towards(a, maps[source], weight, repeat, grid[1])
+            a = _towards(a, guide[source], weight, repeat, grid[1])
         if energies is not None and e1 is not None:
-            e2 = e1 if maps is None else _dot(a, a)
+            e2 = e1 if guide is None else _dot(a, a)
             e2_low = torch.zeros_like(e1) if low is None else _dot(a, a @ low)
             energies[:, counted.index(row)] += torch.stack([e1, e2, e2_low])
         pieces.append(a)
