@@ -37,48 +37,43 @@ __all__ = [
 
 Keys = str | int | Sequence[str | int]
 
-_NAMED = {
-    "first": lambda f: 0,
-    "last": lambda f: f - 1,
-    "mid": lambda f: (f - 1) // 2,
-    "middle": lambda f: (f - 1) // 2,
-}
 
-
-def frame_indices(keys: Keys, frames: int, anchors: Sequence[int] = ()) -> list[list[int]]:
-    """Name, for each frame, the frames whose keys and values it attends to.
+def frame_indices(keys: Keys, frames: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Name, for each row, the rows whose keys and values it attends to.
 
     Args:
         keys: "first", "mid", "last", "previous", a whole number d (frame i + d, at the ends the nearest), or a list of
             these, whose keys are put one after another; "self" or an empty list is ordinary attention.
-        frames: Number of frames f.
-        anchors: Rows to take instead of the named frames, in the order that the list names them: of a window whose
-            anchors lie elsewhere in the clip.
+        frames: Number of frames of the clip.
+        rows: The clip's frame in each row, where the rows are a window of it; a frame that is not there is replaced by
+            the nearest that is.
 
     Returns:
-        f lists of equal length; empty ones for ordinary attention.
+        A list for each row, of equal lengths; empty ones for ordinary attention.
 
     Raises:
         ConfigError: An unknown key.
     """
+    at = list(range(frames)) if rows is None else list(rows)
     items = [keys] if isinstance(keys, (str, int)) else list(keys)
     if items == ["self"]:
         items = []
-    at = iter(anchors)
-    columns: list[list[int]] = []
-    for item in items:
-        if isinstance(item, str) and item in _NAMED:
-            row = next(at, None)
-            columns.append([_NAMED[item](frames) if row is None else row] * frames)
-            continue
-        offset = {"previous": -1, "self": 0}.get(item) if isinstance(item, str) else item
-        if isinstance(offset, bool) or not isinstance(offset, int):
-            raise ConfigError(
-                f"keys={keys!r}: {item!r} is unknown. Choose first, mid, last, previous, self, a whole number of "
-                "frames to look back (-1) or ahead (1), or a list of these."
-            )
-        columns.append([min(max(i + offset, 0), frames - 1) for i in range(frames)])
-    return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in range(frames)]
+    chosen = [[_key_frame(item, i, frames, keys) for item in items] for i in at]
+    nearest = {f: min(range(len(at)), key=lambda r: abs(at[r] - f)) for row in chosen for f in row}
+    return [[nearest[f] for f in row] for row in chosen]
+
+
+def _key_frame(item: str | int, i: int, frames: int, keys: Keys) -> int:
+    named = {"first": 0, "last": frames - 1, "mid": (frames - 1) // 2, "middle": (frames - 1) // 2}
+    if isinstance(item, str) and item in named:
+        return named[item]
+    offset = {"previous": -1, "self": 0}.get(item) if isinstance(item, str) else item
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise ConfigError(
+            f"keys={keys!r}: {item!r} is unknown. Choose first, mid, last, previous, self, a whole number of frames to "
+            "look back (-1) or ahead (1), or a list of these."
+        )
+    return min(max(i + offset, 0), frames - 1)
 
 
 def gather_frames(x: Tensor, indices: Sequence[Sequence[int]]) -> Tensor:
