@@ -17,7 +17,7 @@ from attnctl.kernels.layout import chunk_rows, repeat_heads, wide_dtype
 from attnctl.plans.blocks import BlockPlan
 from attnctl.plans.orders import permute_heads, restore_heads
 
-__all__ = ["SPARSE", "block_sparse", "reference"]
+__all__ = ["SPARSE", "block_sparse", "check_sparse", "reference"]
 
 Sparse = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BlockPlan, int, float | None], Tensor]
 
@@ -93,7 +93,8 @@ def block_sparse(
     n = q.shape[2]
     image = plan.span(n) if image is None else image
     plan = plan.sized(image.stop - image.start)
-    kernel = SPARSE[_choice(backend)]
+    check_sparse(backend)
+    kernel = SPARSE["gather" if backend == "auto" else backend]
     text = slice(0, image.start) if image.start else slice(image.stop, n)
     parts = [x[:, :, image] for x in (q, k, v)]
     if plan.grid is not None and any(plan.order):
@@ -114,12 +115,10 @@ def _text(image_keys: Tensor, k: Tensor, v: Tensor, text: slice) -> tuple[Tensor
     return repeat_heads(k[:, :, text], heads), repeat_heads(v[:, :, text], heads)
 
 
-def _choice(backend: str) -> str:
-    if backend == "auto":
-        return "gather"
-    if backend not in SPARSE:
+def check_sparse(backend: str) -> None:
+    """Raise BackendError unless a block-sparse kernel has this name."""
+    if backend != "auto" and backend not in SPARSE:
         raise BackendError(
             f"backend={backend!r} was given with a plan; expected 'auto' or one of {', '.join(map(repr, SPARSE))}."
             + nearest(backend, SPARSE)
         )
-    return backend

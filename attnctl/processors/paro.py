@@ -1,0 +1,192 @@
+"""PARO: block-sparse attention over reordered tokens, by a plan that was calibrated once for a model.
+
+"PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual Generation Models",
+arXiv 2506.16054. The tokens of each head are laid out in the order in which those that it looks at lie side by side,
+after rotary embedding; blocks that hold little of the map are skipped; the output is put back in order. Text is dense.
+A plan comes from `attnctl.pipelines.calibrate`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import ConfigError, PlanError, SiteError, nearest
+from attnctl.families import Family
+from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.kernels.sparse import block_sparse, check_sparse
+from attnctl.plans import BlockPlan, ModelPlan
+from attnctl.processors.base import Control
+from attnctl.sites import Site, select
+from attnctl.state import StepState
+
+__all__ = ["PARO"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PARO(Control):
+    """Compute only the blocks of attention that a plan keeps (arXiv 2506.16054).
+
+    Attributes:
+        plan: Plans of a model's sites, or one plan for every selected site, or the folder or Hub id of either.
+        dense_steps: Steps at the beginning of the run that stay dense; the paper has none.
+        dense_layers: Sites at the beginning of the model that stay dense; the paper has none.
+        kernel: Block-sparse kernel by name, or "auto".
+
+    A call of another resolution than the plan's, or with a mask over the image, stays dense and says so once.
+    """
+
+    plan: ModelPlan | BlockPlan | str | os.PathLike[str] = field(kw_only=False)
+    dense_steps: int = 0
+    dense_layers: int = 0
+    kernel: str = "auto"
+
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The field keeps the folder's name, which a record can hold.
+        plan = ModelPlan.from_pretrained(self.plan) if isinstance(self.plan, (str, os.PathLike)) else self.plan
+        object.__setattr__(self, "_plans", plan)
+        if not isinstance(plan, (ModelPlan, BlockPlan)):
+            raise ConfigError(
+                f"PARO: plan={type(plan).__name__} was given; expected an attnctl.plans.ModelPlan or BlockPlan, or "
+                "the folder of one. attnctl.pipelines.calibrate makes one."
+            )
+        for name in ("dense_steps", "dense_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"PARO: {name}={value!r} was given; expected a whole number, 0 or more.")
+        check_sparse(self.kernel)
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        plans = self._by_site
+        if set(plans) == {""}:
+            return select(sites, list(self.kinds), kinds=self.kinds, what="PARO")
+        names = [s.name for s in sites]
+        missing = [name for name in plans if name not in names]
+        if missing:
+            raise PlanError(
+                f"The plan is for another model: {family.name} has no site {missing[0]!r} ({len(missing)} of "
+                f"{len(plans)} are missing).{nearest(missing[0], names)}"
+            )
+        return tuple(s for s in sites if s.name in plans)
+
+    def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        chosen = super().resolve(sites, family)
+        for site in chosen:
+            plan = self._plan_of(site)
+            if site.heads != plan.heads:
+                raise PlanError(
+                    f"The plan is for another model: {site.name} has {site.heads} heads, its plan {plan.heads}."
+                )
+        if self.dense_layers >= len(chosen):
+            raise ConfigError(
+                f"PARO: dense_layers={self.dense_layers} leaves none of the {len(chosen)} sites to the plan."
+            )
+        return chosen[self.dense_layers :]
+
+    @property
+    def _by_site(self) -> Mapping[str, BlockPlan]:
+        """Return the plans by site; one plan for all stands under ""."""
+        held: ModelPlan | BlockPlan = vars(self)["_plans"]
+        return {"": held} if isinstance(held, BlockPlan) else held.plans
+
+    def _plan_of(self, site: Site) -> BlockPlan:
+        plans = self._by_site
+        plan = plans.get(site.name, plans.get(""))
+        if plan is None:
+            raise SiteError(f"The plan has none for {site.name}; it has {', '.join(list(plans)[:3])}, ...")
+        return plan
+
+    def needs_steps(self) -> bool:
+        return super().needs_steps() or self.dense_steps > 0 or any(p.groups > 1 for p in self._by_site.values())
+
+    def in_window(self, state: StepState) -> bool:
+        return super().in_window(state) and state.step >= self.dense_steps
+
+    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
+        plans = {site.name: self._plan_of(site) for site in sites}
+        told: set[str] = set()
+
+        def sparse(call: AttnCall, proceed: Proceed) -> Tensor:
+            plan = plans[call.site.name]
+            if call.q.shape[2] != call.k.shape[2]:
+                return proceed(call)  # a perturbation that computes the text rows alone, which are dense anyway
+            image = call.image or slice(0, call.q.shape[2])
+            why = _refusal(plan, call, image)
+            if why:
+                if why not in told:
+                    told.add(why)
+                    warnings.warn(f"attnctl: PARO leaves attention dense: {why}.", stacklevel=2)
+                return proceed(call)
+            group = 0 if plan.groups == 1 else plan.group_at(call.state.step, call.state.steps or 1)
+            return proceed(call.with_(kernel=partial(_kernel, call, plan, group, image, self.kernel)))
+
+        return sparse
+
+
+def _refusal(plan: BlockPlan, call: AttnCall, image: slice) -> str:
+    """Say why a call cannot follow its plan, or return ""."""
+    n = image.stop - image.start
+    if plan.n_image not in (None, n) or (plan.grid is not None and call.grid not in (None, plan.grid)):
+        was = f"a grid of {plan.grid}" if plan.grid is not None else f"{plan.n_image} image tokens"
+        return f"the plan was made for {was}, this run has {call.grid or n}"
+    if call.mask is not None and not _text_only(call.mask, image):
+        return "a mask covers image tokens"
+    return ""
+
+
+def _text_only(mask: Tensor, image: slice) -> bool:
+    """Tell whether a mask leaves out nothing but text keys."""
+    return mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and bool(mask[..., image].all())
+
+
+def _kernel(
+    call: AttnCall,
+    plan: BlockPlan,
+    group: int,
+    image: slice,
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute what the plan keeps; calls that another control has cut or masked are computed as they are."""
+    n = call.q.shape[2]
+    if q.shape[1:3] != (plan.heads, n) or k.shape[2] != n:
+        return call.kernel(q, k, v, mask=mask, scale=scale)
+    if mask is None:
+        return block_sparse(q, k, v, plan, group=group, image=image, scale=scale, backend=kernel)
+    if mask is not call.mask:
+        return call.kernel(q, k, v, mask=mask, scale=scale)
+    # Padding of the text: each prompt has words of its own, and the rest is not looked at.
+    parts: list[Any] = []
+    for b in range(q.shape[0]):
+        words = mask[b if mask.shape[0] > 1 else 0, 0, 0]
+        rows = [x[b : b + 1] for x in (q, k, v)]
+        parts.append(_without(rows, words, plan, group, image, scale, kernel))
+    return torch.cat(parts)
+
+
+def _without(
+    rows: list[Tensor], words: Tensor, plan: BlockPlan, group: int, image: slice, scale: float | None, kernel: str
+) -> Tensor:
+    """Compute one sample without the keys that its mask leaves out; padded queries get an output all the same."""
+    keys = words.nonzero()[:, 0]
+    first = int(words[: image.start].sum())
+    q, k, v = rows
+    kept = slice(first, first + image.stop - image.start)
+    q_kept, k_kept, v_kept = (x.index_select(2, keys) for x in (q, k, v))
+    sparse = block_sparse(q_kept, k_kept, v_kept, plan, group=group, image=kept, scale=scale, backend=kernel)
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    return out.index_copy(2, keys, sparse)
