@@ -1,0 +1,55 @@
+"""The one place where backbone modules reach the attention kernels, in a form that TorchScript accepts.
+
+Annotations are real objects here and in every file of modules (no deferred evaluation): TorchScript reads them.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from attnctl.kernels import dispatch
+
+__all__ = ["attend", "ceil_div", "require"]
+
+
+@register_notrace_function
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute softmax(q k^T scale + mask) v with attnctl's kernels.
+
+    Shapes: q [B, H, Nq, D]; k, v [B, H, Nk, D]; mask (boolean or additive) broadcastable to [B, H, Nq, Nk].
+    dropout: probability of dropping an attention weight; above 0 the weights are written out.
+    """
+    if dropout > 0.0:
+        factor = scale if scale is not None else q.shape[-1] ** -0.5
+        logits = (q * factor) @ k.transpose(-2, -1)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                logits = logits.masked_fill(mask.logical_not(), float("-inf"))
+            else:
+                logits = logits + mask
+        return F.dropout(logits.float().softmax(dim=-1).to(v.dtype), dropout, True) @ v
+    if torch.jit.is_scripting():
+        # A script cannot call the dispatcher; torch's own kernel computes the same.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return dispatch.attention(q, k, v, mask=mask, scale=scale, backend=backend)
+
+
+@register_notrace_function
+def ceil_div(a: int, b: int) -> int:
+    """Divide and round up."""
+    return (a + b - 1) // b
+
+
+def require(ok: bool, error: type[Exception], message: str) -> None:
+    """Raise error(message) unless ok."""
+    if not ok:
+        raise error(message)
