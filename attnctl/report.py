@@ -43,6 +43,10 @@ def report(handle: Handle) -> str:
             else:
                 lines.append("  prefix replay: yes, found on the first guided step")
             lines.append(f"  perturbed passes so far: {w.passes}")
+    if handle._latents is not None:
+        lines.append(
+            f"latents: {handle._latents.updates} updates by {handle.guidance_forwards} guidance forwards so far"
+        )
     known = backends()
     runs = [b.name for b in known.values() if b.available]
     lines.append(f"kernels: backend={handle.backend}; can run here: {', '.join(runs)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +19,14 @@ from attnctl.branches import latents_of, with_latents
 from attnctl.errors import BackendError, ConfigError, ConflictError, UnsupportedModelError
 from attnctl.intercept import Link, attach_processor, detach_processor, release_processor
 from attnctl.kernels import backends
+from attnctl.latents import LatentEngine
 from attnctl.layout import Layout, RowReader
+from attnctl.maps import WordMaps, joined
 from attnctl.processors.base import Control, Guidance
+from attnctl.processors.capture import Capture
+from attnctl.processors.latent import LatentGuidance
+from attnctl.processors.recorder import Recorder
+from attnctl.prompts import PromptWatch
 from attnctl.sites import Site, denoisers_of
 from attnctl.state import bind_call
 from attnctl.steps import unwatch_scheduler, watch_scheduler
@@ -58,6 +64,11 @@ class Handle:
             if backend != "auto":
                 _check_backend(backend, module)
         self._watched = [resolve(m, self.controls, backend, self._pipe) for m in modules]
+        guides = {i: c for i, c in enumerate(self.controls) if isinstance(c, LatentGuidance)}
+        self._latents = LatentEngine(self._pipe, guides) if guides else None
+        hears = self._pipe is not None and (guides or any(c.needs_prompt() for c in self.controls))
+        self.prompts = PromptWatch(self._pipe) if hears else None
+        """Hears the prompt of each call, where a control needs it."""
 
     def attach(self) -> Handle:
         """Install the controls; undo everything if any part fails."""
@@ -65,6 +76,9 @@ class Handle:
             for watched in self._watched:
                 self._attach_denoiser(watched)
             self._attach_scheduler()
+            if self.prompts is not None:
+                self.prompts.attach()
+                self._undo.callback(self.prompts.detach)
             self._attached = True
         except BaseException:
             self._undo.close()
@@ -117,6 +131,8 @@ class Handle:
         """Take the controls off: processors, hooks and scheduler are as before. Detaching twice does nothing."""
         self._attached = False
         self._undo.close()
+        if self._latents is not None:
+            self._latents.new_run()
 
     @property
     def attached(self) -> bool:
@@ -152,6 +168,40 @@ class Handle:
         """Return how many perturbed passes have run since the controls were attached."""
         return sum(w.passes for w in self._watched)
 
+    @property
+    def guidance_forwards(self) -> int:
+        """Return how many forwards with gradients have run to move the latents."""
+        return 0 if self._latents is None else self._latents.forwards
+
+    @property
+    def maps(self) -> WordMaps:
+        """Return the word maps that the `Capture` among the controls recorded in the last run.
+
+        Raises:
+            ConfigError: No control is a `Capture`, or several are: use `result`.
+            NeverApplied: Nothing was recorded yet.
+        """
+        found = [c for c in self.controls if isinstance(c, Capture)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"handle.maps needs one Capture among the controls; there are {len(found)}. "
+                + ("Use handle.result(capture)." if found else "Pass attnctl.processors.Capture(words=(...)) too.")
+            )
+        return self.result(found[0])
+
+    def result(self, capture: Capture) -> WordMaps:
+        """Return the word maps that one of the controls recorded in the last run.
+
+        Raises:
+            ConfigError: It is not one of the controls that were attached.
+            NeverApplied: Nothing was recorded yet.
+        """
+        recorders = [own for w in self._watched for c, own in w.attached if c is capture]
+        parts = [r for r in recorders if isinstance(r, Recorder)]
+        if not parts:
+            raise ConfigError(f"{capture!r} is not a Capture that this handle has attached.")
+        return joined([r.maps() for r in parts if r.layers] or [parts[0].maps()])
+
     def set_step(self, step: int, steps: int, timestep: float | None = None) -> None:
         """Tell the step of a hand-written loop: step i of n, and the timestep (1000 = noise) where weights adapt."""
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (step, steps))
@@ -177,21 +227,26 @@ class Handle:
     def on_set_timesteps(self) -> None:
         """Begin a run."""
         self._reader.new_run()
+        if self._latents is not None:
+            self._latents.new_run()
         for w in self._watched:
             w.state.step, w.state.steps = 0, None
             w.begin_run()
 
-    def on_scale(self, sample: torch.Tensor) -> None:
+    def on_scale(self, sample: torch.Tensor, scale: Callable[[Any], Any]) -> None:
         """Note the latents that the pipeline scales."""
         self._reader.scaled(sample)
+        if self._latents is not None:
+            self._latents.scaled(sample, scale)
 
-    def on_step(self, sample: Any) -> None:
-        """End a step."""
+    def on_step(self, sample: Any) -> Any:
+        """End a step, with the latents that the controls have made of the pipeline's."""
         if self._attached and self.enabled:
             self._reader.check_step(sample)
         for w in self._watched:
             w.state.step += 1
             w.pending = None
+        return sample if self._latents is None else self._latents.stepped(sample)
 
     def on_stepped(self, result: Any) -> Any:
         """Give the latents that a step returned to the controls that change them."""
@@ -206,19 +261,34 @@ class Handle:
 
     # What the denoiser's hooks do ----------------------------------------------------------------------------
 
-    def _before(self, w: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, w: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         w.quiet()
         if not self._enabled or w.running:
-            return
+            return None
         self._heal(w)
         bound = bind_call(w.module, args, kwargs)
         w.state.begin_call(w.module, w.family, bound)
         self._time(w)
         rows = self._reader.read(bound, w.family.cond_first)
         w.state.rows = rows
+        changed = self._moved(w)
         if rows.role != "extra":
             self._warn_bare(w, rows)
             w.begin_pass(self._replay)
+        return None if changed is None else ((), changed)
+
+    def _moved(self, w: Watched) -> dict[str, Any] | None:
+        """Let the controls move the latents; return the arguments with which the call shall go on, if they did."""
+        if self.prompts is not None:
+            self.prompts.close()
+            w.state.prompts = self.prompts.call
+        call = None if self.prompts is None else self.prompts.call
+        changed = None if self._latents is None else self._latents.before(w, call)
+        if changed is not None:
+            rows = w.state.rows
+            w.state.begin_call(w.module, w.family, changed)
+            w.state.rows = rows
+        return changed
 
     def _after(self, w: Watched, output: Any) -> Any:
         if not self._enabled or w.running or w.state.denoiser is None:
@@ -284,9 +354,10 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, None)  # the copy of a denoiser is not under control
 
-    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.handle is not None and self.watched is not None:
-            self.handle._before(self.watched, args, kwargs)
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.handle is None or self.watched is None:
+            return None
+        return self.handle._before(self.watched, args, kwargs)
 
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.handle is None or self.watched is None:

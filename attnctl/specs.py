@@ -109,7 +109,7 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def _is_control(cls: type) -> bool:
-    base = cls.__module__.endswith(".base")  # what methods are built on is none itself
+    base = cls.__module__.endswith((".base", ".latent"))  # what methods are built on is none itself
     return dataclasses.is_dataclass(cls) and not base and set(_MARKS) <= {f.name for f in dataclasses.fields(cls)}
 
 

@@ -55,9 +55,12 @@ def _watched(original: type) -> type:
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
         if self._attnctl is not None:
-            self._attnctl.listener.on_step(sample)
+            listener = self._attnctl.listener
+            if "sample" in kwargs:
+                kwargs = kwargs | {"sample": listener.on_step(kwargs["sample"])}
+            elif len(args) > place:
+                args = (*args[:place], listener.on_step(args[place]), *args[place + 1 :])
         result = cls.step(self, *args, **kwargs)
         return result if self._attnctl is None else self._attnctl.listener.on_stepped(result)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnctl.kernels.layout import repeat_heads
 
-__all__ = ["declines", "missing", "run"]
+__all__ = ["as_called", "declines", "missing", "run"]
 
 
 def missing(device_type: str) -> str:
@@ -39,3 +39,20 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: floa
     # No fused kernel takes a mask and grouped heads together: repeating k and v is far smaller than a map.
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def as_called(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Make the very call that a host made, for controls that only look: bit for bit what it computes by itself."""
+    mask = None if is_causal else mask
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )

@@ -54,9 +54,11 @@ class Attached:
 
     Attributes:
         changes_latents: Whether `stepped` is asked after each step of the scheduler.
+        observes: Whether `wrap` only looks. Where all wrappers of a site do, the host's own kernel call is made.
     """
 
     changes_latents: bool = False
+    observes: bool = False
 
     def begin_run(self) -> None:
         """Forget the last run."""
@@ -146,6 +148,10 @@ class Control:
     def needs_steps(self) -> bool:
         """Tell whether this control must know the step of the run."""
         return self.start > 0.0 or self.stop < 1.0
+
+    def needs_prompt(self) -> bool:
+        """Tell whether `StepState.prompts` must be filled."""
+        return False
 
     def wants_block_input(self) -> bool:
         """Tell whether `AttnCall.block_input` must be filled at this control's sites."""

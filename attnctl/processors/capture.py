@@ -1,0 +1,129 @@
+"""Capture: record how much attention each image token pays to each word of the prompt, without changing anything.
+
+The maps are those of "What the DAAM: Interpreting Stable Diffusion Using Cross Attention" (arXiv 2210.04885) and
+"Prompt-to-Prompt" (arXiv 2208.01626), section 3: the softmax probabilities of image queries on text keys, here exact
+for every word, in cross-attention and in the joint attention of SD3 and FLUX (image rows, text columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from attnctl.errors import ConfigError
+from attnctl.families import Family
+from attnctl.maps import Reduce
+from attnctl.processors.base import Attached, Control
+from attnctl.processors.recorder import Recorder
+from attnctl.sites import Site, select
+
+__all__ = ["Capture"]
+
+Axis = Literal["steps", "heads"]
+Half = Literal["cond", "uncond"]
+Store = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(Control):
+    """Record word maps; the pipeline's output stays bit for bit what it is without. Read them off `handle.maps`.
+
+    Attributes:
+        words: Words, phrases ("black bear"), occurrences ("cat#2") or places of text tokens (whole numbers); a tuple
+            of tuples gives each prompt of a batch its own. None for all words of the prompt.
+        sites: Selector of cross- and joint-attention sites; None for all of them.
+        reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept.
+        keep: What is kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
+            "steps" the memory does not grow with the steps of the run.
+        heads: Heads to record, or None for all.
+        rows: "cond" for the maps of the prompt, "uncond" for those of the negative prompt.
+        prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample.
+        budget: Most bytes that the maps may take; more is an error in the first call of the denoiser.
+        device: Where the maps are kept, or None for where attention runs.
+        store: "float16" halves the memory of steps that are kept apart; sums are float32 always.
+    """
+
+    words: Sequence[Any] | None = None
+    reduce: Literal["mean", "sum", "max", "none"] = "mean"
+    keep: Sequence[Axis] = ()
+    heads: Sequence[int] | None = None
+    rows: Half = "cond"
+    prompt: str | Sequence[str] | None = None
+    budget: int = 2 << 30
+    device: str | None = None
+    store: Store = "float32"
+
+    kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce not in (*get_args(Reduce), "none"):
+            raise ConfigError(f"Capture: reduce={self.reduce!r} is unknown. Choose one of mean, sum, max, none.")
+        self._check_choice("rows", Half)
+        self._check_choice("store", Store)
+        keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
+        for axis in keep:
+            if axis not in get_args(Axis):
+                raise ConfigError(
+                    f"Capture: keep={axis!r} is unknown. Choose from steps, heads (layers are kept apart always)."
+                )
+        object.__setattr__(self, "keep", get_args(Axis) if self.reduce == "none" else keep)
+        if self.store == "float16" and "steps" not in self.keep:
+            raise ConfigError('Capture: store="float16" is for steps that are kept apart: add keep=("steps",).')
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
+            raise ConfigError(f"Capture: budget={self.budget!r} is not a number of bytes, 1 or more.")
+        self._check_heads()
+        self._check_words()
+        self._check_device()
+
+    def _check_heads(self) -> None:
+        if self.heads is None:
+            return
+        heads = tuple(self.heads) if isinstance(self.heads, Sequence) and not isinstance(self.heads, str) else ()
+        whole = all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in heads)
+        if not heads or not whole or len(set(heads)) < len(heads):
+            raise ConfigError(f"Capture: heads={self.heads!r}: give different head numbers, such as (0, 3), or None.")
+        object.__setattr__(self, "heads", heads)
+
+    def _check_words(self) -> None:
+        if self.words is None:
+            return
+        if isinstance(self.words, (str, int)) or not self.words:
+            raise ConfigError(
+                f"Capture: words={self.words!r}: give a tuple of words, such as ('cat', 'dog'), or None for all."
+            )
+        nested = [not isinstance(w, (str, int)) and isinstance(w, Sequence) for w in self.words]
+        if any(nested) and not (all(nested) and all(self.words)):
+            raise ConfigError(
+                f"Capture: words={self.words!r} mixes words and lists of words, or holds an empty list: give words, or "
+                "one list of words a prompt."
+            )
+        for word in [w for part in self.words for w in part] if any(nested) else self.words:
+            if isinstance(word, bool) or not isinstance(word, (str, int)):
+                raise ConfigError(f"Capture: {word!r} in words is neither a word nor the place of a text token.")
+        object.__setattr__(self, "words", tuple(tuple(w) for w in self.words) if any(nested) else tuple(self.words))
+
+    def _check_device(self) -> None:
+        if self.device is None:
+            return
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ConfigError(f"Capture: device={self.device!r} is unknown: give one such as 'cpu' or None.") from None
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        """Choose every site whose image tokens read text."""
+        kinds = [k for k in self.kinds if any(s.kind == k for s in sites)]
+        return select(sites, kinds or list(self.kinds), kinds=self.kinds, what="Capture")
+
+    def default_source(self, family: Family) -> str | None:
+        return "DAAM, arXiv 2210.04885: every cross-attention layer"
+
+    def needs_prompt(self) -> bool:
+        return self.prompt is None
+
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+        return Recorder(self, sites, pipe)
