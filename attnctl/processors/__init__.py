@@ -1,9 +1,32 @@
 """One control a method: what each paper changes in a model's attention."""
 
+from attnctl.processors.astar import AStar
+from attnctl.processors.attend_excite import AttendExcite
 from attnctl.processors.base import Control, Guidance
 from attnctl.processors.blocks import SLG, TPG
+from attnctl.processors.broadway import BroadWay
+from attnctl.processors.capture import Capture
+from attnctl.processors.fatezero import FateZero
+from attnctl.processors.latent import LatentGuidance
 from attnctl.processors.nag import NAG
 from attnctl.processors.pag import PAG, SoftPAG
+from attnctl.processors.paro import PARO
 from attnctl.processors.seg import SEG
 
-__all__ = ["NAG", "PAG", "SEG", "SLG", "TPG", "Control", "Guidance", "SoftPAG"]
+__all__ = [
+    "NAG",
+    "PAG",
+    "PARO",
+    "SEG",
+    "SLG",
+    "TPG",
+    "AStar",
+    "AttendExcite",
+    "BroadWay",
+    "Capture",
+    "Control",
+    "FateZero",
+    "Guidance",
+    "LatentGuidance",
+    "SoftPAG",
+]
