@@ -1,1 +1,37 @@
-"""Whole jobs built from the controls."""
+"""Whole jobs built from the controls.
+
+Names are looked up on first use, so that one job does not import what another needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnctl.pipelines.guider import ControlGuider
+    from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
+    from attnctl.pipelines.video_edit import Edited, edit_video
+
+__all__ = ["ControlGuider", "Edited", "ddim_of", "edit_video", "estimate_bytes", "invert"]
+
+_HOMES = {
+    "ControlGuider": "guider",
+    "Edited": "video_edit",
+    "ddim_of": "inversion",
+    "edit_video": "video_edit",
+    "estimate_bytes": "inversion",
+    "invert": "inversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"attnctl.pipelines.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,30 +12,7 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["as_video", "check_size", "decode", "encode", "latent_factor"]
-
-
-def as_video(frames: Any) -> np.ndarray:
-    """Return frames as uint8 RGB [n, height, width, 3], from such an array, one image, or a list of PIL images.
-
-    Raises:
-        ConfigError: There is no frame, or frames differ in size.
-    """
-    if hasattr(frames, "convert"):  # one PIL image
-        frames = [frames]
-    if not isinstance(frames, np.ndarray):
-        parts = [np.asarray(f.convert("RGB")) if hasattr(f, "convert") else np.asarray(f) for f in frames]
-        sizes = sorted({p.shape for p in parts})
-        if len(sizes) != 1:
-            raise ConfigError(f"Frames must be of one size, and there must be one at least; got {sizes or 'none'}.")
-        frames = np.stack(parts)
-    video = frames[None] if frames.ndim == 3 else frames
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
-        raise ConfigError(
-            f"A video is uint8 RGB [frames, height, width, 3], an image, or a list of images; got {video.dtype} "
-            f"{video.shape}."
-        )
-    return video
+__all__ = ["check_size", "decode", "encode", "latent_factor"]
 
 
 def latent_factor(pipe: Any) -> int:

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnctl.align import follow_table, window_of
+from attnctl.clips import open_clip
 from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.families import family_of
 from attnctl.fusion import frame_indices
 from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.pipelines.codec import as_video, encode, latent_factor
+from attnctl.pipelines.codec import encode, latent_factor
 from attnctl.processors.base import Attached, Control, Passes
-from attnctl.processors.fatezero import FateZero, SourcePass
+from attnctl.processors.editing import SourcePass
+from attnctl.processors.fatezero import FateZero
+from attnctl.processors.wordedit import site_factors
 from attnctl.session import control as attach
+from attnctl.sites import find_sites, halve
 from attnctl.sources import Inversion, Offload, SourceAttention, SourceStore, check_room
 
 __all__ = ["ddim_of", "estimate_bytes", "inverse_of", "invert", "running_on"]
@@ -190,7 +196,7 @@ def invert(
 
     Args:
         pipe: A Stable Diffusion pipeline (SD 1, SD 2, SDXL); any scheduler whose noise DDIM knows.
-        frames: uint8 RGB [n, height, width, 3], an image, a list of images, or latents [n, C, h, w].
+        frames: uint8 RGB [n, height, width, 3], an image, a list of images, a path, or latents [n, C, h, w].
         prompt: What the frames show; the control's source by default.
         control: The edit that follows: it says which frames self-attention looks at, and what to keep.
         steps: Steps T, as many as the edit's.
@@ -218,7 +224,10 @@ def invert(
         raise ConfigError(f"steps={steps!r}: give a whole number of steps, 1 or more.")
     ddim = ddim_of(pipe.scheduler)
     inverse = inverse_of(ddim)
-    x = frames if isinstance(frames, Tensor) else encode(pipe, as_video(frames))
+    if not isinstance(frames, Tensor):
+        clip = open_clip(frames)
+        frames = encode(pipe, clip.read(range(clip.count)))
+    x = frames
     edit = control or FateZero(source=text, target=text, keys="self", equalizer={})
     n = x.shape[0]
     indices = frame_indices(edit.keys, n if total is None else total, rows)
@@ -269,10 +278,6 @@ def estimate_bytes(
     Returns:
         "recompute" (the latents of all steps), "qk" and "maps"; the latter two include the latents.
     """
-    from attnctl.families import family_of
-    from attnctl.processors.wordedit import site_factors
-    from attnctl.sites import find_sites, halve
-
     sites, family = find_sites(denoiser), family_of(denoiser)
     size = next(denoiser.parameters()).element_size()
     fused, masks = control.groups(sites, family)
@@ -282,8 +287,6 @@ def estimate_bytes(
     config: Any = denoiser.config
     text = 77
     windows = control._windows
-    from attnctl.align import follow_table, window_of
-
     spans = [window_of(v, "cross_replace") for v in windows.values()] + ([] if "default_" in windows else [(0.0, 1.0)])
     follow = sum(follow_table(steps, span, {}, text) for span in spans)
     assert isinstance(follow, Tensor)
