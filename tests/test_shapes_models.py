@@ -15,7 +15,7 @@ from attnctl.errors import ConfigError
 from attnctl.shapes import judge, load_shapes, pair_prompts, render, sample, single_prompts
 from attnctl.shapes.card import write_card
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache, to_tensor
-from attnctl.shapes.evaluate import NounMaps, contact_sheet, generate, localisation, score, wilson
+from attnctl.shapes.evaluate import contact_sheet, generate, localisation, score, wilson
 from attnctl.shapes.load import WEIGHTS
 from attnctl.shapes.loop import Plan, average_decay, learning_rate, train
 from attnctl.shapes.models import build_tokenizer, build_unet, build_vae
@@ -328,16 +328,6 @@ def test_noun_maps_peak_inside_their_objects(pipe) -> None:
     assert max(np.mean(inside[k]) for k in ("mid", "up", "mid+up")) >= 0.7
     assert np.mean(inside["chance"]) < 0.25
     assert pipe.unet.attn_processors == before
-
-
-def test_capturing_maps_changes_no_picture(pipe) -> None:
-    prompts = ["a red circle on gray", "a blue ring on black"]
-    plain = generate(pipe, prompts, scale=3.0, seed=1, steps=4)
-    with NounMaps(pipe, prompts, ["circle", "ring"], 4) as record:
-        seen = generate(pipe, prompts, scale=3.0, seed=1, steps=4)
-    assert np.abs(np.stack(plain).astype(int) - np.stack(seen)).max() <= 2
-    assert {m.shape for m in record.maps.values()} == {(2, 64), (2, 256)}
-    assert len(record.maps) == 7
 
 
 # evaluation

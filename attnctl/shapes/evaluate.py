@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnctl.processors import Capture
+from attnctl.session import control
 from attnctl.shapes.card import write_card
 from attnctl.shapes.judge import judge
 from attnctl.shapes.load import WEIGHTS, load_shapes
@@ -30,9 +32,8 @@ from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from diffusers.models.attention_processor import Attention
 
-__all__ = ["NounMaps", "contact_sheet", "evaluate", "generate", "localisation", "main", "score", "summary", "wilson"]
+__all__ = ["contact_sheet", "evaluate", "generate", "localisation", "main", "score", "summary", "wilson"]
 
 SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 
@@ -82,73 +83,6 @@ def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, lis
     }
 
 
-class NounMaps:
-    """Add up the cross-attention maps of one word per prompt, over the second half of a run.
-
-    Use as a context manager around one pipeline call with guidance on; `maps` then holds, for every cross-attention
-    layer, a tensor [prompts, tokens on the grid] (mean over heads).
-    """
-
-    def __init__(self, pipe: StableDiffusionPipeline, prompts: Sequence[str], words: Sequence[str], steps: int) -> None:
-        self.unet = pipe.unet
-        self.steps, self.calls = steps, 0
-        self.maps: dict[str, Tensor] = {}
-        encode = pipe.tokenizer
-        self.tokens = torch.tensor(
-            [
-                encode(p).input_ids.index(encode(w, add_special_tokens=False).input_ids[0])
-                for p, w in zip(prompts, words, strict=True)
-            ]
-        )
-
-    def __enter__(self) -> NounMaps:
-        """Plug the capturing processors in."""
-        self.before = dict(self.unet.attn_processors)
-        self.unet.set_attn_processor({n: _Record(self, n) if "attn2" in n else p for n, p in self.before.items()})
-        self.hook = self.unet.register_forward_hook(self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Put the processors back."""
-        self.hook.remove()
-        self.unet.set_attn_processor(self.before)
-
-    def _count(self, *_: object) -> None:
-        self.calls += 1
-
-    def add(self, name: str, probs: Tensor, heads: int) -> None:
-        """Take the probabilities [rows * heads, grid, text] of one layer; the conditional rows come last."""
-        if self.calls * 2 < self.steps:
-            return
-        n = len(self.tokens)
-        maps = probs.unflatten(0, (-1, heads)).mean(1)[-n:].float()
-        maps = maps[torch.arange(n), :, self.tokens]
-        self.maps[name] = self.maps.get(name, torch.zeros_like(maps)) + maps
-
-
-class _Record:
-    """Run plain attention and hand its probabilities to a `NounMaps`."""
-
-    def __init__(self, maps: NounMaps, name: str) -> None:
-        self.maps, self.name = maps, name
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **_: object,
-    ) -> Tensor:
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            attn.head_to_batch_dim(f(x)) for f, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
-        )
-        probs = attn.get_attention_scores(q, k, attention_mask)
-        self.maps.add(self.name, probs, attn.heads)
-        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probs, v))))
-
-
 def localisation(
     pipe: StableDiffusionPipeline, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32
 ) -> dict[str, list[float]]:
@@ -162,11 +96,16 @@ def localisation(
     inside: dict[str, list[float]] = {"mid": [], "up": [], "mid+up": [], "chance": []}
     for first in range(0, n, batch):
         prompts = [singles[(7 * (first + i)) % len(singles)] for i in range(min(batch, n - first))]
-        with NounMaps(pipe, prompts, [parse(p).things[0].shape for p in prompts], steps) as record:
+        words = tuple((parse(p).things[0].shape,) for p in prompts)
+        # Early steps place nothing yet: the second half of the run.
+        capture = Capture(words=words, sites=("mid", "up_blocks"), start=0.5)
+        with control(pipe, capture) as handle:
             images = generate(pipe, prompts, scale=scale, seed=seed + first, steps=steps, batch=batch)
+            maps = handle.maps
+        nouns = {name: _of_each(layer, [maps.words.index(w) for (w,) in words]) for name, layer in maps.layers.items()}
         groups = {
-            "mid": [m for k, m in record.maps.items() if k.startswith("mid_block")],
-            "up": [m for k, m in record.maps.items() if k.startswith("up_blocks")],
+            "mid": [m for k, m in nouns.items() if k.startswith("mid_block")],
+            "up": [m for k, m in nouns.items() if k.startswith("up_blocks")],
         }
         groups["mid+up"] = groups["mid"] + groups["up"]
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
@@ -181,12 +120,16 @@ def localisation(
     return inside
 
 
+def _of_each(layer: Tensor, words: Sequence[int]) -> Tensor:
+    """Take one word for each picture out of a layer's maps [pictures, words, 1, 1, 1, h, w]: [pictures, h, w]."""
+    return layer[torch.arange(len(words)), words, 0, 0, 0]
+
+
 def _peak(layers: Iterable[Tensor]) -> tuple[int, int]:
     total = torch.zeros(SIZE, SIZE)
     for layer in layers:
-        side = math.isqrt(len(layer))
-        grid = (layer / layer.sum()).reshape(1, 1, side, side)
-        total += F.interpolate(grid, (SIZE, SIZE), mode="bicubic", align_corners=False)[0, 0] * side**2
+        grid = (layer / layer.sum())[None, None]
+        total += F.interpolate(grid, (SIZE, SIZE), mode="bicubic", align_corners=False)[0, 0] * layer.numel()
     place = int(total.argmax())
     return divmod(place, SIZE)
 
