@@ -173,8 +173,8 @@ class LatentEngine:
                 {"prompt": p, "prompt_2": p2, "prompt_3": p3, "max_sequence_length": length}
                 for p, p2, p3 in zip(call.prompts, seconds, thirds, strict=True)
             ]
-        elif all(isinstance(word, int) for word in c.concepts):
-            texts = [{"prompt": None}]
+        elif all(isinstance(word, int) for part in ((c.concepts,) if not c.nested else c.concepts) for word in part):
+            texts = [{"prompt": None}] * (len(c.concepts) if c.nested else 1)
         else:
             raise ConfigError(
                 f"{c.describe()}: the pipeline was called without a prompt that attnctl could read (embeddings, "
@@ -182,13 +182,17 @@ class LatentEngine:
             )
         if n % len(texts):
             raise ConfigError(f"{c.describe()}: {len(texts)} prompts do not fit {n} images.")
-        found = [self._words(c, text) for text in texts]
+        if c.nested and len(c.concepts) != len(texts):
+            raise ConfigError(f"{c.describe()}: concepts for {len(c.concepts)} prompts, but there are {len(texts)}.")
+        words = c.concepts if c.nested else (c.concepts,) * len(texts)
+        found = [self._words(own, text) for own, text in zip(words, texts, strict=True)]
         return [f for f in found for _ in range(n // len(texts))]
 
-    def _words(self, c: LatentGuidance, text: dict[str, Any]) -> tuple[Concept, ...]:
+    def _words(self, words: Sequence[Any], text: Mapping[str, Any]) -> tuple[Concept, ...]:
         if text["prompt"] is None:
-            return tuple(Concept(str(place), (int(place),)) for place in c.concepts)
-        return find_words(self.pipe, text.pop("prompt"), c.concepts, **text)
+            return tuple(Concept(str(place), (int(place),)) for place in words)
+        rest = {name: value for name, value in text.items() if name != "prompt"}
+        return find_words(self.pipe, text["prompt"], words, **rest)
 
 
 class _Update:

@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from attnctl.processors import AStar, AttendExcite, LatentGuidance
 from attnctl.processors.astar import layout_masks
 from attnctl.processors.losses import binarise, focus, retention, segregation, total_variation
 from attnctl.specs import control_from_dict, control_to_dict, parse_control
+from attnctl.tokens import find_words
 
 
 def spied(control: LatentGuidance, **options: Any) -> list[tuple[Tensor, Tensor]]:
@@ -156,6 +158,51 @@ def test_two_guidances_act_in_order() -> None:
     assert not torch.equal(both, controlled(pipe, kwargs, a))
 
 
+def test_each_prompt_may_have_concepts_of_its_own() -> None:
+    pipe, kwargs = sd(torch.float64, batch=2)
+    prompts, words = [PROMPT, "two birds and a cat"], (WORDS, ("birds", "cat"))
+    noise = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    both = controlled(pipe, kwargs | {"prompt": prompts}, AStar(concepts=words, sites=SITE), latents=noise)
+    for i, prompt in enumerate(prompts):
+        single = kwargs | {"prompt": prompt, "negative_prompt": "ugly"}
+        one = controlled(pipe, single, AStar(concepts=words[i], sites=SITE), latents=noise[i : i + 1])
+        assert (both[i] - one[0]).norm() <= 1e-10 * one.norm()
+    with attnctl.control(pipe, AStar(concepts=(*words, WORDS))), pytest.raises(ConfigError, match="there are 2"):
+        pipes.run(pipe, kwargs | {"prompt": prompts})
+
+
+@pytest.mark.parametrize("refined", [False, True])
+@torch.no_grad()
+def test_attend_excite_equals_the_pipeline_of_diffusers(refined: bool) -> None:
+    pipe, kwargs = sd()
+    kwargs |= {"height": 32, "width": 32}
+    thresholds = {0: 0.4, 2: 0.5} if refined else {}
+    size = 0.5 if refined else 20.0  # twenty steps of the published size would amplify rounding errors
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    theirs = diffusers.StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    places = [c.positions[0] for c in find_words(pipe, PROMPT, WORDS)]
+    processors = dict(pipe.unet.attn_processors)
+    want = pipes.run(
+        theirs,
+        kwargs,
+        num_inference_steps=4,
+        token_indices=places,
+        attn_res=(4, 4),
+        max_iter_to_alter=3,
+        thresholds=thresholds,
+        scale_factor=size,
+    )
+    pipe.unet.set_attn_processor(processors)
+    fractions = tuple((i / 4, least) for i, least in thresholds.items())
+    control = AttendExcite(concepts=tuple(places), stop=0.75, thresholds=fractions, step_size=size)
+    with attnctl.control(pipe, control) as handle:
+        out = pipes.run(pipe, kwargs, num_inference_steps=4)
+        assert (handle.guidance_forwards > 3) == refined
+    assert (out - want).norm() <= 1e-5 * want.norm()
+    assert (out - pipes.run(pipe, kwargs, num_inference_steps=4)).norm() > 1e-3 * want.norm()
+
+
 def test_masks_are_resampled_by_area() -> None:
     fine = torch.zeros(8, 12)
     fine[2, :] = 1  # a bar of one row: half of row 1 at half the size
@@ -187,6 +234,8 @@ def test_controls_survive_records_and_the_command_line() -> None:
         ({"concepts": "cat"}, "give words of the prompt"),
         ({"concepts": ("cat", "cat")}, "given twice"),
         ({"concepts": ("cat", 1.5)}, "neither a word"),
+        ({"concepts": (("cat", "dog"), ("cat",))}, "equally many"),
+        ({"concepts": ((("cat",),),)}, "equally many"),
         ({"step_size": -1.0}, "step_size=-1.0 is out of range"),
         ({"step_size": float("nan")}, "out of range"),
         ({"seg": -1}, "seg=-1 is out of range"),

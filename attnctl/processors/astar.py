@@ -70,10 +70,10 @@ class AStar(LatentGuidance):
                 f"{self._label}: binarise={self.binarise!r}: give a fraction between 0 and 1, or {options}."
             )
         if self.masks is not None:
-            object.__setattr__(self, "masks", _checked_masks(self._label, self.masks, len(self.concepts)))
-        if len(self.concepts) == 1 and self.seg > 0:
+            object.__setattr__(self, "masks", _checked_masks(self._label, self.masks, self.count))
+        if self.count == 1 and self.seg > 0:
             warnings.warn(
-                f"attnctl: {self._label} has one concept, {self.concepts[0]!r}, so there is nothing to segregate; "
+                f"attnctl: {self._label} has one concept, so there is nothing to segregate; "
                 f"{'only retention acts' if self.ret > 0 else 'it does nothing'}.",
                 stacklevel=3,
             )

@@ -53,7 +53,8 @@ class LatentGuidance(Control):
     Subclasses define `loss`, and may keep something from one step to the next with `remember`.
 
     Attributes:
-        concepts: Words, phrases or token places of the prompt, two or more for losses that compare them.
+        concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of
+            tuples gives each prompt of a batch its own, equally many.
         prompt: The prompt, or one for each image, for calls that pass embeddings instead of text.
         step_size: alpha_0; 0 switches the control off.
         schedule: "sqrt": alpha falls to alpha_0 sqrt(1/2) along the run, as in Attend-and-Excite; or "constant".
@@ -65,7 +66,7 @@ class LatentGuidance(Control):
         checkpoint: Trade time for memory by gradient checkpointing inside the guidance forward.
     """
 
-    concepts: tuple[str | int, ...] = ()
+    concepts: tuple[Any, ...] = ()
     prompt: str | tuple[str, ...] | None = None
     step_size: float = 20.0
     schedule: Schedule = "sqrt"
@@ -95,8 +96,21 @@ class LatentGuidance(Control):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{self._label}: {name}={value!r} must be a whole number, {least} or more.")
 
+    @property
+    def nested(self) -> bool:
+        """Tell whether each prompt has concepts of its own."""
+        return isinstance(self.concepts[0], tuple)
+
+    @property
+    def count(self) -> int:
+        """Return the number of concepts of one prompt."""
+        return len(self.concepts[0]) if self.nested else len(self.concepts)
+
     def needs_steps(self) -> bool:
         return True
+
+    def needs_prompt(self) -> bool:
+        return self.prompt is None
 
     def acts(self, state: StepState) -> bool:
         """Tell whether the latents are to be moved before the current step."""
@@ -190,11 +204,14 @@ def guide_sites(label: str, sites: Sequence[Site], family: Family) -> tuple[Site
     return tuple(s for s in reads if s.grid is not None and s.grid[1] * s.grid[2] == level)
 
 
-def _checked_concepts(label: str, concepts: Any) -> tuple[str | int, ...]:
+def _checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
     if isinstance(concepts, (str, int)) or not isinstance(concepts, (tuple, list)) or not concepts:
-        raise ConfigError(
-            f"{label}: concepts={concepts!r}: give words of the prompt, such as concepts=('cat', 'dog')."
-        )
+        raise ConfigError(f"{label}: concepts={concepts!r}: give words of the prompt, such as concepts=('cat', 'dog').")
+    if all(isinstance(part, (tuple, list)) for part in concepts):
+        parts = tuple(_checked_concepts(label, part) for part in concepts)
+        if any(isinstance(word, tuple) for part in parts for word in part) or len({len(part) for part in parts}) > 1:
+            raise ConfigError(f"{label}: concepts={concepts!r}: give every prompt of the batch equally many words.")
+        return parts
     for word in concepts:
         if isinstance(word, bool) or not isinstance(word, (str, int)):
             raise ConfigError(f"{label}: {word!r} is neither a word of the prompt nor the place of a token.")
