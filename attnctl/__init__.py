@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attnctl._quiet import hush_xformers
 
 if TYPE_CHECKING:
+    from attnctl.backbones.swap import swap, swap_report, unswap
     from attnctl.errors import AttnctlError
     from attnctl.kernels import attention
     from attnctl.plans import HeadSet
@@ -34,6 +35,9 @@ __all__ = [
     "find_sites",
     "handle_of",
     "load_shapes",
+    "swap",
+    "swap_report",
+    "unswap",
 ]
 
 __version__ = "0.1.0"
@@ -49,6 +53,9 @@ _HOMES = {
     "find_sites": "sites",
     "handle_of": "session",
     "load_shapes": "shapes.load",
+    "swap": "backbones.swap",
+    "swap_report": "backbones.swap",
+    "unswap": "backbones.swap",
 }
 
 hush_xformers()  # before anything imports diffusers, which imports xformers

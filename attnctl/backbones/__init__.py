@@ -12,6 +12,7 @@ from attnctl.backbones.agent_deit import AgentVisionTransformer
 from attnctl.backbones.agent_pvt import AgentPVT
 from attnctl.backbones.agent_swin import AgentSwinTransformer
 from attnctl.backbones.biformer import BiFormer
+from attnctl.backbones.multiaxis import MultiAxisAttention, any_size
 from attnctl.backbones.plain import MapAttention
 from attnctl.backbones.routing import BiLevelRoutingAttention
 
@@ -24,4 +25,6 @@ __all__ = [
     "BiFormer",
     "BiLevelRoutingAttention",
     "MapAttention",
+    "MultiAxisAttention",
+    "any_size",
 ]

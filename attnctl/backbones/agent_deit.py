@@ -49,7 +49,7 @@ class AgentVisionTransformer(VisionTransformer):
             raise ConfigError(f"num_agents={num_agents} was given; expected four counts.")
         if not 0 <= layers <= depth:
             raise ConfigError(f"agent_layer={agent_layer} was given; expected 0 to {depth}, the number of blocks.")
-        recorder = watch_grid(self) if kwargs.get("dynamic_img_size") else None
+        recorder = watch_grid(self)[0] if kwargs.get("dynamic_img_size") else None
         dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         for i in range(layers):
             old = self.blocks[i].attn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["GridRecorder", "watch_grid"]
 
@@ -23,8 +24,7 @@ class GridRecorder:
         self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
 
 
-def watch_grid(model: nn.Module) -> GridRecorder:
-    """Attach a recorder to `model.patch_embed` and return it."""
+def watch_grid(model: nn.Module) -> tuple[GridRecorder, RemovableHandle]:
+    """Attach a recorder to `model.patch_embed`; return it with the handle that takes it off."""
     recorder = GridRecorder()
-    model.get_submodule("patch_embed").register_forward_hook(recorder)
-    return recorder
+    return recorder, model.get_submodule("patch_embed").register_forward_hook(recorder)
