@@ -9,15 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnctl.pipelines.calibration import Calibration, calibrate
     from attnctl.pipelines.guider import ControlGuider
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.video_edit import Edited, edit_video
 
-__all__ = ["ControlGuider", "Edited", "ddim_of", "edit_video", "estimate_bytes", "invert"]
+__all__ = ["Calibration", "ControlGuider", "Edited", "calibrate", "ddim_of", "edit_video", "estimate_bytes", "invert"]
 
 _HOMES = {
+    "Calibration": "calibration",
     "ControlGuider": "guider",
     "Edited": "video_edit",
+    "calibrate": "calibration",
     "ddim_of": "inversion",
     "edit_video": "video_edit",
     "estimate_bytes": "inversion",

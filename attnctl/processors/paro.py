@@ -69,7 +69,7 @@ class PARO(Control):
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         plans = self._by_site
         if set(plans) == {""}:
-            return select(sites, list(self.kinds), kinds=self.kinds, what="PARO")
+            return select(sites, [k for k in self.kinds if any(s.kind == k for s in sites)] or "self", what="PARO")
         names = [s.name for s in sites]
         missing = [name for name in plans if name not in names]
         if missing:
