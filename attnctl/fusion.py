@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def frame_indices(keys: Keys, frames: int, rows: Sequence[int] | None = None) ->
         ConfigError: An unknown key.
     """
     at = list(range(frames)) if rows is None else list(rows)
-    items = [keys] if isinstance(keys, (str, int)) else list(keys)
+    items: list[Any] = list(keys) if isinstance(keys, (list, tuple)) else [keys]
     if items == ["self"]:
         items = []
     chosen = [[_key_frame(item, i, frames, keys) for item in items] for i in at]

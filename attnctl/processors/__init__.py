@@ -11,6 +11,7 @@ from attnctl.processors.latent import LatentGuidance
 from attnctl.processors.nag import NAG
 from attnctl.processors.pag import PAG, SoftPAG
 from attnctl.processors.paro import PARO
+from attnctl.processors.prompt_to_prompt import PromptToPrompt
 from attnctl.processors.seg import SEG
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "FateZero",
     "Guidance",
     "LatentGuidance",
+    "PromptToPrompt",
     "SoftPAG",
 ]

@@ -186,6 +186,12 @@ class Editing(Attached):
                 f"and the denoiser was called with {rows.prompts} prompt rows of {tuple(shape)}. Give one prompt a "
                 "frame and latents=inversion.noise."
             )
+        asked = None if state.prompts is None else set(state.prompts.prompts)
+        if asked not in (None, {self.control.target}):
+            raise ConfigError(
+                f"FateZero: the run's prompts are {sorted(asked or ())}, the control's target is "
+                f"{self.control.target!r}: the tokens would not correspond. Give that prompt for every frame."
+            )
         self.how = self.source.plan.how.to(state.bound["sample"])
         self.checked = True
 

@@ -79,6 +79,9 @@ class FateZero(WordEdit):
         if self.blend_latents and self.blend_words is None:
             raise ConfigError(f"{self._label}: blend_latents needs blend_words, which say where the edit is.")
 
+    def needs_prompt(self) -> bool:
+        return self.inversion is not None
+
     def describe(self) -> str:
         return super().describe() if self.inversion is None else replace(self, inversion=None).describe()
 
