@@ -309,7 +309,8 @@ def _conclude(
     prompts: list[str],
 ) -> Calibration:
     """Choose the blocks and say how much they hold."""
-    plans, rows, pictures = {}, [], {}
+    plans, pictures = {}, {}
+    rows: list[dict[str, Any]] = []
     for name, sums in second.items():
         order = orders[name]
         heads = torch.arange(len(order))

@@ -1,0 +1,263 @@
+"""Block-sparse attention against dense, timed: `python benchmarks/paro.py > benchmarks/results/paro.json`.
+
+`--speed`: one thread, processor time, both sides in one run, medians of interleaved repeats; the sparse side includes
+laying every head out in its own order and back. Half of the blocks that are kept lie near the diagonal, half anywhere.
+`--orders`: heads that look along frames, rows, columns or nearby, made up exactly; how many blocks hold 90 % of the
+attention in the chosen order and in the best of six, and what error the blocks at density 0.3 leave.
+`--shapes`: plans for the shipped mmdit model, calibrated on two prompts; pictures of others compared with dense ones.
+The table goes to stderr, the JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import attnctl
+from attnctl.kernels.block_mass import block_mass, choose_masks, choose_orders
+from attnctl.kernels.lists import bundles, ratio
+from attnctl.kernels.sparse import block_sparse
+from attnctl.plans import BlockPlan
+from attnctl.plans.orders import ORDERS
+
+SIZES = (4096, 8192)
+DENSITIES = (0.5, 0.3, 0.2, 0.1)
+GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
+WANTED = {64: (1.45, 2.4, 3.5, 6.8), 256: (1.7, 2.8, 4.1, 8.5)}
+
+
+def half_near_half_anywhere(n_blocks: int, density: float, heads: int, seed: int = 0) -> Tensor:
+    """Keep the diagonal band that makes half of the density, and blocks anywhere for the rest."""
+    g = torch.Generator().manual_seed(seed)
+    row, column = torch.arange(n_blocks)[:, None], torch.arange(n_blocks)
+    near = (row - column).abs() <= max(0, round(density * n_blocks / 4 - 0.5))
+    keep = near.expand(heads, -1, -1).clone()
+    for h in range(heads):
+        free = (~keep[h]).flatten().nonzero()[:, 0]
+        missing = round(density * n_blocks**2) - int(keep[h].sum())
+        keep[h].view(-1)[free[torch.randperm(len(free), generator=g)[: max(0, missing)]]] = True
+    return keep
+
+
+def measure_speed(repeats: int) -> list[dict[str, Any]]:
+    """Time dense and sparse attention by turns."""
+    torch.set_num_threads(1)
+    found = []
+    for n in SIZES:
+        g = torch.Generator().manual_seed(1)
+        q, k, v = torch.randn(3, 1, 4, n, 64, generator=g)
+        for density in DENSITIES:
+            keep = half_near_half_anywhere(n // 64, density, 4)
+            fine = BlockPlan.from_mask(keep, 64, ["FHW", "HWF", "WHF", "WFH"], grid=GRIDS[n])
+            tall = keep.unflatten(1, (-1, 4))[:, :, 0]  # a mask made for query blocks of 256
+            coarse = BlockPlan.from_mask(tall.contiguous(), 64, fine.order, block_q=256, grid=GRIDS[n])
+            cases = {"64x64": fine, "256x64": coarse}
+            with torch.inference_mode():
+                sides = {"dense": partial(attnctl.attention, q, k, v)}
+                sides |= {name: partial(attnctl.attention, q, k, v, plan=plan) for name, plan in cases.items()}
+                times = timed(sides, repeats)
+                for name, plan in cases.items():
+                    out = attnctl.attention(q, k, v, plan=plan)
+                    want = block_sparse(q.double(), k.double(), v.double(), plan, backend="reference")
+                    found.append({
+                        "tokens": n, "blocks": name, "asked": density, "density": round(plan.density, 4),
+                        "joined": ratio(plan, 0), "dense_ms": round(1e3 * times["dense"], 1),
+                        "sparse_ms": round(1e3 * times[name], 1),
+                        "speedup": round(times["dense"] / times[name], 2),
+                        "error": float((out - want).abs().max()),
+                    })  # fmt: skip
+    return found
+
+
+def timed(runs: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Return the median processor time of each function, taken by turns."""
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.process_time()
+            run()
+            taken[name].append(time.process_time() - began)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def measure_lists() -> dict[str, float]:
+    """Time what turns masks into lists, which happens once a plan: 4 heads of 8,192 tokens."""
+    keep = half_near_half_anywhere(128, 0.3, 4)
+    taken = []
+    for _ in range(9):
+        plan = BlockPlan.from_mask(keep, 64)
+        plan = plan.sized(8192)
+        began = time.perf_counter()
+        times = ratio(plan, 0)
+        for h in range(4):
+            bundles(plan, 0, h, times, torch.device("cpu"))
+        taken.append(time.perf_counter() - began)
+    return {"lists_ms": round(1e3 * statistics.median(taken), 2)}
+
+
+HEADS: dict[str, tuple[float | None, float | None, float | None]] = {
+    "frame": (0.6, None, None),
+    "temporal": (None, 0.8, 0.8),
+    "row": (None, 0.6, None),
+    "column": (None, None, 0.6),
+    "frame and row": (0.8, 1.0, None),
+    "frame and column": (0.8, None, 1.0),
+    "nearby": (1.0, 2.0, 2.0),
+    "time and row": (None, 1.0, 4.0),
+}
+"""How far a head looks along frames, rows and columns, in tokens; None is everywhere."""
+
+
+def made_up(grid: tuple[int, int, int], width: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Make queries and keys whose logits fall off with the distance along some axes, exactly; values are noise.
+
+    Two channels an axis give -(x - y)^2 / 2 s^2 up to a constant of the query, which the softmax does not see.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1] * grid[2]
+    place = torch.stack(torch.meshgrid(*(torch.arange(float(m)) - (m - 1) / 2 for m in grid), indexing="ij"), -1)
+    place = place.reshape(n, 3)
+    qs, ks = [], []
+    for reach in HEADS.values():
+        q, k = (0.8 * torch.randn(n, width, generator=g) for _ in range(2))
+        channel = 0
+        for axis, sigma in enumerate(reach):
+            if sigma is None:
+                continue
+            x, lift = place[:, axis], width**0.25
+            q[:, channel], k[:, channel] = lift * x / sigma, lift * x / sigma
+            q[:, channel + 1], k[:, channel + 1] = lift, -lift * x**2 / (2 * sigma**2)
+            channel += 2
+        qs.append(q)
+        ks.append(k)
+    return torch.stack(qs)[None], torch.stack(ks)[None], torch.randn(1, len(HEADS), n, width, generator=g)
+
+
+def needed(mass: Tensor, share: float) -> Tensor:
+    """Return the share of blocks that holds a share of the mass, [...]."""
+    flat = mass.flatten(-2).sort(-1, descending=True).values.cumsum(-1)
+    return ((flat < share * flat[..., -1:]).sum(-1) + 1) / flat.shape[-1]
+
+
+def measure_orders(grid: tuple[int, int, int] = (8, 16, 16), block: int = 32, density: float = 0.3) -> dict[str, Any]:
+    """Compare chosen orders with the best and with the model's own."""
+    q, k, v = made_up(grid)
+    found = block_mass(q, k, grid, block, block)
+    chosen, _ = choose_orders(found, density)
+    blocks = needed(found.mass, 0.9)
+    heads = torch.arange(len(HEADS))
+    dense = attnctl.attention(q, k, v)
+    errors = {}
+    for name, order in (("chosen", chosen), ("identity", torch.zeros_like(chosen))):
+        plan = BlockPlan.from_mask(choose_masks(found.mass[heads, order], density), block, order.tolist(), grid=grid)
+        out = attnctl.attention(q, k, v, plan=plan)
+        errors[name] = ((out - dense).norm(dim=(-2, -1)) / dense.norm(dim=(-2, -1)))[0].tolist()
+    rows = [
+        {
+            "head": name, "order": list(ORDERS)[chosen[h]], "blocks90_chosen": round(float(blocks[h, chosen[h]]), 4),
+            "blocks90_best": round(float(blocks[h].min()), 4), "blocks90_identity": round(float(blocks[h, 0]), 4),
+            "error_chosen": round(errors["chosen"][h], 5), "error_identity": round(errors["identity"][h], 5),
+        }
+        for h, name in enumerate(HEADS)
+    ]  # fmt: skip
+    mean = {key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key not in ("head", "order")}
+    return {
+        "heads": rows, "mean": {key: round(value, 5) for key, value in mean.items()},
+        "chosen_over_best": round(mean["blocks90_chosen"] / mean["blocks90_best"], 4),
+        "error_ratio": round(mean["error_identity"] / mean["error_chosen"], 2),
+    }  # fmt: skip
+
+
+def measure_shapes(pictures: int, steps: int, scale: float) -> dict[str, Any]:
+    """Compare sparse with dense pictures of the shipped mmdit model, in decibels and by the judge."""
+    from attnctl.pipelines import calibrate
+    from attnctl.processors import PARO
+    from attnctl.shapes.evaluate import generate, score
+    from attnctl.shapes.scenes import pair_prompts
+
+    pipe = attnctl.load_shapes("mmdit")
+    call = {"num_inference_steps": steps, "guidance_scale": scale}
+    prompts = pair_prompts(12, pictures, "report")
+    calibration = list(pair_prompts(11, 2, "tuning"))
+
+    def make(control: PARO | None) -> list[np.ndarray]:
+        if control is None:
+            return generate(pipe, prompts, scale=scale, seed=700_000, steps=steps)
+        with attnctl.control(pipe, control):
+            return generate(pipe, prompts, scale=scale, seed=700_000, steps=steps)
+
+    dense = make(None)
+    marks = {"dense": score(dense, prompts)}
+    rows: dict[str, Any] = {}
+    for density in (0.5, 0.3):
+        for block in (16, 32):
+            found = calibrate(pipe, calibration, density=density, block=block, groups=4, call=call)
+            images = make(PARO(found.plan))
+            errors = [float(((a / 255.0 - b / 255.0) ** 2).mean()) for a, b in zip(dense, images, strict=True)]
+            psnr = [-10 * np.log10(max(e, 1e-10)) for e in errors]
+            name = f"density {density}, blocks of {block}"
+            marks[name] = score(images, prompts)
+            rows[name] = {
+                "psnr_mean_db": round(float(np.mean(psnr)), 2), "psnr_of_mean_error_db":
+                round(float(-10 * np.log10(np.mean(errors))), 2), "captured": round(found.captured, 4),
+                "density_with_text": round(found.plan.density, 4),
+            }  # fmt: skip
+    shares = {name: {m: round(100 * float(np.mean(v[m])), 1) for m in ("bound", "right")} for name, v in marks.items()}
+    return {"pictures": pictures, "steps": steps, "cfg": scale, "shares_percent": shares, "plans": rows}
+
+
+def main() -> int:
+    """Run what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--orders", action="store_true")
+    parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scale", type=float, default=4.0)
+    options = parser.parse_args()
+    everything = not (options.speed or options.orders or options.shapes)
+    versions = {"torch": torch.__version__, "attnctl": attnctl.__version__}
+    result: dict[str, Any] = {"versions": versions, "machine": platform.machine(), "heads": 4, "head_dim": 64}
+    if options.speed or everything:
+        result |= measure_lists()
+        result["speed"] = measure_speed(options.repeats)
+        print(f"lists of a plan: {result['lists_ms']} ms", file=sys.stderr)
+        for r in result["speed"]:
+            wanted = WANTED[int(r["blocks"].split("x")[0])][DENSITIES.index(r["asked"])]
+            print(
+                f"{r['tokens']:5} tokens  {r['blocks']:7} density {r['density']:.3f}  dense {r['dense_ms']:7.1f} ms  "
+                f"sparse {r['sparse_ms']:7.1f} ms  {r['speedup']:5.2f} x (wanted {wanted})  error {r['error']:.1e}",
+                file=sys.stderr,
+            )
+    if options.orders or everything:
+        result["orders"] = measure_orders()
+        for r in result["orders"]["heads"]:
+            print(json.dumps(r), file=sys.stderr)
+        print(
+            f"blocks for 90 %: chosen {result['orders']['chosen_over_best']} x the best of six; error of the model's "
+            f"order {result['orders']['error_ratio']} x that of the chosen one",
+            file=sys.stderr,
+        )
+    if options.shapes:
+        result["shapes"] = measure_shapes(options.pictures, options.steps, options.scale)
+        print(json.dumps(result["shapes"], indent=1), file=sys.stderr)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
