@@ -14,44 +14,21 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from judged import MARKS, STEPS, interval, run
 from tqdm import tqdm
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.processors import PAG, Guidance, SoftPAG
-from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.scenes import pair_prompts
 
-STEPS = 20
 TUNING_SEED, REPORT_SEED = 40_000, 500_000
 PLAIN_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
-MARKS = ("present", "bound", "right")
-
-
-def run(pipe: Any, prompts: Sequence[str], scale: float, seed: int, control: Guidance | None) -> dict[str, Any]:
-    """Generate and judge one picture a prompt; also time it and count perturbed passes."""
-    began = time.perf_counter()
-    with attnctl.control(pipe, control) if control is not None else nullcontext() as handle:
-        images = generate(pipe, prompts, scale=scale, seed=seed, steps=STEPS)
-    seconds = time.perf_counter() - began
-    return score(images, prompts) | {"seconds": seconds, "passes": handle.passes if handle is not None else 0}
-
-
-def interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """Return the mean of paired differences and its bootstrap interval, in points (percent)."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(differences), (draws, len(differences)))
-    low, high = np.percentile(differences[picks].mean(1), [2.5, 97.5])
-    return round(100 * float(differences.mean()), 1), round(100 * float(low), 1), round(100 * float(high), 1)
-
-
 PLACES: tuple[Any, ...] = ("down.0", "down.1", "mid", "up.0", "up.1", ("up.0", "up.1"), "self")
 
 
