@@ -14,13 +14,14 @@ from attnctl.commands.common import Result, UsageError
 from attnctl.commands.demo import Demo
 from attnctl.commands.env import Env
 from attnctl.commands.generate import Generate
+from attnctl.commands.maps import Maps
 from attnctl.commands.sites import Sites
 from attnctl.errors import AttnctlError
 from attnctl.provenance import command_line
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, type] = {"demo": Demo, "generate": Generate, "sites": Sites, "env": Env}
+_COMMANDS: dict[str, type] = {"demo": Demo, "generate": Generate, "maps": Maps, "sites": Sites, "env": Env}
 _ABOUT = "Attention control for diffusers pipelines: PAG, SoftPAG and relatives, one line on, one line off."
 
 

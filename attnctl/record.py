@@ -28,6 +28,7 @@ __all__ = [
     "Record",
     "RecordError",
     "pixels_sha256",
+    "png_bytes",
     "read",
     "save_image",
     "sidecar",
@@ -205,13 +206,24 @@ def save_image(
     if path.suffix.lower() != ".png":
         raise RecordError(f"Records are kept in PNG files, got {path.name!r}.")
     many = (records,) if isinstance(records, Record) else tuple(records)
+    content = png_bytes(image, many)
+    publish({path: content, sidecar(path): (_dumps(many, indent=2) + "\n").encode()}, force=force)
+
+
+def png_bytes(image: Image.Image, records: Record | Sequence[Record]) -> bytes:
+    """Encode a PNG that carries its records.
+
+    Raises:
+        RecordError: there is no record.
+    """
+    many = (records,) if isinstance(records, Record) else tuple(records)
     if not many:
-        raise RecordError(f"{path.name} needs at least one record.")
+        raise RecordError("A PNG of attnctl needs at least one record.")
     info = PngImagePlugin.PngInfo()
     info.add_text(CHUNK, _dumps(many, indent=None), zip=True)
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "png", pnginfo=info)
-    publish({path: buffer.getvalue(), sidecar(path): (_dumps(many, indent=2) + "\n").encode()}, force=force)
+    return buffer.getvalue()
 
 
 def read(path: str | Path) -> tuple[Record, ...]:

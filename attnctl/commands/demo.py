@@ -80,8 +80,8 @@ class Demo(Common):
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is a whole number from {least} on, got {getattr(self, name)}.")
-        path = below(self.out, "demo.png")
-        check_free([path, path.with_suffix(".json")], force=self.force)
+        path, maps_path = below(self.out, "demo.png"), below(self.out, "demo-maps.png")
+        check_free([p.with_suffix(end) for p in (path, maps_path) for end in (".png", ".json")], force=self.force)
 
         from tqdm import tqdm
 
@@ -112,7 +112,10 @@ class Demo(Common):
             for panel in PANELS:
                 bar.set_description(panel.name)
                 controls = tuple(parse_control(text) for text in panel.controls)
-                columns.append(_column(loaded, [replace(call, controls=controls) for call in calls], bar.update))
+                asks = [replace(call, controls=controls) for call in calls]
+                if not controls:  # the plain images of the grid also show where they attend
+                    asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts),))
+                columns.append(_column(loaded, asks, bar.update))
         seconds = time.perf_counter() - started
 
         shown = min(self.rows, self.prompts, self.batch)
@@ -122,13 +125,21 @@ class Demo(Common):
             [replace(column["records"][0], shows=tuple(range(shown))) for column in columns],
             force=self.force,
         )
+        plain = columns[[panel.controls for panel in PANELS].index(())]
+        save_image(
+            _maps_sheet(plain, asked[:shown], seeds[:shown]),
+            maps_path,
+            replace(plain["records"][0], shows=tuple(range(shown))),
+            force=self.force,
+        )
         panels = [_marks(panel, column) for panel, column in zip(PANELS, columns, strict=True)]
         for panel, row in zip(PANELS, panels, strict=True):
             for control, names in zip(panel.controls, row["sites"], strict=True):
                 say(f"{control} acts on {', '.join(names)}")
-        say(f"{seconds:.0f} s of computing; picture in {path}")
+        say(f"{seconds:.0f} s of computing; pictures in {path} and {maps_path}")
         data = {
             "picture": str(path),
+            "maps": str(maps_path),
             "seconds": round(seconds, 1),
             "prompts": self.prompts,
             "images_per_panel": len(asked),
@@ -137,6 +148,20 @@ class Demo(Common):
             "panels": panels,
         }
         return Result(data, _text(panels, len(asked), self.prompts))
+
+
+def _capture(prompts: Sequence[str]) -> Any:
+    """Record the two nouns of each prompt while the image settles, in the stage where nouns find their objects."""
+    from attnctl.processors import Capture
+
+    return Capture(words=tuple(map(_nouns, prompts)), sites="up_blocks", start=0.5)
+
+
+def _nouns(prompt: str) -> tuple[str, ...]:
+    from attnctl.shapes import parse
+
+    shapes = [thing.shape for thing in parse(prompt).things]
+    return tuple(f"{s}#{shapes[: i + 1].count(s)}" if shapes.count(s) > 1 else s for i, s in enumerate(shapes))
 
 
 def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
@@ -151,6 +176,7 @@ def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
     return {
         "images": images,
         "records": [one.record for one in done],
+        "maps": next((maps for one in done for maps in one.maps), None),
         "present": [match.all_present for match in matches],
         "bound": [all(match.bound) for match in matches],
         "right": [match.right for match in matches],
@@ -173,6 +199,28 @@ def _sheet(columns: Sequence[dict[str, Any]], prompts: Sequence[str], seeds: Seq
             f"{demo.steps} steps."
         ),
         frames=[GREEN if column["right"][i] else None for i in range(rows) for column in columns],
+    )
+
+
+def _maps_sheet(plain: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+    from attnctl.imaging import grid
+    from attnctl.mapviews import overlay_word
+
+    maps = plain["maps"]
+    tiles = []
+    for i, prompt in enumerate(prompts):
+        image = plain["images"][i]
+        tiles += [image, *(overlay_word(image, maps, word, i) for word in _nouns(prompt))]
+    return grid(
+        tiles,
+        len(prompts),
+        3,
+        [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
+        ["plain", "attention to the first noun", "attention to the second noun"],
+        footer=(
+            "Cross-attention of the decoder's layers, second half of the run; each map from dark (its lowest share of "
+            "attention) to bright (its highest)."
+        ),
     )
 
 

@@ -42,11 +42,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Hold the images of a call, their record, and what the controls say about themselves."""
+    """Hold the images of a call, their record, and what the controls say about themselves and have recorded."""
 
     images: tuple[Image.Image, ...]
     record: Record
     report: str = ""
+    maps: tuple[Any, ...] = ()
+    """The `WordMaps` of each Capture among the controls."""
 
 
 def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None) -> Sampled:
@@ -62,17 +64,21 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     import torch
 
     import attnctl
+    from attnctl.processors import Capture
 
     pipe = loaded.pipe
-    controls = tuple(control_to_dict(control) for control in call.controls)
+    acting = tuple(c for c in call.controls if not isinstance(c, Capture))  # a record holds what made the image
+    controls = tuple(control_to_dict(control) for control in acting)
     options, defaults = _options(pipe, call)
     options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
-    sites, report = _site_names(pipe, call.controls), ""
+    sites, report = _site_names(pipe, acting), ""
+    maps: tuple[Any, ...] = ()
     with _progress(pipe, options, step):
         if call.controls:
             with attnctl.control(pipe, *call.controls, backend=call.backend) as handle:
                 output = pipe(**options)
                 report = handle.report()
+                maps = tuple(handle.result(c) for c in call.controls if isinstance(c, Capture))
         else:
             output = pipe(**options)
     images = getattr(output, "images", None)
@@ -104,7 +110,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
         versions=versions(),
         command=call.command,
     )
-    return Sampled(tuple(images), record, report)
+    return Sampled(tuple(images), record, report, maps)
 
 
 def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = lambda: None) -> Sampled:
