@@ -71,7 +71,7 @@ def test_the_installed_command_works() -> None:
     command = Path(sys.executable).with_name("attnctl")
     done = subprocess.run([str(command), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for name in ("demo", "generate", "sites", "env"):
+    for name in ("demo", "generate", "maps", "sites", "env"):
         assert name in done.stdout
 
 

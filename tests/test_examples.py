@@ -13,6 +13,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
+GUIDED |= {"astar_sd15": "astar.png"}
 
 
 def run(name: str, out: Path) -> str:
@@ -27,13 +28,13 @@ def run(name: str, out: Path) -> str:
 
 
 def test_every_script_is_tested() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps"}
 
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_guided_example(name: str, tmp_path: Path) -> None:
     text = run(name, tmp_path)
-    assert "perturbed passes so far" in text
+    assert "so far" in text
     plain, guided = (np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("plain.png", GUIDED[name]))
     assert plain.shape == guided.shape == (64, 64, 3)
     assert abs(plain - guided).max() > 8
@@ -43,3 +44,10 @@ def test_by_hand_equals_control(tmp_path: Path) -> None:
     text = run("by_hand", tmp_path)
     assert float(text.split("two: ")[1].split()[0]) < 1e-4
     assert (tmp_path / "by_hand.png").is_file()
+
+
+def test_word_maps(tmp_path: Path) -> None:
+    text = run("word_maps", tmp_path)
+    assert "circle: highest share of attention 0." in text
+    for name in ("words.png", "overlay.png", "word_maps.safetensors", "word_maps.json"):
+        assert (tmp_path / name).is_file()

@@ -107,6 +107,8 @@ class Generate(Common):
             options = dict(parse_option(text) for text in self.option)
         except ConfigError as error:
             raise UsageError(str(error)) from None
+        if any(type(control).__name__ == "Capture" for control in controls):
+            raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
         suffix = "".join(f"-{type(control).__name__.lower()}" for control in controls)
         paths = [below(self.out, f"{slug(prompt)}{suffix}-{s}.png") for prompt, s in zip(asked, seeds, strict=True)]
         check_free([*paths, *map(sidecar, paths)], force=self.force)
