@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from attnctl.commands.calibrate import Calibrate
 from attnctl.commands.common import Result, UsageError
 from attnctl.commands.demo import Demo
+from attnctl.commands.edit import Edit
 from attnctl.commands.env import Env
 from attnctl.commands.generate import Generate
 from attnctl.commands.maps import Maps
@@ -21,7 +23,15 @@ from attnctl.provenance import command_line
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, type] = {"demo": Demo, "generate": Generate, "maps": Maps, "sites": Sites, "env": Env}
+_COMMANDS: dict[str, type] = {
+    "demo": Demo,
+    "generate": Generate,
+    "edit": Edit,
+    "maps": Maps,
+    "calibrate": Calibrate,
+    "sites": Sites,
+    "env": Env,
+}
 _ABOUT = "Attention control for diffusers pipelines: PAG, SoftPAG and relatives, one line on, one line off."
 
 

@@ -94,7 +94,7 @@ def test_stores_agree(pipe: Any, changes: dict[str, Any]) -> None:
         {"cross_replace": 0.0},
         {"self_replace": 0.0},
         {"mode": "replace"},
-        {"keys": "first"},
+        {"keys": "last"},
         {"blend_words": None},
         {"blend_words": [["bear"], ["red"]], "blend_latents": True, "blend_threshold": 0.95, "blend_window": (0, 1)},
         {"equalizer": {"red": 4.0}},
@@ -259,10 +259,10 @@ def job(pipe: Any, video: Any, **options: Any) -> Any:
     return edit_video(pipe, video, **fields | options)
 
 
-@pytest.mark.parametrize("keys", ["mid", "self", ["first", "last"]])
+@pytest.mark.parametrize("keys", ["self", ["first", "mid"]])
 def test_windows_equal_the_whole(pipe: Any, keys: Any) -> None:
-    video = clip()
-    whole, parts = (job(pipe, video, keys=keys, window=n, guidance_scale=2.0).frames for n in (8, 2))
+    video = clip(3)
+    whole, parts = (job(pipe, video, keys=keys, window=n, guidance_scale=2.0, steps=1).frames for n in (8, 2))
     assert whole.shape == video.shape
     assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
 
@@ -273,7 +273,7 @@ def test_memory_does_not_grow_with_the_clip(pipe: Any) -> None:
     try:
         job(pipe, clip(5), window=2, steps=1)
         short = max(rows)
-        job(pipe, clip(9), window=2, steps=1)
+        job(pipe, clip(7), window=2, steps=1)
     finally:
         hook.remove()
     assert max(rows) == short == 2 * 3  # two frames and the middle one, twice for guidance
@@ -406,6 +406,8 @@ def test_runs_that_do_not_fit(pipe: Any) -> None:
     with invert(pipe, latents(), control=BASE, steps=STEPS) as inversion:
         control = dataclasses.replace(BASE, inversion=inversion)
         with attnctl.control(pipe, control):
+            with pytest.raises(ConfigError, match="prompts are"):
+                run(pipe, inversion, text="a bear")
             with pytest.raises(ConfigError, match="num_inference_steps=3"):
                 run(pipe, inversion, num_inference_steps=2)
             with pytest.raises(ConfigError, match="one prompt a frame"):

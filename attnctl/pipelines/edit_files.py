@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from attnctl.clips import mp4_bytes
+from attnctl.clips import FileClip, mp4_bytes
 from attnctl.errors import ConfigError
 from attnctl.imaging import grid
 from attnctl.outputs import check_free, publish
@@ -141,14 +141,14 @@ def make_strip(parts: Parts, job: Job) -> Image.Image:
     return grid(images, 2, len(shown), labels, [f"frame {job.chosen[i]}" for i in shown], tile=96)
 
 
-def record_of(pipe: Any, job: Job, video: Any, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
+def record_of(pipe: Any, job: Job, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
     """Say how the edit is made; machine paths stay out of it."""
     device = str(next(pipe.unet.parameters()).device)
     sample = job.read([0]) if len(job.chosen) == 1 else job.read([0, len(job.chosen) - 1])
     return {
         "schema": 1,
         "kind": "edit",
-        "input": Path(video).name if isinstance(video, (str, Path)) else "frames",
+        "input": job.clip.path.name if isinstance(job.clip, FileClip) else "frames",
         "input_sha256": hashlib.sha256(sample.tobytes()).hexdigest(),
         "frames": [job.chosen.start, len(job.chosen), job.chosen.step],
         "width": job.width,

@@ -81,6 +81,7 @@ def edit_video(
     keep: bool = True,
     progress: bool | Callable[[], object] = True,
     model: str = "",
+    command: str = "",
     **fields: Any,
 ) -> Edited:
     """Edit a clip with a text prompt (FateZero, arXiv 2303.09535).
@@ -106,6 +107,7 @@ def edit_video(
         keep: Return the frames; False where a long clip is only written.
         progress: A bar on stderr, none, or a function to call after every step.
         model: The model's name, for the record.
+        command: The command line, for the record.
         **fields: Fields of `FateZero`.
 
     Returns:
@@ -131,7 +133,7 @@ def edit_video(
     files = output_files(out, len(chosen), force)
     rate = float(fps or clip.fps / every)
     call = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    record = record_of(pipe, job, video, call, rate, model)
+    record = record_of(pipe, job, call, rate, model)
     with parts_of(files, record) as parts, _bar(progress, 2 * steps * len(job.windows)) as tick:
         report = ""
         for first in job.windows:
@@ -142,7 +144,7 @@ def edit_video(
             before, after, report = job.run(first, call, offload, budget, folder, tick)
             parts.put(first, before, after)
         strip = make_strip(parts, job)
-        record["sha256"] = parts.digest(job)
+        record |= {"sha256": parts.digest(job), "command": command}
         if files:
             write(files, parts, job, rate, record, strip, force)
         whole = parts.whole(job) if keep else (None, None)
