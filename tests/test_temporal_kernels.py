@@ -49,7 +49,7 @@ def enhanced(case: dict[str, Any], t: dict[str, Tensor]) -> tuple[Tensor, Tensor
     band = Band.of(p["F"], p["tau"])
     reference = None
     if "q_ref" in t:
-        maps = temporal.centred_map(t["q_ref"], torch.eye(p["F"], dtype=t["q_ref"].dtype), 1.0)
+        maps = temporal.centred_map(t["q_ref"], torch.eye(p["F"]).to(t["q_ref"]).expand_as(t["q_ref"]), 1.0)
         reference = Reference(maps, rows, (p["h"], p["w"]))
     pieces, energies = guided_maps(
         t["q"],

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 MAX_POSITIONS = 65_535  # CUDA's grid bound: fused kernels refuse a larger batch
-_MAX_ELEMENTS = 2**20  # of maps at once: small enough for a cache, large enough for a batched product
+_MAX_ELEMENTS = 2**16  # of maps at once: with their queries, keys and values they stay in a cache
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -143,10 +143,14 @@ def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) ->
 def centred_map(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """Compute softmax(q k^T scale) - 1 / F, [positions, heads, F, F], in float32; its rows sum to zero."""
     wide = wide_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = (q.to(wide) * scale) @ k.to(wide).transpose(-2, -1)
-    weights = logits.softmax(-1)
-    return weights - 1 / q.shape[-2] if weights.requires_grad else weights.sub_(1 / q.shape[-2])
+    *lead, frames, channels = q.shape
+    scale = channels**-0.5 if scale is None else scale
+    # Contiguous operands: batched products of small strided matrices take several times as long.
+    rows = q.to(wide).reshape(-1, frames, channels)
+    columns = k.to(wide).transpose(-2, -1).reshape(-1, channels, frames)
+    logits = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale)
+    weights = logits.softmax(-1).view(*lead, frames, frames)
+    return weights - 1 / frames if weights.requires_grad else weights.sub_(1 / frames)
 
 
 def motion_beta(e1: Tensor, e2: Tensor, e2_low: Tensor, floor: float) -> Tensor:
@@ -289,28 +293,31 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
     Returns:
         Output [positions, heads, F, D] in the dtype of v.
     """
-    outputs: list[Tensor] = []
-    spread = isinstance(beta, Tensor) and beta.dim() == 1
+    frames, spread = band.frames, isinstance(beta, Tensor) and beta.dim() == 1
     matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
+    graph = torch.is_grad_enabled() and (v.requires_grad or any(a.requires_grad for a in pieces))
+    # Frames before heads, as fused kernels lay their output out: the host joins the heads without a copy.
+    out = None if graph else v.new_empty(v.shape[0], frames, v.shape[1], v.shape[3]).transpose(1, 2)
+    outputs: list[Tensor] = []
     start = 0
     for i, a in enumerate(pieces):
         pieces[i] = a.new_empty(0)  # its memory is free for the next piece
         part = slice(start, start + a.shape[0])
         start = part.stop
-        values = v[part].to(a.dtype)
-        mu = values.mean(-2, keepdim=True)
-        if band.whole:
-            out = mu + a @ values
-        elif matrix is not None:
-            out = mu + (a @ matrix) @ values
+        if matrix is not None:
+            a = a @ matrix
+        elif not band.whole:
+            gain = beta[part].view(-1, 1, 1, 1) if spread else beta  # type: ignore[index]
+            gain = torch.as_tensor(gain, device=a.device, dtype=a.dtype)
+            a = a * gain if band.mean_only else torch.lerp(a @ band.low(v), a, gain)
+        a = a + 1 / frames if graph or band.whole else a.add_(1 / frames)
+        product = torch.bmm(a.view(-1, frames, frames), v[part].to(a.dtype).reshape(-1, frames, v.shape[3]))
+        product = product.view(*a.shape[:2], frames, -1)
+        if out is None:
+            outputs.append(product.to(v.dtype))
         else:
-            gain = beta[part].view(-1, 1, 1, 1).to(a.dtype) if spread else beta  # type: ignore[index]
-            if not band.mean_only:
-                a = torch.lerp(a @ band.low(v), a, torch.as_tensor(gain, device=a.device, dtype=a.dtype))
-                gain = 1.0
-            out = mu + gain * (a @ values)
-        outputs.append(out.to(v.dtype))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            out[part] = product
+    return torch.cat(outputs) if out is None else out
 
 
 def _parts(layer: Layer, unit: int, elements: int) -> Iterator[tuple[int, slice]]:

@@ -1,11 +1,13 @@
 """One control a method: what each paper changes in a model's attention."""
 
+from attnctl.processors.agent import AgentAttention
 from attnctl.processors.astar import AStar
 from attnctl.processors.attend_excite import AttendExcite
 from attnctl.processors.base import Control, Guidance
 from attnctl.processors.blocks import SLG, TPG
 from attnctl.processors.broadway import BroadWay
 from attnctl.processors.capture import Capture
+from attnctl.processors.enhance_video import EnhanceAVideo
 from attnctl.processors.fatezero import FateZero
 from attnctl.processors.latent import LatentGuidance
 from attnctl.processors.nag import NAG
@@ -22,10 +24,12 @@ __all__ = [
     "SLG",
     "TPG",
     "AStar",
+    "AgentAttention",
     "AttendExcite",
     "BroadWay",
     "Capture",
     "Control",
+    "EnhanceAVideo",
     "FateZero",
     "Guidance",
     "LatentGuidance",
