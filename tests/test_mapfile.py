@@ -1,0 +1,229 @@
+"""Word maps as files and pictures, and `attnctl maps`; none of it needs a trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_pipelines as pipes
+from PIL import Image
+
+from attnctl.cli import main
+from attnctl.errors import ConfigError
+from attnctl.maps import WordMaps
+from attnctl.mapviews import heads_sheet, overlay_word, steps_sheet, words_sheet
+from attnctl.outputs import FileExists
+from attnctl.record import RecordError, read
+from attnctl.sites import Site
+
+
+def made(keep: tuple[str, ...] = ("steps", "heads"), frames: int = 1) -> WordMaps:
+    g = torch.Generator().manual_seed(0)
+    steps, heads = 3 if "steps" in keep else 1, 2 if "heads" in keep else 1
+    grids = {"down.attn2": (frames, 4, 6), "mid.attn2": (frames, 2, 3)}
+    layers = {n: torch.rand(2, 2, steps, heads, *grid, generator=g) for n, grid in grids.items()}
+    layers["down.attn2"][1, 1] = layers["mid.attn2"][1, 1] = torch.nan
+    return WordMaps(
+        words=("cat", "dog#2"),
+        layers=layers,
+        sites=tuple(Site(n, "cross", 2, 8, i, grid=grid) for i, (n, grid) in enumerate(grids.items())),
+        steps=(0, 1, 2),
+        prompts=("a cat, a dog and a dog", "a cat"),
+        tokens=(((2,), (8, 9)), ((2,), ())),
+        keep=keep,
+        about={"model": "tiny", "seeds": [3, 4]},
+    )
+
+
+def test_maps_survive_being_written(tmp_path: Path) -> None:
+    maps, path = made(), tmp_path / "maps.safetensors"
+    maps.save(path)
+    again = WordMaps.load(path)
+    assert {
+        n: getattr(again, n) for n in ("words", "sites", "steps", "prompts", "tokens", "keep", "rows", "about")
+    } == {n: getattr(maps, n) for n in ("words", "sites", "steps", "prompts", "tokens", "keep", "rows", "about")}
+    for name, layer in maps.layers.items():
+        assert torch.equal(again.layers[name].nan_to_num(-1), layer.nan_to_num(-1))
+    assert torch.equal(again["cat"], maps["cat"])
+    data = json.loads(path.with_suffix(".json").read_text())
+    assert data["normalisation"] == "probability"
+    assert data["grid"] == [4, 6]
+    with pytest.raises(FileExists):
+        maps.save(path)
+    maps.save(path, force=True)
+
+
+def _edit(**changes: Any) -> Any:
+    def edit(path: Path) -> None:
+        side = path.with_suffix(".json")
+        side.write_text(json.dumps({**json.loads(side.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.unlink(), "There are no maps"),
+        (lambda p: p.write_bytes(b"12345678"), "is damaged"),
+        (lambda p: p.with_suffix(".json").unlink(), "There is no maps.json"),
+        (lambda p: p.with_suffix(".json").write_text("{"), "not readable JSON"),
+        (lambda p: p.with_suffix(".json").write_text("[]"), "does not describe word maps"),
+        (_edit(schema=2), "schema 2; this version reads schema 1"),
+        (_edit(schema=True), "schema True"),
+        (_edit(layers=[]), "its layers are not those of the tensors"),
+        (_edit(reduce="median"), "reduce is 'median'"),
+        (_edit(words=["cat"]), "its tokens are not one list"),
+        (_edit(prompts=["a"], tokens=[[[1], [2]]]), "do not belong together"),
+        (_edit(steps=[0]), "has 3 steps; the JSON lists 1"),
+        (_edit(heads="all"), "is damaged"),
+    ],
+)
+def test_damaged_files_are_refused(spoil: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "maps.safetensors"
+    made().save(path)
+    spoil(path)
+    with pytest.raises(RecordError, match=message):
+        WordMaps.load(path)
+
+
+def test_only_safetensors_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kept in \.safetensors files"):
+        made().save(tmp_path / "maps.pt")
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.full((32, 48, 3), (200, 40, 40), np.uint8))
+
+
+def test_an_overlay_is_bright_where_the_word_is() -> None:
+    maps = made(keep=())
+    for layer in maps.layers.values():
+        layer.zero_()
+    maps.layers["down.attn2"][0, 0, 0, 0, 0, 0, 5] = 1
+    seen = np.asarray(overlay_word(picture(), maps, "cat")).astype(float).sum(-1)
+    y, x = np.unravel_index(seen.argmax(), seen.shape)
+    assert y < seen.shape[0] / 4
+    assert x > seen.shape[1] * 5 / 6
+
+
+def test_sheets_have_a_tile_for_each_word_step_and_head() -> None:
+    maps = made()
+    wide, one = words_sheet(picture(), maps), words_sheet(picture(), maps, ["cat"])
+    assert wide.width > one.width
+    assert words_sheet(picture(), maps, index=1).size == one.size  # the second prompt has no dog
+    tall = words_sheet(picture(), maps, ["cat"] * 8)
+    assert tall.height > 1.5 * wide.height
+    assert steps_sheet(picture(), maps).width > heads_sheet(picture(), maps).width
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m: overlay_word(picture(), m, "dog#2", 1), "The prompt of image 1 has no 'dog#2'"),
+        (lambda m: overlay_word(picture(), m, "cat", 2), "Image 2 is past the end"),
+        (lambda m: overlay_word(picture(), m, "bird"), "'bird' was not recorded"),
+        (lambda m: steps_sheet(picture(), made(keep=())), "steps were reduced"),
+        (lambda m: overlay_word(picture(), made(frames=2), "cat"), "maps of a video"),
+    ],
+)
+def test_pictures_that_cannot_be(act: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        act(made())
+
+
+def test_layers_with_different_heads_share_no_columns() -> None:
+    maps = made()
+    layers = {**maps.layers, "mid.attn2": torch.rand(2, 2, 3, 4, 1, 2, 3)}
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="have 2 or 4 heads"):
+        heads_sheet(picture(), replace(maps, layers=layers))
+
+
+# attnctl maps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny-sd"
+    pipes.build("sd")[0].save_pretrained(path)
+    return str(path)
+
+
+def call(folder: str, out: Path, *more: object) -> int:
+    size = ("--height", 16, "--width", 24, "--steps", 2)
+    args = ("maps", "--model", folder, "--prompt", "a black bear and a cat", *size, "--out", out, *more)
+    return main([str(a) for a in args])
+
+
+def test_the_command_writes_pictures_maps_and_records(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--word", "cat", "--word", "black bear", "--word", "a#2")
+    more = ("--heads", "--negative", "ugly", "--num", 2, "--seed", 5, "--json", "--control", "PAG(scale=2.0)")
+    assert call(folder, tmp_path, *words, *more) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [one["seed"] for one in data["images"]] == [5, 6]
+    for one in data["images"]:
+        assert [w["word"] for w in one["words"]] == ["cat", "black bear", "a#2"]
+        assert one["normalisation"] == "probability"
+        where = Path(one["folder"])
+        for name in ("image.png", "words.png", "steps.png", "heads.png"):
+            (record,) = read(where / name)
+            assert record.seeds == (one["seed"],)
+            assert [c["method"] for c in record.controls] == ["PAG"]  # what only looks makes no part of the image
+        maps = WordMaps.load(where / "maps.safetensors")
+        assert maps.steps == (0, 1)
+        assert maps.about["model"] == "tiny-sd"
+        assert maps.about["seeds"] == [one["seed"]]
+        assert maps.about["negative"] == "ugly"
+    assert call(folder, tmp_path, *words, "--seed", 5) == 1
+    assert "already there" in capsys.readouterr().err
+    assert call(folder, tmp_path, "--word", "cat", "--seed", 5, "--force") == 0
+
+
+def test_the_image_is_the_one_without_maps(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(folder, tmp_path, "--word", "cat") == 0
+    size = ("--height", 16, "--width", 24, "--steps", 2)
+    args = (
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "a black bear and a cat",
+        *size,
+        "--out",
+        tmp_path / "g",
+        "--json",
+    )
+    capsys.readouterr()
+    assert main([str(a) for a in args]) == 0
+    path = json.loads(capsys.readouterr().out)["images"][0]["path"]
+    (image,) = tmp_path.glob("*/image.png")
+    assert read(image)[0].sha256 == read(path)[0].sha256
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--prompt", " "), 2, "Give a --prompt"),
+        (("--num", 0), 2, "--num is a whole number"),
+        (("--negative-words",), 2, "--negative-words shows the words of --negative"),
+        (("--control", "PAGG"), 2, "Unknown method 'PAGG'"),
+        (("--word", "dog"), 1, "'dog' is not in the prompt"),
+        (("--word", "0"), 1, "start token"),
+        (("--word", "cat", "--sites", "self"), 1, "self"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[object, ...], code: int, message: str
+) -> None:
+    assert call(folder, tmp_path, *more) == code
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
