@@ -16,9 +16,9 @@ GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag
 GUIDED |= {"astar_sd15": "astar.png"}
 
 
-def run(name: str, out: Path) -> str:
+def run(name: str, out: Path, *more: str) -> str:
     """Run one example in a fresh interpreter."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--shapes", "--out", str(out)]
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--shapes", "--out", str(out), *more]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -28,7 +28,7 @@ def run(name: str, out: Path) -> str:
 
 
 def test_every_script_is_tested() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps", "fatezero_sd15"}
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -51,3 +51,12 @@ def test_word_maps(tmp_path: Path) -> None:
     assert "circle: highest share of attention 0." in text
     for name in ("words.png", "overlay.png", "word_maps.safetensors", "word_maps.json"):
         assert (tmp_path / name).is_file()
+
+
+def test_fatezero(tmp_path: Path) -> None:
+    text = run("fatezero_sd15", tmp_path, "--frames", "2", "--steps", "4")
+    assert "source: recompute" in text
+    assert (tmp_path / "strip.png").is_file()
+    frames = [np.asarray(Image.open(tmp_path / "edited" / f"0000{i}.png")).astype(int) for i in range(2)]
+    assert frames[0].shape == (64, 64, 3)
+    assert frames[0][..., 2].max() > frames[0][..., 0].max() + 50  # what was red is blue
