@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -219,6 +221,14 @@ def test_no_more_rows_and_passes_than_needed() -> None:
         assert handle.guidance_forwards == 2
     hook.remove()
     assert rows == [2, 4, 2, 4, 4, 4]
+
+
+def test_guidance_of_the_real_sd15_keeps_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("astar")
+    (row,) = benchmark.count(1)
+    assert row["share"] <= 0.50  # of the FLOPs of a forward
+    assert benchmark.memory()["ratio"] <= 1 / 6  # of what diffusers' own pipeline keeps for its backward
 
 
 # Inactive, exceptions, flags ---------------------------------------------------------------------------------------
