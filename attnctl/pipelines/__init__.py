@@ -10,13 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnctl.pipelines.calibration import Calibration, calibrate
+    from attnctl.pipelines.classify import Classified, classify
     from attnctl.pipelines.guider import ControlGuider
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
+    from attnctl.pipelines.segment import Segmented, segment
     from attnctl.pipelines.video_edit import Edited, edit_video
 
-__all__ = ["Calibration", "ControlGuider", "Edited", "calibrate", "ddim_of", "edit_video", "estimate_bytes", "invert"]
+__all__ = [
+    "Calibration",
+    "Classified",
+    "ControlGuider",
+    "Edited",
+    "Segmented",
+    "calibrate",
+    "classify",
+    "ddim_of",
+    "edit_video",
+    "estimate_bytes",
+    "invert",
+    "segment",
+]
 
 _HOMES = {
+    "Classified": "classify",
+    "classify": "classify",
+    "Segmented": "segment",
+    "segment": "segment",
     "Calibration": "calibration",
     "ControlGuider": "guider",
     "Edited": "video_edit",
