@@ -114,7 +114,7 @@ class Demo(Common):
                 controls = tuple(parse_control(text) for text in panel.controls)
                 asks = [replace(call, controls=controls) for call in calls]
                 if not controls:  # the plain images of the grid also show where they attend
-                    asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts),))
+                    asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))
                 columns.append(_column(loaded, asks, bar.update))
         seconds = time.perf_counter() - started
 
@@ -150,11 +150,11 @@ class Demo(Common):
         return Result(data, _text(panels, len(asked), self.prompts))
 
 
-def _capture(prompts: Sequence[str]) -> Any:
+def _capture(prompts: Sequence[str], steps: int) -> Any:
     """Record the two nouns of each prompt while the image settles, in the stage where nouns find their objects."""
     from attnctl.processors import Capture
 
-    return Capture(words=tuple(map(_nouns, prompts)), sites="up_blocks", start=0.5)
+    return Capture(words=tuple(map(_nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
 
 
 def _nouns(prompt: str) -> tuple[str, ...]:
@@ -216,10 +216,10 @@ def _maps_sheet(plain: dict[str, Any], prompts: Sequence[str], seeds: Sequence[i
         len(prompts),
         3,
         [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
-        ["plain", "attention to the first noun", "attention to the second noun"],
+        ["plain", "first noun", "second noun"],
         footer=(
-            "Cross-attention of the decoder's layers, second half of the run; each map from dark (its lowest share of "
-            "attention) to bright (its highest)."
+            "Where the image attends to the two nouns: cross-attention of the up blocks, second half of the run; "
+            "each map from dark (its lowest share of attention) to bright (its highest)."
         ),
     )
 
