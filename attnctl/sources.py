@@ -85,12 +85,12 @@ class SourceStore:
         elif self.offload == "cpu":
             self._kept[step, site] = {n: t.detach().cpu() for n, t in tensors.items()}
         else:
-            self._kept[step, site] = {n: t.detach() for n, t in tensors.items()}
+            self._kept[step, site] = {n: _alone(t.detach()) for n, t in tensors.items()}
 
     def put_text(self, site: str, k: Tensor) -> None:
         """Keep a cross-attention's keys, which are the same at every step."""
         if site not in self._text:
-            self._text[site] = k.detach()
+            self._text[site] = _alone(k.detach())
             self.nbytes += k.numel() * k.element_size()
             self.peak = max(self.peak, self.nbytes)
 
@@ -172,6 +172,11 @@ class SourceAttention:
             return kept["map"].float()[..., list(tokens)].sum(-1).mean(1)
         k = self.store.text(site).to(device)
         return columns(kept["q"], k, token_weights(tokens, k), scale=self.store.scales[site])[..., 0].mean(1)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a tensor that keeps nothing else alive: a part of fused projections would keep the other parts."""
+    return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()
 
 
 def token_weights(tokens: Sequence[int], k: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ def settings(kind: str) -> dict[str, list[dict[str, Any]]]:
             ours.append(base)
             if kind == "shape":
                 ours.append(base | {"blend": True, "mode": "replace"})
+        for keys in ("self", ("self", "mid")):
+            ours.append({"guidance": guidance, "cross_replace": 0.8, "self_replace": 0.8, "keys": keys})
         if kind in ("colour", "shape"):
             latents = {"blend": True, "blend_attention": False, "blend_latents": True, "blend_window": (0.0, 1.0)}
             ours.append({"guidance": guidance, "cross_replace": 0.8, "self_replace": 0.5} | latents)

@@ -225,6 +225,34 @@ def test_any_number_of_frames_and_any_size(pipe: Any, n: int, h: int, w: int) ->
     assert out.isfinite().all()
 
 
+def test_source_runs_no_further_than_needed(pipe: Any) -> None:
+    control = dataclasses.replace(BASE, sites="mid", blend_words=None)
+    calls: list[int] = []
+    with (
+        invert(pipe, latents(), control=control, steps=STEPS) as inversion,
+        attnctl.control(pipe, dataclasses.replace(control, inversion=inversion)),
+    ):
+        hooks = [m.register_forward_hook(lambda m, a, o: calls.append(0)) for m in pipe.unet.up_blocks]
+        run(pipe, inversion)
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == STEPS * len(pipe.unet.up_blocks)
+
+
+def test_fused_projections(pipe: Any) -> None:
+    """Queries and keys that are parts of one projection are kept without the rest of it."""
+    control, plain = dataclasses.replace(BASE, store="qk"), edited(pipe, BASE)
+    pipe.unet.fuse_qkv_projections()
+    try:
+        with invert(pipe, latents(), control=control, steps=STEPS) as inversion:
+            assert inversion.store is not None
+            kept = [t for site in inversion.store._kept.values() for t in site.values()]  # type: ignore[union-attr]
+            assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in kept)
+        assert distance(edited(pipe, BASE), plain) <= 1e-4
+    finally:
+        pipe.unet.unfuse_qkv_projections()
+
+
 def test_store_sizes(pipe: Any) -> None:
     for store in ("recompute", "qk", "maps"):
         control = dataclasses.replace(BASE, store=store)

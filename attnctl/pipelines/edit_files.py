@@ -87,7 +87,10 @@ def parts_of(files: list[Path], record: dict[str, Any]) -> Iterator[Parts]:
     folder = files[0].parent / f".{files[0].name}.{mark}.parts"
     folder.mkdir(parents=True, exist_ok=True)
     yield Parts(folder)
-    shutil.rmtree(folder, ignore_errors=True)  # not where the run was broken off: it goes on from there
+    # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
+    for left in folder.parent.iterdir():
+        if left.name.startswith(f".{files[0].name}.") and left.name.endswith(".parts"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def output_files(out: str | Path | None, frames: int, force: bool) -> list[Path]:
@@ -149,7 +152,7 @@ def record_of(pipe: Any, job: Job, call: dict[str, Any], fps: float, model: str)
         "schema": 1,
         "kind": "edit",
         "input": job.clip.path.name if isinstance(job.clip, FileClip) else "frames",
-        "input_sha256": hashlib.sha256(sample.tobytes()).hexdigest(),
+        "input_ends_sha256": hashlib.sha256(sample.tobytes()).hexdigest(),
         "frames": [job.chosen.start, len(job.chosen), job.chosen.step],
         "width": job.width,
         "height": job.height,
