@@ -17,7 +17,8 @@ from attnctl import load_shapes
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.prompts import PromptWatch
 from attnctl.shapes.tokenizer import write_tokenizer
-from attnctl.tokens import Concept, find_words, prompt_words, text_parts, weights
+from attnctl.textlayout import text_parts
+from attnctl.tokens import Concept, find_words, prompt_words, weights
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tiny_tokenizer"
 PROMPT = "a watercolor of a dog, and a Black bear in the water"
