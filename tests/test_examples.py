@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attnctl.shapes.load import WEIGHTS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
 GUIDED |= {"astar_sd15": "astar.png"}
+
+CHEAPER = {"agent_sd15", "broadway_animatediff"}
 
 
 def run(name: str, out: Path, *more: str) -> str:
@@ -28,7 +32,7 @@ def run(name: str, out: Path, *more: str) -> str:
 
 
 def test_every_script_is_tested() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps", "fatezero_sd15"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps", "fatezero_sd15", *CHEAPER}
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -60,3 +64,24 @@ def test_fatezero(tmp_path: Path) -> None:
     frames = [np.asarray(Image.open(tmp_path / "edited" / f"0000{i}.png")).astype(int) for i in range(2)]
     assert frames[0].shape == (64, 64, 3)
     assert frames[0][..., 2].max() > frames[0][..., 0].max() + 50  # what was red is blue
+
+
+def test_agent(tmp_path: Path) -> None:
+    text = run("agent_sd15", tmp_path)
+    assert "AgentSD, arXiv 2312.08874" in text
+    plain, agent = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("plain", "agent"))
+    assert plain.shape == agent.shape == (64, 64, 3)
+    assert abs(plain - agent).max() > 8
+
+
+def test_broadway(tmp_path: Path) -> None:
+    if not (WEIGHTS / "video" / "model_index.json").is_file():
+        command = [sys.executable, str(EXAMPLES / "broadway_animatediff.py"), "--shapes", "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        assert "The shipped video model cannot be used" in done.stderr
+        pytest.skip("the shapes video model is not there")
+    text = run("broadway_animatediff", tmp_path, "--steps", "5")
+    assert "arXiv 2410.06241" in text
+    assert (tmp_path / "plain.gif").is_file()
+    assert (tmp_path / "broadway.gif").is_file()

@@ -83,7 +83,11 @@ class EnhanceAVideo(Control):
         if not family.all_frames:
             raise UnsupportedModelError(
                 f"{self._label}: {family.name} models do not attend over all frames of a video at once. Use it with "
-                "CogVideoX, Wan, HunyuanVideo, LTX, Mochi, Allegro or Cosmos; BroadWay is for temporal attention."
+                "CogVideoX, Wan, HunyuanVideo, LTX, Allegro or Cosmos; BroadWay is for temporal attention."
+            )
+        if family.name == "Mochi":
+            raise UnsupportedModelError(
+                f"{self._label}: Mochi normalises every attention output, which undoes any factor: it would do nothing."
             )
         if self.weight is None and family.name not in _WEIGHTS:
             raise ConfigError(

@@ -1,0 +1,262 @@
+"""What BroadWay costs and what it does: `python benchmarks/broadway.py cost|run|effects > benchmarks/results/....json`.
+
+cost     time of the temporal attention core at real shapes: plain, as published (FFT of whole maps), ours; one run,
+         interleaved, the least of several repeats in process time
+run      FLOPs of SD 1.5 AnimateDiff at 512 px and 16 frames (meta device), plain and active, and what the default
+         window adds to a whole run; maps of frames by frames that are made
+effects  the shipped video model: motion, direction, warp error and flicker, paired with plain, 95 % bootstrap intervals
+
+The table goes to stderr, the JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnctl  # first: it keeps xformers from warning where it cannot run
+from attnctl.kernels.temporal import Band, Layer, Reference, centred_map, filter_frames, guided_maps, motion_beta, weigh
+from attnctl.processors import BroadWay
+
+# Grid of positions (of each of two rows), heads, frames, channels a head, tau.
+SHAPES = (
+    ((32, 32), 8, 16, 40, 7),
+    ((16, 16), 8, 16, 80, 7),
+    ((16, 16), 8, 24, 80, 7),
+    ((16, 16), 8, 32, 80, 7),
+    ((16, 16), 8, 32, 80, 15),
+)
+LIMIT, RUN_LIMIT = 1.15, 0.01
+TUNING_SEED, REPORT_SEED = 40_000, 500_000
+
+
+def official(
+    q: Tensor, k: Tensor, v: Tensor, ref: Tensor, small: tuple[int, int], big: tuple[int, int], tau: int
+) -> Any:
+    """Compute one guided and enhanced attention as published: whole maps, interpolation, FFT, re-normalisation."""
+    heads, frames = q.shape[1:3]
+    attn = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    planes = ref.reshape(2, *small, -1).permute(0, 3, 1, 2)
+    grown = F.interpolate(planes, size=big).permute(0, 2, 3, 1).reshape(-1, heads, frames, frames)
+    guided = attn + 0.6 * (grown - attn)
+    half, band = len(attn) // 2, slice(frames // 2 - tau, frames // 2 + tau + 1)
+    bins = torch.fft.fft(guided, dim=-1)
+    power = bins[half:].abs().square() / frames
+    high = power[..., band].sum(-1).mean()
+    low = power.sum(-1).mean() - high
+    beta = max(1.5, float(((attn[half:].square().sum(-1).mean() - low) / high).sqrt()))
+    bins[..., band] *= beta
+    out = torch.fft.ifft(bins, dim=-1).real
+    return (out / out.sum(-1, keepdim=True)) @ v
+
+
+def cost(repeats: int) -> dict[str, Any]:
+    """Time the core of one attention in several forms."""
+    table = []
+    for grid, heads, frames, channels, tau in SHAPES:
+        positions, small = 2 * grid[0] * grid[1], (grid[0] // 2, grid[1] // 2)
+        generator = torch.Generator().manual_seed(0)
+
+        def made(n: int, f: int = frames, c: int = channels, h: int = heads, g: Any = generator) -> Tensor:
+            return torch.randn(n, f, h * c, generator=g).unflatten(2, (h, c)).transpose(1, 2)
+
+        q, k, v = made(positions), made(positions), made(positions)
+        centred = centred_map(made(positions // 4), made(positions // 4))
+        layer, band = Layer(2, grid, slice(1, 2)), Band.of(frames, tau)
+        forms: dict[str, Callable[[], Any]] = {
+            "plain": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
+            "official": lambda a=(q, k, v, centred + 1 / frames, small, grid, tau): official(*a),
+            "guided": lambda a=(q, k, v, centred, small, layer, band): guided(*a),
+            "reference": lambda a=(q, k, v, layer, band): weigh(guided_maps(a[0], a[1], a[3])[0], a[2], a[4], 1.5),
+            "values": lambda q=q, k=k, v=v, b=band: F.scaled_dot_product_attention(q, k, filter_frames(v, b, 1.5)),
+        }
+        if band.mean_only:
+            forms["output"] = lambda q=q, k=k, v=v: stretched(q, k, v)
+        times = least(forms, repeats)
+        error = (forms["guided"]() - forms["official"]()).abs().max()
+        table.append(
+            {
+                "shape": f"{positions} x {heads}, F {frames}, D {channels}, tau {tau}",
+                "plain_ms": round(1e3 * times["plain"], 2),
+                "ratio": {n: round(t / times["plain"], 3) for n, t in times.items() if n != "plain"},
+                "largest_difference_from_official": float(error),
+            }
+        )
+        print(table[-1], file=sys.stderr)
+    worst = max(row["ratio"]["guided"] for row in table)
+    return {"cost": table, "worst_guided": worst, "limit": LIMIT, "passed": worst <= LIMIT}
+
+
+def guided(q: Tensor, k: Tensor, v: Tensor, ref: Tensor, small: tuple[int, int], layer: Layer, band: Band) -> Tensor:
+    """Compute one guided and enhanced attention as attnctl does, energies included."""
+    pieces, energies = guided_maps(q, k, layer, Reference(ref, 2, small), alpha=0.6, band=band)
+    assert energies is not None
+    total = energies.sum(1)
+    return weigh(pieces, v, band, motion_beta(total[0], total[1], total[2], 1.5))
+
+
+def stretched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute the output form, mu + beta (A v - mu)."""
+    out = F.scaled_dot_product_attention(q, k, v)
+    return torch.lerp(v.mean(-2, keepdim=True).expand_as(out), out, 1.5)
+
+
+def least(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the least process time of each form over interleaved repeats."""
+    times = dict.fromkeys(forms, float("inf"))
+    for _ in range(repeats + 1):  # the first round warms up, and being slower never counts
+        for name, form in forms.items():
+            began = time.process_time()
+            form()
+            times[name] = min(times[name], time.process_time() - began)
+    return times
+
+
+def run_flops() -> dict[str, Any]:
+    """Count one step of SD 1.5 AnimateDiff, plain and active."""
+    import diffusers
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        model = diffusers.UNetMotionModel.from_unet2d(unet, diffusers.MotionAdapter(use_motion_mid_block=False))
+        model = model.to("meta")
+        inputs = {
+            "sample": torch.empty(2, 4, 16, 64, 64),
+            "timestep": torch.tensor(1),
+            "encoder_hidden_states": torch.empty(32, 77, 768),
+        }
+
+    def count() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs, return_dict=False)
+        return int(counter.get_total_flops())
+
+    plain = count()
+    result: dict[str, Any] = {"plain_tflop": plain / 1e12, "active": {}}
+    for control in (BroadWay(), BroadWay(alpha=0.0)):
+        with attnctl.control(model, control, layout="uncond_first") as handle:
+            handle.set_step(0, 50)
+            active = count()
+        added = 0.2 * (active / plain - 1)
+        result["active"][control.describe()] = {"tflop": active / 1e12, "whole_run_adds": added}
+        print(f"{control.describe():20} step {active / plain - 1:+.4%}, whole run {added:+.4%}", file=sys.stderr)
+    result["passed"] = all(a["whole_run_adds"] <= RUN_LIMIT for a in result["active"].values())
+    return result
+
+
+def interval(values: np.ndarray, base: np.ndarray | None = None, draws: int = 10_000) -> list[float]:
+    """Return the mean (or the ratio of means to `base`) and its bootstrap interval over the pairs."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(values), (draws, len(values)))
+    drawn = values[picks].mean(1)
+    point = values.mean()
+    if base is not None:
+        drawn, point = drawn / base[picks].mean(1), point / base.mean()
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return [round(float(x), 4) for x in (point, low, high)]
+
+
+def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, Any]:
+    """Tune the motion knob on some prompts and report on others, paired by prompt and noise."""
+    from attnctl.shapes.evaluate_video import generate_clips, mark
+    from attnctl.shapes.load import WEIGHTS, load_shapes
+    from attnctl.shapes.motion import clip_prompts
+    from attnctl.video import NO_MOTION
+
+    pipe: Any = load_shapes("video", folder=folder)
+    told = (folder or WEIGHTS / "video") / "evaluation.json"
+    scale = json.loads(told.read_text())["scale"] if told.is_file() else 3.0
+
+    def rows(prompts: Sequence[str], seed: int, control: BroadWay | None) -> list[dict[str, Any]]:
+        began = time.perf_counter()
+        with attnctl.control(pipe, control) if control is not None else nullcontext():
+            videos = generate_clips(pipe, prompts, scale=scale, seed=seed, steps=steps)
+        name = control.describe() if control is not None else "plain"
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        return mark(videos, prompts)
+
+    def compared(plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+        moves = np.array([not r["asked"].startswith("still") for r in plain])
+        column = lambda t, key: np.array([float(r[key]) for r in t])  # noqa: E731
+        known = ~np.isnan(column(plain, "warp_error") + column(other, "warp_error"))
+        flow = column(plain, "motion_mean"), column(other, "motion_mean")
+        result: dict[str, Any] = {
+            "warp_error_ratio": interval(column(other, "warp_error")[known], column(plain, "warp_error")[known]),
+            "right_points": interval(100 * (column(other, "right") - column(plain, "right"))),
+            "direction_points": interval(100 * (column(other, "direction") - column(plain, "direction"))),
+            "flicker_ratio": interval(np.nan_to_num(column(other, "flicker")), np.nan_to_num(column(plain, "flicker"))),
+        }
+        if moves.any():
+            result["flow_ratio_moving"] = interval(flow[1][moves], flow[0][moves])
+        if not moves.all():
+            result["still_share"] = [float((f[~moves] < NO_MOTION).mean()) for f in flow]
+            result["still_flow"] = [float(f[~moves].mean()) for f in flow]
+        return result
+
+    tuning = clip_prompts(11, n_tune)
+    base = rows(tuning, TUNING_SEED, None)
+    candidates = [BroadWay(motion=m, stop=s) for s in (0.2, 0.4) for m in (0.5, 1.0, 2.0, 4.0)]
+    table = [(c, compared(base, rows(tuning, TUNING_SEED, c))) for c in candidates]
+    good = [(c, r) for c, r in table if r["direction_points"][0] >= -2 and r["warp_error_ratio"][0] <= 1.1]
+    chosen, _ = max(good or table, key=lambda item: item[1].get("flow_ratio_moving", [0.0])[0])
+    prompts = clip_prompts(12, n)
+    plain = rows(prompts, REPORT_SEED, None)
+    runs = {
+        "published": BroadWay(),
+        "chosen": chosen,
+        "self-guidance alone": BroadWay(beta=1.0, energy_floor=False, stop=chosen.stop),
+        "enhancement alone": BroadWay(alpha=0.0, beta=chosen.strength()[1], stop=chosen.stop),
+    }
+    figures = {name: compared(plain, rows(prompts, REPORT_SEED, c)) for name, c in runs.items()}
+    for name, row in figures.items():
+        print(f"{name} ({runs[name].describe()}): {row}", file=sys.stderr)
+    return {
+        "videos": n,
+        "steps": steps,
+        "cfg": scale,
+        "controls": {name: c.describe() for name, c in runs.items()},
+        "effects": figures,
+        "tuning": [{"control": c.describe(), **r} for c, r in table],
+    }
+
+
+def main() -> int:
+    """Run one study and print it; exit with 1 if a figure misses its limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("cost", "run", "effects"))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("-n", type=int, default=128, help="videos of the report")
+    parser.add_argument("--tune", type=int, default=36, help="videos of every setting tried")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--folder", type=Path, help="another video model")
+    parser.add_argument("--threads", type=int, help="1 for cost, all for effects if not given")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads or (1 if options.study == "cost" else os.cpu_count() or 1))
+    result: dict[str, Any] = {"study": options.study, "machine": platform.machine(), "torch": torch.__version__}
+    with torch.no_grad():
+        if options.study == "cost":
+            result |= cost(options.repeats)
+        elif options.study == "run":
+            result |= run_flops()
+        else:
+            result |= effects(options.n, options.tune, options.steps, options.folder)
+    print(json.dumps(result, indent=1))
+    return 0 if result.get("passed", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
