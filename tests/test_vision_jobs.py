@@ -1,0 +1,62 @@
+"""Classification and segmentation jobs: their data, one short run each, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnctl.errors import ConfigError
+from attnctl.pipelines.fitting import fit
+from attnctl.pipelines.segment import CLASSES, scene_masks, segment
+
+
+def test_scene_masks_fit_their_images() -> None:
+    images, masks = scene_masks(16, seed=3)
+    again, _ = scene_masks(16, seed=3)
+    assert torch.equal(images, again)
+    assert set(masks.unique().tolist()) <= set(range(len(CLASSES)))
+    for image, mask in zip(images, masks, strict=True):
+        background = image[:, mask == 0].median(dim=1).values
+        inside = (image[:, mask > 0] - background[:, None]).abs().sum(0)
+        assert (inside > 0.1).double().mean() > 0.95
+
+
+def test_fit_learns_and_repeats() -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    curves = []
+    for _ in range(2):
+        model = nn.Linear(4, 2)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        curves.append(fit(model, x, y, F.cross_entropy, epochs=5, batch=16, lr=0.1, quiet=True))
+        assert not model.training
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    with pytest.raises(ConfigError, match="epochs=0"):
+        fit(nn.Linear(4, 2), x, y, F.cross_entropy, epochs=0)
+    with pytest.raises(ConfigError, match="one target an image"):
+        fit(nn.Linear(4, 2), x, y[:3], F.cross_entropy)
+
+
+def test_classify(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from attnctl.pipelines.classify import classify
+
+    done = classify("biformer_micro", epochs=2, out=tmp_path, quiet=True)
+    assert done.accuracy > 0.5
+    assert all(f.stat().st_size > 0 for f in done.files)
+
+
+def test_segment(tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("torchmetrics")
+    done = segment("biformer_micro", n_train=64, n_test=8, epochs=1, out=tmp_path, quiet=True)
+    assert 0 < done.mean_iou <= 1
+    assert all(f.stat().st_size > 0 for f in done.files)
+    with pytest.raises(ConfigError, match="'unet'"):
+        segment("biformer_micro", "unett")
