@@ -135,7 +135,10 @@ def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) ->
     if band.mean_only:
         low = wide.mean(dim, keepdim=True)
     else:
-        low = (band.low(v) @ wide.movedim(dim, -2)).movedim(-2, dim)
+        # L is symmetric. On the right of one long matrix it is used as it is; else it is copied for every position.
+        # Contiguous, because fused kernels want the channels side by side and else make maps after all.
+        last = wide.movedim(dim, -1)
+        low = (last.reshape(-1, band.frames) @ band.low(v)).view(last.shape).movedim(-1, dim).contiguous()
     # lerp, because it returns v itself where beta is 1.
     return torch.lerp(low.expand_as(wide), wide, torch.as_tensor(beta).to(wide)).to(v.dtype)
 
