@@ -269,7 +269,10 @@ def guided_maps(
     energies = q.new_zeros((3, len(counted)), dtype=wide) if band is not None else None
     pieces: list[Tensor] = []
     for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
-        a = centred_map(q[part], k[part], scale) if maps is None else maps[part].to(wide) - 1 / maps.shape[-1]
+        if maps is None:
+            a = centred_map(q[part], k[part], scale)
+        else:
+            a = (maps[part].to(wide) - 1 / maps.shape[-1]).contiguous()
         measured = energies is not None and row in counted
         e1 = _dot(a, a) if measured else None  # before the map is overwritten
         if guide is not None:
