@@ -1,9 +1,11 @@
-"""The shapes video model: text2image's UNet, frozen, with motion modules, and what trains them.
+"""The shapes video model: text2image's UNet with motion modules, and what trains them.
 
 The text encoder of text2image has never seen a motion word, and the motion modules see no text: direction reaches them
-only through the features that the frozen cross-attention writes into every frame. So the video pipeline has a text
-encoder of its own, which starts as text2image's and is trained with the motion modules. What it says about captions
-without motion words is tied to what text2image's says (`Motions.anchor`), so still pictures stay as good as they were.
+only through the features that cross-attention writes into every frame. So the video pipeline has a text encoder of its
+own, which starts as text2image's and is trained with the motion modules, and so have the keys and values of
+cross-attention; with these frozen, 2,200 steps taught how things move but not where to. What the text encoder says
+about captions without motion words is tied to what text2image's says (`Motions.anchor`), so still pictures stay as good
+as they were.
 """
 
 from __future__ import annotations
@@ -34,9 +36,19 @@ if TYPE_CHECKING:
     )
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["Clips", "Motions", "assemble", "build_adapter", "make_clips", "motion_parameters", "with_motion"]
+__all__ = [
+    "Clips",
+    "Motions",
+    "assemble",
+    "build_adapter",
+    "make_clips",
+    "motion_parameters",
+    "read_parameters",
+    "with_motion",
+]
 
 # How often a training caption is told in full, without its speed, without its motion, or not at all.
+_READS = (".attn2.to_k.weight", ".attn2.to_v.weight")
 _TOLD = (0.65, 0.15, 0.1, 0.1)
 
 
@@ -97,7 +109,7 @@ def build_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
 
 
 def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
-    """Join UNet and motion modules for training; only the latter are left to train."""
+    """Join UNet and motion modules for training: these, and what cross-attention reads of the text."""
     from diffusers import UNetMotionModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -105,8 +117,13 @@ def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
     # On a CPU the fused kernel's backward takes more than twice as long as attention written out.
     model.set_attn_processor(AttnProcessor())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".motion_modules." in name)
+        parameter.requires_grad_(".motion_modules." in name or name.endswith(_READS))
     return model
+
+
+def read_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
+    """Return what cross-attention reads the text with, under the names that it has in the UNet without motion."""
+    return {n: t for n, t in unet.state_dict().items() if n.endswith(_READS) and ".motion_modules." not in n}
 
 
 def motion_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
@@ -142,10 +159,11 @@ class Motions:
         *,
         batch: int = 4,
         anchor: float = 1.0,
+        noisy: float = 0.5,
         bf16: bool = True,
     ) -> None:
         self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
-        self.batch, self.weight, self.bf16 = batch, anchor, bf16
+        self.batch, self.weight, self.noisy, self.bf16 = batch, anchor, noisy, bf16
         self.device = next(unet.parameters()).device
         forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
         empty = encode_captions(tokenizer, [""]).expand_as(forms[0])
@@ -168,7 +186,7 @@ class Motions:
         noise = torch.randn(x.shape, generator=generator)
         # Stratified; more of the noisy steps, where motion is decided: the rest is what the frozen layers can do.
         u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
-        t = (u.sqrt() * self.scheduler.config.num_train_timesteps).long()
+        t = (u**self.noisy * self.scheduler.config.num_train_timesteps).long()
         target = self.scheduler.get_velocity(x, noise, t)
         noisy = self.scheduler.add_noise(x, noise, t)
         # Drawn on the CPU, so that a seed means the same everywhere.

@@ -1,6 +1,6 @@
 """Train the shapes video model: `python -m attnctl.shapes.train video --out runs/video [--resume]`.
 
-Motion modules for the frozen UNet of text2image, and a text encoder that knows motion words (see `clips`).
+Motion modules for the UNet of text2image, and a text encoder that knows motion words (see `clips`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
+from attnctl.errors import ConfigError
 from attnctl.shapes import clips as world
 from attnctl.shapes.export import settle
 from attnctl.shapes.loop import Plan, train
 from attnctl.shapes.options import add_options, load_average, load_base, plan_from, put_average
 
 if TYPE_CHECKING:
-    from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline, UNetMotionModel
+    from diffusers import (
+        AnimateDiffPipeline,
+        MotionAdapter,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+        UNetMotionModel,
+    )
     from transformers import CLIPTextModel
 
 __all__ = ["export_video", "main", "train_video"]
@@ -33,6 +41,7 @@ def train_video(
     device: str = "cpu",
     resume: bool = False,
     quiet: bool = False,
+    start: Path | None = None,
     **options: Any,
 ) -> AnimateDiffPipeline:
     """Train motion modules and text encoder on cached clips and return the assembled pipeline with averaged weights.
@@ -40,24 +49,26 @@ def train_video(
     Args:
         out: folder for `log.jsonl` and `checkpoint/`.
         plan: length and rates.
-        base: the text2image pipeline that gets motion; its own weights stay as they are.
+        base: the text2image pipeline that gets motion; it is not changed.
         clips: encoded clips.
         device: where to train.
         resume: go on from the checkpoint in `out` where there is one.
         quiet: no progress bar.
+        start: folder of an earlier run whose weights to begin with.
         options: of `clips.Motions`.
 
     Raises:
         ConfigError: `out` holds a checkpoint and `resume` is false, or the checkpoint is damaged.
     """
     text_encoder, adapter, unet = _fresh(plan.seed, base)
+    if start is not None:
+        _start_from(start, {"text_encoder": text_encoder, "unet": unet})
     modules = {"text_encoder": text_encoder.to(device), "unet": unet.to(device)}
     loss = world.Motions(unet, text_encoder, base.tokenizer, clips, **options)
-    facts = {"batch": loss.batch, "anchor": loss.weight, "clips": len(clips.captions)}
+    facts = {"batch": loss.batch, "anchor": loss.weight, "noisy": loss.noisy, "clips": len(clips.captions)}
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     put_average(average, modules)
-    adapter.load_state_dict(world.motion_parameters(unet))
-    return world.assemble(base, text_encoder, adapter)
+    return _assemble(base, text_encoder, adapter, unet)
 
 
 def export_video(out: Path, base: StableDiffusionPipeline, target: Path) -> int:
@@ -71,9 +82,8 @@ def export_video(out: Path, base: StableDiffusionPipeline, target: Path) -> int:
     """
     text_encoder, adapter, unet = _fresh(0, base)
     step = load_average(out, {"text_encoder": text_encoder, "unet": unet})
-    adapter.load_state_dict(world.motion_parameters(unet))
-    pipe = world.assemble(base, text_encoder, adapter)
-    pipe.register_modules(unet=base.unet)
+    pipe = _assemble(base, text_encoder, adapter, unet)
+    pipe.register_modules(unet=_flat(base, unet))
     for part in (pipe.vae, pipe.text_encoder, pipe.unet, pipe.motion_adapter):
         torch.nn.Module.to(part, dtype=torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
@@ -86,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train video", description=__doc__.splitlines()[0])
     add_options(parser, steps=4000, batch=4, lr=2e-3, cooldown=0.4)
     parser.add_argument("--clips", type=int, default=3000, help="clips to encode")
+    parser.add_argument("--noisy", type=float, default=0.5, help="below 1, more of the noisy steps: t = u ** NOISY")
+    parser.add_argument("--start", type=Path, help="folder of an earlier run whose weights to begin with")
     parser.add_argument("--anchor", type=float, default=1.0, help="weight of what keeps still captions as they are")
     args = parser.parse_args(argv)
     plan = plan_from(args)
@@ -99,12 +111,42 @@ def main(argv: list[str] | None = None) -> int:
         base.vae.cpu()
         train_video(
             out / "motion", plan, base, clips, resume=args.resume,
-            batch=args.batch, anchor=args.anchor, bf16=not args.fp32, device=args.device,
+            start=args.start, batch=args.batch, anchor=args.anchor, noisy=args.noisy, bf16=not args.fp32,
+            device=args.device,
         )  # fmt: skip
     target = args.export or out / "pipeline"
     step = export_video(out / "motion", base, target)
     print(f"wrote {target} (step {step})")
     return 0
+
+
+def _flat(base: StableDiffusionPipeline, unet: UNetMotionModel) -> UNet2DConditionModel:
+    """Return a copy of the base's UNet that reads the text as the trained one does."""
+    flat: UNet2DConditionModel = copy.deepcopy(base.unet)
+    flat.load_state_dict(world.read_parameters(unet), strict=False)
+    return flat
+
+
+def _assemble(
+    base: StableDiffusionPipeline, text_encoder: CLIPTextModel, adapter: MotionAdapter, unet: UNetMotionModel
+) -> AnimateDiffPipeline:
+    """Put the parts together, leaving the base as it is."""
+    adapter.load_state_dict(world.motion_parameters(unet))
+    tuned = copy.copy(base)
+    tuned.unet = _flat(base, unet)
+    return world.assemble(tuned, text_encoder, adapter)
+
+
+def _start_from(folder: Path, modules: dict[str, torch.nn.Module]) -> None:
+    """Take over the averaged weights of an earlier run, as far as it has them.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    path = folder / "checkpoint" / "average.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"--start {folder} holds no checkpoint: expected {path}.")
+    put_average(load_file(path), modules)
 
 
 def _fresh(seed: int, base: StableDiffusionPipeline) -> tuple[CLIPTextModel, MotionAdapter, UNetMotionModel]:
