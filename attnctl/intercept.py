@@ -212,9 +212,7 @@ class _Intercept(TorchFunctionMode):
         kernel = self.link.kernel
         if self.link.observed:
             kernel = functools.partial(sdpa.as_called, is_causal=is_causal, enable_gqa=enable_gqa)
-        call = AttnCall(
-            query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after
-        )
+        call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after)
         self.index += 1
         return self.link.run(call)
 

@@ -18,7 +18,7 @@ from PIL import Image
 import attnctl
 from attnctl.cli import main
 from attnctl.commands.common import table, wilson
-from attnctl.commands.demo import PANELS
+from attnctl.commands.demo import SHEETS
 from attnctl.record import Record, pixels_sha256, read
 
 Run = Any
@@ -405,17 +405,21 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
     small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
     code, out, err = run("demo", *small, "--out", tmp_path, "--json")
     assert code == 0, err
-    data = json.loads(out)
-    assert [panel["name"] for panel in data["panels"]] == [panel.name for panel in PANELS]
-    for panel in data["panels"]:
-        for mark in ("present", "bound", "right"):
-            one = panel[mark]
-            assert one["n"] == 4
-            assert 0 <= one["low"] <= one["k"] / 4 <= one["high"] <= 1
-    records = read(tmp_path / "demo.png")
-    assert [len(r.controls) for r in records] == [len(panel.controls) for panel in PANELS]
-    assert {r.seeds for r in records} == {(0, 1, 2)}
-    assert {r.shows for r in records} == {(0, 1)}
+    for sheet, found in zip(SHEETS, json.loads(out)["sheets"], strict=True):
+        assert found["model"] == sheet.model
+        assert [panel["name"] for panel in found["panels"]] == [panel.name for panel in sheet.panels]
+        n = 4 // sheet.share
+        assert found["images_per_panel"] == n
+        for panel in found["panels"]:
+            for mark in ("present", "bound", "right"):
+                one = panel[mark]
+                assert one["n"] == n
+                assert 0 <= one["low"] <= one["k"] / n <= one["high"] <= 1
+        records = read(tmp_path / f"{sheet.file}.png")
+        assert [len(r.controls) for r in records] == [len(panel.controls) for panel in sheet.panels]
+        assert {r.seeds for r in records} == {tuple(range(min(3, n)))}
+        assert {r.shows for r in records} == {tuple(range(min(2, n)))}
+        assert (tmp_path / f"{sheet.maps}.png").exists() == bool(sheet.maps)
     code, _, err = run("demo", *small, "--out", tmp_path)
     assert code == 1
     assert "already there" in err
@@ -423,13 +427,15 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
     assert code == 0, err
     again = json.loads(out)
     assert again["identical"] is True
-    assert len(again["images"]) == 2 * len(PANELS)
+    assert len(again["images"]) == 2 * len(SHEETS[0].panels)
 
 
-def test_the_demo_prints_a_table(run: Run, tmp_path: Path) -> None:
+def test_the_demo_prints_tables(run: Run, tmp_path: Path) -> None:
     code, out, err = run("demo", "--prompts", 1, "--seeds", 1, "--steps", 1, "--out", tmp_path)
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()[2:5]] == [panel.name for panel in PANELS]
+    first = [line.split()[0] for line in out.splitlines() if line]
+    for sheet in SHEETS:
+        assert first[first.index(sheet.model) + 2 :][: len(sheet.panels)] == [panel.name for panel in sheet.panels]
     assert "95 % Wilson" in out
     assert "demo.png" in err
 

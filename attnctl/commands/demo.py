@@ -1,6 +1,6 @@
-"""`attnctl demo`: the shipped model plain and under control, side by side, with the judge's marks. Offline.
+"""`attnctl demo`: the shipped models plain and under control, side by side, with the judge's marks. Offline.
 
-Every panel uses the same prompts, seeds and noise. A new method adds a line to `PANELS`.
+Every panel of a sheet uses the same prompts, seeds and noise. A new method adds a line to its sheet in `SHEETS`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from attnctl.commands.common import Common, Result, UsageError, say, table, wilson
 from attnctl.outputs import below, check_free
 
-__all__ = ["PANELS", "Demo", "Panel"]
+__all__ = ["SHEETS", "Demo", "Panel", "Sheet"]
 
-MODEL = "shapes:text2image"
 PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
 MARKS = ("present", "bound", "right")
 GREEN = (30, 150, 70)
@@ -30,16 +29,55 @@ class Panel:
     controls: tuple[str, ...] = ()
 
 
-PANELS: tuple[Panel, ...] = (
-    Panel("plain"),
-    Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
-    Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
+@dataclass(frozen=True)
+class Sheet:
+    """Describe one picture of the demo: a model and its columns, the first of which is plain.
+
+    Attributes:
+        model: A shipped model.
+        file: Name of the picture, without its ending.
+        panels: The columns.
+        share: One image in how many of the first sheet's is made; for models that take longer.
+        maps: Name of a second picture, of where the plain images attend to their nouns, or "".
+        options: Further arguments of the pipeline call.
+    """
+
+    model: str
+    file: str
+    panels: tuple[Panel, ...]
+    share: int = 1
+    maps: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+SHEETS: tuple[Sheet, ...] = (
+    Sheet(
+        "shapes:text2image",
+        "demo",
+        (
+            Panel("plain"),
+            Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
+            Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
+        ),
+        maps="demo-maps",
+    ),
+    Sheet(
+        "shapes:mmdit",
+        "demo-mmdit",
+        (
+            Panel("plain"),
+            Panel("PAG", ("PAG(scale=2.0)",)),
+            Panel("SoftPAG", ("SoftPAG(scale=2.0, u=0.5)",)),
+        ),
+        share=4,
+        options=(("max_sequence_length", 0),),  # no padding in the place of T5: half the time
+    ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """Show every method on the shipped model: a grid of images, and a table of what the judge finds."""
+    """Show the methods on the shipped models: grids of images, and tables of what the judge finds."""
 
     prompts: int = 16
     """How many prompts, two objects each."""
@@ -63,7 +101,7 @@ class Demo(Common):
     """Seed of the first image."""
 
     out: Path = Path("out")
-    """Folder for demo.png and demo.json."""
+    """Folder for the pictures and their records."""
 
     force: bool = False
     """Overwrite files that are already there."""
@@ -80,74 +118,88 @@ class Demo(Common):
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is a whole number from {least} on, got {getattr(self, name)}.")
-        path, maps_path = below(self.out, "demo.png"), below(self.out, "demo-maps.png")
-        check_free([p.with_suffix(end) for p in (path, maps_path) for end in (".png", ".json")], force=self.force)
+        names = [name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name]
+        check_free([below(self.out, f"{n}{end}") for n in names for end in (".png", ".json")], force=self.force)
 
+        from attnctl.shapes import pair_prompts
+
+        asked = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
+        done = [self._sheet(sheet, asked[: max(1, len(asked) // sheet.share)], command) for sheet in SHEETS]
+        seconds = sum(one["seconds"] for one in done)
+        say(f"{seconds:.0f} s of computing; pictures in {', '.join(p for one in done for p in one['pictures'])}")
+        data = {
+            "seconds": round(seconds, 1),
+            "prompts": self.prompts,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "sheets": done,
+        }
+        return Result(data, "\n\n".join(map(_text, done)) + f"\n\n{_NOTES}")
+
+    def _sheet(self, sheet: Sheet, asked: tuple[str, ...], command: str) -> dict[str, Any]:
+        """Make one picture, and a second one of maps where it has one."""
         from tqdm import tqdm
 
         from attnctl.commands.models import load
         from attnctl.commands.sampling import Call
         from attnctl.record import save_image
-        from attnctl.shapes import pair_prompts
         from attnctl.specs import parse_control
 
-        asked = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
         seeds = tuple(range(self.seed, self.seed + len(asked)))
-        loaded = load(MODEL)
-        say(f"{len(PANELS)} panels of {len(asked)} images, {self.steps} steps each, on {loaded.pipe.device}")
+        loaded = load(sheet.model)
+        panels = sheet.panels
+        say(f"{sheet.model}: {len(panels)} panels of {len(asked)} images, {self.steps} steps, on {loaded.pipe.device}")
         calls = [
             Call(
                 prompts=asked[first : first + self.batch],
                 seeds=seeds[first : first + self.batch],
                 steps=self.steps,
                 guidance=self.guidance,
+                options=dict(sheet.options),
                 command=command,
             )
             for first in range(0, len(asked), self.batch)
         ]
         started = time.perf_counter()
         columns = []
-        total = len(PANELS) * len(calls) * self.steps
-        with tqdm(total=total, unit="step", disable=None, leave=False) as bar:
-            for panel in PANELS:
+        with tqdm(total=len(panels) * len(calls) * self.steps, unit="step", disable=None, leave=False) as bar:
+            for panel in panels:
                 bar.set_description(panel.name)
                 controls = tuple(parse_control(text) for text in panel.controls)
                 asks = [replace(call, controls=controls) for call in calls]
-                if not controls:  # the plain images of the grid also show where they attend
+                if not controls and sheet.maps:  # the plain images of the grid also show where they attend
                     asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))
                 columns.append(_column(loaded, asks, bar.update))
         seconds = time.perf_counter() - started
 
-        shown = min(self.rows, self.prompts, self.batch)
+        shown = min(self.rows, self.prompts, self.batch, len(asked))
+        pictures = [below(self.out, f"{sheet.file}.png")]
         save_image(
-            _sheet(columns, asked[:shown], seeds[:shown], self),
-            path,
+            _grid(sheet, columns, asked[:shown], seeds[:shown], self, len(asked)),
+            pictures[0],
             [replace(column["records"][0], shows=tuple(range(shown))) for column in columns],
             force=self.force,
         )
-        plain = columns[[panel.controls for panel in PANELS].index(())]
-        save_image(
-            _maps_sheet(plain, asked[:shown], seeds[:shown]),
-            maps_path,
-            replace(plain["records"][0], shows=tuple(range(shown))),
-            force=self.force,
-        )
-        panels = [_marks(panel, column) for panel, column in zip(PANELS, columns, strict=True)]
-        for panel, row in zip(PANELS, panels, strict=True):
+        if sheet.maps:
+            pictures.append(below(self.out, f"{sheet.maps}.png"))
+            plain = columns[[panel.controls for panel in panels].index(())]
+            save_image(
+                _maps_sheet(plain, asked[:shown], seeds[:shown]),
+                pictures[1],
+                replace(plain["records"][0], shows=tuple(range(shown))),
+                force=self.force,
+            )
+        marks = [_marks(panel, column) for panel, column in zip(panels, columns, strict=True)]
+        for panel, row in zip(panels, marks, strict=True):
             for control, names in zip(panel.controls, row["sites"], strict=True):
                 say(f"{control} acts on {', '.join(names)}")
-        say(f"{seconds:.0f} s of computing; pictures in {path} and {maps_path}")
-        data = {
-            "picture": str(path),
-            "maps": str(maps_path),
+        return {
+            "model": sheet.model,
+            "pictures": [str(path) for path in pictures],
             "seconds": round(seconds, 1),
-            "prompts": self.prompts,
             "images_per_panel": len(asked),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "panels": panels,
+            "panels": marks,
         }
-        return Result(data, _text(panels, len(asked), self.prompts))
 
 
 def _capture(prompts: Sequence[str], steps: int) -> Any:
@@ -183,7 +235,14 @@ def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
     }
 
 
-def _sheet(columns: Sequence[dict[str, Any]], prompts: Sequence[str], seeds: Sequence[int], demo: Demo) -> Any:
+def _grid(
+    sheet: Sheet,
+    columns: Sequence[dict[str, Any]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    demo: Demo,
+    images: int,
+) -> Any:
     from attnctl.imaging import grid
 
     rows = len(prompts)
@@ -192,10 +251,10 @@ def _sheet(columns: Sequence[dict[str, Any]], prompts: Sequence[str], seeds: Seq
         rows,
         len(columns),
         [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
-        ["\n".join(panel.controls) or panel.name for panel in PANELS],
+        ["\n".join(panel.controls) or panel.name for panel in sheet.panels],
         footer=(
             "Green frame: the judge finds both objects, each in its own colour and shape, and nothing else. "
-            f"The first {rows} of {demo.prompts * demo.seeds} images, not chosen; CFG {demo.guidance:g}, "
+            f"The first {rows} of {images} images of {sheet.model}, not chosen; CFG {demo.guidance:g}, "
             f"{demo.steps} steps."
         ),
         frames=[GREEN if column["right"][i] else None for i in range(rows) for column in columns],
@@ -236,14 +295,15 @@ def _marks(panel: Panel, column: dict[str, Any]) -> dict[str, Any]:
     return {"name": panel.name, "controls": list(record.controls), "sites": sites, **marks}
 
 
-def _text(panels: Sequence[dict[str, Any]], images: int, prompts: int) -> str:
-    rows = [(panel["name"], *(_share(panel[name]) for name in MARKS)) for panel in panels]
-    head = ("", "both colours there", "both bound", "all right")
-    notes = (
-        f"{images} images a row, {prompts} prompts, the same seeds in all; k/n and 95 % Wilson interval.\n"
-        "bound: each object has its own colour and shape; all right: bound, and nothing else in the picture."
-    )
-    return f"{table(head, rows)}\n\n{notes}"
+_NOTES = (
+    "The same prompts and seeds in all rows of a table; k/n and 95 % Wilson interval.\n"
+    "bound: each object has its own colour and shape; all right: bound, and nothing else in the picture."
+)
+
+
+def _text(sheet: dict[str, Any]) -> str:
+    rows = [(panel["name"], *(_share(panel[name]) for name in MARKS)) for panel in sheet["panels"]]
+    return table((sheet["model"], "both colours there", "both bound", "all right"), rows)
 
 
 def _share(mark: dict[str, Any]) -> str:
