@@ -19,11 +19,13 @@ STEPS = 20
 MARKS = ("present", "bound", "right")
 
 
-def run(pipe: Any, prompts: Sequence[str], scale: float, seed: int, control: Control | None) -> dict[str, Any]:
+def run(
+    pipe: Any, prompts: Sequence[str], scale: float, seed: int, control: Control | None, **options: Any
+) -> dict[str, Any]:
     """Generate and judge one picture a prompt; also time it and count perturbed passes."""
     began = time.perf_counter()
     with attnctl.control(pipe, control) if control is not None else nullcontext() as handle:
-        images = generate(pipe, prompts, scale=scale, seed=seed, steps=STEPS)
+        images = generate(pipe, prompts, scale=scale, seed=seed, steps=STEPS, **options)
     seconds = time.perf_counter() - began
     return score(images, prompts) | {"seconds": seconds, "passes": handle.passes if handle is not None else 0}
 
