@@ -80,7 +80,7 @@ def export_mmdit(out: Path, base: StableDiffusionPipeline, target: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.train mmdit", description=__doc__.splitlines()[0])
-    add_options(parser, steps=4500, batch=32, lr=2e-3, cooldown=0.4)
+    add_options(parser, steps=5000, batch=16, lr=2e-3, cooldown=0.35)
     parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode")
     parser.add_argument("--pair-scenes", type=int, default=18000, help="two-object scenes to encode")
     parser.add_argument(
