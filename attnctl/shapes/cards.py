@@ -54,7 +54,8 @@ pipeline_tag: text-to-video
 # shapes video
 
 An AnimateDiffPipeline of {params} million parameters: the autoencoder of shapes text2image, its UNet with new keys and
-values in cross-attention, a MotionAdapter with motion modules in every down, mid and up block, and a text encoder that has learnt the motion words.
+values in cross-attention, a MotionAdapter with motion modules in every down, mid and up block, and a text encoder
+that has learnt the motion words.
 16 frames of 64x64, one object. It exists to show and measure video control where every frame can be judged exactly.
 
 ```python
@@ -69,7 +70,8 @@ Motion words: moving left, right, up or down, slow or fast; still. A prompt may 
 
 _VIDEO_TAIL = """
 ## Training
-`python -m attnctl.shapes.train video`: motion modules, text encoder and the keys and values of cross-attention on {clips} encoded clips; {steps} steps of
+`python -m attnctl.shapes.train video`: motion modules, text encoder and the keys and values of cross-attention
+on {clips} encoded clips; {steps} steps of
 {batch} clips, {optimizer}, rate {lr:g}. v-prediction, cosine noise of its own for every frame, more of the noisy steps;
 a tenth of the prompts empty, a tenth without motion, some without speed. What the text encoder says about captions
 without motion words is held to what text2image's says (weight {anchor:g}). Averaged weights, stored as float16. The
