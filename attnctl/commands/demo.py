@@ -66,8 +66,8 @@ SHEETS: tuple[Sheet, ...] = (
         "demo-mmdit",
         (
             Panel("plain"),
-            Panel("PAG", ("PAG(scale=2.0, sites=6)",)),
-            Panel("SoftPAG", ("SoftPAG(scale=2.0, u=0.5, sites=6)",)),
+            Panel("PAG", ("PAG(scale=2.5, sites=6)",)),
+            Panel("SoftPAG", ("SoftPAG(scale=2.5, u=0.5, sites=6)",)),
         ),
         share=4,
         options=(("max_sequence_length", 0),),  # no padding in the place of T5: half the time
