@@ -26,6 +26,10 @@ def settle(out: Path, target: Path, step: int) -> None:
             for n, t in load_file(text).items()
         }
         save_file(tensors, text, metadata={"format": "pt"})
+    for config in target.glob("*/config.json"):
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        if facts.pop("_name_or_path", None) is not None:  # the folder on the machine that trained it
+            config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if (out / "log.jsonl").exists():
         rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
         (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
