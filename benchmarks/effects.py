@@ -33,7 +33,7 @@ TUNING_SEED, REPORT_SEED = 40_000, 500_000
 PLAIN_SCALES = {"text2image": (1.5, 2.0, 3.0, 4.0, 6.0), "mmdit": (2.0, 3.0, 4.0, 6.0)}
 PLACES: dict[str, tuple[Any, ...]] = {
     "text2image": ("down.0", "down.1", "mid", "up.0", "up.1", ("up.0", "up.1"), "self"),
-    "mmdit": (4, 5, 6),  # depths 2 and 3 did less on 48 pictures, and each place costs a minute
+    "mmdit": (4, 5, 6),  # the second half of its eight blocks; each place costs a minute
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "text2image": {},

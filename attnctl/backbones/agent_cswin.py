@@ -332,7 +332,7 @@ def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
 
 @register_model
 def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    """Agent-CSwin-S: 32.8 M parameters, 6.8 G multiply-adds at 224."""
+    """Agent-CSwin-S: 32.8 M parameters, 6.7 G multiply-adds at 224."""
     return _create("agent_cswin_small", pretrained, **({"depths": (3, 6, 29, 2)} | kwargs))
 
 

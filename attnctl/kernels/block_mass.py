@@ -80,11 +80,12 @@ def block_mass(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys = repeat_heads(k, heads).to(wide).transpose(-2, -1)
     sums = torch.zeros(heads, places.shape[1], nq, nk, dtype=wide, device=q.device)
-    low, top = (torch.zeros_like(sums), torch.zeros_like(sums)) if eps is not None else (None, None)
     step = chunk_rows(1, heads, keys.shape[-1])
     sparse = uneven = None
-    marks: list[tuple[Tensor, Tensor, Tensor]] = []
+    marks: list[tuple[Tensor, Tensor]] = []
     for b in range(q.shape[0]):
+        part = torch.zeros_like(sums)  # of this sample alone: the marks are of one map each
+        low, top = (torch.zeros_like(sums), torch.zeros_like(sums)) if eps is not None else (None, None)
         for first in range(0, n, step):
             rows = slice(image.start + first, image.start + min(first + step, n))
             p = ((q[b, :, rows].to(wide) * scale) @ keys[b]).softmax(-1)[..., image]
@@ -92,16 +93,16 @@ def block_mass(
                 for o in range(places.shape[1]):
                     laid = F.pad(p[h].index_select(1, layouts[h, o]), (0, nk * block_k - n)).unflatten(1, (nk, block_k))
                     row_block = places[h, o, first : first + p.shape[1]] // block_q
-                    sums[h, o].index_add_(0, row_block, laid.sum(-1))
+                    part[h, o].index_add_(0, row_block, laid.sum(-1))
                     if low is not None and top is not None and eps is not None:
                         # Padding is not empty: it is 0, and counted off again.
                         small = (laid < eps).sum(-1, dtype=wide) - pads
                         low[h, o].index_add_(0, row_block, small)
                         index = row_block[:, None].expand(-1, nk)
                         top[h, o].scatter_reduce_(0, index, laid.amax(-1), "amax")
+        sums += part
         if low is not None and top is not None:
-            marks.append(_marks(sums - sum(m[2] for m in marks), low, top, n, block_q, block_k, sigma))
-            low, top = torch.zeros_like(sums), torch.zeros_like(sums)
+            marks.append(_marks(part, low, top, n, block_q, block_k, sigma))
     if marks:
         sparse = torch.stack([m[0] for m in marks]).mean(0)
         uneven = torch.stack([m[1] for m in marks]).mean(0)
@@ -111,13 +112,13 @@ def block_mass(
 
 def _marks(
     sums: Tensor, low: Tensor, top: Tensor, n: int, block_q: int, block_k: int, sigma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return M_sparse, M_quant and the sums that they are of; what pads the last blocks does not count."""
+) -> tuple[Tensor, Tensor]:
+    """Return M_sparse and M_quant; what pads the last blocks does not count."""
     entries = _sizes(n, block_q, sums)[:, None] * _sizes(n, block_k, sums)
     sparse = (low / entries >= sigma).to(sums.dtype).mean((-2, -1))
     mean = sums / entries
     uneven = torch.where(mean > 0, top / mean, torch.ones_like(mean)).mean((-2, -1))
-    return sparse, uneven, sums
+    return sparse, uneven
 
 
 def _sizes(n: int, block: int, like: Tensor) -> Tensor:

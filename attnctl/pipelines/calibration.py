@@ -1,8 +1,8 @@
 """Calibrate block-sparse attention: run a pipeline on a few prompts, see where the mass lies, and write a plan.
 
 Two looks at the model. The first adds up the blocks of every attention in all six orders and chooses one a head; the
-second adds them up again in that order, for each part of the run. (One look is enough where the first one's sums for
-every part fit into memory.) No map is ever built: `attnctl.kernels.block_mass` takes a few rows at a time.
+second adds them up again in that order, for each part of the run; where the run has one part, the first look is enough.
+No map is ever built: `attnctl.kernels.block_mass` takes a few rows at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,6 @@ from attnctl.sites import Selector, Site, select
 __all__ = ["Calibration", "calibrate"]
 
 METRICS = ("mass", "paro", "paro_literal")
-_MEMORY = 2 << 30
-"""Bytes of block sums up to which one look at the model is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,7 @@ class _Look(Control):
     settings: _Settings
     sums: dict[str, _Sums]
     groups: int
+    unknown: set[str]
     orders: Mapping[str, Sequence[int]] | None = None
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
@@ -111,7 +111,9 @@ class _Look(Control):
 
         def watch(call: AttnCall, proceed: Proceed) -> Tensor:
             grid = call.grid
-            if call.q.shape[2] == call.k.shape[2] and grid is not None:
+            if grid is None:
+                self.unknown.add(call.site.name)
+            elif call.q.shape[2] == call.k.shape[2]:
                 image = call.image or slice(0, call.q.shape[2])
                 group = call.state.step * self.groups // max(call.state.steps or 1, 1) if self.groups > 1 else 0
                 chosen = None if self.orders is None else [[o] for o in self.orders[call.site.name]]
@@ -197,17 +199,11 @@ def calibrate(
         run = _runner(pipe, settings, sites, parts, orders, dict(call or {}))
         return _over_prompts(run, prompts, seed, store, name, quiet)
 
-    first = look("orders", groups, None) if groups == 1 else None
-    if first is None:
-        probe = look("orders", 1, None)
-        size = sum(s.mass[0].numel() * 4 for s in probe.values()) * groups
-        first = look("parts", groups, None) if size <= _MEMORY else probe
+    first = look("orders", 1, None)
     if not first:
         raise ConfigError("No self- or joint attention with a known token grid was seen: nothing can be calibrated.")
     orders = {n: choose_orders(_found(s), settings.density, metric, alpha)[0].tolist() for n, s in first.items()}
-    second = first
-    if any(len(s.mass) < groups for s in first.values()):
-        second = look("masks", groups, orders)
+    second = first if groups == 1 else look("masks", groups, orders)
     texts = [p if isinstance(p, str) else f"({', '.join(p)})" for p in prompts]
     return _conclude(first, second, orders, settings, model, texts)
 
@@ -242,10 +238,18 @@ def _runner(
 
     def run(prompt: str | Mapping[str, Any], seed: int) -> dict[str, _Sums]:
         sums: dict[str, _Sums] = {}
+        unknown: set[str] = set()
         told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **told}
-        with control(pipe, _Look(settings=settings, sums=sums, groups=groups, orders=orders, sites=sites)):
+        watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
+        with control(pipe, watch):
             pipe(**options)
+        if unknown:
+            warnings.warn(
+                f"attnctl: the token grid of {len(unknown)} sites is not known ({sorted(unknown)[0]}, ...): they get "
+                "no plan and stay dense.",
+                stacklevel=4,
+            )
         return sums
 
     return run

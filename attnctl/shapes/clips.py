@@ -2,10 +2,9 @@
 
 The text encoder of text2image has never seen a motion word, and the motion modules see no text: direction reaches them
 only through the features that cross-attention writes into every frame. So the video pipeline has a text encoder of its
-own, which starts as text2image's and is trained with the motion modules, and so have the keys and values of
-cross-attention; with these frozen, 2,200 steps taught how things move but not where to. What the text encoder says
-about captions without motion words is tied to what text2image's says (`Motions.anchor`), so still pictures stay as good
-as they were.
+own, which starts as text2image's, and keys and values of cross-attention of its own: frozen ones hardly let the motion
+words through. Both are trained with the motion modules. What the text encoder says about captions without motion words
+is tied to what text2image's says (`Motions.anchor`), to keep still pictures as they are.
 """
 
 from __future__ import annotations
