@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from attnctl.errors import ConfigError
-from attnctl.maps import Reduce, WordMaps
+from attnctl.maps import Of, Reduce, WordMaps
 from attnctl.outputs import publish
 from attnctl.record import RecordError
 from attnctl.sites import Site
@@ -48,6 +48,7 @@ def describe(maps: WordMaps) -> dict[str, Any]:
         "rows": maps.rows,
         "reduce": maps.reduce,
         "keep": list(maps.keep),
+        "of": maps.of,
         "normalisation": "probability",
         "about": dict(maps.about),
     }
@@ -131,6 +132,8 @@ def _maps(data: Mapping[str, Any], layers: dict[str, torch.Tensor]) -> WordMaps:
         raise ValueError("its layers are not those of the tensors")
     if data["reduce"] not in get_args(Reduce):
         raise ValueError(f"reduce is {data['reduce']!r}")
+    if data.get("of", "words") not in get_args(Of):
+        raise ValueError(f"its maps are of {data['of']!r}")
     tokens = tuple(tuple(tuple(int(p) for p in places) for places in row) for row in data["tokens"])
     if len(tokens) != len(data["prompts"]) or any(len(row) != len(data["words"]) for row in tokens):
         raise ValueError("its tokens are not one list a word for each prompt")
@@ -145,5 +148,6 @@ def _maps(data: Mapping[str, Any], layers: dict[str, torch.Tensor]) -> WordMaps:
         rows=str(data["rows"]),
         reduce=data["reduce"],
         keep=tuple(map(str, data["keep"])),
+        of=data.get("of", "words"),
         about=dict(data["about"]),
     )

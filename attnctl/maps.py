@@ -17,8 +17,9 @@ from torch import Tensor
 from attnctl.errors import ConfigError, nearest
 from attnctl.sites import Selector, Site, select
 
-__all__ = ["Normalise", "Reduce", "WordMaps", "normalised", "otsu", "reduced", "resized"]
+__all__ = ["Normalise", "Of", "Reduce", "WordMaps", "normalised", "otsu", "reduced", "resized"]
 
+Of = Literal["words", "points"]
 Reduce = Literal["mean", "sum", "max"]
 Normalise = Literal["probability", "share", "minmax", "max"]
 
@@ -95,6 +96,8 @@ class WordMaps(Mapping[str, Tensor]):
         rows: "cond" or "uncond": which prompt the maps belong to.
         reduce: How steps, heads and layers are reduced.
         keep: What was not reduced: "steps", "heads".
+        of: "words", or "points": then `words` names places of the image as "x,y" or "x,y,frame", and a map says how
+            much that place attends to every other.
         about: Further facts, such as the model.
     """
 
@@ -108,6 +111,7 @@ class WordMaps(Mapping[str, Tensor]):
     rows: str = "cond"
     reduce: Reduce = "mean"
     keep: tuple[str, ...] = ()
+    of: Of = "words"
     about: Mapping[str, Any]
 
     def __getitem__(self, word: str) -> Tensor:

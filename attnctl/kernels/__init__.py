@@ -13,6 +13,7 @@ from attnctl.kernels.closed_forms import (
 )
 from attnctl.kernels.columns import columns
 from attnctl.kernels.dispatch import Backend, Plain, attention, backends, choose, plain, probe
+from attnctl.kernels.query_rows import linear_rows, query_rows
 
 __all__ = [
     "Backend",
@@ -26,10 +27,12 @@ __all__ = [
     "identity",
     "image_block",
     "image_rows",
+    "linear_rows",
     "perturb",
     "plain",
     "probe",
     "query_mean",
+    "query_rows",
     "temperature",
     "uniform",
 ]

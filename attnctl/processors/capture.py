@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, SiteError
 from attnctl.families import Family
 from attnctl.maps import Reduce
 from attnctl.processors.base import Attached, Control
+from attnctl.processors.pointrecorder import PointRecorder
 from attnctl.processors.recorder import Recorder
 from attnctl.sites import Site, select
 
@@ -34,7 +35,11 @@ class Capture(Control):
     Attributes:
         words: Words, phrases ("black bear"), occurrences ("cat#2") or places of text tokens (whole numbers); a tuple
             of tuples gives each prompt of a batch its own. None for all words of the prompt.
-        sites: Selector of cross- and joint-attention sites; None for all of them.
+        points: Places of the image instead of words: pairs (x, y) in shares of width and height from the top left,
+            each from 0 to 1, or (x, y, frame) of a video. Recorded is what the token there attends to: every token of
+            the image (self- and joint attention), or its own place in every frame (temporal attention).
+        sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
+            temporal ones; None for all self- and joint attention.
         reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept.
         keep: What is kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
             "steps" the memory does not grow with the steps of the run.
@@ -47,6 +52,7 @@ class Capture(Control):
     """
 
     words: Sequence[Any] | None = None
+    points: Sequence[tuple[float, ...]] | None = None
     reduce: Literal["mean", "sum", "max", "none"] = "mean"
     keep: Sequence[Axis] = ()
     heads: Sequence[int] | None = None
@@ -77,6 +83,7 @@ class Capture(Control):
             raise ConfigError(f"Capture: budget={self.budget!r} is not a number of bytes, 1 or more.")
         self._check_heads()
         self._check_words()
+        self._check_points()
         self._check_device()
 
     def _check_heads(self) -> None:
@@ -106,6 +113,24 @@ class Capture(Control):
                 raise ConfigError(f"Capture: {word!r} in words is neither a word nor the place of a text token.")
         object.__setattr__(self, "words", tuple(tuple(w) for w in self.words) if any(nested) else tuple(self.words))
 
+    def _check_points(self) -> None:
+        if self.points is None:
+            return
+        if self.words is not None:
+            raise ConfigError("Capture: words and points were both given: use one Capture for each.")
+        form = "points as shares of width and height, such as ((0.5, 0.25), (0.9, 0.5)), or with a frame (0.5, 0.25, 3)"
+        many = self.points if isinstance(self.points, (tuple, list)) else ()
+        points = tuple(tuple(p) if isinstance(p, (tuple, list)) else () for p in many)
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for p in points for v in p)
+        if not points or not numbers or {len(p) for p in points} not in ({2}, {3}):
+            raise ConfigError(f"Capture: points={self.points!r}: give {form}.")
+        for x, y, *frame in points:
+            if not (0 <= x <= 1 and 0 <= y <= 1) or any(f < 0 or f != int(f) for f in frame):
+                raise ConfigError(f"Capture: the point {(x, y, *frame)} lies outside the image: give {form}.")
+        if len(set(points)) < len(points):
+            raise ConfigError(f"Capture: points={self.points!r} names a point twice.")
+        object.__setattr__(self, "points", points)
+
     def _check_device(self) -> None:
         if self.device is None:
             return
@@ -114,16 +139,39 @@ class Capture(Control):
         except (RuntimeError, TypeError):
             raise ConfigError(f"Capture: device={self.device!r} is unknown: give one such as 'cpu' or None.") from None
 
+    def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        """Choose the sites to record: those where image tokens read text or, for points, each other.
+
+        Raises:
+            SiteError: There are none, or temporal and spatial ones were selected together.
+        """
+        if self.points is None:
+            return super().resolve(sites, family)
+        if self.sites is None:
+            return self.default_sites(sites, family)
+        chosen = select(sites, self.sites, kinds=(*_LOOKING, "temporal"), what="Capture of points")
+        temporal = [s.kind == "temporal" for s in chosen]
+        if any(temporal) and not all(temporal):
+            raise SiteError(
+                "Capture of points: the selected sites attend over frames in part and over places in part, whose maps "
+                f"do not add up. Use one Capture for each, such as sites='temporal' (first: {chosen[0].name})."
+            )
+        return chosen
+
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        """Choose every site whose image tokens read text."""
-        kinds = [k for k in self.kinds if any(s.kind == k for s in sites)]
-        return select(sites, kinds or list(self.kinds), kinds=self.kinds, what="Capture")
+        """Choose every site whose image tokens read text; for points, each other."""
+        wanted, what = (self.kinds, "Capture") if self.points is None else (_LOOKING, "Capture of points")
+        kinds = [k for k in wanted if k != "dual" and any(s.kind == k for s in sites)]
+        return select(sites, kinds or list(wanted), kinds=wanted, what=what)
 
     def default_source(self, family: Family) -> str | None:
-        return "DAAM, arXiv 2210.04885: every cross-attention layer"
+        return None if self.points is not None else "DAAM, arXiv 2210.04885: every cross-attention layer"
 
     def needs_prompt(self) -> bool:
-        return self.prompt is None
+        return self.prompt is None and self.points is None
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
-        return Recorder(self, sites, pipe)
+        return (Recorder if self.points is None else PointRecorder)(self, sites, pipe)
+
+
+_LOOKING = ("self", "joint", "dual")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
+from attnctl.families import Grid
 from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import columns
-from attnctl.maps import WordMaps, reduced
+from attnctl.maps import Of, WordMaps, reduced
 from attnctl.processors.base import Attached, Passes
 from attnctl.sites import Site
 from attnctl.state import Rows, StepState
@@ -45,6 +46,8 @@ class Recorder(Attached):
     """
 
     observes = True
+    of: Of = "words"
+    """What the maps are of."""
 
     def __init__(self, capture: Capture, sites: Sequence[Site], pipe: Any) -> None:
         self.capture, self.pipe = capture, pipe
@@ -81,14 +84,13 @@ class Recorder(Attached):
         if rows is None:
             return
         count = rows.stop - rows.start
-        if self.concepts:
-            if len(self.concepts) != count:
-                raise UnsupportedModelError(
-                    f"Capture: the denoiser was called with {count} rows of the prompt, and with {len(self.concepts)} "
-                    "before, in one run: maps of both cannot be added up."
-                )
-            return
-        self._find(state, count)
+        if not self.concepts:
+            self._find(state, count)
+        elif len(self.concepts) != count:
+            raise UnsupportedModelError(
+                f"Capture: the denoiser was called with {count} rows of the prompt, and with {len(self.concepts)} "
+                "before, in one run: maps of both cannot be added up."
+            )
 
     def _rows(self, rows: Rows) -> slice | None:
         """Return the rows to record in this call, or None for none of them."""
@@ -250,8 +252,18 @@ class Recorder(Attached):
                 'leave out keep=, or use store="float16", or raise the budget.'
             )
 
-    def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, tuple[int, int, int]]:
+    def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
         """Compute [images, words, heads, frames * h * w] and the grid of one call."""
+        q, k, mask, m = self._cut(call, rows)
+        image, first, last = self._tokens(call)
+        image, grid = self._image(call, image)
+        w = self._columns(call, k.shape[2], first, last, m)
+        maps = columns(q, k, w, mask=mask, scale=call.scale, rows=image)  # [b m, H, N, C]
+        maps = maps.unflatten(0, (-1, m)).permute(0, 4, 2, 1, 3).flatten(-2)  # [b, C, H, m N]
+        return maps, (m * grid[0], grid[1], grid[2])
+
+    def _cut(self, call: AttnCall, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Take the rows and heads to record out of a call's queries, keys and mask; and count the parts of a row."""
         q, k, mask, total = call.q, call.k, call.mask, call.state.rows.total
         if q.shape[0] % total:
             raise UnsupportedModelError(
@@ -267,7 +279,10 @@ class Recorder(Attached):
             groups = q.shape[1] // k.shape[1]
             mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(self.capture.heads)]
             q, k = q[:, list(self.capture.heads)], k[:, [h // groups for h in self.capture.heads]]
-        image, first, last = self._tokens(call)
+        return q, k, mask, m
+
+    def _image(self, call: AttnCall, image: slice) -> tuple[slice, Grid]:
+        """Return the image tokens that lie on the image, and how they lie."""
         n, grid = image.stop - image.start, call.grid
         if grid is None and call.state.grid is not None and _size(call.state.grid) < n:
             grid = call.state.grid  # padding tokens behind the image's own
@@ -276,10 +291,7 @@ class Recorder(Attached):
             raise UnsupportedModelError(
                 f"Capture: nothing tells how the {n} image tokens of {call.site.name} lie on the image."
             )
-        w = self._columns(call, k.shape[2], first, last, m)
-        maps = columns(q, k, w, mask=mask, scale=call.scale, rows=image)  # [b m, H, N, C]
-        maps = maps.unflatten(0, (-1, m)).permute(0, 4, 2, 1, 3).flatten(-2)  # [b, C, H, m N]
-        return maps, (m * grid[0], grid[1], grid[2])
+        return image, grid
 
     def _tokens(self, call: AttnCall) -> tuple[slice, int, int]:
         """Return the image's query rows, and the first and the end of the text among the keys."""
@@ -322,6 +334,7 @@ class Recorder(Attached):
             rows=self.capture.rows,
             reduce=_how(self.capture),
             keep=tuple(self.capture.keep),
+            of=self.of,
             about={},
         )
 
@@ -343,7 +356,7 @@ def _how(capture: Capture) -> Any:
     return "mean" if capture.reduce == "none" else capture.reduce
 
 
-def _size(grid: tuple[int, int, int]) -> int:
+def _size(grid: Grid) -> int:
     return grid[0] * grid[1] * grid[2]
 
 
