@@ -21,7 +21,7 @@ __all__ = ["Normalise", "Of", "Reduce", "WordMaps", "normalised", "otsu", "reduc
 
 Of = Literal["words", "points"]
 Reduce = Literal["mean", "sum", "max"]
-Normalise = Literal["probability", "share", "minmax", "max"]
+Normalise = Literal["probability", "share", "minmax", "max", "ae"]
 
 
 def reduced(x: Tensor, dim: int | tuple[int, ...], how: Reduce) -> Tensor:
@@ -46,11 +46,15 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def normalised(maps: Tensor, how: Normalise) -> Tensor:
     """Normalise maps [words, images, ..., h, w].
 
-    "probability" leaves them; "share" divides by the sum over the words, place by place; "minmax" brings each map to
-    [0, 1] and "max" divides each by its largest value, frames together.
+    "probability" leaves them; "share" divides by the sum over the words, place by place; "ae" is softmax(100 A) over
+    the words, place by place, as Attend-and-Excite takes it over all text tokens; "minmax" brings each map to [0, 1]
+    and "max" divides each by its largest value, frames together.
     """
     if how == "probability":
         return maps
+    if how == "ae":
+        shares = (100 * maps).masked_fill(maps.isnan(), -torch.inf).softmax(0)
+        return shares.masked_fill(maps.isnan(), torch.nan)
     if how == "share":
         return maps / maps.nansum(0, keepdim=True).clamp_min(1e-12)
     dims = tuple(range(2, maps.ndim))
@@ -166,7 +170,8 @@ class WordMaps(Mapping[str, Tensor]):
             step: One step of the run; needs keep=("steps",).
             head: One head; needs keep=("heads",).
             size: Rows and columns; the largest grid of the layers if None.
-            normalise: "probability"; "share" of the recorded words; "minmax" to [0, 1]; "max" divided by the largest.
+            normalise: "probability"; "share" of the recorded words; "ae" (softmax(100 A) over them); "minmax" to
+                [0, 1]; "max" divided by the largest.
 
         Returns:
             [images, h, w], or [images, frames, h, w] for videos.

@@ -1,18 +1,23 @@
-"""Word maps as pictures: overlays on the image, strips over the steps, one row a word and one column a head."""
+"""Word maps as pictures: overlays on the image, strips over the steps, one row a word and one column a head.
+
+In maps of points each overlay marks its point with a ring.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.imaging import PAPER, grid, overlay
 from attnctl.maps import WordMaps
 
-__all__ = ["heads_sheet", "overlay_word", "steps_sheet", "words_sheet"]
+__all__ = ["heads_sheet", "overlay_word", "steps_gif", "steps_sheet", "words_sheet"]
 
 _COLUMNS = 6
 _STEPS = 8
@@ -31,7 +36,7 @@ def overlay_word(image: Image.Image, maps: WordMaps, word: str, index: int = 0, 
     Raises:
         ConfigError: The word was not recorded, its image has none, or the maps are those of a video.
     """
-    return overlay(_grey(image), _flat(maps, word, maps[word], index), alpha=alpha)
+    return _overlay(_grey(image), maps, word, _flat(maps, word, maps[word], index), alpha=alpha)
 
 
 def words_sheet(
@@ -42,7 +47,7 @@ def words_sheet(
     tiles, labels, under = [image], ["image"], _grey(image)
     for word in shown:
         values = _flat(maps, word, maps[word], index)
-        tiles.append(overlay(under, values, alpha=0.6))
+        tiles.append(_overlay(under, maps, word, values, alpha=0.6))
         labels.append(f"{word}\n{_percent(float(values.min()))} to {_percent(float(values.max()))} %")
     # One letter size everywhere: full rows, the last one filled up with nothing.
     columns = min(len(tiles), _COLUMNS)
@@ -58,13 +63,30 @@ def words_sheet(
                 columns,
                 column_labels=names + [""] * pad,
                 title=title if first == 0 else "",
-                footer=f"{_FOOTER} {_what(maps)}" if first + columns >= len(tiles) else "",
+                footer=f"{_share(maps)}, from dark (lowest in the map) to bright (highest). {_what(maps)}"
+                if first + columns >= len(tiles)
+                else "",
             )
         )
     return _stacked(parts)
 
 
-_FOOTER = "Share of attention that goes to the word, from dark (lowest in the map) to bright (highest)."
+def _share(maps: WordMaps) -> str:
+    if maps.of == "points":
+        return "Share of attention that the ringed place pays to each other"
+    return "Share of attention that goes to the word"
+
+
+def _overlay(image: Image.Image, maps: WordMaps, word: str, values: Tensor, **options: Any) -> Image.Image:
+    """Lay one map over the image, with a ring where a point is."""
+    tile = overlay(image, values, **options)
+    if maps.of == "points":
+        x, y = (float(v) for v in word.split(",")[:2])
+        x, y, r = x * tile.width, y * tile.height, max(tile.size) / 24
+        draw = ImageDraw.Draw(tile)
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 0, 0), width=4)
+        draw.ellipse((x - r + 1, y - r + 1, x + r - 1, y + r - 1), outline=(90, 220, 255), width=2)
+    return tile
 
 
 def steps_sheet(
@@ -75,6 +97,33 @@ def steps_sheet(
     names = [f"step {step + 1}" for step in some]
     rows = {w: [maps.get_map(w, step=s) for s in some] for w in _shown(maps, words, index)}
     return _table(image, maps, rows, names, index, title)
+
+
+def steps_gif(
+    image: Image.Image, maps: WordMaps, words: Sequence[str] = (), index: int = 0, *, seconds: float = 0.2
+) -> bytes:
+    """Draw a moving picture, one frame a step and one tile a word, as GIF bytes; needs keep=("steps",).
+
+    Each word has one scale over all steps; the last step stays five times as long as the others (`seconds`).
+    """
+    shown = _shown(maps, words, index)
+    values = {w: [_flat(maps, w, maps.get_map(w, step=s), index) for s in maps.steps] for w in shown}
+    limits = {w: (min(float(v.min()) for v in vs), max(float(v.max()) for v in vs)) for w, vs in values.items()}
+    frames = [
+        grid(
+            [_overlay(_grey(image), maps, w, values[w][n], alpha=0.7, limits=limits[w], tile=128) for w in shown],
+            1,
+            len(shown),
+            column_labels=shown,
+            title=f"step {step + 1}",
+            tile=128,
+        ).quantize(64)
+        for n, step in enumerate(maps.steps)
+    ]
+    out, each = io.BytesIO(), int(1000 * seconds)
+    times = [each] * (len(frames) - 1) + [5 * each]
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    return out.getvalue()
 
 
 def heads_sheet(
@@ -107,7 +156,7 @@ def _table(
     for word, many in rows.items():
         values = [_flat(maps, word, m, index) for m in many]
         low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-        tiles += [overlay(_grey(image), v, alpha=0.7, limits=(low, high), tile=128) for v in values]
+        tiles += [_overlay(_grey(image), maps, word, v, alpha=0.7, limits=(low, high), tile=128) for v in values]
     return grid(
         tiles,
         len(rows),
@@ -115,7 +164,7 @@ def _table(
         list(rows),
         names,
         title=title,
-        footer=f"Share of attention that goes to the word. Each row has one scale. {_what(maps)}",
+        footer=f"{_share(maps)}. Each row has one scale. {_what(maps)}",
         tile=128,
     )
 

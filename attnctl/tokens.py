@@ -48,7 +48,9 @@ def find_words(
     """Find words in a prompt, as places among the text tokens of the pipeline's attention.
 
     A word is matched whole and whatever its case; a phrase may span several words. A word that occurs several times
-    means all its occurrences together; "cat#2" means the second alone. A whole number is a place itself.
+    means all its occurrences together; "cat#2" means the second alone. A whole number is a place itself. Where a prompt
+    does not hold these words itself, "<start>" and "<end>" are the tokens that mark its ends, and "<pad>" is what fills
+    the rest.
 
     Args:
         pipe: The pipeline, whose tokenizers decide.
@@ -134,6 +136,16 @@ class _Read:
         end = r"(?!\w)" if re.match(r".*\w$", words[-1], re.DOTALL) else ""
         return [m.span() for m in re.finditer(start + body + end, self.text, re.IGNORECASE)]
 
+    def marks(self, name: str) -> list[int]:
+        """Return the places of the tokens that stand for no text: "<start>", "<end>" or "<pad>"."""
+        special = set(getattr(self.part.tokenizer, "all_special_ids", ()))
+        if name == "<start>":
+            return [0] if len(self.ids) > 1 and self.ids[0] in special else []
+        end = min(len(self.ids), self.part.length) - 1
+        if name == "<end>":
+            return [end] if self.ids and self.ids[-1] in special else []
+        return list(range(end + 1, self.part.length))
+
     def places(self, span: tuple[int, int]) -> list[int]:
         """Return the tokens that overlap some characters."""
         start, stop = span
@@ -162,6 +174,8 @@ def _decoded_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int,
 def _find(word: str, read: Sequence[_Read]) -> Concept:
     if not word.strip():
         raise ConfigError("A word is empty: give a word of the prompt.")
+    if word in _MARKS and not any(r.occurrences(word) for r in read):
+        return _mark(word, read)
     name, number = word, None
     if not any(r.occurrences(word) for r in read) and (m := re.fullmatch(r"(.+)#(\d+)", word, re.DOTALL)):
         name, number = m[1], int(m[2])
@@ -195,6 +209,16 @@ def _find(word: str, read: Sequence[_Read]) -> Concept:
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"Did you mean {', '.join(map(repr, close))}?" if close else f"Its words: {', '.join(known) or 'none'}."
     raise ConfigError(f"{word!r} is not in the prompt {read[0].text!r}. {hint}")
+
+
+_MARKS = ("<start>", "<end>", "<pad>")
+
+
+def _mark(name: str, read: Sequence[_Read]) -> Concept:
+    places = tuple(dict.fromkeys(r.part.offset + p for r in read for p in r.marks(name)))
+    if not places:
+        raise ConfigError(f"No token is {name} here: the tokenizer sets none, or the prompt leaves no room for it.")
+    return Concept(name, places, (name,) * len(places))
 
 
 def _is_place(word: Any) -> bool:

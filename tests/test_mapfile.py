@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from PIL import Image
 
 from attnctl.cli import main
 from attnctl.errors import ConfigError
+from attnctl.mapregions import boxes, from_rle, regions, rle
 from attnctl.maps import WordMaps
-from attnctl.mapviews import heads_sheet, overlay_word, steps_sheet, words_sheet
+from attnctl.mapviews import heads_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
 from attnctl.outputs import FileExists
 from attnctl.record import RecordError, read
 from attnctl.sites import Site
@@ -81,6 +84,7 @@ def _edit(**changes: Any) -> Any:
         (_edit(prompts=["a"], tokens=[[[1], [2]]]), "do not belong together"),
         (_edit(steps=[0]), "has 3 steps; the JSON lists 1"),
         (_edit(heads="all"), "is damaged"),
+        (_edit(of="colours"), "its maps are of 'colours'"),
     ],
 )
 def test_damaged_files_are_refused(spoil: Any, message: str, tmp_path: Path) -> None:
@@ -121,6 +125,67 @@ def test_sheets_have_a_tile_for_each_word_step_and_head() -> None:
     assert steps_sheet(picture(), maps).width > heads_sheet(picture(), maps).width
 
 
+def test_points_are_ringed_and_said_in_the_footer() -> None:
+    maps = replace(made(keep=()), of="points", words=("0.25,0.5", "0.75,0.5"))
+    plain = np.asarray(overlay_word(picture(), replace(maps, of="words"), "0.25,0.5")).astype(int)
+    ringed = np.asarray(overlay_word(picture(), maps, "0.25,0.5")).astype(int)
+    changed = np.argwhere(np.abs(ringed - plain).sum(-1) > 0)
+    y, x = (changed.min(0) + changed.max(0)) / 2 / ringed.shape[:2]
+    assert abs(x - 0.25) < 0.02
+    assert abs(y - 0.5) < 0.02
+    assert not np.array_equal(words_sheet(picture(), maps), words_sheet(picture(), replace(maps, of="words")))
+
+
+def test_a_moving_picture_has_a_frame_a_step() -> None:
+    data = steps_gif(picture(), made(), ["cat"])
+    with Image.open(io.BytesIO(data)) as moving:
+        assert moving.format == "GIF"
+        assert moving.n_frames == 3
+    with pytest.raises(ConfigError, match="steps were reduced"):
+        steps_gif(picture(), made(keep=()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_run_lengths_come_back(seed: int) -> None:
+    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) > 0.5
+    data = rle(mask)
+    assert data["size"] == [5, 7]
+    assert sum(data["counts"]) == 35
+    assert torch.equal(from_rle(data), mask)
+    for whole in (torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)):
+        assert torch.equal(from_rle(rle(whole)), whole)
+    assert rle(torch.tensor([[True, False], [False, False]]))["counts"] == [0, 1, 3]
+    with pytest.raises(ConfigError, match="cover 3 pixels, expected 2 x 2 = 4"):
+        from_rle({"size": [2, 2], "counts": [1, 2]})
+
+
+def test_boxes_are_of_connected_parts_the_largest_first() -> None:
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[0, 0] = mask[2:5, 3:7] = True
+    assert boxes(mask) == [(3, 2, 4, 3), (0, 0, 1, 1)]
+    assert boxes(torch.zeros(2, 2)) == []
+    with pytest.raises(ConfigError, match="Take one frame"):
+        boxes(torch.zeros(2, 2, 2))
+
+
+def test_regions_of_one_image() -> None:
+    maps = made(keep=())
+    for layer in maps.layers.values():
+        layer[0, 0].zero_()
+    maps.layers["down.attn2"][0, 0, 0, 0, 0, 1:3, 2:5] = 1
+    found = regions(maps, 0, threshold=0.9)
+    assert [one["word"] for one in found] == ["cat", "dog#2"]
+    assert found[0]["bbox"] == [2, 1, 3, 2]
+    assert found[0]["area"] == 6 == int(from_rle(found[0]["segmentation"]).sum())
+    json.dumps(found, allow_nan=False)
+    assert [one["word"] for one in regions(maps, 1, size=(8, 12))] == ["cat"]
+    assert regions(maps, 1, size=(8, 12))[0]["segmentation"]["size"] == [8, 12]
+    with pytest.raises(ConfigError, match="past the end"):
+        regions(maps, 2)
+    with pytest.raises(ConfigError, match="Take one frame"):
+        regions(made(keep=(), frames=2))
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -139,8 +204,6 @@ def test_pictures_that_cannot_be(act: Any, message: str) -> None:
 def test_layers_with_different_heads_share_no_columns() -> None:
     maps = made()
     layers = {**maps.layers, "mid.attn2": torch.rand(2, 2, 3, 4, 1, 2, 3)}
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match="have 2 or 4 heads"):
         heads_sheet(picture(), replace(maps, layers=layers))
 
@@ -187,6 +250,23 @@ def test_the_command_writes_pictures_maps_and_records(
     assert call(folder, tmp_path, "--word", "cat", "--seed", 5, "--force") == 0
 
 
+def test_the_command_shows_points_regions_and_a_moving_picture(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, tmp_path, "--point", "0.5,0.25", "--point", "1,0", "--gif", "--regions", "--json") == 0
+    (one,) = json.loads(capsys.readouterr().out)["images"]
+    assert [w["word"] for w in one["words"]] == ["0.5,0.25", "1,0"]
+    where = Path(one["folder"])
+    assert {"words.png", "steps.png", "steps.gif", "regions.json"} <= {p.name for p in where.iterdir()}
+    assert set(one["files"]) <= {p.name for p in where.iterdir()}
+    assert WordMaps.load(where / "maps.safetensors").of == "points"
+    data = json.loads((where / "regions.json").read_text())
+    assert (data["height"], data["width"]) == (16, 24)
+    assert data["regions"][0]["segmentation"]["size"] == [16, 24]
+    assert call(folder, tmp_path, "--point", "0.5,0.25", "--gif") == 1
+    assert "already there" in capsys.readouterr().err
+
+
 def test_the_image_is_the_one_without_maps(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(folder, tmp_path, "--word", "cat") == 0
     size = ("--height", 16, "--width", 24, "--steps", 2)
@@ -215,6 +295,9 @@ def test_the_image_is_the_one_without_maps(folder: str, tmp_path: Path, capsys: 
         (("--num", 0), 2, "--num is a whole number"),
         (("--negative-words",), 2, "--negative-words shows the words of --negative"),
         (("--control", "PAGG"), 2, "Unknown method 'PAGG'"),
+        (("--point", "0.5"), 2, "--point '0.5': expected x,y"),
+        (("--point", "0.5,2"), 2, "lies outside the image"),
+        (("--point", "0.5,0.5", "--word", "cat"), 2, "leave out --word"),
         (("--word", "dog"), 1, "'dog' is not in the prompt"),
         (("--word", "0"), 1, "start token"),
         (("--word", "cat", "--sites", "self"), 1, "self"),

@@ -239,6 +239,19 @@ def test_sum_and_max() -> None:
     assert torch.allclose(found["sum"]["cat"], found["mean"]["cat"] * 12, atol=1e-5)
 
 
+def test_a_running_mean_forgets() -> None:
+    pipe, kwargs = pipes.build("sd")
+    apart, running = Capture(words=("cat",), keep=("steps",)), Capture(words=("cat",), reduce="ema", decay=0.75)
+    with attnctl.control(pipe, apart, running) as handle:
+        pipes.run(pipe, kwargs)
+        each, got = handle.result(apart), handle.result(running)
+    want = each.get_map("cat", step=0)
+    for step in (1, 2):
+        want = 0.75 * want + 0.25 * each.get_map("cat", step=step)
+    assert torch.allclose(got["cat"], want, atol=1e-6)
+    assert got.about == {"steps_reduced": "ema, decay 0.75"}
+
+
 def test_a_window_and_some_heads() -> None:
     pipe, kwargs = pipes.build("sd")
     with attnctl.control(pipe, Capture(words=("cat",), reduce="none")) as handle:
@@ -395,6 +408,8 @@ def test_reading_as_a_mapping_and_normalised() -> None:
     assert "dog" not in maps
     share = maps.stacked(normalise="share")
     assert torch.allclose(share.sum(0), torch.ones(1, *maps.grid))
+    sharp = maps.stacked(normalise="ae")
+    assert torch.allclose(sharp, (100 * maps.stacked()).softmax(0))
     minmax = maps.get_map("cat", normalise="minmax")
     assert (minmax.min(), minmax.max()) == (0, 1)
     assert maps.get_map("cat", normalise="max").max() == 1
@@ -463,8 +478,11 @@ def test_a_step_or_head_that_was_not_recorded() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reduce": "median"}, "Choose one of mean, sum, max, none"),
+        ({"reduce": "median"}, "Choose one of mean, sum, max, none, ema"),
         ({"keep": ("layers",)}, "keep='layers' is unknown"),
+        ({"reduce": "ema", "keep": ("steps",)}, "runs over the steps"),
+        ({"reduce": "ema", "decay": 1.0}, "would keep the first step alone"),
+        ({"decay": -0.1}, "decay=-0.1 is out of range"),
         ({"rows": "both"}, "rows='both' is unknown"),
         ({"words": "cat"}, r"give a tuple of words"),
         ({"words": ()}, "give a tuple of words"),

@@ -302,3 +302,31 @@ def test_a_copied_pipeline_is_not_listened_to() -> None:
     assert watch.call is None
     assert other.encode_prompt.__self__ is other
     watch.detach()
+
+
+def test_tokens_that_stand_for_no_text_are_asked_for_by_name() -> None:
+    marks = ["<start>", "<end>", "<pad>"]
+    pipe = host("sd15", tokenizer=clip())
+    start, end, pad = find_words(pipe, "a cat", marks)
+    last = len(clip()("a cat")["input_ids"]) - 1
+    assert (start.positions, end.positions, pad.positions) == ((0,), (last,), tuple(range(last + 1, 77)))
+    assert find_words(host("sdxl", tokenizer=clip(), tokenizer_2=clip()), "a cat", marks) == (start, end, pad)
+    # T5 marks no start; where two encoders stand in a row, each has its own.
+    sd3 = host("sd3", tokenizer=clip(), tokenizer_2=clip(), tokenizer_3=t5(), text_encoder_3=object())
+    start, end, _ = find_words(sd3, "a cat", marks, max_sequence_length=20)
+    assert start.positions == (0,)
+    assert end.positions == (last, 77 + len(t5()("a cat")["input_ids"]) - 1)
+    with pytest.raises(ConfigError, match="No token is <start> here"):
+        find_words(host("wan", tokenizer=t5()), "a cat", ["<start>"])
+    # A prompt that is cut off ends with its mark and has no padding.
+    long = " ".join(["cat"] * 90)
+    assert find_words(pipe, long, ["<end>"])[0].positions == (76,)
+    with pytest.raises(ConfigError, match="leaves no room"):
+        find_words(pipe, long, ["<pad>"])
+
+
+def test_a_prompt_that_holds_the_name_of_a_mark_means_its_own_words() -> None:
+    pipe = host("sd15", tokenizer=clip())
+    (own,) = find_words(pipe, "a <end> sign", ["<end>"])
+    assert own.positions != find_words(pipe, "a sign", ["<end>"])[0].positions
+    assert len(own.positions) >= 1

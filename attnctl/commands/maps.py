@@ -1,7 +1,8 @@
-"""`attnctl maps`: an image, and where it attended to each word of its prompt."""
+"""`attnctl maps`: an image, and where it attended to each word of its prompt, or what its places attended to."""
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ class Maps(Common):
     """A word or phrase of the prompt, "cat#2" for the second cat, or the place of a token; several times for several.
     All words of the prompt if none is given."""
 
+    point: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="X,Y")] = ()
+    """Show what a place of the image attends to instead, such as 0.5,0.25 for the middle of the upper half (shares of
+    width and height); several times for several."""
+
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
     """`shapes:text2image` (shipped), a hub id, or a local folder."""
 
@@ -34,6 +39,12 @@ class Maps(Common):
 
     heads: bool = False
     """Also draw one column for each head."""
+
+    gif: bool = False
+    """Also draw the steps as a moving picture."""
+
+    regions: bool = False
+    """Also write where each map is high (Otsu's threshold): boxes and COCO masks in pixels."""
 
     negative_words: bool = False
     """Show the words of the negative prompt instead."""
@@ -87,6 +98,8 @@ class Maps(Common):
                 raise UsageError(f"--{name} is a whole number from {least} on, got {value}.")
         if self.negative_words and not (self.negative or "").strip():
             raise UsageError("--negative-words shows the words of --negative: give one.")
+        if self.point and (self.word or self.negative_words):
+            raise UsageError("--point shows what places attend to: leave out --word and --negative-words.")
 
         from attnctl.commands.generate import _bar
         from attnctl.commands.models import device_and_dtype, load
@@ -101,7 +114,8 @@ class Maps(Common):
             raise UsageError(str(error)) from None
         seeds = range(self.seed, self.seed + self.num)
         folders = [below(self.out, f"{slug(self.prompt)}-maps-{seed}") for seed in seeds]
-        names = [n for n in _FILES if self.heads or n != "heads.png"]
+        left_out = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
+        names = [n for n in _FILES if left_out.get(n, True)]
         check_free([folder / name for folder in folders for name in names], force=self.force)
         device, dtype = device_and_dtype(self.device, self.dtype)
         say(f"Loading {self.model} ({device}, {dtype})")
@@ -131,14 +145,16 @@ class Maps(Common):
 
         words = tuple(int(w) if w.isdigit() else w for w in self.word) or None
         sites = tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
+        points = tuple(map(_point, self.point)) or None
         rows: Any = "uncond" if self.negative_words else "cond"
         kept: tuple[Any, ...] = (("steps",), ("heads",)) if self.heads else (("steps",),)
-        return tuple(Capture(words=words, sites=sites, rows=rows, keep=keep) for keep in kept)
+        return tuple(Capture(words=words, points=points, sites=sites, rows=rows, keep=keep) for keep in kept)
 
     def _write(self, folder: Path, loaded: Any, call: Any, update: Any) -> dict[str, Any]:
         from attnctl.commands.sampling import sample
         from attnctl.mapfile import describe, save
-        from attnctl.mapviews import heads_sheet, steps_sheet, words_sheet
+        from attnctl.mapregions import regions
+        from attnctl.mapviews import heads_sheet, steps_gif, steps_sheet, words_sheet
         from attnctl.record import png_bytes, save_image
 
         done = sample(loaded, call, update)
@@ -153,7 +169,14 @@ class Maps(Common):
         if self.heads:
             sheets["heads.png"] = heads_sheet(image, done.maps[1], title=title)
         save_image(image, folder / "image.png", record, force=self.force)
-        publish({folder / name: png_bytes(sheet, record) for name, sheet in sheets.items()}, force=self.force)
+        content = {folder / name: png_bytes(sheet, record) for name, sheet in sheets.items()}
+        if self.gif:
+            content[folder / "steps.gif"] = steps_gif(image, maps)
+        if self.regions:
+            where = regions(maps, size=(image.height, image.width))
+            text = json.dumps({"height": image.height, "width": image.width, "regions": where}, indent=1) + "\n"
+            content[folder / "regions.json"] = text.encode()
+        publish(content, force=self.force)
         save(maps, folder / "maps.safetensors", force=self.force)
         what = describe(maps)
         peaks = [_peak(maps[word][0]) for word in maps.words]
@@ -162,7 +185,7 @@ class Maps(Common):
             for n, (word, peak) in enumerate(zip(maps.words, peaks, strict=True))
         ]
         kept = {key: what[key] for key in ("grid", "normalisation", "reduce")}
-        files = ["image.png", *sheets, "maps.safetensors"]
+        files = ["image.png", *(path.name for path in content), "maps.safetensors"]
         return {
             "folder": str(folder),
             "seed": call.seeds[0],
@@ -173,7 +196,28 @@ class Maps(Common):
         }
 
 
-_FILES = ("image.png", "image.json", "words.png", "steps.png", "heads.png", "maps.safetensors", "maps.json")
+_FILES = (
+    "image.png",
+    "image.json",
+    "words.png",
+    "steps.png",
+    "heads.png",
+    "steps.gif",
+    "regions.json",
+    "maps.safetensors",
+    "maps.json",
+)
+
+
+def _point(text: str) -> tuple[float, ...]:
+    """Read "x,y" or "x,y,frame"."""
+    from attnctl.errors import ConfigError
+
+    try:
+        x, y, *frame = text.split(",")
+        return (float(x), float(y), *map(int, frame))
+    except ValueError:
+        raise ConfigError(f"--point {text!r}: expected x,y as shares of the image, such as 0.5,0.25.") from None
 
 
 def _peak(values: Any) -> dict[str, Any]:

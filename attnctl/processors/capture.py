@@ -40,7 +40,9 @@ class Capture(Control):
             the image (self- and joint attention), or its own place in every frame (temporal attention).
         sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
             temporal ones; None for all self- and joint attention.
-        reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept.
+        reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept;
+            "ema" for the mean over heads and layers and a running one over the steps, which forgets by `decay`.
+        decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
         keep: What is kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
             "steps" the memory does not grow with the steps of the run.
         heads: Heads to record, or None for all.
@@ -53,7 +55,8 @@ class Capture(Control):
 
     words: Sequence[Any] | None = None
     points: Sequence[tuple[float, ...]] | None = None
-    reduce: Literal["mean", "sum", "max", "none"] = "mean"
+    reduce: Literal["mean", "sum", "max", "none", "ema"] = "mean"
+    decay: float = 0.9
     keep: Sequence[Axis] = ()
     heads: Sequence[int] | None = None
     rows: Half = "cond"
@@ -66,8 +69,11 @@ class Capture(Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in (*get_args(Reduce), "none"):
-            raise ConfigError(f"Capture: reduce={self.reduce!r} is unknown. Choose one of mean, sum, max, none.")
+        if self.reduce not in (*get_args(Reduce), "none", "ema"):
+            raise ConfigError(f"Capture: reduce={self.reduce!r} is unknown. Choose one of mean, sum, max, none, ema.")
+        self._check_number("decay", 0.0, 1.0)
+        if self.decay == 1.0:
+            raise ConfigError("Capture: decay=1.0 would keep the first step alone: give a number below 1.")
         self._check_choice("rows", Half)
         self._check_choice("store", Store)
         keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
@@ -77,6 +83,10 @@ class Capture(Control):
                     f"Capture: keep={axis!r} is unknown. Choose from steps, heads (layers are kept apart always)."
                 )
         object.__setattr__(self, "keep", get_args(Axis) if self.reduce == "none" else keep)
+        if self.reduce == "ema" and "steps" in self.keep:
+            raise ConfigError(
+                'Capture: reduce="ema" runs over the steps, which keep=("steps",) keeps apart: choose one.'
+            )
         if self.store == "float16" and "steps" not in self.keep:
             raise ConfigError('Capture: store="float16" is for steps that are kept apart: add keep=("steps",).')
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:

@@ -234,6 +234,8 @@ class Recorder(Attached):
             layer.parts.append(self._stored(maps))
         elif self.capture.reduce == "max":
             layer.parts[0] = torch.maximum(layer.parts[0], maps)
+        elif self.capture.reduce == "ema":
+            layer.parts[0].lerp_(maps, 1 - self.capture.decay)
         else:
             layer.parts[0] += maps
         layer.count, layer.call = layer.count + 1, state.call
@@ -335,7 +337,7 @@ class Recorder(Attached):
             reduce=_how(self.capture),
             keep=tuple(self.capture.keep),
             of=self.of,
-            about={},
+            about={} if self.capture.reduce != "ema" else {"steps_reduced": f"ema, decay {self.capture.decay:g}"},
         )
 
     def _layer(self, layer: _Layer) -> Tensor:
@@ -343,7 +345,7 @@ class Recorder(Attached):
         if "steps" in self.capture.keep:
             out = torch.stack(layer.parts, dim=2)
         else:
-            whole = layer.parts[0] / layer.count if _how(self.capture) == "mean" else layer.parts[0].clone()
+            whole = layer.parts[0] / layer.count if self.capture.reduce == "mean" else layer.parts[0].clone()
             out = whole.unsqueeze(2)
         for n, concepts in enumerate(self.concepts):
             lacks = [i for i, label in enumerate(self.labels) if label not in concepts]
@@ -353,7 +355,7 @@ class Recorder(Attached):
 
 
 def _how(capture: Capture) -> Any:
-    return "mean" if capture.reduce == "none" else capture.reduce
+    return "mean" if capture.reduce in ("none", "ema") else capture.reduce
 
 
 def _size(grid: Grid) -> int:
