@@ -20,8 +20,9 @@ from attnctl.shapes.load import WEIGHTS
 from attnctl.shapes.loop import Plan, average_decay, learning_rate, train
 from attnctl.shapes.models import build_tokenizer, build_unet, build_vae
 from attnctl.shapes.muon import orthogonalise
+from attnctl.shapes.options import shares
 from attnctl.shapes.scenes import caption
-from attnctl.shapes.train import Denoising, export, finish_vae, main, shares, train_text2image, train_vae
+from attnctl.shapes.train import Denoising, export, finish_vae, main, train_text2image, train_vae
 
 
 class Killed(Exception):

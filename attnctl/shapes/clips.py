@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from attnctl.errors import ConfigError
 from attnctl.shapes.data import encode_captions, to_tensor
 from attnctl.shapes.models import build_scheduler
 from attnctl.shapes.motion import FRAMES, clip_caption, render_clip, sample_clip
@@ -40,14 +43,14 @@ __all__ = [
     "Motions",
     "assemble",
     "build_adapter",
+    "flat_parameters",
     "make_clips",
     "motion_parameters",
-    "read_parameters",
     "with_motion",
 ]
 
 # How often a training caption is told in full, without its speed, without its motion, or not at all.
-_READS = (".attn2.to_k.weight", ".attn2.to_v.weight")
+_RIGHT_OR_DOWN = re.compile(r" moving (right|down)\b")
 _TOLD = (0.65, 0.15, 0.1, 0.1)
 
 
@@ -61,9 +64,12 @@ class Clips:
     values: Tensor
     captions: list[list[str]]
 
-    def draw(self, generator: torch.Generator, n: int) -> Tensor:
-        """Draw `n` indices."""
-        return torch.randint(len(self.captions), (n,), generator=generator)
+    def draw(self, generator: torch.Generator, n: int, skew: float = 0.0) -> Tensor:
+        """Draw `n` indices, a share of `skew` of them from clips that move right or down only."""
+        some = torch.tensor([i for i, c in enumerate(self.captions) if _RIGHT_OR_DOWN.search(c[0])] or [0])
+        index = torch.randint(len(self.captions), (n,), generator=generator)
+        skewed = some[torch.randint(len(some), (n,), generator=generator)]
+        return torch.where(torch.rand(n, generator=generator) < skew, skewed, index)
 
 
 @torch.no_grad()
@@ -108,21 +114,19 @@ def build_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
 
 
 def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
-    """Join UNet and motion modules for training: these, and what cross-attention reads of the text."""
+    """Join UNet and motion modules for training, which reaches all of them."""
     from diffusers import UNetMotionModel
     from diffusers.models.attention_processor import AttnProcessor
 
     model = UNetMotionModel.from_unet2d(unet, adapter)
     # On a CPU the fused kernel's backward takes more than twice as long as attention written out.
     model.set_attn_processor(AttnProcessor())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".motion_modules." in name or name.endswith(_READS))
-    return model
+    return model.requires_grad_(True)
 
 
-def read_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
-    """Return what cross-attention reads the text with, under the names that it has in the UNet without motion."""
-    return {n: t for n, t in unet.state_dict().items() if n.endswith(_READS) and ".motion_modules." not in n}
+def flat_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
+    """Return the weights of the UNet without its motion modules."""
+    return {n: t for n, t in unet.state_dict().items() if ".motion_modules." not in n}
 
 
 def motion_parameters(unet: UNetMotionModel) -> dict[str, Tensor]:
@@ -159,16 +163,35 @@ class Motions:
         batch: int = 4,
         anchor: float = 1.0,
         noisy: float = 0.5,
+        frames: int | None = None,
+        skew: float | Sequence[tuple[int, float]] = 0.0,
         bf16: bool = True,
     ) -> None:
+        self.length = clips.values.shape[1]
+        self.frames = self.length if frames is None else frames
+        if not 1 <= self.frames <= self.length:
+            raise ConfigError(f"frames must be 1 to {self.length}, the length of a clip, got {frames}.")
         self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
         self.batch, self.weight, self.noisy, self.bf16 = batch, anchor, noisy, bf16
+        self.skew = [(0, skew)] if isinstance(skew, float) else list(skew)
         self.device = next(unet.parameters()).device
         forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
         empty = encode_captions(tokenizer, [""]).expand_as(forms[0])
         self.ids = torch.stack([*forms, empty])
         self.before = copy.deepcopy(text_encoder).requires_grad_(False).eval()
         self.scheduler = build_scheduler()
+        from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+
+        self.places = [m for m in unet.modules() if isinstance(m, SinusoidalPositionalEmbedding)]
+        self.tables = [m.pe for m in self.places]
+
+    def draw_frames(self, generator: torch.Generator) -> Tensor:
+        """Draw one frame of each of `frames` equal parts of the clip [frames]; the motion modules are told which."""
+        edges = torch.linspace(0, self.length, self.frames + 1).round()
+        chosen = (edges[:-1] + torch.rand(self.frames, generator=generator) * edges.diff()).long()
+        for place, table in zip(self.places, self.tables, strict=True):
+            place.pe = table[:, chosen.to(table.device)]
+        return chosen
 
     def anchor(self, ids: Tensor) -> Tensor:
         """Return how far the text encoder has moved from text2image's on captions without motion [batch, 16]."""
@@ -178,8 +201,9 @@ class Motions:
 
     def __call__(self, generator: torch.Generator, step: int) -> Tensor:
         """Return the loss of one batch drawn from `generator`."""
-        index = self.clips.draw(generator, self.batch)
-        x = self.clips.values[index].float()
+        share = [share for first, share in self.skew if first <= step][-1]
+        index = self.clips.draw(generator, self.batch, share)
+        x = self.clips.values[index][:, self.draw_frames(generator)].float()
         form = torch.multinomial(torch.tensor(_TOLD), self.batch, replacement=True, generator=generator)
         ids, still = self.ids[form, index], torch.cat([self.ids[2, index], self.ids[3, :1]])
         noise = torch.randn(x.shape, generator=generator)
@@ -190,7 +214,11 @@ class Motions:
         noisy = self.scheduler.add_noise(x, noise, t)
         # Drawn on the CPU, so that a seed means the same everywhere.
         ids, still, noisy, target, t = (a.to(self.device) for a in (ids, still, noisy, target, t))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            text = self.text_encoder(ids)[0].repeat_interleave(x.shape[1], 0)
-            v = self.unet(noisy.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                text = self.text_encoder(ids)[0].repeat_interleave(x.shape[1], 0)
+                v = self.unet(noisy.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+        finally:
+            for place, table in zip(self.places, self.tables, strict=True):
+                place.pe = table
         return (v.float() - target).square().mean() + self.weight * self.anchor(still)

@@ -16,7 +16,7 @@ from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["add_options", "load_average", "load_base", "plan_from", "put_average"]
+__all__ = ["add_options", "load_average", "load_base", "plan_from", "put_average", "shares"]
 
 
 def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float, cooldown: float) -> None:
@@ -86,3 +86,19 @@ def load_average(out: Path, modules: dict[str, nn.Module]) -> int:
     step = load_checkpoint(out, None, average)
     put_average(average, modules)
     return step
+
+
+def shares(text: str) -> list[tuple[int, float]]:
+    """Read "0.125" or "0.125,2000:0.5" as [(first step, share), ...].
+
+    Raises:
+        ConfigError: a share is not within 0..1, or the first one does not hold from step 0.
+    """
+    try:
+        parts = [part.rpartition(":") for part in text.split(",")]
+        result = [(int(first or 0), float(share)) for first, _, share in parts]
+    except ValueError:
+        result = []
+    if not result or result[0][0] != 0 or any(not 0 <= share <= 1 for _, share in result):
+        raise ConfigError(f"Shares look like '0.125' or '0.125,2000:0.5' and lie within 0..1, got {text!r}.")
+    return result

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnctl.errors import ConfigError
 from attnctl.shapes import models
 from attnctl.shapes.data import Latents, draw_crops, draw_images, encode_captions, make_cache
 from attnctl.shapes.export import settle
 from attnctl.shapes.loop import Plan, load_checkpoint, named_parameters, train
+from attnctl.shapes.options import shares
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["Denoising", "export", "finish_vae", "main", "shares", "train_text2image", "train_vae"]
+__all__ = ["Denoising", "export", "finish_vae", "main", "train_text2image", "train_vae"]
 
 _SNR_CAP = 5.0
 _ROUGHNESS = 0.15  # in standard deviations of a latent
@@ -187,22 +187,6 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
     pipe.save_pretrained(target, safe_serialization=True)
     settle(out, target, step)
     return step
-
-
-def shares(text: str) -> list[tuple[int, float]]:
-    """Read "0.125" or "0.125,2000:0.5" as [(first step, share), ...].
-
-    Raises:
-        ConfigError: a share is not within 0..1, or the first one does not hold from step 0.
-    """
-    try:
-        parts = [part.rpartition(":") for part in text.split(",")]
-        result = [(int(first or 0), float(share)) for first, _, share in parts]
-    except ValueError:
-        result = []
-    if not result or result[0][0] != 0 or any(not 0 <= share <= 1 for _, share in result):
-        raise ConfigError(f"Shares of pairs look like '0.125' or '0.125,2000:0.5' and lie within 0..1, got {text!r}.")
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:

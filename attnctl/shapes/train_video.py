@@ -17,7 +17,7 @@ from attnctl.errors import ConfigError
 from attnctl.shapes import clips as world
 from attnctl.shapes.export import settle
 from attnctl.shapes.loop import Plan, train
-from attnctl.shapes.options import add_options, load_average, load_base, plan_from, put_average
+from attnctl.shapes.options import add_options, load_average, load_base, plan_from, put_average, shares
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -65,7 +65,9 @@ def train_video(
         _start_from(start, {"text_encoder": text_encoder, "unet": unet})
     modules = {"text_encoder": text_encoder.to(device), "unet": unet.to(device)}
     loss = world.Motions(unet, text_encoder, base.tokenizer, clips, **options)
-    facts = {"batch": loss.batch, "anchor": loss.weight, "noisy": loss.noisy, "clips": len(clips.captions)}
+    facts = {"batch": loss.batch, "frames": loss.frames, "anchor": loss.weight, "noisy": loss.noisy, "skew": loss.skew}
+
+    facts["clips"] = len(clips.captions)
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     put_average(average, modules)
     return _assemble(base, text_encoder, adapter, unet)
@@ -97,6 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser, steps=4000, batch=4, lr=2e-3, cooldown=0.4)
     parser.add_argument("--clips", type=int, default=3000, help="clips to encode")
     parser.add_argument("--noisy", type=float, default=0.5, help="below 1, more of the noisy steps: t = u ** NOISY")
+    parser.add_argument("--frames", type=int, help="frames of a clip in a batch; fewer: more clips")
+    parser.add_argument(
+        "--skew",
+        type=shares,
+        default="0",
+        help="share of clips that move right or down only, STEP:SHARE from a step on",
+    )
     parser.add_argument("--start", type=Path, help="folder of an earlier run whose weights to begin with")
     parser.add_argument("--anchor", type=float, default=1.0, help="weight of what keeps still captions as they are")
     args = parser.parse_args(argv)
@@ -111,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         base.vae.cpu()
         train_video(
             out / "motion", plan, base, clips, resume=args.resume,
-            start=args.start, batch=args.batch, anchor=args.anchor, noisy=args.noisy, bf16=not args.fp32,
-            device=args.device,
+            start=args.start, batch=args.batch, frames=args.frames, anchor=args.anchor, noisy=args.noisy,
+            skew=args.skew, bf16=not args.fp32, device=args.device,
         )  # fmt: skip
     target = args.export or out / "pipeline"
     step = export_video(out / "motion", base, target)
@@ -121,9 +130,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _flat(base: StableDiffusionPipeline, unet: UNetMotionModel) -> UNet2DConditionModel:
-    """Return a copy of the base's UNet that reads the text as the trained one does."""
+    """Return the trained UNet without its motion modules."""
     flat: UNet2DConditionModel = copy.deepcopy(base.unet)
-    flat.load_state_dict(world.read_parameters(unet), strict=False)
+    flat.load_state_dict(world.flat_parameters(unet))
     return flat
 
 
