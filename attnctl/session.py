@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attnctl.branches import latents_of, with_latents
-from attnctl.errors import BackendError, ConfigError, ConflictError, UnsupportedModelError
+from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError
 from attnctl.intercept import Link, attach_processor, detach_processor, release_processor
 from attnctl.kernels import backends
 from attnctl.latents import LatentEngine
@@ -201,6 +201,18 @@ class Handle:
         if not parts:
             raise ConfigError(f"{capture!r} is not a Capture that this handle has attached.")
         return joined([r.maps() for r in parts if r.layers] or [parts[0].maps()])
+
+    def kept(self, guidance: Guidance) -> Any:
+        """Return c - p of a guidance that reuses it (every > 1), as it was computed last in this run.
+
+        Raises:
+            NeverApplied: It computed none yet, or keeps none.
+        """
+        for w in self._watched:
+            for g, branch in w.branches:
+                if g is guidance and branch.key in w.memory:
+                    return w.memory[branch.key].delta
+        raise NeverApplied(f"{guidance.describe()} has kept no difference: it needs every > 1, and a step that ran.")
 
     def set_step(self, step: int, steps: int, timestep: float | None = None) -> None:
         """Tell the step of a hand-written loop: step i of n, and the timestep (1000 = noise) where weights adapt."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from attnctl.pipelines.calibration import Calibration, calibrate
     from attnctl.pipelines.classify import Classified, classify
     from attnctl.pipelines.guider import ControlGuider
+    from attnctl.pipelines.hunt_plan import HuntPlan, halvings
+    from attnctl.pipelines.hunt_results import Hunted, compose
+    from attnctl.pipelines.hunt_search import hunt
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.segment import Segmented, segment
     from attnctl.pipelines.video_edit import Edited, edit_video
@@ -21,12 +24,17 @@ __all__ = [
     "Classified",
     "ControlGuider",
     "Edited",
+    "HuntPlan",
+    "Hunted",
     "Segmented",
     "calibrate",
     "classify",
+    "compose",
     "ddim_of",
     "edit_video",
     "estimate_bytes",
+    "halvings",
+    "hunt",
     "invert",
     "segment",
 ]
@@ -43,6 +51,11 @@ _HOMES = {
     "ddim_of": "inversion",
     "edit_video": "video_edit",
     "estimate_bytes": "inversion",
+    "HuntPlan": "hunt_plan",
+    "Hunted": "hunt_results",
+    "compose": "hunt_results",
+    "halvings": "hunt_plan",
+    "hunt": "hunt_search",
     "invert": "inversion",
 }
 

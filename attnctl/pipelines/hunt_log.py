@@ -1,0 +1,180 @@
+"""The log of a search: one line of JSON for every pipeline call that was marked, so that nothing is ever done twice.
+
+A folder holds `hunt.json` (the plan and the model) and one `marks-*.jsonl` for every process that ever worked on it.
+A process appends to its own file only and starts a new one when it is run again; a line that a kill left unfinished
+is the last of its file, and is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnctl.errors import AttnctlError, PlanError
+
+__all__ = ["HuntLog", "LogError", "fingerprint_of", "key_of"]
+
+SCHEMA = 1
+_HEADER = "hunt.json"
+
+
+class LogError(AttnctlError):
+    """The log of a search cannot be written."""
+
+
+def key_of(*what: Any) -> str:
+    """Name a piece of work by its content."""
+    return hashlib.sha256(json.dumps(what, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def fingerprint_of(denoiser: torch.nn.Module) -> str:
+    """Identify a denoiser by the names, shapes and first values of its parameters."""
+    digest = hashlib.sha256(type(denoiser).__name__.encode())
+    for name, p in denoiser.named_parameters():
+        digest.update(f"{name}:{tuple(p.shape)}:".encode())
+        digest.update(p.detach().flatten()[:8].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class HuntLog:
+    """Records of a search by their key, in a folder or in memory alone.
+
+    Args:
+        folder: Where to keep them; None to keep nothing.
+        about: What the search is: it must be the same whenever the folder is used again.
+        rank: Which of the processes this one is; the first writes the header.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, Any], rank: int = 0) -> None:
+        self.folder = folder
+        self.records: dict[str, dict[str, Any]] = {}
+        self._own: dict[str, dict[str, Any]] = {}
+        self._rank, self._file = rank, -1
+        self._about = json.loads(json.dumps(dict(about)))
+        if folder is None:
+            return
+        self._attempt(self._claim)
+        for path in sorted(folder.glob("marks-*.jsonl")):
+            for record in _lines(path):
+                self.records.setdefault(record["key"], record)
+
+    def _claim(self) -> None:
+        assert self.folder is not None
+        path = self.folder / _HEADER
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{_HEADER}.{os.getpid()}")
+            draft.write_text(json.dumps({"schema": SCHEMA, **self._about}, indent=1), encoding="utf-8")
+            os.replace(draft, path)  # processes that start together write the same
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise PlanError(f"{path.name} is not JSON: it is damaged. Choose another folder for the log.") from None
+        if not isinstance(held, dict) or held.get("schema") != SCHEMA:
+            raise PlanError(f"{path.name} is no search log of schema {SCHEMA}: choose another folder for the log.")
+        for name, value in self._about.items():
+            if held.get(name) != value:
+                other = "plan" if name in ("plan", "objective") else "model"
+                raise PlanError(
+                    f"The log in {self.folder.name} belongs to another {other}: "
+                    f"{_difference(name, held.get(name), value)}. Choose another folder, or search as before."
+                )
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        """Keep a record; when this returns it survives a kill.
+
+        Raises:
+            LogError: The disk is full, or the folder cannot be written.
+        """
+        record = {"key": key, **record}
+        self._own[key] = self.records[key] = record
+        if self.folder is not None:
+            self._attempt(lambda: self._append(json.dumps(record, allow_nan=False) + "\n"))
+
+    def _append(self, line: str) -> None:
+        assert self.folder is not None
+        fresh = self._file < 0
+        if fresh:
+            self._file = _create(self.folder, self._rank)
+        data = line.encode()
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.close()
+            raise LogError(
+                f"The log of the search cannot be written ({error.strerror or error}): free some space or choose "
+                "another folder, and run again. What is in the log stays, and is not generated again."
+            ) from None
+
+    def merge(
+        self, share: Callable[[list[dict[str, Any]]], Sequence[dict[str, Any]]], *, everything: bool = False
+    ) -> None:
+        """Learn what the other processes have found; `share` gives each process the records of all."""
+        told = list((self.records if everything else self._own).values())
+        for record in share(told):
+            self.records.setdefault(record["key"], record)
+        self._own = {}
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            held, self._file = self._file, -1
+            os.close(held)
+
+
+def _create(folder: Path, rank: int) -> int:
+    for n in range(1_000_000):
+        try:
+            return os.open(folder / f"marks-{rank:03d}-{n:03d}.jsonl", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            continue
+    raise OSError("too many files")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Read the whole lines of one file.
+
+    Raises:
+        PlanError: A line that is not the last one is damaged.
+    """
+    *lines, _torn = path.read_bytes().split(b"\n")
+    found = []
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            marks = record["marks"]
+            whole = isinstance(record["key"], str) and isinstance(marks, list)
+        except (ValueError, KeyError, TypeError):
+            whole, marks = False, []
+        if not whole or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in marks):
+            raise PlanError(
+                f"Line {i + 1} of {path.name} is damaged. Delete that file: its pictures are generated again, the "
+                "others are kept."
+            )
+        found.append(record)
+    return found
+
+
+def _difference(name: str, held: Any, asked: Any) -> str:
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for key in {**held, **asked}:
+            if held.get(key) != asked.get(key):
+                return f"{key} was {_short(held.get(key))} and is {_short(asked.get(key))}"
+    return f"{name} was {_short(held)} and is {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
