@@ -142,7 +142,7 @@ def objective_of(name: str, device: str = "cpu") -> Callable[..., Any]:
         raise ConfigError(f"The objective {name!r} cannot be imported: {error}.") from None
     if not callable(found):
         raise ConfigError(f"The objective {name!r} is {type(found).__name__}; expected a callable (images, prompts).")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _local(load: Callable[..., Any], name: str) -> Any:
