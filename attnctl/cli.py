@@ -16,6 +16,7 @@ from attnctl.commands.demo import Demo
 from attnctl.commands.edit import Edit
 from attnctl.commands.env import Env
 from attnctl.commands.generate import Generate
+from attnctl.commands.hunt import Hunt
 from attnctl.commands.maps import Maps
 from attnctl.commands.sites import Sites
 from attnctl.errors import AttnctlError
@@ -29,6 +30,7 @@ _COMMANDS: dict[str, type] = {
     "edit": Edit,
     "maps": Maps,
     "calibrate": Calibrate,
+    "hunt": Hunt,
     "sites": Sites,
     "env": Env,
 }

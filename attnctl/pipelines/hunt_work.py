@@ -157,6 +157,7 @@ class Crew:
 
         state = PartialState()
         self.rank, self.size = int(state.process_index), int(state.num_processes)
+        self.local = int(state.local_process_index)
 
     def share(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give every process the records of all, in the order of the processes."""

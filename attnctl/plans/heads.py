@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from attnctl.errors import PlanError, SiteError, nearest
 __all__ = ["HeadSet"]
 
 SCHEMA = 1
-_FILE = "attnctl_heads.json"
+_FILE, _CARD = "attnctl_heads.json", "README.md"
 _MAX_BYTES = 4 << 20
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -63,6 +64,46 @@ class HeadSet:
         """
         return cls(pairs=tuple(pairs), **about)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_labels(cls, labels: str, **about: Any) -> HeadSet:
+        """Make a head set from labels as papers print them: "L1H10, L11H15" is head 10 of depth 1, head 15 of depth 11.
+
+        Example:
+            >>> HeadSet.from_labels("L0H15 L1H19").pairs
+            ((0, 15), (1, 19))
+
+        Raises:
+            SiteError: Something in the text is no such label.
+        """
+        pairs = []
+        for label in re.split(r"[\s,;{}]+", labels.strip(" {}")):
+            found = re.fullmatch(r"L(\d+)H(\d+)", label)
+            if found is None:
+                raise SiteError(f"{label!r} in {labels!r} is no head; expected labels such as L1H10.")
+            pairs.append((int(found[1]), int(found[2])))
+        return cls(pairs=tuple(pairs), **about)
+
+    def card(self) -> str:
+        """Describe the set as a Hub model card in Markdown."""
+        about = {
+            "model": self.model, "attention depths": self.layers, "found by": self.method, "for": self.objective,
+            "u": self.u, "scale": self.scale,
+        }  # fmt: skip
+        facts = "\n".join(f"| {name} | {value} |" for name, value in about.items() if value is not None)
+        pairs = "\n".join(f"| {i + 1} | `{where}` | {head} |" for i, (where, head) in enumerate(self.pairs))
+        base = f"base_model: {self.model}\n" if self.model and self.model.count("/") == 1 else ""
+        u = "" if self.u is None else f", u={self.u:g}"
+        scale = "" if self.scale is None else f", scale={self.scale:g}"
+        return (
+            f"---\nlibrary_name: attnctl\ntags: [attnctl, perturbed-attention-guidance]\n{base}---\n\n"
+            f"# Attention heads of {self.model or 'a model'}\n\nHeads whose perturbation guides the model, for SoftPAG "
+            "(*Fine-Grained Perturbation Guidance via Attention Head Selection*, arXiv 2506.10978).\n\n"
+            f"| | |\n|---|---|\n{facts}\n\n```python\nimport attnctl\nfrom attnctl.processors import SoftPAG\n\n"
+            'heads = attnctl.HeadSet.from_pretrained("this repository or folder")\n'
+            f"with attnctl.control(pipe, SoftPAG(heads=heads{u}{scale})):\n    image = pipe(prompt).images[0]\n```\n\n"
+            f"| order | site | head |\n|---|---|---|\n{pairs}\n"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the set as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -98,14 +139,17 @@ class HeadSet:
         return cls(pairs=pairs, **values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the set into a folder as JSON and return the file."""
+        """Write the set into a folder as JSON, with a card if there is no README yet, and return the JSON file."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        target = path / _FILE
-        with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as f:
-            json.dump(self.to_dict(), f, indent=1)
-        os.replace(f.name, target)
-        return target
+        files = {_FILE: json.dumps(self.to_dict(), indent=1)}
+        if not (path / _CARD).exists():  # never in the place of somebody's own text
+            files[_CARD] = self.card()
+        for name, text in files.items():
+            with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as f:
+                f.write(text)
+            os.replace(f.name, path / name)
+        return path / _FILE
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], *, revision: str | None = None) -> HeadSet:
@@ -127,14 +171,14 @@ class HeadSet:
         return cls.from_dict(_read_json(path), path.name)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the set to a Hub repository and return its address."""
+        """Upload the set and its card to a Hub repository and return the repository's address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            file = self.save_pretrained(folder)
-            return str(api.upload_file(path_or_fileobj=file, path_in_repo=_FILE, repo_id=repo_id))
+            self.save_pretrained(folder)
+            return str(api.upload_folder(folder_path=folder, repo_id=repo_id))
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
