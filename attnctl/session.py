@@ -27,7 +27,7 @@ from attnctl.processors.capture import Capture
 from attnctl.processors.latent import LatentGuidance
 from attnctl.processors.recorder import Recorder
 from attnctl.prompts import PromptWatch
-from attnctl.sites import Site, denoisers_of
+from attnctl.sites import Site, denoisers_of, is_backbone
 from attnctl.state import bind_call
 from attnctl.steps import unwatch_scheduler, watch_scheduler
 from attnctl.watched import Watched, resolve
@@ -383,7 +383,7 @@ def control(
     """Put controls on a diffusers pipeline, or on a bare denoiser, until `detach()` or the end of the with block.
 
     Args:
-        pipe: A diffusers pipeline, or its denoiser.
+        pipe: A diffusers pipeline, or its denoiser; or an image backbone of timm, which takes a `Capture`.
         controls: What to do, in order.
         backend: Attention kernel by name ("sdpa", "xformers", "math"), or "auto" for the fastest that runs.
         layout: How the rows of a call are laid out, if attnctl cannot tell: "cond" (all rows carry the prompt),
@@ -404,6 +404,11 @@ def control(
         >>> with control(pipe, PAG(scale=3.0)):  # doctest: +SKIP
         ...     image = pipe("an astronaut").images[0]
     """
+    if is_backbone(pipe):
+        from attnctl.backbones.capturing import BackboneHandle  # here: it needs timm, and this module
+
+        check_controls(controls)
+        return BackboneHandle(pipe, controls).attach()
     return Handle(pipe, controls, backend=backend, layout=layout, replay=replay).attach()
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "find_sites",
     "halve",
     "image_level_grid",
+    "is_backbone",
     "select",
     "unet_halvings",
 ]
@@ -78,7 +79,7 @@ def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
 
 
 def find_sites(target: Any) -> tuple[Site, ...]:
-    """List the attention sites of a pipeline or model in execution order.
+    """List the attention sites of a pipeline, denoiser or timm backbone in execution order.
 
     Example:
         >>> from diffusers import UNet2DConditionModel
@@ -91,7 +92,17 @@ def find_sites(target: Any) -> tuple[Site, ...]:
     Raises:
         UnsupportedModelError: The object holds no denoiser, or the denoiser no attention with a processor.
     """
+    if is_backbone(target):
+        from attnctl.backbones.places import sites_of  # here: it needs timm, and this module
+
+        return sites_of(target)
     return _sites_of(next(iter(denoisers_of(target).values())))
+
+
+def is_backbone(target: Any) -> bool:
+    """Tell whether a model is an image model of timm, or holds one."""
+    homes = ("timm.models.", "attnctl.backbones.")
+    return isinstance(target, torch.nn.Module) and any(type(m).__module__.startswith(homes) for m in target.modules())
 
 
 def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
