@@ -1,9 +1,8 @@
-"""What latent guidance costs and does: early exit, memory, diffusers' Attend-and-Excite beside ours, shapes judged.
+"""What latent guidance costs: early exit, memory, diffusers' Attend-and-Excite beside ours.
 
     python benchmarks/astar.py --flops      # counts only, on real configurations without weights
     python benchmarks/astar.py --wall       # diffusers' deprecated pipeline and ours: same latents, wall time
-    python benchmarks/astar.py --effects    # two objects a prompt on the shipped model: mechanism and marks
-    python benchmarks/astar.py              # the first two
+    python benchmarks/astar.py              # both; `astar_effects.py` judges what it does
 
 Tables go to stderr, one JSON object to stdout; exit code 1 if a figure misses its limit.
 """
@@ -189,14 +188,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", action="store_true", help="counts only")
     parser.add_argument("--wall", action="store_true", help="wall time only")
-    parser.add_argument("--effects", action="store_true", help="pictures of the shipped model only")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each pipeline")
-    parser.add_argument("--prompts", type=int, default=64, help="two-object prompts of the report")
-    parser.add_argument("--seeds", type=int, default=8, help="pictures a prompt")
-    parser.add_argument("--tune", type=int, default=64, help="pictures of every setting tried")
-    parser.add_argument("--settings", type=int, default=None, help="try only so many settings")
     options = parser.parse_args()
-    both = not (options.flops or options.wall or options.effects)
+    both = not (options.flops or options.wall)
     result: dict[str, Any] = {
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -227,10 +221,6 @@ def main() -> int:
         )
         failed += ["wall"] if w["guidance_speedup"] < WALL_LIMIT else []
         failed += ["latents"] if w["relative_difference_of_latents"] > LATENT_LIMIT else []
-    if options.effects:
-        from astar_effects import effects
-
-        result["effects"] = effects(options.prompts, options.seeds, options.tune, options.settings)
     result["failed"] = failed
     print(json.dumps(result, indent=1))
     return 1 if failed else 0

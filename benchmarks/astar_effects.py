@@ -1,40 +1,187 @@
-"""What A-STAR and Attend-and-Excite do to two-object pictures of the shipped model; run by `astar.py --effects`.
+"""What A-STAR and Attend-and-Excite do to two-object pictures of the shipped models.
+
+    python benchmarks/astar_effects.py --log runs.jsonl > benchmarks/results/astar_effects.json
+    python benchmarks/astar_effects.py --model mmdit    # into astar_effects_mmdit.json
 
 Mechanism first: does the overlap of the two nouns' maps at the last step fall, and does each noun's map keep more of
 its own early map? Then the marks: both objects right. Settings are chosen on tuning prompts and seeds, the figures come
-from others; every comparison is paired (same prompt, same noise).
+from others; every comparison is paired (same prompt, same noise). Last, layouts: one object asked for in one half.
+The table goes to stderr, the JSON to stdout. Batches that `--log` holds already are not run again.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import json
+import os
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from judged import MARKS, STEPS, interval
 from tqdm import tqdm
 
 import attnctl
-from attnctl.processors import PAG, AStar, AttendExcite, Capture, Control
+from attnctl.processors import PAG, AStar, AttendExcite, Capture, Control, SoftPAG
 from attnctl.processors.losses import binarise, normalise, retention, segregation
 from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.judge import judge
 from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
 
-TUNING_SEED, REPORT_SEED = 60_000, 700_000
+TUNING_SEED, REPORT_SEED, LAYOUT_SEED = 60_000, 700_000, 800_000
 BATCH = 32
-CFG = 1.5  # plain guidance's best, as `effects.py pag` finds
 EARLY = 0.25  # of the run: where a noun's own early map is taken
-Make = Callable[[tuple[tuple[str, ...], ...]], Sequence[Control]]
+METHODS: dict[str, type[AStar] | type[AttendExcite]] = {"AStar": AStar, "AttendExcite": AttendExcite}
+Setting = tuple[str, dict[str, Any]]
 
-# Unit-length steps: the length of the latents is about 55, whatever the loss.
-SIZES = (0.2, 0.5, 1.0, 2.0)
-SITES: tuple[Any, ...] = (None, ("up.0",), ("mid", "up.0"), ("down.0", "up.1"))
-WINDOWS = ((0.0, 1.0), (0.0, 0.5), (0.0, 0.25), (0.25, 1.0))
-NORMS = ("max", "minmax", "ae", "none")
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What is tried on one model.
+
+    Attributes:
+        cfg: Plain guidance's best scale, as `effects.py pag` finds.
+        partner: What acts together with A-STAR in the last run of the report.
+        settings: Tried on the tuning prompts, method and options.
+        layouts: Options of A-STAR with masks, tried on tuning prompts.
+        options: Further arguments of the pipeline call.
+    """
+
+    cfg: float
+    partner: Control
+    settings: Sequence[Setting]
+    layouts: Sequence[dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _unit(method: str, size: float, **options: Any) -> Setting:
+    """Make a setting whose steps have a length: a distance in the latents, which begin with a length of about 32."""
+    refined = {"thresholds": ()} if method == "AttendExcite" else {}
+    return method, {"grad_transform": "l2", "step_size": size, **refined, **options}
+
+
+WORLDS: dict[str, World] = {
+    "text2image": World(
+        cfg=1.5,
+        partner=PAG(sites="mid", scale=2.5),
+        settings=(
+            _unit("AStar", 1.0, stop=0.2),
+            _unit("AStar", 0.5, stop=0.2),
+            _unit("AStar", 1.0, stop=0.2, seg=0.0),
+            _unit("AStar", 1.0, stop=0.2, ret=0.0),
+            _unit("AStar", 1.0, stop=0.2, sites="up.1"),
+            _unit("AStar", 1.0, stop=0.2, map_norm="none"),
+            _unit("AStar", 1.0, stop=0.1),
+            _unit("AStar", 0.25, stop=0.5),
+            _unit("AStar", 0.5, stop=0.5, map_norm="ae"),
+            _unit("AStar", 0.2),
+            _unit("AStar", 0.5),
+            _unit("AttendExcite", 0.25),
+            _unit("AttendExcite", 0.5),
+            _unit("AttendExcite", 1.0),
+            _unit("AttendExcite", 0.5, stop=0.2),
+        ),
+        layouts=({"grad_transform": "l2", "step_size": 1.0}, {"grad_transform": "l2", "step_size": 2.0, "stop": 0.5}),
+    ),
+    "mmdit": World(
+        cfg=3.0,
+        partner=SoftPAG(sites=6, scale=2.5),
+        settings=(
+            _unit("AStar", 1.0, stop=0.2),
+            _unit("AStar", 0.5, stop=0.5),
+            _unit("AttendExcite", 0.5),
+            _unit("AttendExcite", 1.0),
+        ),
+        layouts=({"grad_transform": "l2", "step_size": 1.0}, {"grad_transform": "l2", "step_size": 2.0, "stop": 0.5}),
+        options={"max_sequence_length": 0},  # no padding: twice as fast
+    ),
+}
+
+
+class Study:
+    """Runs batches of one model, each once."""
+
+    def __init__(self, model: str, log: Path | None) -> None:
+        self.model, self.world, self.log = model, WORLDS[model], log
+        self.pipe: Any = attnctl.load_shapes(model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.done: dict[str, Any] = {}
+        if log is not None and log.exists():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self.done[row["key"]] = row["marks"]
+
+    def once(self, key: Sequence[Any], run: Any) -> dict[str, list[float]]:
+        """Return what one batch has given, from the log where it is there."""
+        name = json.dumps([self.model, *key])
+        if name not in self.done:
+            self.done[name] = run()
+            if self.log is not None:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": name, "marks": self.done[name]}) + "\n")
+        return dict(self.done[name])
+
+    def images(self, prompts: Sequence[str], seed: int) -> list[np.ndarray]:
+        """Make one picture a prompt."""
+        world = self.world
+        return generate(
+            self.pipe, prompts, scale=world.cfg, seed=seed, steps=STEPS, batch=len(prompts), **world.options
+        )
+
+    def pictures(self, prompts: Sequence[str], seed: int, setting: Setting | None, partner: bool = False) -> Any:
+        """Generate and judge a picture a prompt, and measure the nouns' maps while at it."""
+        marks: dict[str, list[float]] = {name: [] for name in (*MARKS, "overlap", "kept")}
+        for first in range(0, len(prompts), BATCH):
+            part = list(prompts[first : first + BATCH])
+            key = ["pairs", part[0], len(part), seed + first, setting, partner]
+            own = self.once(key, lambda part=part, first=first: self._pairs(part, seed + first, setting, partner))
+            for name, values in own.items():
+                marks[name] += values
+        return marks
+
+    def _pairs(self, prompts: list[str], seed: int, setting: Setting | None, partner: bool) -> dict[str, list[float]]:
+        words = nouns(prompts)
+        controls: list[Control] = []
+        if setting is not None:
+            controls = [METHODS[setting[0]](concepts=words, **setting[1])]
+        if partner:
+            controls.append(self.world.partner)
+        with attnctl.control(self.pipe, *controls, Capture(words=words, keep=("steps",))) as handle:
+            images = self.images(prompts, seed)
+            maps = handle.maps
+        scored = score(images, prompts)
+        early, late = (_pair_maps(maps, words, step) for step in (int(EARLY * STEPS), STEPS - 1))
+        overlap, kept = segregation(late).tolist(), (2 - retention(late, binarise(early))).tolist()
+        return {name: scored[name] for name in MARKS} | {"overlap": overlap, "kept": kept}
+
+    def halves(self, n: int, first: int, seed: int, options: dict[str, Any] | None) -> list[float]:
+        """Ask for one object in the left half in n/2 pictures, and in the right in as many; say where it was."""
+        singles, inside = single_prompts(), []
+        left = np.zeros((16, 16), bool)
+        left[:, : left.shape[1] // 2] = True
+        for start in range(0, n, BATCH // 2):
+            side = (start // (BATCH // 2)) % 2
+            part = [singles[(first + i) * 7 % len(singles)] for i in range(start, min(start + BATCH // 2, n))]
+            mask = ~left if side else left
+
+            def run(part: list[str] = part, mask: np.ndarray = mask, start: int = start, side: int = side) -> Any:
+                if options is None:
+                    images = self.images(part, seed + start)
+                else:
+                    control = AStar(concepts=nouns(part), masks=(mask,), seg=0.0, **options)
+                    with attnctl.control(self.pipe, control):
+                        images = self.images(part, seed + start)
+                good = [m.right for m in (judge(i).matches(p) for i, p in zip(images, part, strict=True))]
+                return {"inside": [_lies(image, side) for image in images], "right": [float(g) for g in good]}
+
+            inside.append(self.once(["halves", part[0], len(part), seed + start, side, options], run))
+        return [v for part in inside for v in part["inside"]]
 
 
 def nouns(prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -42,132 +189,129 @@ def nouns(prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(thing.shape for thing in parse(p).things) for p in prompts)
 
 
-def sampled(pipe: Any, prompts: Sequence[str], seed: int, make: Make | None) -> dict[str, Any]:
-    """Generate and judge a picture a prompt, and measure the nouns' maps while at it."""
-    marks: dict[str, list[float]] = {name: [] for name in (*MARKS, "overlap", "kept")}
-    for first in range(0, len(prompts), BATCH):
-        part = list(prompts[first : first + BATCH])
-        words = nouns(part)
-        controls = list(make(words)) if make is not None else []
-        capture = Capture(words=words, keep=("steps",), sites=["down.1", "mid", "up.0"])
-        with attnctl.control(pipe, *controls, capture) as handle:
-            images = generate(pipe, part, scale=CFG, seed=seed + first, steps=STEPS, batch=BATCH)
-            maps = handle.maps
-        scored = score(images, part)
-        for name in MARKS:
-            marks[name] += scored[name]
-        early, late = (_pairs(maps, words, step) for step in (int(EARLY * STEPS), STEPS - 1))
-        marks["overlap"] += segregation(late).tolist()
-        marks["kept"] += (2 - retention(late, binarise(early))).tolist()
-    return marks
-
-
-def _pairs(maps: Any, words: Sequence[Sequence[str]], step: int) -> torch.Tensor:
+def _pair_maps(maps: Any, words: Sequence[Sequence[str]], step: int) -> torch.Tensor:
     every = maps.stacked(step=step)  # words, images, h, w; NaN where a prompt has no such word
     chosen = [torch.stack([every[maps.words.index(w), i] for w in own]) for i, own in enumerate(words)]
     return normalise(torch.stack(chosen), "max")
 
 
-def share(marks: dict[str, Any]) -> float:
-    """Return the share of pictures with both objects right, in percent."""
-    return round(100 * float(np.mean(marks["right"])), 1)
+def _lies(image: np.ndarray, side: int) -> float:
+    """Tell whether the first object's centre lies left (0) or right (1); without an object it lies nowhere."""
+    things = judge(image).things
+    if not things:
+        return 0.0
+    box = things[0].box
+    return float(int((box[0] + box[2]) / 2 >= SIZE / 2) == side)
 
 
-def tune(pipe: Any, n: int, most: int | None) -> dict[str, Any]:
-    """Choose size, layers, window and normalisation of both methods, one after the other."""
-    prompts = pair_prompts(31, n, "tuning")
+def shares(marks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the marks in percent, and the means of the maps' figures."""
+    found = {name: round(100 * float(np.mean(marks[name])), 1) for name in MARKS}
+    return found | {name: round(float(np.mean(marks[name])), 4) for name in ("overlap", "kept")}
+
+
+def tune(study: Study, n: int, again: int) -> dict[str, Any]:
+    """Try every setting on n tuning pictures, and the best two of each method on other ones."""
+    prompts = pair_prompts(31, n + again, "tuning")
     table: list[dict[str, Any]] = []
-    left = [most if most is not None else 10_000]
+    right: dict[str, list[float]] = {}
 
-    def tried(kind: type[AStar] | type[AttendExcite], options: dict[str, Any]) -> tuple[float, float]:
-        left[0] -= 1
-        marks = sampled(pipe, prompts, TUNING_SEED, lambda words: [kind(concepts=words, **options)])
-        overlap = round(float(np.mean(marks["overlap"])), 4)
-        table.append({"method": kind.__name__, **options, "right": share(marks), "overlap": overlap})
+    def tried(setting: Setting | None, first: int, stop: int, stage: int) -> None:
+        marks = study.pictures(prompts[first:stop], TUNING_SEED + first, setting)
+        right.setdefault(json.dumps(setting), []).extend(marks["right"])
+        name, options = ("plain", {}) if setting is None else setting
+        table.append({"stage": stage, "method": name, "options": options, "pictures": stop - first, **shares(marks)})
         print(table[-1], file=sys.stderr, flush=True)
-        return share(marks), -overlap
 
+    for setting in tqdm([None, *study.world.settings], desc="tuning", disable=None):
+        tried(setting, 0, n, 1)
     chosen: dict[str, dict[str, Any]] = {}
-    for kind in (AStar, AttendExcite):
-        best: dict[str, Any] = {"grad_transform": "l2", "step_size": SIZES[1]}
-        if kind is AttendExcite:
-            best |= {"thresholds": (), "map_norm": "ae"}
-        best_mark: tuple[float, float] | None = None
-        sweeps: list[list[dict[str, Any]]] = [
-            [{"step_size": size} for size in SIZES],
-            [{"grad_transform": "sign", "step_size": 0.01}, {"grad_transform": "none", "step_size": 20.0}],
-            [{"sites": sites} for sites in SITES[1:]],
-            [{"start": a, "stop": b} for a, b in WINDOWS[1:]],
-            [{"map_norm": norm} for norm in NORMS if norm != best.get("map_norm", "max")],
-        ]
-        for change in tqdm(list(itertools.chain(*sweeps)), desc=kind.__name__, disable=None):
-            if left[0] <= 0:
-                break
-            mark = tried(kind, best | change)
-            if best_mark is None or mark > best_mark:
-                best, best_mark = best | change, mark
-        chosen[kind.__name__] = best
+    for name in METHODS:
+        own = [s for s in study.world.settings if s[0] == name]
+        own.sort(key=lambda s: -float(np.mean(right[json.dumps(s)])))
+        if again:
+            own = own[:2]
+            for setting in own:
+                tried(setting, n, n + again, 2)
+        chosen[name] = max(own, key=lambda s: float(np.mean(right[json.dumps(s)])))[1]
     return {"chosen": chosen, "table": table}
 
 
-def report(pipe: Any, prompts: Sequence[str], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Measure plain, both methods and A-STAR with PAG on fresh prompts and seeds."""
-    pag = PAG(sites="mid", scale=2.5)
-    runs: dict[str, Make | None] = {
-        "plain": None,
-        "AttendExcite": lambda words: [AttendExcite(concepts=words, **chosen["AttendExcite"])],
-        "AStar": lambda words: [AStar(concepts=words, **chosen["AStar"])],
-        "AStar, segregation alone": lambda words: [AStar(concepts=words, **chosen["AStar"] | {"ret": 0.0})],
-        "AStar, retention alone": lambda words: [AStar(concepts=words, **chosen["AStar"] | {"seg": 0.0})],
-        "AStar + PAG": lambda words: [AStar(concepts=words, **chosen["AStar"]), pag],
+def report(study: Study, n_prompts: int, seeds: int, chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Measure plain, both methods and A-STAR with another guidance on fresh prompts and seeds."""
+    prompts = pair_prompts(32, n_prompts, "report") * seeds
+    runs: dict[str, tuple[Setting | None, bool]] = {"plain": (None, False)}
+    runs |= {name: ((name, options), False) for name, options in chosen.items()}
+    runs["AStar + " + study.world.partner.describe()] = (("AStar", chosen["AStar"]), True)
+    found = {
+        name: study.pictures(prompts, REPORT_SEED, *how)
+        for name, how in tqdm(runs.items(), desc="report", disable=None)
     }
-    found = {name: sampled(pipe, prompts, REPORT_SEED, make) for name, make in tqdm(runs.items(), disable=None)}
     plain = {name: np.array(values) for name, values in found["plain"].items()}
     rows: dict[str, Any] = {}
     for name, marks in found.items():
-        rows[name] = {mark: round(100 * float(np.mean(marks[mark])), 1) for mark in MARKS}
-        rows[name] |= {key: round(float(np.mean(marks[key])), 4) for key in ("overlap", "kept")}
+        rows[name] = shares(marks)
         if name != "plain":
-            rows[name]["gain_right_points"] = interval(np.array(marks["right"]) - plain["right"])
+            for mark in ("right", "bound"):
+                rows[name][f"gain_{mark}_points"] = interval(np.array(marks[mark]) - plain[mark])
             for key in ("overlap", "kept"):
                 rows[name][f"{key}_change"] = interval(np.array(marks[key]) - plain[key], percent=False)
         print(name, rows[name], file=sys.stderr, flush=True)
-    return rows
+    difference = np.array(found["AStar"]["right"]) - np.array(found["AttendExcite"]["right"])
+    return {"rows": rows, "astar_minus_attend_excite_points": interval(difference)}
 
 
-def layouts(pipe: Any, n: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Ask for one object in one half of the picture; count the centres that lie there."""
-    prompts = [single_prompts()[i * 7 % len(single_prompts())] for i in range(n)]
-    inside: dict[str, list[float]] = {"plain": [], "masks": []}
-    left = np.zeros((16, 16), bool)
-    left[:, :8] = True
-    for side, mask in (("left", left), ("right", ~left)):
-        for first in range(0, n, BATCH):
-            part = prompts[first : first + BATCH]
-            control = AStar(concepts=nouns(part), **options | {"masks": (mask,), "seg": 0.0})
-            for name in inside:
-                if name == "masks":
-                    with attnctl.control(pipe, control):
-                        images = generate(pipe, part, scale=CFG, seed=REPORT_SEED + first, steps=STEPS, batch=BATCH)
-                else:
-                    images = generate(pipe, part, scale=CFG, seed=REPORT_SEED + first, steps=STEPS, batch=BATCH)
-                for image in images:
-                    things = judge(image).things
-                    if not things:
-                        inside[name].append(0.0)
-                        continue
-                    box = things[0].box
-                    inside[name].append(float(((box[0] + box[2]) / 2 < SIZE / 2) == (side == "left")))
-    gain = interval(np.array(inside["masks"]) - np.array(inside["plain"]))
-    return {name: round(100 * float(np.mean(v)), 1) for name, v in inside.items()} | {"gain_points": gain}
+def layouts(study: Study, n: int, tuning: int) -> dict[str, Any]:
+    """Choose options of A-STAR with masks on tuning pictures, then count the centres in the half asked for."""
+    table = [
+        {"options": options, "inside": round(100 * float(np.mean(study.halves(tuning, 500, TUNING_SEED, options))), 1)}
+        for options in study.world.layouts
+    ]
+    print(table, file=sys.stderr, flush=True)
+    options = max(table, key=lambda row: row["inside"])["options"]  # type: ignore[arg-type, return-value]
+    plain, masks = (np.array(study.halves(n, 0, LAYOUT_SEED, o)) for o in (None, options))  # type: ignore[arg-type]
+    return {
+        "options": options,
+        "pictures": n,
+        "plain": round(100 * float(plain.mean()), 1),
+        "masks": round(100 * float(masks.mean()), 1),
+        "gain_points": interval(masks - plain),
+        "tuning": table,
+    }
 
 
-def effects(prompts: int, seeds: int, tuning: int, settings: int | None) -> dict[str, Any]:
-    """Tune, then report: `prompts` two-object prompts with `seeds` pictures each."""
-    pipe = attnctl.load_shapes("text2image")
-    tuned = tune(pipe, tuning, settings)
-    many = [p for p in pair_prompts(32, prompts, "report") for _ in range(seeds)]
-    rows = report(pipe, many, tuned["chosen"])
-    halves = layouts(pipe, max(len(many) // 4, 2), tuned["chosen"]["AStar"])
-    print("centres in the half asked for", halves, file=sys.stderr)
-    return {"cfg": CFG, "steps": STEPS, "pictures": len(many), **tuned, "report": rows, "layouts": halves}
+def main() -> int:
+    """Tune, report, and place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(WORLDS), default="text2image")
+    parser.add_argument("--prompts", type=int, default=64, help="two-object prompts of the report")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--tune", type=int, default=32, help="pictures of every setting tried")
+    parser.add_argument("--again", type=int, default=32, help="further pictures of the best two settings of a method")
+    parser.add_argument("--layouts", type=int, default=96, help="pictures with a layout; 0 for none")
+    parser.add_argument("--log", type=Path, help="JSON lines of what was run, to go on from")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    study = Study(options.model, options.log)
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "attnctl": attnctl.__version__}
+    result: dict[str, Any] = {
+        "study": "astar",
+        "model": options.model,
+        "cfg": study.world.cfg,
+        "steps": STEPS,
+        "versions": versions,
+        "machine": platform.machine(),
+    }
+    result |= tune(study, options.tune, options.again)
+    result |= {"prompts": options.prompts, "seeds": options.seeds}
+    result |= report(study, options.prompts, options.seeds, result["chosen"])
+    if options.layouts:
+        result["layouts"] = layouts(study, options.layouts, BATCH)
+        print("centres in the half asked for", result["layouts"], file=sys.stderr)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
