@@ -100,8 +100,8 @@ class WordMaps(Mapping[str, Tensor]):
         rows: "cond" or "uncond": which prompt the maps belong to.
         reduce: How steps, heads and layers are reduced.
         keep: What was not reduced: "steps", "heads".
-        of: "words", or "points": then `words` names places of the image as "x,y" or "x,y,frame", and a map says how
-            much that place attends to every other.
+        of: "words", or "points": then `words` names places of the image as "x,y" or "x,y,frame" (in backbones also
+            "class", "register1" and "mean"), and a map says how much that place attends to every other.
         about: Further facts, such as the model.
     """
 

@@ -73,14 +73,15 @@ def words_sheet(
 
 def _share(maps: WordMaps) -> str:
     if maps.of == "points":
-        return "Share of attention that the ringed place pays to each other"
+        ringed = any("," in label for label in maps.words)
+        return f"Share of attention that {'the ringed place' if ringed else 'the token'} pays to each other"
     return "Share of attention that goes to the word"
 
 
 def _overlay(image: Image.Image, maps: WordMaps, word: str, values: Tensor, **options: Any) -> Image.Image:
     """Lay one map over the image, with a ring where a point is."""
     tile = overlay(image, values, **options)
-    if maps.of == "points":
+    if maps.of == "points" and "," in word:  # class tokens and means of backbones lie nowhere
         x, y = (float(v) for v in word.split(",")[:2])
         x, y, r = x * tile.width, y * tile.height, max(tile.size) / 24
         draw = ImageDraw.Draw(tile)

@@ -20,7 +20,7 @@ from attnctl.backbones.grid import GridRecorder, watch_grid
 from attnctl.backbones.places import Place, find_places, owner_of, sites_of
 from attnctl.backbones.probe import Look, look
 from attnctl.errors import ConfigError, ConflictError, NeverApplied, UnsupportedModelError, nearest
-from attnctl.maps import Of, WordMaps, reduced
+from attnctl.maps import WordMaps, reduced
 from attnctl.processors.base import Control
 from attnctl.processors.capture import Capture
 from attnctl.processors.pointrecorder import point_label, token_at
@@ -109,7 +109,6 @@ class BackboneHandle(Handle):
         if not self._layers:
             raise NeverApplied("Capture has recorded nothing yet: run the model, uncompiled, with the handle enabled.")
         images = next(iter(self._layers.values())).shape[0]
-        of: Of = "words" if capture.points is None else "points"
         return WordMaps(
             words=tuple(self._asks),
             layers=dict(self._layers),
@@ -120,7 +119,7 @@ class BackboneHandle(Handle):
             heads=None if capture.heads is None else tuple(capture.heads),
             reduce="mean" if capture.reduce == "none" else capture.reduce,  # type: ignore[arg-type]
             keep=tuple(capture.keep),
-            of=of,
+            of="points",
             about={"model": type(self._model).__name__},
         )
 

@@ -46,7 +46,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.2)
     model.train()
     curve = []
-    bar = tqdm(range(epochs), disable=quiet, desc="train", unit="epoch")
+    bar = tqdm(range(epochs), disable=quiet or None, desc="train", unit="epoch")
     for _ in bar:
         total = torch.zeros((), device=images.device)
         for chosen in torch.randperm(len(images), generator=order)[: steps * batch].split(batch):
