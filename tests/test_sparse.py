@@ -15,12 +15,14 @@ from torch import Tensor
 import attnctl
 from attnctl.errors import BackendError, PlanError
 from attnctl.kernels.lists import bundles, coarser, csr
-from attnctl.kernels.sparse import SPARSE, block_sparse
+from attnctl.kernels.sparse import block_sparse
 from attnctl.plans import BlockPlan
 from attnctl.plans.orders import ORDERS, permutation, permute_heads, restore_heads
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures" / "paro"
+HERE = ("gather", "reference")
+"""Kernels that run anywhere; those for GPUs are tested in test_sparse_kernels.py."""
 
 
 def fixture(name: str) -> tuple[dict, dict[str, Tensor]]:
@@ -70,7 +72,7 @@ def test_orders_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ["bsa_equal", "bsa_ragged"])
-@pytest.mark.parametrize("backend", sorted(SPARSE))
+@pytest.mark.parametrize("backend", HERE)
 def test_recorded_block_sparse_attention(name: str, backend: str) -> None:
     facts, t = fixture(name)
     plan = BlockPlan.from_mask(t["mask"], facts["block"])
@@ -79,7 +81,7 @@ def test_recorded_block_sparse_attention(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["calib_4x8x8", "calib_partial_3x7x9"])
-@pytest.mark.parametrize("backend", sorted(SPARSE))
+@pytest.mark.parametrize("backend", HERE)
 def test_recorded_reordered_attention(name: str, backend: str) -> None:
     facts, t = fixture(name)
     q, k, v = (t[x][None] for x in "qkv")
@@ -92,7 +94,7 @@ def test_recorded_reordered_attention(name: str, backend: str) -> None:
         assert (out.double() - want).norm() / want.norm() <= 1e-5
 
 
-@pytest.mark.parametrize("backend", sorted(SPARSE))
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize(("n", "bq", "bk"), [(96, 16, 16), (90, 16, 16), (90, 32, 16), (70, 16, 32), (33, 32, 8)])
 @pytest.mark.parametrize("n_text", [0, 5])
 def test_kernels_are_the_masked_map(backend: str, n: int, bq: int, bk: int, n_text: int) -> None:
@@ -103,7 +105,7 @@ def test_kernels_are_the_masked_map(backend: str, n: int, bq: int, bk: int, n_te
         assert (out - masked_dense(q, k, v, plan, plan.span(n + n_text))).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("backend", sorted(SPARSE))
+@pytest.mark.parametrize("backend", HERE)
 def test_a_full_mask_is_dense_attention(backend: str) -> None:
     q, k, v = qkv(6, 2 * 5 * 7 + 3)
     keep = torch.ones(6, 5, 5, dtype=torch.bool)
@@ -142,9 +144,8 @@ def test_what_is_not_kept_is_not_read() -> None:
     for x in (k, v):
         x[:, :, 16:32] = torch.nan
     rows = torch.cat([torch.arange(16), torch.arange(32, 60)])
-    for backend in set(SPARSE) - {"reference"}:
-        out = block_sparse(q, k, v, plan, backend=backend)
-        assert out[:, :, rows].isfinite().all(), backend
+    out = block_sparse(q, k, v, plan, backend="gather")
+    assert out[:, :, rows].isfinite().all()
 
 
 def test_lists_of_a_large_mask() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnctl.kernels.layout import chunk_rows, repeat_heads, wide_dtype
 from attnctl.plans.orders import ORDERS, permutation
 
-__all__ = ["BlockMass", "block_mass", "choose_masks", "choose_orders"]
+__all__ = ["BlockMass", "block_mass", "choose_masks", "choose_masks_together", "choose_orders"]
 
 _TIE = 1e-6
 
@@ -71,6 +71,11 @@ def block_mass(
     image = slice(0, q.shape[2]) if image is None else image
     heads, n = q.shape[1], image.stop - image.start
     tried = [range(len(ORDERS))] * heads if orders is None else orders
+    # On an image, or any grid with an axis of one, several orders are the same layout: measured once.
+    same = [_first_alike(grid, o) for o in range(len(ORDERS))]
+    kept = sorted({same[o] for o in tried[0]}) if orders is None else None
+    back = None if kept is None else torch.tensor([kept.index(same[o]) for o in tried[0]], device=q.device)
+    tried = tried if kept is None else [kept] * heads
     layouts = torch.stack([torch.stack([permutation(grid, o) for o in head]) for head in tried]).to(q.device)
     places = layouts.argsort(-1)
     nq, nk = -(-n // block_q), -(-n // block_k)
@@ -106,8 +111,17 @@ def block_mass(
     if marks:
         sparse = torch.stack([m[0] for m in marks]).mean(0)
         uneven = torch.stack([m[1] for m in marks]).mean(0)
-    rows_in = _sizes(n, block_q, sums)[:, None]
-    return BlockMass(sums / rows_in / q.shape[0], sparse, uneven)
+    mass = sums / _sizes(n, block_q, sums)[:, None] / q.shape[0]
+    if back is None:
+        return BlockMass(mass, sparse, uneven)
+    marked = [None if m is None else m.index_select(1, back) for m in (sparse, uneven)]
+    return BlockMass(mass.index_select(1, back), *marked)
+
+
+def _first_alike(grid: tuple[int, int, int], order: int) -> int:
+    """Return the first order that lays a grid out as this one does."""
+    long = [[axis for axis in axes if grid[axis] > 1] for axes in ORDERS.values()]
+    return long.index(long[order])
 
 
 def _marks(
@@ -175,7 +189,28 @@ def choose_masks(mass: Tensor, density: float, *, together: bool = False) -> Ten
     flat = mass.flatten(-3) if together else mass.flatten(-2)
     kept = max(1, math.floor(density * flat.shape[-1] + 0.5))
     least = flat.topk(kept, dim=-1).values[..., -1]
-    keep = mass >= least[(..., None, None, None) if together else (..., None, None)]
+    return _above(mass, least[(..., None, None, None) if together else (..., None, None)])
+
+
+def choose_masks_together(masses: Sequence[Tensor], density: float) -> list[Tensor]:
+    """Keep the blocks with the most mass of several attentions, which compete for one budget of work.
+
+    Args:
+        masses: Of every block of every attention, each [..., H, nq, nk].
+        density: Share of all their blocks to keep, in (0, 1]. Every row's best block is kept beside.
+
+    Returns:
+        Bool, in the shape of each of `masses`.
+    """
+    flat = torch.cat([m.flatten() for m in masses])
+    kept = max(1, math.floor(density * flat.numel() + 0.5))
+    # kthvalue rather than topk: it has no limit on how many, and needs no copy of the largest.
+    least = flat.kthvalue(flat.numel() - kept + 1).values
+    return [_above(m, least) for m in masses]
+
+
+def _above(mass: Tensor, least: Tensor) -> Tensor:
+    keep = mass >= least
     best = mass == mass.amax(-1, keepdim=True)
     # One block a row, the first among equals.
     return keep | (best & (best.cumsum(-1) == 1))

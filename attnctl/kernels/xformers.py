@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnctl.kernels.layout import as_bias, repeat_heads
 
-__all__ = ["declines", "missing", "run"]
+__all__ = ["block_diagonal", "declines", "memory_efficient", "missing", "run"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -60,11 +60,32 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: floa
         (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
         for x in (q, repeat_heads(k, heads), repeat_heads(v, heads))
     )
-    out = _ops().memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+    out = memory_efficient(q, k, v, bias=bias, scale=scale).transpose(1, 2)
     if mask is not None and mask.dtype == torch.bool:
         # SDPA gives zero where a row may attend to nothing; the finite bias would give the mean.
         out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return out
+
+
+def memory_efficient(q: Tensor, k: Tensor, v: Tensor, *, bias: Any = None, scale: float | None = None) -> Tensor:
+    """Call xformers' memory-efficient attention.
+
+    Shapes: q [B, Nq, H, D]; k, v [B, Nk, H, D] -> [B, Nq, H, Dv]. bias: a tensor or one of xformers' own.
+    """
+    out: Tensor = _ops().memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
+    return out
+
+
+def block_diagonal(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Any:
+    """Return xformers' bias for sequences that stand one behind the other and do not see each other.
+
+    Args:
+        queries: Number of queries of every sequence.
+        keys: Number of keys of every sequence.
+        device: Where the call runs.
+    """
+    bias = _ops().fmha.attn_bias.BlockDiagonalMask
+    return bias.from_seqlens(list(queries), list(keys), device=device)
 
 
 def _aligned_bias(mask: Tensor, q: Tensor, n_key: int) -> Tensor:
