@@ -3,9 +3,11 @@
 Four parts, each resumable (`--part search`, `tune`, `report`, `savings`; all by default); at the end the run prints the
 JSON of the parts asked for on stdout; tables go to stderr.
 
-- search: every head of the model on 16 prompt-seed pairs (the published search at this size), and the affordable
+- search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
   search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
-- tune: how many of the found heads, at which u; single layers and plain guidance at their own best. Tuning prompts.
+- tune: how many of the found heads, at which u, and plain guidance and the best single layer (as
+  `effects.py pag --model mmdit` found it) at their own best. Tuning prompts. The affordable set takes what is best for
+  the full one, so that only the heads differ.
 - report: plain, the best single layer, and both found sets on other prompts and other seeds, paired.
 - savings: what each saving alone does to the number of pictures and to the choice, from the marks of the full search;
   and time and FLOPs of batching and replay.
@@ -36,7 +38,7 @@ from attnctl.processors import PAG, Control, SoftPAG
 from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.scenes import pair_prompts
 
-STEPS, CFG, U, WEIGHT, K = 10, 3.0, 0.5, 2.5, 6
+STEPS, CFG, U, WEIGHT, K = 8, 3.0, 0.5, 2.5, 6
 SEARCH_SEED, TUNING_SEED, REPORT_SEED = 60_000, 70_000, 800_000
 OPTIONS = {"max_sequence_length": 0}  # no padding: twice as fast
 
@@ -49,7 +51,7 @@ def plans(pairs: int) -> dict[str, HuntPlan]:
         "k": K, "u": U, "scale": WEIGHT, "steps": STEPS, "guidance": CFG, "call": OPTIONS, "batch": 16,
     }  # fmt: skip
     half = pairs // 2
-    cheap = {"prune": 1 / 3, "halving": ((max(1, half // 4), 16), (max(2, half // 2), 10))}
+    cheap = {"prune": 1 / 3, "halving": ((half // 4, 16), (half // 2, 10))}
     return {
         "full": HuntPlan(pairs=seeds, **common),
         "affordable": HuntPlan(pairs=seeds[:half], **common, **cheap, baseline=False),
@@ -94,7 +96,7 @@ class Bench:
 
     def arm(self, label: str, prompts: Sequence[str], seed: int, control: Control | None, cfg: float = CFG) -> Any:
         """Judge one setting on prompts."""
-        name = f"arm_{label}"
+        name = f"arm_{label}_{len(prompts)}"
 
         def make() -> dict[str, Any]:
             began = time.process_time()
@@ -120,19 +122,15 @@ class Bench:
         """Choose how each competitor does best, by the share of right pictures."""
         prompts = pair_prompts(22, self.n_tune, "tuning")
         tried: dict[str, dict[str, Any]] = {"plain": {}, "layer": {}}
-        for cfg in (2.0, 3.0, 4.0):
+        for cfg in (2.0, CFG):
             tried["plain"][f"plain_cfg{cfg:g}"] = (None, cfg)
-        for depth in (5, 6, 7):
-            tried["layer"][f"layer{depth}_u{U:g}"] = (SoftPAG(sites=depth, u=U, scale=WEIGHT), CFG)
-        for u in (0.25, 1.0):
+        for u in (0.25, U, 1.0):
             tried["layer"][f"layer6_u{u:g}"] = (SoftPAG(sites=6, u=u, scale=WEIGHT), CFG)
-        tried["layer"]["layer6_pag"] = (PAG(sites=6, scale=WEIGHT), CFG)
-        for name, heads in self.sets().items():
-            tried[name] = {
-                f"{name}_k{k}_u{u:g}": (SoftPAG(heads=heads[:k], u=u, scale=WEIGHT), CFG)
-                for k in (3, K)
-                for u in (0.25, U, 1.0)
-            }
+        sets = self.sets()
+        sizes = [(k, u) for k in (3, K) for u in (0.25, U, 1.0)]
+        tried["full"] = {
+            f"full_k{k}_u{u:g}": (SoftPAG(heads=sets["full"][:k], u=u, scale=WEIGHT), CFG) for k, u in sizes
+        }
         table, best = [], {}
         for kind, settings in tried.items():
             rights = {}
@@ -145,6 +143,9 @@ class Bench:
                 )
             label = max(rights, key=lambda name: rights[name])
             best[kind] = (label, *settings[label])
+        k, u = sizes[list(tried["full"]).index(best["full"][0])]
+        cheap = SoftPAG(heads=sets["affordable"][:k], u=u, scale=WEIGHT)
+        best["affordable"] = (f"affordable_k{k}_u{u:g}", cheap, CFG)
         self.best = best
         return {"pictures": self.n_tune, "table": table, "best": {kind: b[0] for kind, b in best.items()}}
 
@@ -199,7 +200,7 @@ class Bench:
         for n in (m // 2, m // 4):
             rows.append(told(f"{n} pairs", n * len(pool), best(pool, n)[:K]))
         left, images, seen = list(pool), 0, 0
-        for upto, keep in ((m // 8, 24), (m // 4, 12), (m // 2, 8), (m, K)):
+        for upto, keep in ((m // 4, 24), (m // 2, 12), (m, K)):
             images, seen = images + len(left) * (upto - seen), upto
             left = best(left, upto)[:keep]
         rows.append(told("successive halving", images, left))
@@ -255,9 +256,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for logs and what is done")
     parser.add_argument("--part", choices=("search", "tune", "report", "savings"), action="append")
-    parser.add_argument("--pairs", type=int, default=16, help="prompt-seed pairs of the full search")
+    parser.add_argument("--pairs", type=int, default=8, help="prompt-seed pairs of the full search")
     parser.add_argument("--tune", type=int, default=32, help="pictures of every setting tried")
-    parser.add_argument("-n", type=int, default=192, help="pictures of the report")
+    parser.add_argument("-n", type=int, default=128, help="pictures of the report")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
