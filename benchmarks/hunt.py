@@ -34,7 +34,7 @@ import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.pipelines import Hunted, HuntPlan, hunt
 from attnctl.pipelines.hunt_scorers import ShapesJudge
 from attnctl.pipelines.hunt_work import draw
-from attnctl.processors import PAG, Control, SoftPAG
+from attnctl.processors import Control, SoftPAG
 from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.scenes import pair_prompts
 
