@@ -62,4 +62,5 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, zz = k / n, z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # None and all are their own bounds, which rounding would miss by a last bit.
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)

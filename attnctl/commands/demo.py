@@ -23,7 +23,10 @@ GREEN = (30, 150, 70)
 
 @dataclass(frozen=True)
 class Panel:
-    """Describe one column of the demo: its label and its controls, in the short form of `--control`."""
+    """Describe one column of the demo: its label and its controls, in the short form of `--control`.
+
+    The word NOUNS in a control stands for the two nouns of each prompt.
+    """
 
     name: str
     controls: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ SHEETS: tuple[Sheet, ...] = (
             Panel("plain"),
             Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
             Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
+            Panel("A-STAR", ('AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.2)',)),
+            Panel("A&E", ('AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())',)),
         ),
         maps="demo-maps",
     ),
@@ -143,7 +148,6 @@ class Demo(Common):
         from attnctl.commands.models import load
         from attnctl.commands.sampling import Call
         from attnctl.record import save_image
-        from attnctl.specs import parse_control
 
         seeds = tuple(range(self.seed, self.seed + len(asked)))
         loaded = load(sheet.model)
@@ -165,9 +169,8 @@ class Demo(Common):
         with tqdm(total=len(panels) * len(calls) * self.steps, unit="step", disable=None, leave=False) as bar:
             for panel in panels:
                 bar.set_description(panel.name)
-                controls = tuple(parse_control(text) for text in panel.controls)
-                asks = [replace(call, controls=controls) for call in calls]
-                if not controls and sheet.maps:  # the plain images of the grid also show where they attend
+                asks = [replace(call, controls=_controls(panel, call.prompts)) for call in calls]
+                if not panel.controls and sheet.maps:  # the plain images of the grid also show where they attend
                     asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))
                 columns.append(_column(loaded, asks, bar.update))
         seconds = time.perf_counter() - started
@@ -200,6 +203,13 @@ class Demo(Common):
             "images_per_panel": len(asked),
             "panels": marks,
         }
+
+
+def _controls(panel: Panel, prompts: Sequence[str]) -> tuple[Any, ...]:
+    """Make the controls of one column for the prompts of one call."""
+    from attnctl.specs import parse_control
+
+    return tuple(parse_control(text.replace("NOUNS", repr(tuple(map(_nouns, prompts))))) for text in panel.controls)
 
 
 def _capture(prompts: Sequence[str], steps: int) -> Any:
