@@ -62,8 +62,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         result: Result = chosen.run(command_line(["attnctl", *args]))
-        text = json.dumps(result.data, indent=2, allow_nan=False) if chosen.json else result.text
-        print(text, flush=True)
+        if result.data is not None:  # of several processes, one has the result
+            text = json.dumps(result.data, indent=2, allow_nan=False) if chosen.json else result.text
+            print(text, flush=True)
         return result.code
     except BrokenPipeError:  # `attnctl sites | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -32,7 +32,14 @@ def run(name: str, out: Path, *more: str) -> str:
 
 
 def test_every_script_is_tested() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*GUIDED, "by_hand", "word_maps", "fatezero_sd15", *CHEAPER}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {
+        *GUIDED,
+        "by_hand",
+        "word_maps",
+        "fatezero_sd15",
+        "hunt_sd3",
+        *CHEAPER,
+    }
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -64,6 +71,14 @@ def test_fatezero(tmp_path: Path) -> None:
     frames = [np.asarray(Image.open(tmp_path / "edited" / f"0000{i}.png")).astype(int) for i in range(2)]
     assert frames[0].shape == (64, 64, 3)
     assert frames[0][..., 2].max() > frames[0][..., 0].max() + 50  # what was red is blue
+
+
+def test_hunt(tmp_path: Path) -> None:
+    text = run("hunt_sd3", tmp_path)
+    assert "14 images" in text
+    assert text.count("round 1: transformer_blocks.6.attn head") == 2
+    for name in ("attnctl_heads.json", "heat_map_1.png", "plain.png", "hunted.png"):
+        assert (tmp_path / name).is_file()
 
 
 def test_agent(tmp_path: Path) -> None:

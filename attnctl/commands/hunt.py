@@ -143,7 +143,7 @@ class Hunt(Common):
             objective=name,
         )  # fmt: skip
         if crew.rank:
-            return Result({}, "")
+            return Result(None, "")
         found.save(self.out, force=self.force)
         return Result(data | found.to_dict() | {"out": str(self.out)}, _text(found, self.out))
 

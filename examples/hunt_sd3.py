@@ -1,0 +1,71 @@
+"""Search Stable Diffusion 3 for the attention heads of a style, and draw with them (HeadHunter, arXiv 2506.10978).
+
+    python examples/hunt_sd3.py --style "golden hour"
+    python examples/hunt_sd3.py --shapes        # offline, in seconds, with the model that attnctl ships
+
+The search is the affordable one: pruning by the first step, successive halving, several candidates in a call. It needs
+PickScore (hf download yuvalkirstain/PickScore_v1) and goes on where it was stopped; `torchrun --nproc-per-node 8`
+shares it between GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import attnctl
+from attnctl.pipelines import HuntPlan, hunt
+from attnctl.pipelines.hunt_scorers import ShapesJudge, pick_score
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--shapes", action="store_true", help="use the shipped model and its judge")
+parser.add_argument("--style", default="golden hour", help="what to search for")
+parser.add_argument("--prompt", help="what to draw with the heads that were found")
+parser.add_argument("--out", type=Path, default=Path("out"))
+args = parser.parse_args()
+
+if args.shapes:
+    pipe = attnctl.load_shapes("mmdit")
+    prompt, call = args.prompt or "a red circle and a blue square on gray", {"max_sequence_length": 0}
+    pairs = (("a green ring and a white cross on black", 0), ("a yellow square and a red ring on gray", 1))
+    # One of eight layers, so that it takes seconds.
+    plan = HuntPlan(pairs=pairs, k=2, u=0.5, scale=2.5, steps=6, guidance=3.0, sites=6, batch=6, call=call)
+    objective = ShapesJudge()
+else:
+    import os
+
+    from diffusers import StableDiffusion3Pipeline
+
+    if not torch.cuda.is_available():
+        raise SystemExit("This model needs a CUDA GPU; --shapes runs anywhere.")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        "stabilityai/stable-diffusion-3-medium-diffusers", torch_dtype=torch.float16
+    ).to(device)
+    prompt, call = args.prompt or f"{args.style}, a harbour", {}
+    plan = HuntPlan.style(args.style, prune=0.5, halving=((2, 48),), batch=4, show=1)
+    objective = pick_score(device)
+
+cost = plan.estimate(plan.pool(attnctl.find_sites(pipe)))
+print(f"{cost.images} images, {cost.passes} rows through the denoiser")
+found = hunt(
+    pipe, plan, objective, log=args.out / "log", model="shapes:mmdit" if args.shapes else pipe.config._name_or_path
+)
+found.save(args.out, force=True)
+for number, part in enumerate(found.rounds, 1):
+    for site, head in part.chosen:
+        print(f"round {number}: {site} head {head}, mark {part.scores[site, head]:.3f}")
+
+
+def draw() -> object:
+    """Generate from the same noise every time."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return pipe(prompt, num_inference_steps=20, guidance_scale=3.0, generator=generator, **call).images[0]
+
+
+draw().save(args.out / "plain.png")
+with attnctl.control(pipe, found.control()):
+    draw().save(args.out / "hunted.png")
+print(f"wrote {args.out / 'plain.png'}, {args.out / 'hunted.png'}, the head set and its heat map")
