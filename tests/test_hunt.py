@@ -237,8 +237,6 @@ def _work(rank: int, size: int, port: int, log: str, out: str, calls: int) -> No
     PartialState._reset_state()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    if size > 1:
-        PartialState(cpu=True)
     pipe, plan = _toy(), _plan(**WIDE)
     found = hunt(pipe, plan, Stops(_scorer(pipe, plan), calls), log=log, quiet=True)
     Path(out, f"{size}-{rank}.json").write_text(json.dumps(found.to_dict()), encoding="utf-8")

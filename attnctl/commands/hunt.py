@@ -115,8 +115,8 @@ class Hunt(Common):
             plan = self._plan()
         except ConfigError as error:
             raise UsageError(str(error)) from None
-        crew = Crew()
         device, dtype = device_and_dtype(self.device, self.dtype)
+        crew = Crew(device)
         if crew.size > 1 and device == "cuda":
             device = f"cuda:{crew.local}"
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)

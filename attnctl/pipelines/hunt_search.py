@@ -73,7 +73,7 @@ def hunt(
         "plan": plan.to_dict(), "objective": name, "model": model, "pool": [list(h) for h in pool],
         "fingerprint": fingerprint_of(denoiser),
     }  # fmt: skip
-    crew = Crew()
+    crew = Crew(next(denoiser.parameters()).device.type)
     held = HuntLog(None if log is None else Path(log), about, crew.rank)
     try:
         held.merge(crew.share, everything=True)

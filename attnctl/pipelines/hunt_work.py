@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -150,12 +151,17 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 class Crew:
-    """The processes of a search: which one this is, and how they tell each other what they found."""
+    """The processes of a search: which one this is, and how they tell each other what they found.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where the pipeline computes. Processes without accelerators talk over gloo, which must be asked for.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         from accelerate import PartialState
 
-        state = PartialState()
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        state = PartialState(cpu=True) if several and device == "cpu" else PartialState()
         self.rank, self.size = int(state.process_index), int(state.num_processes)
         self.local = int(state.local_process_index)
 
