@@ -74,7 +74,7 @@ def words_sheet(
 def _share(maps: WordMaps) -> str:
     if maps.of == "points":
         ringed = any("," in label for label in maps.words)
-        return f"Share of attention that {'the ringed place' if ringed else 'the token'} pays to each other"
+        return f"Share of attention that {'the ringed place pays to each other' if ringed else 'goes to each place'}"
     return "Share of attention that goes to the word"
 
 
@@ -191,7 +191,8 @@ def _grey(image: Image.Image) -> Image.Image:
 def _what(maps: WordMaps) -> str:
     h, w = maps.grid
     layers = "1 layer" if len(maps.layers) == 1 else f"{maps.reduce} of {len(maps.layers)} layers"
-    return f"{layers[0].upper()}{layers[1:]}, {h} x {w} at most, {len(maps.steps)} steps."
+    steps = "1 step" if len(maps.steps) == 1 else f"{len(maps.steps)} steps"
+    return f"{layers[0].upper()}{layers[1:]}, {h} x {w} at most, {steps}."
 
 
 def _percent(value: float) -> str:

@@ -18,6 +18,10 @@ GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag
 GUIDED |= {"astar_sd15": "astar.png"}
 
 CHEAPER = {"agent_sd15", "broadway_animatediff"}
+VISION = {
+    "vit_classify": ("curve.png", "predictions.png", "heads.png", "importance.png", "distance.png"),
+    "vit_segment": ("curve.png", "predictions.png", "attention.png"),
+}
 
 
 def run(name: str, out: Path, *more: str) -> str:
@@ -49,6 +53,14 @@ def test_guided_example(name: str, tmp_path: Path) -> None:
     plain, guided = (np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("plain.png", GUIDED[name]))
     assert plain.shape == guided.shape == (64, 64, 3)
     assert abs(plain - guided).max() > 8
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision(name: str, tmp_path: Path) -> None:
+    text = run(name, tmp_path)
+    assert "that it has not seen" in text
+    for file in ("weights.safetensors", *VISION[name]):
+        assert (tmp_path / file).stat().st_size > 5000, file
 
 
 def test_by_hand_equals_control(tmp_path: Path) -> None:

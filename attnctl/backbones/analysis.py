@@ -84,7 +84,8 @@ class AttentionDistance:
         left, right = figure.subplots(1, 2)
         for depth, name in enumerate(names):
             left.scatter([depth] * len(self.pixels[name]), self.pixels[name], s=24, color="C0", alpha=0.7)
-        left.set(xlabel="attention, in execution order", ylabel="mean distance (pixels)", ylim=(0, None))
+        left.set(xlabel="attention, in execution order", ylabel="mean distance (pixels)")
+        left.set(ylim=(0, 1.1 * max(1e-3, *(float(v.max()) for v in self.pixels.values()))))
         left.set(xticks=range(len(names)), title="one dot a head")
         table = _padded_rows([row for n in names for row in self.hops[n]])
         shown = right.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")

@@ -97,7 +97,8 @@ def _write(
     for axes, i in zip(figure.subplots(4, 8).flat, wrong_first.tolist(), strict=True):
         axes.imshow(images[i, 0], cmap="gray")
         right = bool(guesses[i] == labels[i])
-        axes.set_title(f"{int(guesses[i])}", color="black" if right else "red", fontsize=9)
+        title = f"{int(guesses[i])}" if right else f"{int(guesses[i])}, is {int(labels[i])}"
+        axes.set_title(title, color="black" if right else "red", fontsize=9)
         axes.axis("off")
     figure.savefig(out / "predictions.png")
     return out / "weights.safetensors", out / "curve.png", out / "predictions.png"
