@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.pipelines.image_maps import image_maps
+from attnctl.pipelines.noised import image_maps
 from attnctl.processors import Capture
 
 
