@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import zoo_pipelines
 
 import attnctl
 from attnctl.errors import ConfigError, PlanError
-from attnctl.pipelines import calibrate
+from attnctl.pipelines import calibrate, check_plan, write_report
 from attnctl.plans import ModelPlan
 from attnctl.processors import PARO
 
@@ -90,6 +95,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"block": 0}, "block=0 was given"),
         ({"groups": -1}, "groups=-1 was given"),
         ({"metric": "best"}, "metric='best' was given"),
+        ({"budget": "heads"}, "budget='heads' was given"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": "a cat"}, "expected a list"),
     ],
@@ -98,6 +104,90 @@ def test_bad_input(arguments: dict, message: str) -> None:
     pipe, told, kwargs = tiny("sd3")
     with pytest.raises(ConfigError, match=message):
         calibrate(pipe, **({"prompts": [told], "call": kwargs} | arguments))
+
+
+def test_budgets() -> None:
+    pipe, told, kwargs = tiny("sd3")
+    found = {
+        b: calibrate(pipe, [told], density=0.4, block=4, groups=2, budget=b, call=kwargs, quiet=True)
+        for b in ("head", "site", "model")
+    }
+    kept = {b: torch.stack([p.keep.double().mean((-2, -1)) for p in f.plan.plans.values()]) for b, f in found.items()}
+    assert all(0.4 <= k.mean() < 0.5 for k in kept.values())
+    assert kept["head"].std() < min(kept["site"].std(), kept["model"].std())
+    # One budget for all keeps at least as much of the whole attention.
+    whole = {b: sum(r["dropped"] for r in f.rows) for b, f in found.items()}
+    assert whole["model"] <= whole["head"] + 1e-9
+    for f in found.values():
+        for row in f.rows:
+            assert row["predicted_error"] == 2 * row["dropped"]
+            assert 0 <= row["dropped"] <= 1 - row["captured"] + 1e-9
+
+
+def test_the_report_and_the_check(tmp_path: Path) -> None:
+    pipe, told, kwargs = tiny("sd")
+    found = calibrate(pipe, [told], density=0.4, block=4, call=kwargs, quiet=True, model="tiny")
+    other = "two birds"
+    checks = check_plan(pipe, found.plan, [other], call=kwargs)
+    assert checks[0]["psnr_db"] > 0
+    assert checks[0]["sites"].keys() == found.plan.plans.keys()
+    assert all(0 < e < 2 for e in checks[0]["sites"].values())
+    data = write_report(found, tmp_path, checks)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == data
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert all(name in text for name in found.plan.plans)
+    assert "dB to dense" in text
+    assert (tmp_path / "maps.png").stat().st_size > 1000
+    full = calibrate(pipe, [told], density=1.0, block=4, call=kwargs, quiet=True)
+    (exact,) = check_plan(pipe, full.plan, [other], call=kwargs | {"output_type": "latent"})
+    assert max(exact["sites"].values()) < 1e-6
+    assert exact["psnr_db"] is None or exact["psnr_db"] > 100
+    write_report(full, tmp_path / "full")
+    assert "Not checked" in (tmp_path / "full" / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        check_plan(pipe, found.plan, [])
+    assert not attnctl.handle_of(pipe)
+
+
+SHARE = """
+import sys, torch
+torch.set_num_threads(1)
+from test_calibrate import tiny
+from attnctl.pipelines import calibrate
+pipe, told, kwargs = tiny("sd3")
+prompts = [told, {**told, "guidance_scale": 3.0}, {**told, "guidance_scale": 4.0}]
+found = calibrate(pipe, prompts, density=0.5, block=4, groups=2, call=kwargs, quiet=True, out=sys.argv[1])
+found.plan.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts(tmp_path: Path) -> None:
+    """As under torchrun or accelerate launch: each prompt is run by one process, and both come to the same plan."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent),
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE, str(tmp_path / "run"), str(tmp_path / str(rank))],
+            env={**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in running:
+        _, error = process.communicate(timeout=600)
+        assert process.returncode == 0, error[-2000:]
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.safetensors")) == [
+        f"{look}-{i}.safetensors" for look in ("masks", "orders") for i in range(3)
+    ]
+    one, two = (ModelPlan.from_pretrained(tmp_path / str(rank)) for rank in range(2))
+    for name, plan in one.plans.items():
+        assert torch.equal(plan.keep, two.plans[name].keep)
+        assert plan.order == two.plans[name].order
 
 
 def test_unets_are_calibrated_level_by_level() -> None:

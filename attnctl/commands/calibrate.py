@@ -36,6 +36,9 @@ class Calibrate(Common):
     groups: int = 1
     """Parts of the run with blocks of their own."""
 
+    budget: str = "head"
+    """Who has that share of blocks: head, site or model."""
+
     metric: str = "mass"
     """How a head's order is chosen: mass, paro or paro_literal."""
 
@@ -70,7 +73,8 @@ class Calibrate(Common):
         """Calibrate, save, check."""
         from attnctl.commands.models import device_and_dtype, load
         from attnctl.errors import ConfigError
-        from attnctl.pipelines import calibrate
+        from attnctl.pipelines import calibrate, check_plan, write_report
+        from attnctl.pipelines.block_looks import processes
         from attnctl.specs import parse_option
 
         if (self.out / "attnctl_blocks.json").exists() and not self.force:
@@ -88,77 +92,36 @@ class Calibrate(Common):
         loaded.pipe.set_progress_bar_config(disable=True)
         found = calibrate(
             loaded.pipe, self.prompt, density=self.density, block=self.block, groups=self.groups, metric=self.metric,
-            seed=self.seed, call=call, out=self.out / "measured", model=loaded.name,
+            budget=self.budget, seed=self.seed, call=call, out=self.out / "measured", model=loaded.name,
         )  # fmt: skip
+        if processes()[0]:
+            return Result({"plan": str(self.out)}, "")  # the first process concludes for all of them
         found.plan.save_pretrained(self.out)
-        picture = _picture(found, self.out / "maps.png")
-        checks = [
-            _check(loaded.pipe, found.plan, text, self.seed + 1000 + i, call) for i, text in enumerate(self.check)
-        ]
+        checks = check_plan(loaded.pipe, found.plan, self.check, seed=self.seed + 1000, call=call) if self.check else []
+        report = write_report(found, self.out, checks)
         data = {
             "plan": str(self.out), "model": loaded.name, "density": found.plan.density, "captured": found.captured,
-            "bytes": found.plan.packed_bytes, "sites": [dict(r) for r in found.rows], "checks": checks,
-            "picture": str(picture),
+            "bytes": found.plan.packed_bytes, "sites": report["sites"], "checks": report["checks"],
+            "report": str(self.out / "report.md"), "picture": str(self.out / "maps.png"),
         }  # fmt: skip
         return Result(data, _text(data, self.check))
-
-
-def _check(pipe: Any, plan: Any, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
-    """Compare one picture or video with and without the plan, in decibels."""
-    import numpy as np
-    import torch
-
-    import attnctl
-    from attnctl.processors import PARO
-
-    def show() -> Any:
-        out = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **{**call, "output_type": "np"})
-        return np.asarray(out[0], np.float64)
-
-    dense = show()
-    with attnctl.control(pipe, PARO(plan)):
-        sparse = show()
-    error = float(((dense - sparse) ** 2).mean())
-    return {"prompt": prompt, "psnr_db": None if error == 0 else round(-10 * float(np.log10(error)), 2)}
-
-
-def _picture(found: Any, path: Path) -> Path:
-    """Draw where the mass lies at a few sites and heads: in the model's order, in the chosen one, and what is kept."""
-    import numpy as np
-    from PIL import Image
-
-    from attnctl.imaging import grid
-    from attnctl.plans.orders import order_name
-
-    names = list(found.mass)
-    tiles, labels = [], []
-    for i in sorted({0, len(names) // 2, len(names) - 1}):
-        maps, plan = found.mass[names[i]], found.plan.plans[names[i]]
-        for h in range(min(plan.heads, 3)):
-            labels.append(f"{names[i]}, head {h}: {order_name(plan.order[h])}")
-            own, chosen, kept = maps[0, h], maps[1, h], plan.keep[0, h].float()
-            for m in (own, chosen, kept):
-                shade = np.sqrt(m.numpy() / max(float(m.max()), 1e-12))
-                tiles.append(Image.fromarray(np.uint8(255 * shade)).convert("RGB"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = ("the model's order", "the chosen order", "blocks that are kept")
-    note = "Blocks of queries from top to bottom, of keys from left to right; brighter is more attention (square root)."
-    grid(tiles, len(labels), 3, labels, columns, footer=note).save(path)
-    return path
 
 
 def _text(data: dict[str, Any], asked: tuple[str, ...]) -> str:
     rows = [
         (
             s["site"], s["heads"], " ".join(f"{n} {c}" for n, c in s["orders"].items()),
-            round(100 * s["captured"], 1), round(100 * s["captured_model_order"], 1), round(s["density"], 3),
+            round(100 * s["captured"], 1), round(100 * s["captured_model_order"], 1), round(s["predicted_error"], 3),
+            "" if s["measured_error"] is None else round(s["measured_error"], 3), round(s["density"], 3),
         )
         for s in data["sites"]
     ]  # fmt: skip
-    lines = [table(("site", "heads", "orders", "captured %", "in model order %", "density"), rows)]
+    header = ("site", "heads", "orders", "captured %", "in model order %", "error bound", "measured", "density")
+    lines = [table(header, rows)]
     lines.append(
         f"{data['plan']}: {len(rows)} sites, density {data['density']:.3f}, {100 * data['captured']:.1f} % of the "
-        f"attention captured, {data['bytes']} bytes of masks; maps before and after: {data['picture']}"
+        f"attention captured, {data['bytes']} bytes of masks; report: {data['report']}, maps before and after: "
+        f"{data['picture']}"
     )
     for check in data["checks"]:
         told = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnctl.pipelines.calibration import Calibration, calibrate
+    from attnctl.pipelines.calibration_report import check_plan, draw_maps, write_report
     from attnctl.pipelines.classify import Classified, classify
     from attnctl.pipelines.guider import ControlGuider
     from attnctl.pipelines.hunt_plan import HuntPlan, halvings
     from attnctl.pipelines.hunt_results import Hunted, compose
     from attnctl.pipelines.hunt_search import hunt
+    from attnctl.pipelines.noised import image_maps
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.segment import Segmented, segment
     from attnctl.pipelines.video_edit import Edited, edit_video
@@ -28,15 +30,19 @@ __all__ = [
     "Hunted",
     "Segmented",
     "calibrate",
+    "check_plan",
     "classify",
     "compose",
     "ddim_of",
+    "draw_maps",
     "edit_video",
     "estimate_bytes",
     "halvings",
     "hunt",
+    "image_maps",
     "invert",
     "segment",
+    "write_report",
 ]
 
 _HOMES = {
@@ -48,6 +54,9 @@ _HOMES = {
     "ControlGuider": "guider",
     "Edited": "video_edit",
     "calibrate": "calibration",
+    "check_plan": "calibration_report",
+    "draw_maps": "calibration_report",
+    "write_report": "calibration_report",
     "ddim_of": "inversion",
     "edit_video": "video_edit",
     "estimate_bytes": "inversion",
@@ -56,6 +65,7 @@ _HOMES = {
     "compose": "hunt_results",
     "halvings": "hunt_plan",
     "hunt": "hunt_search",
+    "image_maps": "noised",
     "invert": "inversion",
 }
 

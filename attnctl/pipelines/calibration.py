@@ -11,30 +11,25 @@ import hashlib
 import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnctl.errors import ConfigError, PlanError
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.kernels.block_mass import BlockMass, block_mass, choose_masks, choose_orders
+from attnctl.kernels.block_mass import choose_masks, choose_masks_together, choose_orders
+from attnctl.pipelines.block_looks import Settings, Sums, over_prompts, runner
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import ORDERS, order_name
-from attnctl.processors.base import Control
-from attnctl.session import control
-from attnctl.sites import Selector, Site, select
+from attnctl.sites import Selector
 
 __all__ = ["Calibration", "calibrate"]
 
 METRICS = ("mass", "paro", "paro_literal")
+BUDGETS = ("head", "site", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +39,9 @@ class Calibration:
     Attributes:
         plan: Plans of all sites; save it with `plan.save_pretrained(folder)`.
         rows: For every site: its name, orders by number of heads, the captured mass of the image's attention, that of
-            the model's own order at the same density, and the density that runs, text included.
+            the model's own order at the same density, the share of a row's whole attention that is dropped, a bound on
+            the error that follows from it (twice as much, as a share of the largest value), and the density that runs,
+            of the image's blocks and with the text.
         mass: For every site the blocks' sums, in the model's order and in the chosen one [2, H, nq, nk], for pictures.
     """
 
@@ -58,86 +55,6 @@ class Calibration:
         return sum(r["captured"] for r in self.rows) / len(self.rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    density: float
-    block_q: int
-    block_k: int
-    groups: int
-    metric: str
-    eps: float
-    sigma: float
-    alpha: float
-    together: bool
-
-
-@dataclass
-class _Sums:
-    """Sums of one attention over the calls so far."""
-
-    call: dict[str, Any]
-    calls: int = 0
-    mass: dict[int, Tensor] = field(default_factory=dict)
-    marks: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, group: int, found: BlockMass) -> None:
-        self.calls += 1
-        self.mass[group] = self.mass.get(group, 0) + found.mass.cpu()
-        for name, value in (("sparse", found.sparse), ("uneven", found.uneven)):
-            if value is not None:
-                self.marks[name] = self.marks.get(name, 0) + value.cpu()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look(Control):
-    """Watch the attention of a run and add up its blocks; nothing is changed."""
-
-    settings: _Settings
-    sums: dict[str, _Sums]
-    groups: int
-    unknown: set[str]
-    orders: Mapping[str, Sequence[int]] | None = None
-
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-
-    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        return select(sites, [k for k in self.kinds if any(s.kind == k for s in sites)] or "self", what="calibrate")
-
-    def needs_steps(self) -> bool:
-        return self.groups > 1
-
-    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
-        s = self.settings
-
-        def watch(call: AttnCall, proceed: Proceed) -> Tensor:
-            grid = call.grid
-            if grid is None:
-                self.unknown.add(call.site.name)
-            elif call.q.shape[2] == call.k.shape[2]:
-                image = call.image or slice(0, call.q.shape[2])
-                group = call.state.step * self.groups // max(call.state.steps or 1, 1) if self.groups > 1 else 0
-                chosen = None if self.orders is None else [[o] for o in self.orders[call.site.name]]
-                with torch.no_grad():
-                    found = block_mass(
-                        call.q, call.k, grid, s.block_q, s.block_k, image=image, scale=call.scale, orders=chosen,
-                        eps=s.eps if s.metric != "mass" and chosen is None else None, sigma=s.sigma,
-                    )  # fmt: skip
-                facts = {
-                    "grid": list(grid), "n_text": call.q.shape[2] - (image.stop - image.start),
-                    "text_first": image.start > 0 or call.image is None,
-                }  # fmt: skip
-                held = self.sums.setdefault(call.site.name, _Sums(facts))
-                if held.call["grid"] != facts["grid"]:
-                    raise ConfigError(
-                        f"{call.site.name} saw the grids {held.call['grid']} and {facts['grid']}: calibrate one "
-                        "resolution at a time."
-                    )
-                held.add(min(group, self.groups - 1), found)
-            return proceed(call)
-
-        return watch
-
-
 def calibrate(
     pipe: Any,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -148,7 +65,7 @@ def calibrate(
     groups: int = 1,
     metric: str = "mass",
     sites: Selector | None = None,
-    together: bool = False,
+    budget: str = "head",
     eps: float = 1e-3,
     sigma: float = 0.9,
     alpha: float = 0.5,
@@ -170,7 +87,8 @@ def calibrate(
         groups: Parts of the run with blocks of their own; the order is the same for all.
         metric: How orders are judged: "mass", "paro" or "paro_literal" (see `choose_orders`).
         sites: Which attention; None for all self and joint attention whose grid is known.
-        together: Let the heads of a site share one budget of blocks.
+        budget: Who has that share of blocks: "head", each; "site", the heads of an attention share it; "model", all
+            attentions do, so that those that look everywhere get more.
         eps: Entries below it count as empty, in the paper's marks.
         sigma: Share of empty entries from which a block counts as empty.
         alpha: Weight of the sparseness in the paper's formula.
@@ -188,21 +106,21 @@ def calibrate(
         ConfigError: An argument is out of range, or no attention with a known grid was seen.
         PlanError: `out` holds the measurements of other settings.
     """
-    settings = _checked(density, block, block_q, groups, metric, eps, sigma, alpha, together)
+    settings = _checked(density, block, block_q, groups, metric, eps, sigma, alpha, budget)
     if isinstance(prompts, str) or not prompts:
         raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
     store = None if out is None else Path(out)
     if store is not None:
         _claim(store, settings, prompts, seed, call)
 
-    def look(name: str, parts: int, orders: Mapping[str, Sequence[int]] | None) -> dict[str, _Sums]:
-        run = _runner(pipe, settings, sites, parts, orders, dict(call or {}))
-        return _over_prompts(run, prompts, seed, store, name, quiet)
+    def look(name: str, parts: int, orders: Mapping[str, Sequence[int]] | None) -> dict[str, Sums]:
+        run = runner(pipe, settings, sites, parts, orders, dict(call or {}))
+        return over_prompts(run, prompts, seed, store, name, quiet)
 
     first = look("orders", 1, None)
     if not first:
         raise ConfigError("No self- or joint attention with a known token grid was seen: nothing can be calibrated.")
-    orders = {n: choose_orders(_found(s), settings.density, metric, alpha)[0].tolist() for n, s in first.items()}
+    orders = {n: choose_orders(s.average(), settings.density, metric, alpha)[0].tolist() for n, s in first.items()}
     second = first if groups == 1 else look("masks", groups, orders)
     texts = [p if isinstance(p, str) else f"({', '.join(p)})" for p in prompts]
     return _conclude(first, second, orders, settings, model, texts)
@@ -210,8 +128,8 @@ def calibrate(
 
 def _checked(
     density: float, block: int, block_q: int | None, groups: int, metric: str, eps: float, sigma: float, alpha: float,
-    together: bool,
-) -> _Settings:  # fmt: skip
+    budget: str,
+) -> Settings:  # fmt: skip
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density={density!r} was given; expected a share of the blocks above 0, up to 1.")
     height = block if block_q is None else block_q
@@ -220,133 +138,64 @@ def _checked(
             raise ConfigError(f"{name}={value!r} was given; expected a whole number, 1 or more.")
     if metric not in METRICS:
         raise ConfigError(f"metric={metric!r} was given; expected one of {', '.join(METRICS)}.")
-    return _Settings(
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget={budget!r} was given; expected one of {', '.join(BUDGETS)}.")
+    return Settings(
         density=float(density), block_q=height, block_k=block, groups=groups, metric=metric, eps=eps, sigma=sigma,
-        alpha=alpha, together=together,
+        alpha=alpha, budget=budget,
     )  # fmt: skip
 
 
-def _runner(
-    pipe: Any,
-    settings: _Settings,
-    sites: Selector | None,
-    groups: int,
-    orders: Mapping[str, Sequence[int]] | None,
-    arguments: dict[str, Any],
-) -> Callable[[str | Mapping[str, Any], int], dict[str, _Sums]]:
-    """Return what runs one prompt and returns its sums."""
-
-    def run(prompt: str | Mapping[str, Any], seed: int) -> dict[str, _Sums]:
-        sums: dict[str, _Sums] = {}
-        unknown: set[str] = set()
-        told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **told}
-        watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
-        with control(pipe, watch):
-            pipe(**options)
-        if unknown:
-            warnings.warn(
-                f"attnctl: the token grid of {len(unknown)} sites is not known ({sorted(unknown)[0]}, ...): they get "
-                "no plan and stay dense.",
-                stacklevel=4,
-            )
-        return sums
-
-    return run
-
-
-def _over_prompts(
-    run: Callable[[str | Mapping[str, Any], int], dict[str, _Sums]],
-    prompts: Sequence[str | Mapping[str, Any]],
-    seed: int,
-    store: Path | None,
-    name: str,
-    quiet: bool,
-) -> dict[str, _Sums]:
-    """Run every prompt once, here or in another process, and add up."""
-    from tqdm import tqdm
-
-    rank, world, wait = _processes() if store is not None else (0, 1, lambda: None)
-    held: dict[int, dict[str, _Sums]] = {}
-    for i in tqdm(range(rank, len(prompts), world), desc=f"calibrate {name}", disable=True if quiet else None):
-        path = None if store is None else store / f"{name}-{i}.safetensors"
-        if path is not None and path.exists():
-            continue
-        held[i] = run(prompts[i], seed + i)
-        if path is not None:
-            _write(path, held[i])
-    wait()
-    total: dict[str, _Sums] = {}
-    for i in range(len(prompts)):
-        part = _read(store / f"{name}-{i}.safetensors") if store is not None else held[i]
-        for site, sums in part.items():
-            into = total.setdefault(site, _Sums(sums.call))
-            into.calls += sums.calls
-            for group, mass in sums.mass.items():
-                into.mass[group] = into.mass.get(group, 0) + mass
-            for mark, value in sums.marks.items():
-                into.marks[mark] = into.marks.get(mark, 0) + value
-    return total
-
-
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
-
-def _found(sums: _Sums) -> BlockMass:
-    """Average the sums of a site over its calls."""
-    whole = sum(sums.mass.values()) / sums.calls
-    marks = [sums.marks[m] / sums.calls if m in sums.marks else None for m in ("sparse", "uneven")]
-    assert isinstance(whole, Tensor)
-    return BlockMass(whole, *marks)
-
-
 def _conclude(
-    first: dict[str, _Sums],
-    second: dict[str, _Sums],
+    first: dict[str, Sums],
+    second: dict[str, Sums],
     orders: dict[str, list[int]],
-    settings: _Settings,
+    settings: Settings,
     model: str | None,
     prompts: list[str],
 ) -> Calibration:
     """Choose the blocks and say how much they hold."""
-    plans, pictures = {}, {}
-    rows: list[dict[str, Any]] = []
+    laid, own = {}, {}
     for name, sums in second.items():
-        order = orders[name]
-        heads = torch.arange(len(order))
-        whole = _found(first[name]).mass
-        parts = [sums.mass[g] for g in sorted(sums.mass)]
-        laid = torch.stack([m[heads, torch.tensor(order)] if m.shape[1] == len(ORDERS) else m[:, 0] for m in parts])
-        keep = choose_masks(laid, settings.density, together=settings.together)
-        own = whole[:, 0]
-        captured = float((laid * keep).sum() / laid.sum())
-        before = float((own * choose_masks(own, settings.density, together=settings.together)).sum() / own.sum())
-        grid = sums.call["grid"]
-        plan = BlockPlan.from_mask(
-            keep, settings.block_k, order, sums.call["n_text"], block_q=settings.block_q, grid=grid,
-            n_image=math.prod(grid), text_first=sums.call["text_first"], about={"captured": round(captured, 6)},
+        heads, order = torch.arange(len(orders[name])), torch.tensor(orders[name])
+        parts = [m[heads, order] if m.shape[1] == len(ORDERS) else m[:, 0] for m in sums.by_group()]
+        laid[name], own[name] = torch.stack(parts), first[name].average().mass[:, 0]
+    keeps, in_model_order = _keep(laid, settings), _keep(own, settings)
+    plans: dict[str, BlockPlan] = {}
+    rows: list[dict[str, Any]] = []
+    for name, mass in laid.items():
+        keep, call = keeps[name], second[name].call
+        captured = float((mass * keep).sum() / mass.sum())
+        dropped = float((mass * ~keep).sum(-1).mean())
+        plans[name] = BlockPlan.from_mask(
+            keep, settings.block_k, orders[name], call["n_text"], block_q=settings.block_q, grid=call["grid"],
+            n_image=math.prod(call["grid"]), text_first=call["text_first"], about={"captured": round(captured, 6)},
         )  # fmt: skip
-        plans[name] = plan
-        counts = {order_name(o): order.count(o) for o in sorted(set(order))}
         rows.append({
-            "site": name, "heads": len(order), "orders": counts, "captured": captured, "captured_model_order": before,
-            "density": plan.density,
+            "site": name, "heads": len(orders[name]),
+            "orders": {order_name(o): orders[name].count(o) for o in sorted(set(orders[name]))}, "captured": captured,
+            "captured_model_order": float((own[name] * in_model_order[name]).sum() / own[name].sum()),
+            "dropped": dropped, "predicted_error": 2 * dropped, "density_image": float(keep.float().mean()),
+            "density": plans[name].density,
         })  # fmt: skip
-        pictures[name] = torch.stack([own, laid.mean(0) / sums.calls * len(parts)])
     about = {
-        "density": settings.density, "metric": settings.metric, "together": settings.together, "prompts": prompts,
+        "density": settings.density, "metric": settings.metric, "budget": settings.budget, "prompts": prompts,
         "captured": round(sum(r["captured"] for r in rows) / len(rows), 6),
     }  # fmt: skip
+    pictures = {name: torch.stack([own[name], mass.mean(0)]) for name, mass in laid.items()}
     return Calibration(plan=ModelPlan(plans=plans, model=model, about=about), rows=tuple(rows), mass=pictures)
+
+
+def _keep(mass: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """Choose the blocks of every site by the budget that was asked for."""
+    if settings.budget == "model":
+        return dict(zip(mass, choose_masks_together(list(mass.values()), settings.density), strict=True))
+    return {n: choose_masks(m, settings.density, together=settings.budget == "site") for n, m in mass.items()}
 
 
 def _claim(
     store: Path,
-    settings: _Settings,
+    settings: Settings,
     prompts: Sequence[str | Mapping[str, Any]],
     seed: int,
     call: Mapping[str, Any] | None,
@@ -361,38 +210,3 @@ def _claim(
         return
     store.mkdir(parents=True, exist_ok=True)
     path.write_text(mark, encoding="utf-8")
-
-
-def _write(path: Path, sums: dict[str, _Sums]) -> None:
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for i, (name, held) in enumerate(sums.items()):
-        facts[name] = {"i": i, "calls": held.calls, "call": held.call}
-        tensors |= {f"{i}/mass/{g}": m.contiguous() for g, m in held.mass.items()}
-        tensors |= {f"{i}/{mark}/0": m.contiguous() for mark, m in held.marks.items()}
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors or {"none": torch.zeros(1)}, fresh, metadata={"sites": json.dumps(facts)})
-    os.replace(fresh, path)
-
-
-def _read(path: Path) -> dict[str, _Sums]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {})["sites"])
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read ({error}): delete it and run the calibration again.") from None
-    found = {}
-    for name, fact in facts.items():
-        held = _Sums(fact["call"], fact["calls"])
-        for key, tensor in tensors.items():
-            i, kind, group = key.split("/") if "/" in key else ("", "", "")
-            if i == str(fact["i"]):
-                if kind == "mass":
-                    held.mass[int(group)] = tensor
-                else:
-                    held.marks[kind] = tensor
-        found[name] = held
-    return found
