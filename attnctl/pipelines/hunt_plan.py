@@ -94,13 +94,15 @@ class HuntPlan:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} is out of range: there are {len(self.pairs)} prompt-seed pairs."
                 )
-        for name, low, high in (("u", 0.0, 1.0), ("scale", -math.inf, math.inf), ("guidance", 0.0, math.inf)):
+        for name, fits, wanted in (
+            ("u", lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+            ("scale", lambda x: math.isfinite(x) and x != 0, "a finite number other than 0"),
+            ("guidance", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+            ("prune", lambda x: 0 <= x < 1, "the share of the pool to drop, from 0 to below 1"),
+        ):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not low <= value <= high or (name in ("u", "scale") and value == 0):
-                raise ConfigError(f"{name}={value!r} was given; expected a number other than 0, u in (0, 1].")
-        if not isinstance(self.prune, (int, float)) or not 0 <= self.prune < 1:
-            raise ConfigError(f"prune={self.prune!r} was given; expected the share of the pool to drop, in [0, 1).")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+                raise ConfigError(f"{name}={value!r} was given; expected {wanted}.")
         object.__setattr__(self, "halving", self._checked_halving())
         if self.halving and not self.skip_chosen:
             raise ConfigError("halving ranks new heads only: use it with skip_chosen=True.")
