@@ -155,7 +155,8 @@ class Hunt(Common):
         rounds, k, u = _PRESETS[self.preset]
         fields: dict[str, Any] = {
             "rounds": rounds, "k": k, "u": u, "call": dict(parse_option(text) for text in self.option),
-            "prune": self.prune, "prune_pairs": min(2, self.pairs or 2), "batch": self.batch, "show": self.show, "validate": self.validate,
+            "prune": self.prune, "prune_pairs": min(2, self.pairs or 2),
+            "batch": self.batch, "show": self.show, "validate": self.validate,
         }  # fmt: skip
         for name in ("rounds", "k", "u", "scale", "steps", "guidance"):
             if getattr(self, name) is not None:
