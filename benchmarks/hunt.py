@@ -5,9 +5,9 @@ JSON of the parts asked for on stdout; tables go to stderr.
 
 - search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
   search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
-- tune: how many of the found heads, at which u, and plain guidance and the best single layer (as
-  `effects.py pag --model mmdit` found it) at their own best. Tuning prompts. The affordable set takes what is best for
-  the full one, so that only the heads differ.
+- tune: how many of the found heads, at which u; and the u of the best single layer. Tuning prompts. Which layer that is,
+  and the best scale of plain guidance, `effects.py pag --model mmdit` has found. The affordable set takes the settings
+  that are best for the full one, so that only the heads differ.
 - report: plain, the best single layer, and both found sets on other prompts and other seeds, paired.
 - savings: what each saving alone does to the number of pictures and to the choice, from the marks of the full search;
   and time and FLOPs of batching and replay.
@@ -122,12 +122,11 @@ class Bench:
         """Choose how each competitor does best, by the share of right pictures."""
         prompts = pair_prompts(22, self.n_tune, "tuning")
         tried: dict[str, dict[str, Any]] = {"plain": {}, "layer": {}}
-        for cfg in (2.0, CFG):
-            tried["plain"][f"plain_cfg{cfg:g}"] = (None, cfg)
+        tried["plain"][f"plain_cfg{CFG:g}"] = (None, CFG)
         for u in (0.25, U, 1.0):
             tried["layer"][f"layer6_u{u:g}"] = (SoftPAG(sites=6, u=u, scale=WEIGHT), CFG)
         sets = self.sets()
-        sizes = [(k, u) for k in (3, K) for u in (0.25, U, 1.0)]
+        sizes = [*((K, u) for u in (0.25, U, 1.0)), (3, U), (3, 1.0)]
         tried["full"] = {
             f"full_k{k}_u{u:g}": (SoftPAG(heads=sets["full"][:k], u=u, scale=WEIGHT), CFG) for k, u in sizes
         }
