@@ -5,8 +5,8 @@ JSON of the parts asked for on stdout; tables go to stderr.
 
 - search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
   search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
-- tune: how many of the found heads, at which u, and the u of the best single layer, on tuning prompts. Which layer it is
-  and the best scale of plain guidance `effects.py pag --model mmdit` has found. The affordable set takes the settings
+- tune: how many of the found heads, at which u, and the u of the best single layer, on tuning prompts. Which layer that
+  is, and plain guidance's best scale, `effects.py pag --model mmdit` has found. The affordable set takes the settings
   that are best for the full one, so that only the heads differ.
 - report: plain, the best single layer, and both found sets on other prompts and other seeds, paired.
 - savings: what each saving alone does to the number of pictures and to the choice, from the marks of the full search;
