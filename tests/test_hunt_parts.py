@@ -383,6 +383,34 @@ def test_clip_and_pickscore_are_cosines(tmp_path: Path) -> None:
         harmonic(lambda i, p: [-1.0], lambda i, p: [3.0])(images[:1], [""])
 
 
+def test_blip_marks_by_log_odds(tmp_path: Path) -> None:
+    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[ENC]", "[DEC]", "a", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {
+        "vocab_size": len(words),
+        "encoder_hidden_size": 16,
+        "projection_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    config = BlipConfig(
+        text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16}, image_text_hidden_size=8
+    )
+    BlipForImageTextRetrieval(config).save_pretrained(tmp_path)
+    processor = BlipProcessor(
+        BlipImageProcessor(size={"height": 32, "width": 32}), BertTokenizer(str(tmp_path / "vocab.txt"))
+    )
+    processor.save_pretrained(tmp_path)
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    scorer = BlipScore(str(tmp_path))
+    marks = scorer(images, ["a cat", "a dog"])
+    assert len(marks) == 2
+    assert scorer(images[1:], ["a dog"]) == pytest.approx(marks[1:], abs=1e-4)
+
+
 def test_missing_weights_say_how_to_fetch_them() -> None:
     for make in (lambda: ClipScore("nobody/nothing"), lambda: BlipScore("nobody/nothing")):
         with pytest.raises(ConfigError, match=r"not on this machine.*hf download nobody/nothing"):
