@@ -5,6 +5,9 @@ laying every head out in its own order and back. Half of the blocks that are kep
 `--orders`: heads that look along frames, rows, columns or nearby, made up exactly; how many blocks hold 90 % of the
 attention in the chosen order and in the best of six, and what error the blocks at density 0.3 leave.
 `--shapes`: plans for the shipped mmdit model, calibrated on two prompts; pictures of others compared with dense ones.
+`--tiny`: latents of tiny random CogVideoX and Wan models, sparse against dense (takes the models from tests/).
+`--gpu`: every kernel for GPUs against flash and cuDNN, on the card that is there; checked against float64 first.
+`--storage`: bytes of a plan for CogVideoX-5B.
 The table goes to stderr, the JSON to stdout.
 """
 
@@ -15,19 +18,23 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from paro_gpu import measure_gpu
+from paro_models import measure_shapes, measure_tiny
 from torch import Tensor
 
 import attnctl
 from attnctl.kernels.block_mass import block_mass, choose_masks, choose_orders
 from attnctl.kernels.lists import bundles, ratio
 from attnctl.kernels.sparse import block_sparse
-from attnctl.plans import BlockPlan
+from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import ORDERS
 
 SIZES = (4096, 8192)
@@ -107,6 +114,21 @@ def measure_lists() -> dict[str, float]:
     return {"lists_ms": round(1e3 * statistics.median(taken), 2)}
 
 
+def measure_storage(groups: int = 10) -> dict[str, Any]:
+    """Add up the bytes of a plan for CogVideoX-5B: 42 layers, 48 heads, grid 13 x 30 x 45, blocks of 64."""
+    grid, layers, heads = (13, 30, 45), 42, 48
+    blocks = -(-grid[0] * grid[1] * grid[2] // 64)
+    keep = half_near_half_anywhere(blocks, 0.3, 1)[:, None].expand(groups, heads, -1, -1).contiguous()
+    one = BlockPlan.from_mask(keep, 64, ["HWF"] * heads, 226, grid=grid)
+    with tempfile.TemporaryDirectory() as folder:
+        files = sum(f.stat().st_size for f in Path(one.save_pretrained(folder)).iterdir())
+    plan = ModelPlan(plans={"": one})
+    return {
+        "blocks": f"{blocks} x {blocks}", "step_groups": groups, "bytes_per_head_and_group": blocks**2 / 8,
+        "mask_bytes_per_layer": plan.packed_bytes, "file_bytes_per_layer": files, "file_bytes": layers * files,
+    }  # fmt: skip
+
+
 HEADS: dict[str, tuple[float | None, float | None, float | None]] = {
     "frame": (0.6, None, None),
     "temporal": (None, 0.8, 0.8),
@@ -180,56 +202,27 @@ def measure_orders(grid: tuple[int, int, int] = (8, 16, 16), block: int = 32, de
     }  # fmt: skip
 
 
-def measure_shapes(pictures: int, steps: int, scale: float) -> dict[str, Any]:
-    """Compare sparse with dense pictures of the shipped mmdit model, in decibels and by the judge."""
-    from attnctl.pipelines import calibrate
-    from attnctl.processors import PARO
-    from attnctl.shapes.evaluate import generate, score
-    from attnctl.shapes.scenes import pair_prompts
-
-    pipe = attnctl.load_shapes("mmdit")
-    call = {"num_inference_steps": steps, "guidance_scale": scale}
-    prompts = pair_prompts(12, pictures, "report")
-    calibration = list(pair_prompts(11, 2, "tuning"))
-
-    def make(control: PARO | None) -> list[np.ndarray]:
-        if control is None:
-            return generate(pipe, prompts, scale=scale, seed=700_000, steps=steps)
-        with attnctl.control(pipe, control):
-            return generate(pipe, prompts, scale=scale, seed=700_000, steps=steps)
-
-    dense = make(None)
-    marks = {"dense": score(dense, prompts)}
-    rows: dict[str, Any] = {}
-    for density in (0.5, 0.3):
-        for block in (16, 32):
-            found = calibrate(pipe, calibration, density=density, block=block, groups=4, call=call)
-            images = make(PARO(found.plan))
-            errors = [float(((a / 255.0 - b / 255.0) ** 2).mean()) for a, b in zip(dense, images, strict=True)]
-            psnr = [-10 * np.log10(max(e, 1e-10)) for e in errors]
-            name = f"density {density}, blocks of {block}"
-            marks[name] = score(images, prompts)
-            rows[name] = {
-                "psnr_mean_db": round(float(np.mean(psnr)), 2), "psnr_of_mean_error_db":
-                round(float(-10 * np.log10(np.mean(errors))), 2), "captured": round(found.captured, 4),
-                "density_with_text": round(found.plan.density, 4),
-            }  # fmt: skip
-    shares = {name: {m: round(100 * float(np.mean(v[m])), 1) for m in ("bound", "right")} for name, v in marks.items()}
-    return {"pictures": pictures, "steps": steps, "cfg": scale, "shares_percent": shares, "plans": rows}
-
-
 def main() -> int:
     """Run what is asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--orders", action="store_true")
     parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--storage", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768], choices=[16384, 32768], help="--gpu")
+    parser.add_argument("--tune", action="store_true", help="--gpu: try the Triton kernel's warps and stages")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=4.0)
+    parser.add_argument(
+        "--null-tokens", type=int, default=0, help="--shapes: padding of the text; the pipeline's is 256"
+    )
     options = parser.parse_args()
-    everything = not (options.speed or options.orders or options.shapes)
+    single = (options.shapes, options.tiny, options.gpu, options.storage)
+    everything = not (options.speed or options.orders or any(single))
     versions = {"torch": torch.__version__, "attnctl": attnctl.__version__}
     result: dict[str, Any] = {"versions": versions, "machine": platform.machine(), "heads": 4, "head_dim": 64}
     if options.speed or everything:
@@ -253,8 +246,15 @@ def main() -> int:
             file=sys.stderr,
         )
     if options.shapes:
-        result["shapes"] = measure_shapes(options.pictures, options.steps, options.scale)
+        result["shapes"] = measure_shapes(options.pictures, options.steps, options.scale, options.null_tokens)
         print(json.dumps(result["shapes"], indent=1), file=sys.stderr)
+    if options.tiny:
+        result["tiny"] = measure_tiny(options.steps)
+    if options.storage or everything:
+        result["storage"] = measure_storage()
+        print(f"a plan for CogVideoX-5B: {result['storage']}", file=sys.stderr)
+    if options.gpu:
+        result["gpu"] = measure_gpu(max(5, options.repeats), options.tokens, options.tune)
     print(json.dumps(result, indent=1))
     return 0
 
