@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from attnctl.errors import ConfigError
 from attnctl.shapes.data import encode_captions, to_tensor
+from attnctl.shapes.expected import Expected
 from attnctl.shapes.models import build_scheduler
 from attnctl.shapes.motion import FRAMES, clip_caption, render_clip, sample_clip
 
@@ -150,8 +151,15 @@ def assemble(base: StableDiffusionPipeline, text_encoder: CLIPTextModel, adapter
     return pipe
 
 
+def _due(course: Sequence[tuple[int, float]], step: int) -> float:
+    return [share for first, share in course if first <= step][-1]
+
+
 class Motions:
-    """The training loss of the motion modules: v-prediction on whole clips, every frame with noise of its own."""
+    """The training loss of the motion modules: v-prediction on clips, every frame with noise of its own.
+
+    A share of `expect` of a batch is pure noise, with the mean of all clips that fit the caption as its target.
+    """
 
     def __init__(
         self,
@@ -165,6 +173,8 @@ class Motions:
         noisy: float = 0.5,
         frames: int | None = None,
         skew: float | Sequence[tuple[int, float]] = 0.0,
+        expected: Expected | None = None,
+        expect: float | Sequence[tuple[int, float]] = 0.0,
         bf16: bool = True,
     ) -> None:
         self.length = clips.values.shape[1]
@@ -174,6 +184,8 @@ class Motions:
         self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
         self.batch, self.weight, self.noisy, self.bf16 = batch, anchor, noisy, bf16
         self.skew = [(0, skew)] if isinstance(skew, float) else list(skew)
+        self.expect = [(0, expect)] if isinstance(expect, float) else list(expect)
+        self.expected, self.tokenizer = expected, tokenizer
         self.device = next(unet.parameters()).device
         forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
         empty = encode_captions(tokenizer, [""]).expand_as(forms[0])
@@ -201,15 +213,22 @@ class Motions:
 
     def __call__(self, generator: torch.Generator, step: int) -> Tensor:
         """Return the loss of one batch drawn from `generator`."""
-        share = [share for first, share in self.skew if first <= step][-1]
-        index = self.clips.draw(generator, self.batch, share)
-        x = self.clips.values[index][:, self.draw_frames(generator)].float()
+        skew, expect = (_due(course, step) for course in (self.skew, self.expect))
+        index = self.clips.draw(generator, self.batch, skew)
+        frames = self.draw_frames(generator)
+        x = self.clips.values[index][:, frames].float()
         form = torch.multinomial(torch.tensor(_TOLD), self.batch, replacement=True, generator=generator)
         ids, still = self.ids[form, index], torch.cat([self.ids[2, index], self.ids[3, :1]])
         noise = torch.randn(x.shape, generator=generator)
         # Stratified; more of the noisy steps, where motion is decided: the rest is what the frozen layers can do.
-        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
+        n = 0 if self.expected is None else round(expect * self.batch)
+        strata = (torch.arange(self.batch) - n).clamp(min=0)
+        u = (strata + torch.rand(self.batch, generator=generator)) / max(1, self.batch - n)
         t = (u**self.noisy * self.scheduler.config.num_train_timesteps).long()
+        if self.expected is not None and n:
+            x[:n], captions = self.expected.draw(generator, n, frames, skew)
+            t[:n] = self.scheduler.config.num_train_timesteps - 1
+            ids[:n] = encode_captions(self.tokenizer, captions)
         target = self.scheduler.get_velocity(x, noise, t)
         noisy = self.scheduler.add_noise(x, noise, t)
         # Drawn on the CPU, so that a seed means the same everywhere.

@@ -28,6 +28,7 @@ __all__ = [
     "parse_clip",
     "render_clip",
     "sample_clip",
+    "say",
 ]
 
 FRAMES = 16
@@ -120,7 +121,7 @@ def clip_caption(clip: Clip, *, speed: bool = True, motion: bool = True) -> str:
     if not speed:
         told = [replace(m, speed=None) for m in told]
     pairs = zip(clip.scene.things, told, strict=True)
-    return " and ".join(_say(t.color, t.shape, m) for t, m in pairs) + f" on {clip.scene.background}"
+    return " and ".join(_phrase(t.color, t.shape, m) for t, m in pairs) + f" on {clip.scene.background}"
 
 
 def parse_clip(text: str) -> tuple[Scene, tuple[Motion, ...]]:
@@ -164,10 +165,15 @@ def clip_prompts(seed: int, n: int) -> tuple[str, ...]:
     motions = (*moving, Motion("still"))
     rng = np.random.default_rng(seed)
     scenes = ((_any(rng, tuple(COLORS)), _any(rng, SHAPES), _any(rng, tuple(BACKGROUNDS))) for _ in range(n))
-    return tuple(_say(c, s, motions[i % len(motions)]) + f" on {b}" for i, (c, s, b) in enumerate(scenes))
+    return tuple(say(c, s, b, motions[i % len(motions)]) for i, (c, s, b) in enumerate(scenes))
 
 
-def _say(color: str, shape: str, motion: Motion) -> str:
+def say(color: str, shape: str, background: str, motion: Motion) -> str:
+    """Say one object in motion: "a red circle moving left fast on gray"."""
+    return f"{_phrase(color, shape, motion)} on {background}"
+
+
+def _phrase(color: str, shape: str, motion: Motion) -> str:
     return f"a {color} {shape} {motion}".rstrip()
 
 

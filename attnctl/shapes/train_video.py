@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from attnctl.errors import ConfigError
 from attnctl.shapes import clips as world
+from attnctl.shapes.expected import make_expected
 from attnctl.shapes.export import settle
 from attnctl.shapes.loop import Plan, train
 from attnctl.shapes.options import add_options, load_average, load_base, plan_from, put_average, shares
+from attnctl.shapes.words import teach_motion
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -42,6 +44,7 @@ def train_video(
     resume: bool = False,
     quiet: bool = False,
     start: Path | None = None,
+    teach: int = 0,
     **options: Any,
 ) -> AnimateDiffPipeline:
     """Train motion modules and text encoder on cached clips and return the assembled pipeline with averaged weights.
@@ -55,6 +58,7 @@ def train_video(
         resume: go on from the checkpoint in `out` where there is one.
         quiet: no progress bar.
         start: folder of an earlier run whose weights to begin with.
+        teach: how many steps the text encoder of the base is first taught motion words; 0: not.
         options: of `clips.Motions`.
 
     Raises:
@@ -63,9 +67,19 @@ def train_video(
     text_encoder, adapter, unet = _fresh(plan.seed, base)
     if start is not None:
         _start_from(start, {"text_encoder": text_encoder, "unet": unet})
+    if teach:
+        text_encoder.load_state_dict(base.text_encoder.state_dict())
+        teach_motion(text_encoder, base.tokenizer, steps=teach, seed=plan.seed)
     modules = {"text_encoder": text_encoder.to(device), "unet": unet.to(device)}
     loss = world.Motions(unet, text_encoder, base.tokenizer, clips, **options)
-    facts = {"batch": loss.batch, "frames": loss.frames, "anchor": loss.weight, "noisy": loss.noisy, "skew": loss.skew}
+    facts = {
+        "batch": loss.batch,
+        "frames": loss.frames,
+        "anchor": loss.weight,
+        "noisy": loss.noisy,
+        "skew": loss.skew,
+        "expect": loss.expect,
+    }
 
     facts["clips"] = len(clips.captions)
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
@@ -100,11 +114,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=3000, help="clips to encode")
     parser.add_argument("--noisy", type=float, default=0.5, help="below 1, more of the noisy steps: t = u ** NOISY")
     parser.add_argument("--frames", type=int, help="frames of a clip in a batch; fewer: more clips")
+    parser.add_argument("--teach", type=int, default=0, help="steps of the text encoder alone, with motion words")
     parser.add_argument(
         "--skew",
         type=shares,
         default="0",
         help="share of clips that move right or down only, STEP:SHARE from a step on",
+    )
+    parser.add_argument(
+        "--expect", type=shares, default="0", help="share of a batch that learns the mean of what fits its caption"
     )
     parser.add_argument("--start", type=Path, help="folder of an earlier run whose weights to begin with")
     parser.add_argument("--anchor", type=float, default=1.0, help="weight of what keeps still captions as they are")
@@ -117,11 +135,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.export_only:
         base.vae.to(args.device)
         clips = world.make_clips(args.cache or out / "cache", base.vae, n=args.clips, seed=args.seed)
+        expected = make_expected(base.vae, frames=clips.values.shape[1]) if any(s for _, s in args.expect) else None
         base.vae.cpu()
         train_video(
             out / "motion", plan, base, clips, resume=args.resume,
-            start=args.start, batch=args.batch, frames=args.frames, anchor=args.anchor, noisy=args.noisy,
-            skew=args.skew, bf16=not args.fp32, device=args.device,
+            start=args.start, teach=args.teach, batch=args.batch, frames=args.frames, anchor=args.anchor,
+            noisy=args.noisy, skew=args.skew, expected=expected, expect=args.expect,
+            bf16=not args.fp32, device=args.device,
         )  # fmt: skip
     target = args.export or out / "pipeline"
     step = export_video(out / "motion", base, target)
