@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, register_notrace_module
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.jit import Final
 
 from attnctl.backbones.agent import AgentCore
 from attnctl.backbones.attend import attend, ceil_div
 from attnctl.backbones.blocks import FeedForward, Pyramid, Stage, init_linear, take_state
-from attnctl.backbones.config import cfg, exactly, load_filter, stage_types
+from attnctl.backbones.config import builder, exactly, load_filter, size_cfgs, stage_types
 from attnctl.backbones.routing import merge_windows, split_windows
 from attnctl.errors import ConfigError
 
@@ -300,28 +300,10 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model, resize=True)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"agent_cswin_{size}.untrained": cfg(first_conv="stages.0.downsample.proj", classifier="head")
-        for size in ("tiny", "small", "base")
-    }
-    | {
-        "agent_cswin_micro.untrained": cfg(
-            first_conv="stages.0.downsample.proj", classifier="head", input_size=(3, 32, 32), pool_size=(1, 1)
-        )
-    }
+default_cfgs = size_cfgs(
+    "agent_cswin", ("tiny", "small", "base"), first_conv="stages.0.downsample.proj", classifier="head"
 )
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    return build_model_with_cfg(
-        AgentCSwin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+_create = builder(AgentCSwin, checkpoint_filter_fn)
 
 
 @register_model

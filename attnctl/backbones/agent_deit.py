@@ -7,14 +7,14 @@ timm's VisionTransformer with another attention module: weights of a DeiT load i
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from attnctl.backbones.agent import AgentAttention2d
 from attnctl.backbones.blocks import take_state
-from attnctl.backbones.config import cfg, load_filter
+from attnctl.backbones.config import builder, load_filter, size_cfgs
 from attnctl.backbones.grid import watch_grid
 from attnctl.errors import ConfigError
 
@@ -81,31 +81,15 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(vit_filter(take_state(state), model), model, resize=True)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"agent_deit_{size}.untrained": cfg(
-            first_conv="patch_embed.proj", classifier="head", fixed_input_size=True, pool_size=None
-        )
-        for size in ("tiny", "small", "base")
-    }
-    | {
-        "agent_deit_micro.untrained": cfg(
-            first_conv="patch_embed.proj", classifier="head", fixed_input_size=True, pool_size=None,
-            input_size=(3, 32, 32),
-        )
-    }
-)  # fmt: skip
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> AgentVisionTransformer:
-    return build_model_with_cfg(
-        AgentVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+default_cfgs = size_cfgs(
+    "agent_deit",
+    ("tiny", "small", "base"),
+    first_conv="patch_embed.proj",
+    classifier="head",
+    fixed_input_size=True,
+    pool_size=None,
+)
+_create = builder(AgentVisionTransformer, checkpoint_filter_fn, out_indices=3, feature_cls="getter")
 
 
 @register_model

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from attnctl.backbones.agent import AgentAttention2d
 from attnctl.backbones.blocks import FeedForward, take_state
-from attnctl.backbones.config import cfg, exactly, load_filter, stage_types
+from attnctl.backbones.config import builder, exactly, load_filter, size_cfgs, stage_types
 from attnctl.backbones.routing import merge_windows, split_windows
 from attnctl.errors import ConfigError
 
@@ -180,29 +180,10 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model, resize=True)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"agent_swin_{size}.untrained": cfg(first_conv="patch_embed.proj", classifier="head.fc", fixed_input_size=True)
-        for size in ("tiny", "small", "base")
-    }
-    | {
-        "agent_swin_micro.untrained": cfg(
-            first_conv="patch_embed.proj", classifier="head.fc", fixed_input_size=True, input_size=(3, 32, 32),
-            pool_size=(1, 1),
-        )
-    }
-)  # fmt: skip
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> AgentSwinTransformer:
-    return build_model_with_cfg(
-        AgentSwinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+default_cfgs = size_cfgs(
+    "agent_swin", ("tiny", "small", "base"), first_conv="patch_embed.proj", classifier="head.fc", fixed_input_size=True
+)
+_create = builder(AgentSwinTransformer, checkpoint_filter_fn)
 
 
 @register_model

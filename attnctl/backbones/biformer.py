@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.jit import Final
 
 from attnctl.backbones.blocks import Pyramid, Stage, init_linear, take_state
-from attnctl.backbones.config import cfg, exactly, load_filter
+from attnctl.backbones.config import builder, exactly, load_filter, size_cfgs
 from attnctl.backbones.plain import MapAttention
 from attnctl.backbones.routing import BiLevelRoutingAttention
 from attnctl.errors import ConfigError
@@ -250,28 +250,10 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"biformer_{size}.untrained": cfg(first_conv="stages.0.downsample.0", classifier="head")
-        for size in ("tiny", "small", "base", "stl")
-    }
-    | {
-        "biformer_micro.untrained": cfg(
-            first_conv="stages.0.downsample.0", classifier="head", input_size=(3, 32, 32), pool_size=(1, 1)
-        )
-    }
+default_cfgs = size_cfgs(
+    "biformer", ("tiny", "small", "base", "stl"), first_conv="stages.0.downsample.0", classifier="head"
 )
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    return build_model_with_cfg(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+_create = builder(BiFormer, checkpoint_filter_fn)
 
 
 @register_model

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from attnctl.backbones.resize import fit_weight
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["cfg", "exactly", "load_filter", "stage_types"]
+__all__ = ["builder", "cfg", "exactly", "load_filter", "size_cfgs", "stage_types"]
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
@@ -29,6 +30,30 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def size_cfgs(family: str, sizes: Iterable[str], **common: Any) -> Any:
+    """Build timm's records for the sizes of a family, and for its micro model on 32 px images."""
+    micro = common | {"input_size": (3, 32, 32)}
+    if common.get("pool_size", True) is not None:
+        micro["pool_size"] = (1, 1)
+    records = {f"{family}_{size}.untrained": cfg(**common) for size in sizes}
+    return generate_default_cfgs(records | {f"{family}_micro.untrained": cfg(**micro)})
+
+
+def builder(model: type[nn.Module], checkpoint_filter_fn: Callable[..., Any], **features: Any) -> Callable[..., Any]:
+    """Return what builds a model of a class: from a variant's name, `pretrained`, and its arguments.
+
+    features: how timm takes features from it, the four stages if none are given.
+    """
+    wanted = features or {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+
+    def create(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        return build_model_with_cfg(
+            model, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(wanted), **kwargs
+        )
+
+    return create
 
 
 def exactly(count: int, **lists: Sized) -> None:

@@ -18,14 +18,13 @@ from timm.models.vision_transformer import Attention as TokenAttention
 from torch import Tensor, nn
 
 from attnctl.backbones.grid import GridRecorder
-from attnctl.backbones.mixers import Grid, Mixer, join_heads
+from attnctl.backbones.mixers import Grid, Mixer, Slot, join_heads
 from attnctl.backbones.multiaxis import AnySizePartition
 from attnctl.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["HOSTS", "MapHost", "MaxViTHost", "PVTHost", "SwinHost", "TokenHost", "build_host"]
 
-# Builds a mixer from (dim, heads, grid, prefix, scale, device, dtype).
-MakeMixer = Callable[[int, int, Grid, int, float, torch.device, torch.dtype], Mixer]
+MakeMixer = Callable[[Slot], Mixer]
 
 
 class _Host(nn.Module):
@@ -157,21 +156,23 @@ def build_host(old: nn.Module, make: MakeMixer, grid: Grid, prefix: int, recorde
     inner: Any = old if isinstance(old, (TokenAttention, PVTAttention)) else old.attn
     first = inner.q if isinstance(old, PVTAttention) else inner.qkv
     dim, heads = inner.proj.in_features, inner.num_heads
-    place = (first.weight.device, first.weight.dtype)
     scale = float(getattr(inner, "scale", (dim // heads) ** -0.5))
     if getattr(inner, "gate", None) is not None:
         raise UnsupportedModelError(
             "The attention gates its output, which no swapped form keeps; leave that block out."
         )
+    if not isinstance(old, TokenAttention):
+        prefix = 0
+    mixer = make(Slot(dim, heads, grid, prefix, scale, first.weight.device, first.weight.dtype))
     new: nn.Module
     if isinstance(old, TokenAttention):
-        new = TokenHost(old, make(dim, heads, grid, prefix, scale, *place), grid, prefix, recorder)
+        new = TokenHost(old, mixer, grid, prefix, recorder)
     elif isinstance(old, PVTAttention):
-        new = PVTHost(old, make(dim, heads, grid, 0, scale, *place))
+        new = PVTHost(old, mixer)
     elif isinstance(old, SwinTransformerBlock):
-        new = SwinHost(old, make(dim, heads, grid, 0, scale, *place))
+        new = SwinHost(old, mixer)
     else:
-        new = MaxViTHost(old, make(dim, heads, grid, 0, scale, *place))
+        new = MaxViTHost(old, mixer)
     new.training = old.training
     for child in new.modules():
         if isinstance(child, Mixer):

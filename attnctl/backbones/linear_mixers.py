@@ -7,11 +7,13 @@ embeddings and gates of the last two belong to their own backbones and are left 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnctl.backbones.mixers import Grid, Mixer, join_heads, side_conv, split_heads, zero_conv
+from attnctl.backbones.mixers import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
 
 __all__ = ["InLineMixer", "MALAMixer", "RALAMixer", "inline", "mala", "rala"]
 
@@ -54,26 +56,15 @@ def rala(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float = 1e-6) -> Te
 class InLineMixer(Mixer):
     """InLine attention; local=True adds a 3x3 convolution of the values whose weights come from the mean token."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        local: bool = True,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+    def __init__(self, slot: Slot, *, local: bool = True, backend: str = "auto") -> None:
+        super().__init__(slot, backend)
         self.residual: nn.Sequential | None = None
         if local:
+            dd: dict[str, Any] = {"groups": slot.heads, "device": slot.device, "dtype": slot.dtype}
             self.residual = nn.Sequential(
-                nn.Conv1d(dim, dim, 1, groups=heads, device=device, dtype=dtype),
+                nn.Conv1d(slot.dim, slot.dim, 1, **dd),
                 nn.GELU(),
-                nn.Conv1d(dim, 9 * dim, 1, groups=heads, device=device, dtype=dtype),
+                nn.Conv1d(slot.dim, 9 * slot.dim, 1, **dd),
             )
             for p in self.residual[2].parameters():
                 nn.init.zeros_(p)
@@ -98,21 +89,9 @@ def _mean(x: Tensor) -> Tensor:
 class _SideMixer(Mixer):
     """A linear mixer with a depthwise convolution of the values that starts at zero (lepe: its kernel, 0 for none)."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        lepe: int = 5,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
-        self.lepe = zero_conv(dim, lepe, device, dtype) if lepe else None
+    def __init__(self, slot: Slot, *, lepe: int = 5, backend: str = "auto") -> None:
+        super().__init__(slot, backend)
+        self.lepe = zero_conv(slot, lepe) if lepe else None
 
     def _side(self, out: Tensor, v: Tensor, grid: Grid) -> Tensor:
         return out if self.lepe is None else out + side_conv(self.lepe, v, grid, self.prefix)

@@ -7,6 +7,8 @@ come first and lie outside the grid.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,26 @@ from attnctl.backbones.partition import axis_attention
 from attnctl.backbones.routing import gather_windows, merge_windows, split_windows, top_windows, window_means
 from attnctl.errors import ConfigError
 
-__all__ = ["AgentMixer", "Mixer", "MultiAxisMixer", "RoutingMixer", "join_heads", "side_conv", "split_heads"]
+__all__ = ["AgentMixer", "Mixer", "MultiAxisMixer", "RoutingMixer", "Slot", "join_heads", "side_conv", "split_heads"]
 
 Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a mixer is built for.
+
+    dim = heads * head_dim of the host; grid: (height, width) in tokens that the host was built for; prefix: class and
+    register tokens; scale: of the host's logits; device, dtype: of its weights.
+    """
+
+    dim: int
+    heads: int
+    grid: Grid = (1, 1)
+    prefix: int = 0
+    scale: float = 1.0
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -41,30 +60,22 @@ def side_conv(conv: nn.Conv2d, v: Tensor, grid: Grid, prefix: int) -> Tensor:
     return torch.cat([torch.zeros_like(v[:, :, :prefix]), out], dim=2) if prefix else out
 
 
-def zero_conv(dim: int, kernel: int, device: torch.device | None, dtype: torch.dtype | None) -> nn.Conv2d:
+def zero_conv(slot: Slot, kernel: int) -> nn.Conv2d:
     """Build a depthwise convolution that starts at zero, so that it changes nothing before training."""
-    conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, device=device, dtype=dtype)
+    dim = slot.dim
+    conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, device=slot.device, dtype=slot.dtype)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
 
 
 class Mixer(nn.Module):
-    """Base class: sizes of the host, and the kernel to use.
+    """Base class: sizes of the slot that it fills, and the kernel to use. Options of subclasses are keyword-only."""
 
-    Args: dim = heads * head_dim of the host; grid the host was built for; prefix tokens; scale of the host's logits.
-    """
-
-    def __init__(self, dim: int, heads: int, grid: Grid, prefix: int, scale: float, backend: str = "auto") -> None:
+    def __init__(self, slot: Slot, backend: str = "auto") -> None:
         super().__init__()
-        self.dim, self.heads, self.grid, self.prefix, self.scale, self.backend = (
-            dim,
-            heads,
-            grid,
-            prefix,
-            scale,
-            backend,
-        )
+        self.dim, self.heads, self.grid = slot.dim, slot.heads, slot.grid
+        self.prefix, self.scale, self.backend = slot.prefix, slot.scale, backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens, see the module's text for shapes."""
@@ -78,21 +89,9 @@ class AgentMixer(Mixer):
     """
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        num_agents: int | str = 49,
-        init: str = "zero",
-        dwc: bool = True,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, slot: Slot, *, num_agents: int | str = 49, init: str = "zero", dwc: bool = True, backend: str = "auto"
     ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+        super().__init__(slot, backend)
         require(init in ("zero", "trunc"), ConfigError, f"init={init!r} was given; expected 'zero' or 'trunc'.")
         require(
             num_agents == "all" or isinstance(num_agents, int),
@@ -100,12 +99,14 @@ class AgentMixer(Mixer):
             f"num_agents={num_agents!r} was given; expected a square number or 'all'.",
         )
         count = 1 if isinstance(num_agents, str) else num_agents
-        self.bias = AgentCore(dim, heads, grid, count, prefix=prefix, device=device, dtype=dtype)
+        self.bias = AgentCore(
+            slot.dim, slot.heads, slot.grid, count, prefix=slot.prefix, device=slot.device, dtype=slot.dtype
+        )
         if num_agents == "all":
-            self.bias.agent_grid = grid
+            self.bias.agent_grid = slot.grid
         if init == "zero":
             self.bias.reset_biases(0.0)
-        self.dwc = zero_conv(dim, 3, device, dtype) if dwc else None
+        self.dwc = zero_conv(slot, 3) if dwc else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix through agents pooled from the queries."""
@@ -124,26 +125,14 @@ class RoutingMixer(Mixer):
     """
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        topk: int | None = 4,
-        window_size: int = 7,
-        lepe: int = 5,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, slot: Slot, *, topk: int | None = 4, window_size: int = 7, lepe: int = 5, backend: str = "auto"
     ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+        super().__init__(slot, backend)
         require(window_size >= 1, ConfigError, f"window_size={window_size} was given; expected at least 1.")
         require(topk is None or topk >= 1, ConfigError, f"topk={topk} was given; expected at least 1, or None for all.")
-        self._check_topk(topk, window_size, grid)
+        self._check_topk(topk, window_size, slot.grid)
         self.topk, self.window = topk, window_size
-        self.lepe = zero_conv(dim, lepe, device, dtype) if lepe else None
+        self.lepe = zero_conv(slot, lepe) if lepe else None
 
     @staticmethod
     def _check_topk(topk: int | None, size: int, grid: Grid) -> None:
@@ -209,21 +198,9 @@ class MultiAxisMixer(Mixer):
     """
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        window: int = 7,
-        grid_size: int = 7,
-        mode: str = "heads",
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, slot: Slot, *, window: int = 7, grid_size: int = 7, mode: str = "heads", backend: str = "auto"
     ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+        super().__init__(slot, backend)
         require(mode in ("heads", "mean"), ConfigError, f"mode={mode!r} was given; expected 'heads' or 'mean'.")
         require(
             window >= 1 and grid_size >= 1,
@@ -231,9 +208,9 @@ class MultiAxisMixer(Mixer):
             f"window={window}, grid_size={grid_size} were given; expected at least 1.",
         )
         require(
-            mode == "mean" or heads >= 2,
+            mode == "mean" or slot.heads >= 2,
             ConfigError,
-            f"mode='heads' splits the heads between two axes, but the host has {heads}. Set mode='mean'.",
+            f"mode='heads' splits the heads between two axes, but the host has {slot.heads}. Set mode='mean'.",
         )
         self.window, self.grid_size, self.mode = window, grid_size, mode
 

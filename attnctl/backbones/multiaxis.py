@@ -13,7 +13,7 @@ from timm.models.maxxvit import Downsample2d, MaxxVit, PartitionAttentionCl
 from torch import Tensor, nn
 
 from attnctl.backbones.attend import attend, require
-from attnctl.backbones.mixers import MultiAxisMixer, join_heads, split_heads
+from attnctl.backbones.mixers import MultiAxisMixer, Slot, join_heads, split_heads
 from attnctl.backbones.partition import key_mask, partition, restore
 from attnctl.errors import ConfigError, UnsupportedModelError
 
@@ -52,11 +52,9 @@ class MultiAxisAttention(nn.Module):
             f"num_heads={num_heads} was given; it must divide dim={dim}.",
         )
         self.num_heads, self.prefix = num_heads, prefix
-        scale = (dim // num_heads) ** -0.5
+        slot = Slot(dim, num_heads, prefix=prefix, scale=(dim // num_heads) ** -0.5)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.mixer = MultiAxisMixer(
-            dim, num_heads, (1, 1), prefix, scale, window=window, grid_size=grid_size, mode=mode, backend=backend
-        )
+        self.mixer = MultiAxisMixer(slot, window=window, grid_size=grid_size, mode=mode, backend=backend)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

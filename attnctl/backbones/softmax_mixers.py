@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.attend import attend, require
-from attnctl.backbones.mixers import Grid, Mixer
+from attnctl.backbones.mixers import Grid, Mixer, Slot
 from attnctl.errors import ConfigError
 
 __all__ = ["MoHMixer", "NeighborhoodMixer", "SigmoidMixer", "neighborhood_mask", "sigmoid_attention"]
@@ -54,22 +54,10 @@ def neighborhood_mask(grid: Grid, kernel: int, dilation: int = 1, device: torch.
 class SigmoidMixer(Mixer):
     """Sigmoid attention; its bias, one a head, starts at -log(tokens)."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        bias: float | None = None,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
-        start = -math.log(prefix + grid[0] * grid[1]) if bias is None else bias
-        self.bias = nn.Parameter(torch.full((heads,), start, device=device, dtype=dtype))
+    def __init__(self, slot: Slot, *, bias: float | None = None, backend: str = "auto") -> None:
+        super().__init__(slot, backend)
+        start = -math.log(slot.prefix + slot.grid[0] * slot.grid[1]) if bias is None else bias
+        self.bias = nn.Parameter(torch.full((slot.heads,), start, device=slot.device, dtype=slot.dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""
@@ -82,21 +70,8 @@ class NeighborhoodMixer(Mixer):
     kernel: odd. dilation: step between the tokens seen.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        kernel: int = 7,
-        dilation: int = 1,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+    def __init__(self, slot: Slot, *, kernel: int = 7, dilation: int = 1, backend: str = "auto") -> None:
+        super().__init__(slot, backend)
         require(kernel >= 1 and kernel % 2 == 1, ConfigError, f"kernel={kernel} was given; expected an odd number.")
         require(dilation >= 1, ConfigError, f"dilation={dilation} was given; expected at least 1.")
         self.kernel, self.dilation = kernel, dilation
@@ -121,21 +96,9 @@ class MoHMixer(Mixer):
     `balance` holds the load-balance loss of the last training step.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: Grid,
-        prefix: int,
-        scale: float,
-        *,
-        shared: int = 1,
-        topk: int | None = None,
-        backend: str = "auto",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, heads, grid, prefix, scale, backend)
+    def __init__(self, slot: Slot, *, shared: int = 1, topk: int | None = None, backend: str = "auto") -> None:
+        super().__init__(slot, backend)
+        heads = slot.heads
         require(
             0 <= shared < heads,
             ConfigError,
@@ -150,7 +113,7 @@ class MoHMixer(Mixer):
         )
         dims = {"route": self.routed} | ({"share": shared, "split": 2} if shared else {})
         self.gates = nn.ModuleDict(
-            {k: nn.Linear(dim, n, bias=False, device=device, dtype=dtype) for k, n in dims.items()}
+            {k: nn.Linear(slot.dim, n, bias=False, device=slot.device, dtype=slot.dtype) for k, n in dims.items()}
         )
         for gate in self.gates.values():
             nn.init.zeros_(gate.weight)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ attnctl.unswap(model)
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -107,12 +108,8 @@ def swap(model: nn.Module, kind: str, blocks: Blocks = None, *, grid: Grid | Non
     grids = _grids(model, places, chosen, grid)
     recorder, hook = _recorder(model, chosen, places)
 
-    def make(
-        dim: int, heads: int, size: Grid, n_prefix: int, scale: float, device: torch.device, dtype: torch.dtype
-    ) -> Mixer:
-        return mixer(dim, heads, size, n_prefix, scale, device=device, dtype=dtype, **options)  # type: ignore[call-arg]
-
     try:
+        make = functools.partial(mixer, **options)
         built = {name: build_host(places[name], make, grids[name], prefix, recorder) for name in chosen}
     except BaseException:
         if hook is not None:
@@ -171,7 +168,7 @@ def _kind(kind: str, options: dict[str, Any]) -> type[Mixer]:
             f"kind={kind!r} was given; expected one of {', '.join(map(repr, KINDS))}.{nearest(kind, KINDS)}"
         )
     signature = inspect.signature(KINDS[kind].__init__)
-    known = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY and n not in ("device", "dtype")]
+    known = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             raise ConfigError(
