@@ -1,7 +1,7 @@
 """Searching the shipped mmdit for heads, in full and on the cheap: `python benchmarks/hunt.py --work runs/hunt`.
 
-Four parts, each resumable (`--part search`, `tune`, `report`, `savings`; all by default); at the end the run prints the
-JSON of the parts asked for on stdout; tables go to stderr.
+Five parts, each resumable (`--part search`, `tune`, `report`, `pictures`, `savings`; all by default); at the end the run
+prints the JSON of the parts asked for on stdout; tables go to stderr.
 
 - search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
   search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
@@ -9,6 +9,7 @@ JSON of the parts asked for on stdout; tables go to stderr.
   is, and plain guidance's best scale, `effects.py pag --model mmdit` has found. The affordable set takes the settings
   that are best for the full one, so that only the heads differ.
 - report: plain, the best single layer, and both found sets on other prompts and other seeds, paired.
+- pictures: the first prompts of the report, side by side.
 - savings: what each saving alone does to the number of pictures and to the choice, from the marks of the full search;
   and time and FLOPs of batching and replay.
 """
@@ -16,6 +17,7 @@ JSON of the parts asked for on stdout; tables go to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -28,9 +30,11 @@ import diffusers
 import numpy as np
 import torch
 from judged import interval
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
+from attnctl.imaging import grid
 from attnctl.pipelines import Hunted, HuntPlan, hunt
 from attnctl.pipelines.hunt_scorers import ShapesJudge
 from attnctl.pipelines.hunt_work import draw
@@ -40,6 +44,7 @@ from attnctl.shapes.scenes import pair_prompts
 
 STEPS, CFG, U, WEIGHT, K = 8, 3.0, 0.5, 2.5, 6
 SEARCH_SEED, TUNING_SEED, REPORT_SEED = 60_000, 70_000, 800_000
+PARTS = ("search", "tune", "report", "pictures", "savings")
 OPTIONS = {"max_sequence_length": 0}  # no padding: twice as fast
 
 
@@ -100,12 +105,8 @@ class Bench:
 
         def make() -> dict[str, Any]:
             began = time.process_time()
-            held = attnctl.control(self.pipe, control) if control is not None else None
-            try:
+            with attnctl.control(self.pipe, control) if control is not None else contextlib.nullcontext():
                 images = generate(self.pipe, prompts, scale=cfg, seed=seed, steps=STEPS, **OPTIONS)
-            finally:
-                if held is not None:
-                    held.detach()
             spent = round(time.process_time() - began, 1)
             return score(images, prompts) | {"cpu_seconds": spent}
 
@@ -171,6 +172,27 @@ class Bench:
             "affordable_keeps": round(gains["affordable"][0] / full, 3) if full else None,
             "cpu_seconds": {kind: marks["cpu_seconds"] for kind, marks in runs.items()},
         }  # fmt: skip
+
+    def pictures(self) -> dict[str, Any]:
+        """Draw the first six report prompts in every way, with the judge's frames, into the folder."""
+        self.tune()
+        prompts = pair_prompts(23, self.n_report, "report")[:6]
+        tiles, frames = [], []
+        for _, control, cfg in self.best.values():
+            with attnctl.control(self.pipe, control) if control is not None else contextlib.nullcontext():
+                images = generate(self.pipe, prompts, scale=cfg, seed=REPORT_SEED, steps=STEPS, **OPTIONS)
+            tiles += [Image.fromarray(image) for image in images]
+            right = score(images, prompts)["right"]
+            frames += [(40, 160, 60) if ok else (210, 40, 40) for ok in right]
+        names = {"plain": "plain", "layer": "best layer", "full": "full search", "affordable": "affordable search"}
+        labels = [f"{names[kind]}: {b[0]}" for kind, b in self.best.items()]
+        note = (
+            "The first prompts of the report, not chosen. Green: the judge finds both objects right and nothing else."
+        )
+        grid(tiles, len(labels), len(prompts), labels, prompts, footer=note, frames=frames, tile=128).save(
+            self.work / "pictures.png"
+        )
+        return {"prompts": prompts, "file": "pictures.png"}
 
     def savings(self) -> dict[str, Any]:
         """Say what each saving does on its own."""
@@ -254,7 +276,7 @@ def main() -> int:
     """Run the parts asked for and print what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for logs and what is done")
-    parser.add_argument("--part", choices=("search", "tune", "report", "savings"), action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--pairs", type=int, default=8, help="prompt-seed pairs of the full search")
     parser.add_argument("--tune", type=int, default=32, help="pictures of every setting tried")
     parser.add_argument("-n", type=int, default=128, help="pictures of the report")
@@ -267,7 +289,7 @@ def main() -> int:
         "model": "shapes:mmdit", "steps": STEPS, "cfg": CFG, "u": U, "weight": WEIGHT, "k": K, "versions": versions,
         "machine": platform.machine(), "threads": options.threads,
     }  # fmt: skip
-    for part in options.part or ("search", "tune", "report", "savings"):
+    for part in options.part or PARTS:
         result[part] = getattr(bench, part)()
     print(json.dumps(result, indent=1))
     return 0
