@@ -1,7 +1,7 @@
 """Searching the shipped mmdit for heads, in full and on the cheap: `python benchmarks/hunt.py --work runs/hunt`.
 
-Five parts, each resumable (`--part search`, `tune`, `report`, `pictures`, `savings`; all by default); at the end the run
-prints the JSON of the parts asked for on stdout; tables go to stderr.
+Five parts, each resumable (`--part search`, `tune`, `report`, `pictures`, `savings`; all by default); at the end the
+run prints the JSON of the parts asked for on stdout; tables go to stderr.
 
 - search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
   search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
