@@ -9,6 +9,8 @@ with an unmodified pipeline, at every step including the first.
     denoiser pre-hook             computes z', puts it into the call
     scheduler.step                is given z' as its sample
 
+With `update="velocity"` z stays and the gradient goes to the prediction of that call instead.
+
 A scheduler that evaluates the denoiser several times a step (Heun, KDPM2, DPM singlestep, PNDM's warm-up) starts each
 step from the latents of its first evaluation; only those are moved, and the later evaluations are left alone.
 """
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnctl.branches import combine, main_output, with_main_output
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.mapreader import MapReader, exit_refusal, prepared, until_done, usable
 from attnctl.processors.latent import LatentGuidance, transformed
@@ -78,6 +81,7 @@ class LatentEngine:
         self._raw: Tensor | None = None
         self._scale: Scale | None = None
         self._moved: tuple[Tensor, Tensor] | None = None
+        self._push: Tensor | None = None
         self._read = False
 
     def scaled(self, sample: Tensor, scale: Scale) -> None:
@@ -120,8 +124,41 @@ class LatentEngine:
             raise UnsupportedModelError(f"{raw.shape[0]} latents were scaled for {rows.total} rows of the denoiser.")
         new = old
         for i, control in active:
-            new = _Update(self, w, i, control, self._shares(w, control, call)).run(new)
-        self._moved = old, new
+            update = _Update(self, w, i, control, self._shares(w, control, call))
+            if control.update == "velocity":
+                push = update.push(new) * self._noise_level(w, control) ** 2
+                self._push = push if self._push is None else self._push + push
+            else:
+                new = update.run(new)
+        if new is not old:
+            self._moved = old, new
+
+    def _noise_level(self, w: Watched, c: LatentGuidance) -> Tensor:
+        """Return the scheduler's sigma of the current step, in [0, 1]."""
+        scheduler: Any = self.pipe.scheduler
+        config, name = scheduler.config, type(scheduler).__name__
+        flows = "FlowMatch" in name or bool(config.get("use_flow_sigmas"))
+        if not flows or not isinstance(getattr(scheduler, "sigmas", None), Tensor):
+            raise UnsupportedModelError(
+                f'{c.describe()}: update="velocity" changes the velocity of flow matching (SD3, FLUX and their kin), '
+                f'but {name} steps otherwise. Use update="latents".'
+            )
+        timesteps = scheduler.timesteps
+        first = len(timesteps) - (w.state.steps or len(timesteps))  # image to image starts late in the list
+        return scheduler.sigmas[min(first + w.state.step, len(timesteps) - 1)].to(torch.float32)
+
+    def pushed(self, w: Watched, output: Any) -> Any:
+        """Add what `update="velocity"` asks for to a prediction; None where that is nothing."""
+        push, rows = self._push, w.state.rows
+        if push is None or rows.role == "extra":
+            return None
+        pred = main_output(output)
+        if not isinstance(pred, Tensor) or pred.shape[1:] != push.shape[1:]:
+            raise UnsupportedModelError(
+                f"{type(self.pipe).__name__} predicts {tuple(getattr(pred, 'shape', ()))} for latents "
+                f"{tuple(push.shape)}: attnctl cannot change that velocity."
+            )
+        return with_main_output(output, combine(pred, push.to(pred.device), rows, None))
 
     def _with_latents(self, w: Watched, new: Tensor) -> dict[str, Any]:
         rows, bound = w.state.rows, dict(w.state.bound)
@@ -222,6 +259,15 @@ class _Update:
         assert first is not None
         c.remember(first, self.memory)
         return z
+
+    def push(self, z: Tensor) -> Tensor:
+        """Return alpha times the gradient at z, and leave z alone."""
+        c = self.control
+        _, grad, maps = self.gradient(z)
+        self.engine.updates += 1
+        c.remember(maps, self.memory)
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return c.alpha(self.w.state) * transformed(wide, c.grad_transform)
 
     def refine(self, z: Tensor, loss: Tensor, grad: Tensor, alpha: float, level: float) -> tuple[Tensor, Tensor]:
         """Repeat updates of each sample until its loss is at the level, and once more, as Attend-and-Excite does."""

@@ -305,7 +305,11 @@ class Handle:
     def _after(self, w: Watched, output: Any) -> Any:
         if not self._enabled or w.running or w.state.denoiser is None:
             return None
-        return w.end_pass(output)
+        guided = w.end_pass(output)
+        if self._latents is None:
+            return guided
+        pushed = self._latents.pushed(w, output if guided is None else guided)
+        return guided if pushed is None else pushed
 
     def _time(self, w: Watched) -> None:
         """Fill in the length of the run and the timestep, once a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -128,10 +129,14 @@ def test_every_scheduler_equals_a_hand_written_loop(name: str) -> None:
     assert not torch.equal(out, pipes.run(pipe, kwargs, num_inference_steps=STEPS, guidance_scale=5.0))
 
 
+@pytest.mark.parametrize("update", ["latents", "velocity"])
 @torch.no_grad()
-def test_flow_matching_equals_a_hand_written_loop() -> None:
+def test_flow_matching_equals_a_hand_written_loop(update: Any) -> None:
     pipe, kwargs = pipes.build("sd3", torch.float64)
-    control = AStar(concepts=(1, 3), sites="transformer_blocks.1", ret=0.0, step_size=5.0, schedule="constant")
+    plain = pipes.run(pipe, kwargs, num_inference_steps=STEPS, guidance_scale=3.0)
+    control = AStar(
+        concepts=(1, 3), sites="transformer_blocks.1", ret=0.0, step_size=5.0, schedule="constant", update=update
+    )
     out = controlled(pipe, kwargs, control, guidance_scale=3.0)
     pipe.scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +144,7 @@ def test_flow_matching_equals_a_hand_written_loop() -> None:
     names = ("encoder_hidden_states", "pooled_projections")
     cond = dict(zip(names, (kwargs["prompt_embeds"], kwargs["pooled_prompt_embeds"]), strict=True))
     uncond = dict(zip(names, (kwargs["negative_prompt_embeds"], kwargs["negative_pooled_prompt_embeds"]), strict=True))
-    for t in pipe.scheduler.timesteps:
+    for t, sigma in zip(pipe.scheduler.timesteps, pipe.scheduler.sigmas, strict=False):
         seen: list[Tensor] = []
 
         def note(module: Any, args: Any, call: Any, seen: list[Tensor] = seen) -> None:
@@ -157,11 +162,69 @@ def test_flow_matching_equals_a_hand_written_loop() -> None:
             loss = segregation(normalise(smooth(seen[0]), "max"))
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         hook.remove()
-        z = z - 5.0 * grad
+        if update == "latents":
+            z = z - 5.0 * grad
         both = {n: torch.cat([uncond[n], cond[n]]) for n in names}
         u, c = pipe.transformer(hidden_states=torch.cat([z, z]), timestep=t.expand(2), **both).sample.chunk(2)
-        z = pipe.scheduler.step(u + 3.0 * (c - u), t, z).prev_sample
+        guided = u + 3.0 * (c - u)
+        if update == "velocity":
+            guided = guided + 5.0 * sigma**2 * grad
+        z = pipe.scheduler.step(guided, t, z).prev_sample
     assert (out - z).norm() <= 1e-6 * z.norm()  # the scheduler steps in float32
+    assert (out - plain).norm() > 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("name", ["flux", "flux_cfg", "sd3"])
+def test_the_velocity_of_packed_and_sequential_predictions_is_pushed(name: str) -> None:
+    pipe, kwargs = pipes.build(name)
+    control = AStar(concepts=(1, 3), step_size=5.0, update="velocity")
+    plain = pipes.run(pipe, kwargs)
+    before = snapshot(pipe.transformer)
+    with attnctl.control(pipe, control) as handle:
+        out = pipes.run(pipe, kwargs)
+        assert handle.guidance_forwards == 3
+    assert_clean(before, pipe.transformer)
+    assert not torch.equal(out, plain)
+    with attnctl.control(pipe, dataclasses.replace(control, step_size=0.0)):
+        assert torch.equal(pipes.run(pipe, kwargs), plain)
+
+
+def test_true_guidance_passes_a_push_through_once_and_down_the_gradient() -> None:
+    pipe, kwargs = pipes.build("flux_cfg", torch.float64)
+    control = AStar(concepts=(1, 3), step_size=5.0, update="velocity", schedule="constant", ret=0.0)
+    pushes: list[Tensor] = []
+    move = engine.LatentEngine._move
+
+    def spy(self: Any, *args: Any) -> None:
+        move(self, *args)
+        pushes.append(self._push)
+
+    run = {"num_inference_steps": 1}
+    plain = pipes.run(pipe, kwargs, **run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.LatentEngine, "_move", spy)
+        with attnctl.control(pipe, control):
+            out = pipes.run(pipe, kwargs, **run)
+    (push,) = pushes
+    sigma = pipe.scheduler.sigmas[0]
+    assert torch.allclose(out - plain, -(sigma * push), atol=1e-6 * float(push.abs().max()) + 1e-7)
+
+
+def test_only_flow_matching_has_a_velocity() -> None:
+    pipe, kwargs = sd()
+    plain = pipes.run(pipe, kwargs)
+    with (
+        attnctl.control(pipe, astar(update="velocity")),
+        pytest.raises(UnsupportedModelError, match="DDIMScheduler steps otherwise"),
+    ):
+        pipes.run(pipe, kwargs)
+    assert torch.equal(pipes.run(pipe, kwargs), plain)
+    with pytest.raises(ConfigError, match="nothing can be repeated: set iterations=1\\."):
+        astar(update="velocity", iterations=2)
+    with pytest.raises(ConfigError, match="iterations=1 and refine_steps=0"):
+        AttendExcite(concepts=WORDS, update="velocity")
+    with pytest.raises(ConfigError, match="update='speed' is unknown"):
+        astar(update="speed")
 
 
 # Early exit --------------------------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ from attnctl.processors.losses import MapNorm, normalise, smooth, token_softmax
 from attnctl.sites import Site, select
 from attnctl.state import StepState
 
-__all__ = ["GradTransform", "LatentGuidance", "Schedule", "guide_sites", "step_sizes", "transformed"]
+__all__ = ["GradTransform", "LatentGuidance", "Schedule", "Update", "guide_sites", "step_sizes", "transformed"]
 
 GradTransform = Literal["none", "l2", "sign"]
 Schedule = Literal["sqrt", "constant"]
+Update = Literal["latents", "velocity"]
 
 
 def step_sizes(size: float, step: int, steps: int, schedule: Schedule = "sqrt") -> float:
@@ -59,7 +60,11 @@ class LatentGuidance(Control):
         step_size: alpha_0; 0 switches the control off.
         schedule: "sqrt": alpha falls to alpha_0 sqrt(1/2) along the run, as in Attend-and-Excite; or "constant".
         grad_transform: "none", "l2" (gradient of length 1 a sample, so that alpha is a distance) or "sign".
-        iterations: Gradient steps before each denoising step.
+        update: "latents": z' = z - alpha grad L before the step. "velocity", for flow matching alone: the latents stay,
+            and the prediction becomes v' = v + alpha sigma^2 grad L, with the noise level sigma in [0, 1] (FOCUS,
+            arXiv 2510.02315: lambda sigma (1 - t) grad L, t from 0 at noise to 1, off a velocity that points to the
+            image; diffusers' points to the noise).
+        iterations: Gradient steps before each denoising step; 1 with update="velocity".
         map_norm: "none" (probabilities), "max", "minmax", or "ae" (softmax(100 A) over the text tokens).
         smoothing: Width of the 3 x 3 blur of the maps; 0 for none.
         early_exit: Stop the forward after the last map that is needed (exact); off for debugging.
@@ -71,6 +76,7 @@ class LatentGuidance(Control):
     step_size: float = 20.0
     schedule: Schedule = "sqrt"
     grad_transform: GradTransform = "none"
+    update: Update = "latents"
     iterations: int = 1
     map_norm: MapNorm = "max"
     smoothing: float = 0.5
@@ -86,7 +92,13 @@ class LatentGuidance(Control):
         self._check_choice("schedule", Schedule)
         self._check_choice("grad_transform", GradTransform)
         self._check_choice("map_norm", MapNorm)
+        self._check_choice("update", Update)
         self._check_count("iterations", 1)
+        if self.update == "velocity" and (self.iterations > 1 or self.max_refine > 0):
+            raise ConfigError(
+                f'{self._label}: update="velocity" leaves the latents where they are, so nothing can be repeated: set '
+                "iterations=1" + (" and refine_steps=0." if self.max_refine else ".")
+            )
         object.__setattr__(self, "concepts", _checked_concepts(self._label, self.concepts))
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
