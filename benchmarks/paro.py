@@ -173,11 +173,34 @@ def needed(mass: Tensor, share: float) -> Tensor:
     return ((flat < share * flat[..., -1:]).sum(-1) + 1) / flat.shape[-1]
 
 
-def measure_orders(grid: tuple[int, int, int] = (8, 16, 16), block: int = 32, density: float = 0.3) -> dict[str, Any]:
-    """Compare chosen orders with the best and with the model's own."""
+def draw_orders(mass: Tensor, chosen: Tensor, density: float, path: Path) -> None:
+    """Draw each head's blocks in the model's order, in the chosen one, and those that are kept."""
+    from PIL import Image
+
+    from attnctl.imaging import grid
+
+    tiles, labels = [], []
+    for h, name in enumerate(HEADS):
+        kept = choose_masks(mass[h : h + 1, chosen[h]], density)[0]
+        labels.append(f"{name}: {list(ORDERS)[chosen[h]]}")
+        for m in (mass[h, 0], mass[h, chosen[h]], kept.float()):
+            shade = np.sqrt(m.numpy() / float(m.max()))
+            tiles.append(
+                Image.fromarray(np.uint8(255 * shade)).resize((128, 128), Image.Resampling.NEAREST).convert("RGB")
+            )
+    columns = ("frames, rows, columns", "the chosen order", f"kept at density {density}")
+    grid(tiles, len(labels), 3, labels, columns, footer="Brighter is more attention (square root).").save(path)
+
+
+def measure_orders(
+    grid: tuple[int, int, int] = (8, 16, 16), block: int = 32, density: float = 0.3, picture: Path | None = None
+) -> dict[str, Any]:
+    """Compare chosen orders with the best and with the model's own; `picture` is a file to draw the maps into."""
     q, k, v = made_up(grid)
     found = block_mass(q, k, grid, block, block)
     chosen, _ = choose_orders(found, density)
+    if picture is not None:
+        draw_orders(found.mass, chosen, density, picture)
     blocks = needed(found.mass, 0.9)
     heads = torch.arange(len(HEADS))
     dense = attnctl.attention(q, k, v)
@@ -207,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--orders", action="store_true")
+    parser.add_argument("--picture", type=Path, help="--orders: draw the maps into this file")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--gpu", action="store_true")
@@ -237,7 +261,7 @@ def main() -> int:
                 file=sys.stderr,
             )
     if options.orders or everything:
-        result["orders"] = measure_orders()
+        result["orders"] = measure_orders(picture=options.picture)
         for r in result["orders"]["heads"]:
             print(json.dumps(r), file=sys.stderr)
         print(

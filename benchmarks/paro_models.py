@@ -63,7 +63,8 @@ def measure_shapes(pictures: int, steps: int, scale: float, null_tokens: int) ->
         found = calibrate(
             pipe, calibration, density=setting["density"], block=setting["block"], groups=4, call=call, quiet=True
         )
-        with attnctl.control(pipe, PARO(found.plan, dense_steps=first)):
+        # 256 tokens are too few for a sparse kernel to pay: the masked reference gives the same pictures sooner.
+        with attnctl.control(pipe, PARO(found.plan, dense_steps=first, kernel="reference")):
             images = make()
         errors = np.array([((a / 255.0 - b / 255.0) ** 2).mean() for a, b in zip(dense, images, strict=True)])
         psnr = -10 * np.log10(errors.clip(1e-10))
