@@ -19,6 +19,7 @@ from attnctl.maps import Reduce
 from attnctl.processors.base import Attached, Control
 from attnctl.processors.pointrecorder import PointRecorder
 from attnctl.processors.recorder import Recorder
+from attnctl.processors.refine import RefiningRecorder, partners
 from attnctl.sites import Site, select
 
 __all__ = ["Capture"]
@@ -45,6 +46,8 @@ class Capture(Control):
         decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
         keep: What is kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
             "steps" the memory does not grow with the steps of the run.
+        refine: How often each word map is multiplied by the self-attention of its block, so that places which look at
+            each other share their words: S^k A (IR-Diffusion, arXiv 2411.19261, takes 1 to 4); 0 for the plain maps.
         heads: Heads to record, or None for all.
         rows: "cond" for the maps of the prompt, "uncond" for those of the negative prompt.
         prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample.
@@ -58,6 +61,7 @@ class Capture(Control):
     reduce: Literal["mean", "sum", "max", "none", "ema"] = "mean"
     decay: float = 0.9
     keep: Sequence[Axis] = ()
+    refine: int = 0
     heads: Sequence[int] | None = None
     rows: Half = "cond"
     prompt: str | Sequence[str] | None = None
@@ -91,6 +95,10 @@ class Capture(Control):
             raise ConfigError('Capture: store="float16" is for steps that are kept apart: add keep=("steps",).')
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
             raise ConfigError(f"Capture: budget={self.budget!r} is not a number of bytes, 1 or more.")
+        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
+            raise ConfigError(f"Capture: refine={self.refine!r} is not a number of times, 0 or more.")
+        if self.refine and self.points is not None:
+            raise ConfigError("Capture: refine is for word maps; maps of points are self-attention themselves.")
         self._check_heads()
         self._check_words()
         self._check_points()
@@ -156,7 +164,9 @@ class Capture(Control):
             SiteError: There are none, or temporal and spatial ones were selected together.
         """
         if self.points is None:
-            return super().resolve(sites, family)
+            text = super().resolve(sites, family)
+            own = {s.name for s in (*text, *partners(text, sites).values())} if self.refine else None
+            return text if own is None else tuple(s for s in sites if s.name in own)
         if self.sites is None:
             return self.default_sites(sites, family)
         chosen = select(sites, self.sites, kinds=(*_LOOKING, "temporal"), what="Capture of points")
@@ -181,7 +191,9 @@ class Capture(Control):
         return self.prompt is None and self.points is None
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
-        return (Recorder if self.points is None else PointRecorder)(self, sites, pipe)
+        if self.points is not None:
+            return PointRecorder(self, sites, pipe)
+        return (RefiningRecorder if self.refine else Recorder)(self, sites, pipe)
 
 
 _LOOKING = ("self", "joint", "dual")

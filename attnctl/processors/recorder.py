@@ -256,13 +256,16 @@ class Recorder(Attached):
 
     def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
         """Compute [images, words, heads, frames * h * w] and the grid of one call."""
+        maps, m, grid = self._probabilities(call, rows)
+        return maps.unflatten(0, (-1, m)).permute(0, 4, 2, 1, 3).flatten(-2), (m * grid[0], grid[1], grid[2])
+
+    def _probabilities(self, call: AttnCall, rows: slice) -> tuple[Tensor, int, Grid]:
+        """Compute [images * m, heads, image tokens, words], the m frames folded into rows, and the grid of one part."""
         q, k, mask, m = self._cut(call, rows)
         image, first, last = self._tokens(call)
         image, grid = self._image(call, image)
         w = self._columns(call, k.shape[2], first, last, m)
-        maps = columns(q, k, w, mask=mask, scale=call.scale, rows=image)  # [b m, H, N, C]
-        maps = maps.unflatten(0, (-1, m)).permute(0, 4, 2, 1, 3).flatten(-2)  # [b, C, H, m N]
-        return maps, (m * grid[0], grid[1], grid[2])
+        return columns(q, k, w, mask=mask, scale=call.scale, rows=image), m, grid
 
     def _cut(self, call: AttnCall, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Take the rows and heads to record out of a call's queries, keys and mask; and count the parts of a row."""
