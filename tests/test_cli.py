@@ -385,6 +385,9 @@ def test_env_names_versions_and_kernels(run: Run) -> None:
     kernels = {k["name"]: k for k in data["kernels"]}
     assert kernels["sdpa"]["available"]
     assert all(k["available"] or k["reason"] for k in kernels.values())
+    sparse = {k["name"]: k for k in data["block_sparse_kernels"]}
+    assert sparse["gather"]["available"]
+    assert all(k["available"] or k["reason"] for k in sparse.values())
     code, out, err = run("env")
     assert code == 0
     assert "kernel" in out

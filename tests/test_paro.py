@@ -162,3 +162,20 @@ def test_bad_input(tmp_path: Path) -> None:
         PARO(plan, kernel="magic")
     with pytest.raises(PlanError, match="does not exist"):
         PARO(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"), [("triton", "compiles for GPUs|not installed"), ("xformers", "CUDA only")]
+)
+def test_a_kernel_that_cannot_run_here_says_so_and_leaves_nothing(
+    kernel: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model, inputs = zoo.build("sd3")
+    plain = zoo.call(model, inputs)
+    plan = plan_for(model, inputs, density=0.5)
+    with pytest.raises(BackendError, match=message), attnctl.control(model, PARO(plan, kernel=kernel), layout="cond"):
+        zoo.call(model, inputs)
+    assert torch.equal(zoo.call(model, inputs), plain)
+    assert repr(plan) == f"ModelPlan(any model, {len(plan.plans)} sites, density {plan.density:.3f})"
+    assert len(repr(next(iter(plan.plans.values())))) < 120

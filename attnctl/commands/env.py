@@ -23,6 +23,7 @@ class Env(Common):
         import torch
 
         from attnctl.kernels import backends
+        from attnctl.kernels.sparse import sparse_backends
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         packages = versions(_PACKAGES, _OPTIONAL)
@@ -34,12 +35,20 @@ class Env(Common):
             "threads": torch.get_num_threads(),
         }
         kernels = [{"name": k.name, "available": k.available, "reason": k.reason} for k in backends(device).values()]
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        sparse = [
+            {"name": name, "available": not reason, "reason": reason}
+            for name, reason in sparse_backends(device, dtype).items()
+        ]
         rows = [(k["name"], "yes" if k["available"] else "no", k["reason"] or "") for k in kernels]
+        plans = [(k["name"], "yes" if k["available"] else "no", k["reason"] or "") for k in sparse]
         text = "\n\n".join(
             [
                 table(("package", "version"), list(packages.items())),
                 table(("machine", ""), [(name, value) for name, value in machine.items() if value is not None]),
                 table(("kernel", "runs", "why not"), rows),
+                table(("block plans", "runs", "why not"), plans),
             ]
         )
-        return Result({"versions": packages, "machine": machine, "kernels": kernels}, text)
+        facts = {"versions": packages, "machine": machine, "kernels": kernels, "block_sparse_kernels": sparse}
+        return Result(facts, text)

@@ -19,7 +19,16 @@ from attnctl.kernels.layout import chunk_rows, repeat_heads, wide_dtype
 from attnctl.plans.blocks import BlockPlan
 from attnctl.plans.orders import permute_heads, restore_heads
 
-__all__ = ["SPARSE", "Sparse", "block_sparse", "check_sparse", "choose_sparse", "probe_sparse", "reference"]
+__all__ = [
+    "SPARSE",
+    "Sparse",
+    "block_sparse",
+    "check_sparse",
+    "choose_sparse",
+    "probe_sparse",
+    "reference",
+    "sparse_backends",
+]
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None], Tensor]
 """q [B, H, N, D], k [B, Hk, N, D], v [B, Hk, N, Dv], plan, step group, image tokens, scale -> image rows [B, H, n, Dv],
@@ -176,6 +185,16 @@ def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str
     reason = kernel.missing(q.device.type) or kernel.declines(q, k, v, plan)
     # What runs anywhere is torch itself, and needs no trial.
     return reason or ("" if kernel.missing is _anywhere else probe_sparse(name, q.device.type, q.dtype, q.shape[-1]))
+
+
+def sparse_backends(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, str]:
+    """Say for every block-sparse kernel why it cannot run on a device type; "" where it runs.
+
+    On CUDA each is tried on a tiny call; elsewhere nothing is, since flex takes seconds to start and Triton cannot.
+    """
+    if device_type != "cuda":
+        return {name: kernel.missing(device_type) for name, kernel in SPARSE.items()}
+    return {name: probe_sparse(name, device_type, dtype, head_dim) for name in SPARSE}
 
 
 @cache

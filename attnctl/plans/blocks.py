@@ -27,7 +27,7 @@ __all__ = ["BlockPlan"]
 Grid = tuple[int, int, int]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BlockPlan:
     """Hold the blocks that one attention computes.
 
@@ -117,6 +117,14 @@ class BlockPlan:
             keep=keep, block_q=bq, block_k=block, order=ids, grid=where, n_image=n, n_text=n_text,
             text_first=text_first, about=dict(about or {}),
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        """Tell the sizes; the mask itself fills screens."""
+        nq, nk = self.keep.shape[-2:]
+        return (
+            f"BlockPlan({self.heads} heads, {self.groups} step groups, {nq} x {nk} blocks of {self.block_q} x "
+            f"{self.block_k} tokens, density {self.density:.3f})"
+        )
 
     @property
     def groups(self) -> int:

@@ -33,7 +33,7 @@ _MAX_BITS = 1 << 35
 _FACTS = {"block_q": int, "block_k": int, "n_text": int, "text_first": bool, "order": list, "groups": int, "heads": int}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ModelPlan:
     """Hold the block plans of a model.
 
@@ -50,6 +50,10 @@ class ModelPlan:
     def __post_init__(self) -> None:
         if not self.plans:
             raise PlanError("A model's plan needs the plan of at least one site.")
+
+    def __repr__(self) -> str:
+        """Tell what it is for; the masks themselves fill screens."""
+        return f"ModelPlan({self.model or 'any model'}, {len(self.plans)} sites, density {self.density:.3f})"
 
     @property
     def density(self) -> float:
