@@ -135,6 +135,27 @@ def test_recording_leaves_every_pipeline_as_it_is(name: str, options: dict[str, 
     assert torch.equal(pipes.run(pipe, kwargs), plain)
 
 
+@pytest.mark.parametrize("adapter", ["ip", "lora"])
+def test_words_and_places_beside_adapters(adapter: str) -> None:
+    pipe, kwargs = pipes.build("sd")
+    bare = pipes.run(pipe, kwargs)
+    if adapter == "ip":
+        kwargs |= pipes.load_ip_adapter(pipe)  # computes a second attention, over image tokens, at every text site
+    else:
+        pipe.load_lora_weights(pipes.lora_state(pipe))
+    plain = pipes.run(pipe, kwargs)
+    assert not torch.equal(plain, bare)
+    words, probe = Capture(words=("cat",), sites="mid"), Probe(tuple(range(77)))
+    points = Capture(points=((0.5, 0.5),), sites="mid")
+    with attnctl.control(pipe, words, points, probe.control()) as handle:
+        assert torch.equal(pipes.run(pipe, kwargs), plain)
+        (site,) = handle.result(words).layers
+        got = handle.result(words).layers[site][0, 0, 0, 0, 0].flatten()
+        assert torch.allclose(handle.result(points)["0.5,0.5"].sum(), torch.ones(()), atol=1e-5)
+    want = torch.stack(probe.maps[site])[:, 1].mean((0, 1))[:, cat_place(pipe)].mean(-1)
+    assert (got - want).abs().max() <= 1e-6
+
+
 def cat_place(pipe: Any, prompt: str = "a cat") -> list[int]:
     ids = pipe.tokenizer(prompt).input_ids
     return [i for i, t in enumerate(pipe.tokenizer.convert_ids_to_tokens(ids)) if t == "cat</w>"]
