@@ -282,6 +282,42 @@ def layouts(study: Study, n: int, tuning: int) -> dict[str, Any]:
     }
 
 
+def tables(result: Mapping[str, Any]) -> str:
+    """Write a result as the Markdown tables of the documentation."""
+    lines = [
+        "| run | right | bound | change of right, points | of bound | overlap | change | kept | change |",
+        "|---" * 9 + "|",
+    ]
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['right']} %", f"{row['bound']} %"]
+        for key in ("gain_right_points", "gain_bound_points"):
+            cells.append(_interval(row[key], 1) if key in row else "")
+        for key in ("overlap", "kept"):
+            cells += [f"{row[key]:.3f}", _interval(row[f"{key}_change"], 3) if f"{key}_change" in row else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| setting | stage | right | bound | overlap | kept |", "|---|---|---|---|---|---|"]
+    for row in result["table"]:
+        options = ", ".join(
+            f"{k}={v!r}" for k, v in row["options"].items() if k not in ("grad_transform", "thresholds")
+        )
+        name = f"`{row['method']}({options})`" if row["options"] else row["method"]
+        figures = f"{row['right']} % | {row['bound']} % | {row['overlap']:.3f} | {row['kept']:.3f}"
+        lines.append(f"| {name} | {row['stage']} | {figures} |")
+    if "layouts" in result:
+        found = result["layouts"]
+        gain = _interval(found["gain_points"], 1)
+        lines += [
+            "",
+            f"In the half asked for: {found['masks']} % with masks, {found['plain']} % without, {gain} points.",
+        ]
+    return "\n".join(lines)
+
+
+def _interval(values: Sequence[float], digits: int) -> str:
+    mean, low, high = values
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def main() -> int:
     """Tune, report, and place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,7 +329,11 @@ def main() -> int:
     parser.add_argument("--layouts", type=int, default=96, help="pictures with a layout; 0 for none")
     parser.add_argument("--log", type=Path, help="JSON lines of what was run, to go on from")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--tables", type=Path, help="run nothing: print a stored result as Markdown")
     options = parser.parse_args()
+    if options.tables is not None:
+        print(tables(json.loads(options.tables.read_text(encoding="utf-8"))))
+        return 0
     torch.set_num_threads(options.threads)
     study = Study(options.model, options.log)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "attnctl": attnctl.__version__}
