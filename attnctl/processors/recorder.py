@@ -15,9 +15,10 @@ from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import columns
 from attnctl.maps import Of, WordMaps, reduced
 from attnctl.processors.base import Attached, Passes
+from attnctl.processors.wordfinder import WordFinder
 from attnctl.sites import Site
 from attnctl.state import Rows, StepState
-from attnctl.tokens import Concept, find_words, prompt_words, weights
+from attnctl.tokens import Concept, weights
 
 if TYPE_CHECKING:
     from attnctl.processors.capture import Capture
@@ -102,81 +103,7 @@ class Recorder(Attached):
 
     def _find(self, state: StepState, count: int) -> None:
         """Note prompts and concepts of each row."""
-        told = state.prompts
-        texts, images = self._texts(state)
-        options: dict[str, Any] = {}
-        if told is not None and told.max_sequence_length is not None:
-            options["max_sequence_length"] = told.max_sequence_length
-        if texts is None:
-            texts, images = ("",), count
-            self._need_places()
-        if count % len(texts) or (told is not None and self.capture.prompt is None and len(texts) * images != count):
-            raise UnsupportedModelError(
-                f"Capture: the denoiser was called with {count} rows for {len(texts)} prompts with {images} images "
-                "each: an unknown row layout."
-            )
-        wanted = self._wanted(len(texts))
-        found: list[dict[str, Concept]] = []
-        for n, text in enumerate(texts):
-            second = {
-                name: given[n]
-                for name, given in (("prompt_2", told and told.prompts_2), ("prompt_3", told and told.prompts_3))
-                if given and len(given) == len(texts) and self.capture.rows == "cond"
-            }
-            found.append(self._concepts(text, wanted[n], {**options, **second}))
-        self.labels = tuple(dict.fromkeys(label for concepts in found for label in concepts))
-        each = count // len(texts)  # pipelines repeat each prompt in place
-        self.concepts = [concepts for concepts in found for _ in range(each)]
-        self.prompts = tuple(text for text in texts for _ in range(each))
-
-    def _texts(self, state: StepState) -> tuple[tuple[str, ...] | None, int]:
-        given, told = self.capture.prompt, state.prompts
-        if given is not None:
-            return ((given,) if isinstance(given, str) else tuple(given)), 1
-        if told is None:
-            return None, 1
-        if self.capture.rows == "cond":
-            return told.prompts, told.images
-        if told.negatives is None:
-            raise ConfigError('Capture: rows="uncond" was asked for, but the call has no negative prompt.')
-        return told.negatives, told.images
-
-    def _need_places(self) -> None:
-        words = self.capture.words
-        flat = [] if words is None else [w for part in words for w in (part if isinstance(part, tuple) else (part,))]
-        if not flat or not all(isinstance(w, int) for w in flat):
-            raise ConfigError(
-                "Capture: the prompt is not known (the pipeline was called with embeddings, or a bare denoiser is "
-                "under control), so words cannot be found in it. Pass prompt=..., or words as places of text tokens."
-            )
-
-    def _wanted(self, prompts: int) -> list[Sequence[Any] | None]:
-        words = self.capture.words
-        if words is None or not isinstance(words[0], tuple):
-            return [words] * prompts
-        if len(words) != prompts:
-            raise ConfigError(f"Capture: words has lists for {len(words)} prompts, but the call has {prompts}.")
-        return list(words)
-
-    def _concepts(self, text: str, words: Sequence[Any] | None, options: dict[str, Any]) -> dict[str, Concept]:
-        if self.pipe is None or not text:
-            if words is None or not all(isinstance(w, int) for w in words):
-                raise ConfigError(
-                    "Capture: a bare denoiser has no tokenizer, and an empty prompt no words: give words as places of "
-                    "text tokens (whole numbers)."
-                )
-            return {str(w): Concept(str(w), (w,)) for w in words}
-        if words is not None:
-            return {c.word: c for c in find_words(self.pipe, text, words, **options)}
-        found = {}
-        for word in prompt_words(text):
-            try:
-                found[word] = find_words(self.pipe, text, [word], **options)[0]
-            except ConfigError:
-                continue  # cut off with the prompt's end: attention does not see it
-        if not found:
-            raise ConfigError(f"Capture: the prompt {text!r} has no word to record. Name words or places of tokens.")
-        return found
+        self.labels, self.concepts, self.prompts = WordFinder(self.capture, self.pipe).find(state, count)
 
     def _columns(self, call: AttnCall, keys: int, first: int, last: int, repeat: int) -> Tensor:
         """Make the weights for one call's keys: the same for all rows, or each row's own."""
