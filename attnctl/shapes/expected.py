@@ -8,6 +8,7 @@ anything alone. This world is small enough to know the mean itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -63,11 +64,13 @@ class Expected:
 
 
 @torch.no_grad()
-def make_expected(vae: AutoencoderKL, *, frames: int = 16, seed: int = 0) -> Expected:
-    """Encode every kind of object at every place, and count where each motion leads."""
+def make_expected(
+    vae: AutoencoderKL, *, frames: int = 16, kinds: Sequence[tuple[str, str, str]] | None = None, seed: int = 0
+) -> Expected:
+    """Encode kinds of objects (all, where none are given) at every place, and count where each motion leads."""
     from tqdm import tqdm
 
-    kinds = tuple(product(COLORS, SHAPES, BACKGROUNDS))
+    kinds = tuple(product(COLORS, SHAPES, BACKGROUNDS) if kinds is None else kinds)
     axis = [_FIRST + _STEP * i for i in range(_PLACES)]
     values = []
     for color, shape, background in tqdm(kinds, desc="expect"):

@@ -70,7 +70,7 @@ def teach_motion(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _moved(plain: Tensor, first: int, extra: Tensor, code: Tensor) -> Tensor:
