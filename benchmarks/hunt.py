@@ -94,7 +94,7 @@ class Bench:
         result: Hunted = hunt(self.pipe, plan, ShapesJudge(), log=self.work / f"log_{name}", model="shapes:mmdit")
         spent = {
             "wall_seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
-            "whole": result.generated == result.images,
+            "cpu_seconds_per_image": round((time.process_time() - cpu) / max(1, result.generated), 3),
         }  # fmt: skip
         result.heat_map().save(self.work / f"heat_map_{name}.png")
         return result.to_dict() | spent
@@ -278,8 +278,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for logs and what is done")
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--pairs", type=int, default=8, help="prompt-seed pairs of the full search")
-    parser.add_argument("--tune", type=int, default=32, help="pictures of every setting tried")
-    parser.add_argument("-n", type=int, default=128, help="pictures of the report")
+    parser.add_argument("--tune", type=int, default=24, help="pictures of every setting tried")
+    parser.add_argument("-n", type=int, default=96, help="pictures of the report")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
