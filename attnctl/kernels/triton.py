@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnctl.errors import BackendError
 from attnctl.kernels.layout import repeat_heads
 from attnctl.kernels.lists import csr
 from attnctl.plans.blocks import BlockPlan
@@ -67,9 +68,10 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
     return ""
 
 
-def tiles(plan: BlockPlan) -> tuple[int, int]:
+def tiles(plan: BlockPlan, dtype: torch.dtype) -> tuple[int, int]:
     """Return how many queries and keys one step of the kernel takes; both divide the plan's blocks."""
-    return min(plan.block_q, _TILE_Q), min(plan.block_k, _TILE_K)
+    # Without tensor cores, the sums of 128 queries do not fit into the registers.
+    return min(plan.block_q, 64 if dtype == torch.float32 else _TILE_Q), min(plan.block_k, _TILE_K)
 
 
 def run(
@@ -97,18 +99,23 @@ def run(
         scale: Factor on q k^T, 1 / sqrt(D) if None.
         int8: Multiply queries and keys as 8-bit whole numbers.
         warps: Warps of a program; None for 8 on tiles of 128 queries of wide heads, else 4.
-        stages: Depth of the pipeline that loads keys and values.
+        stages: Depth of the pipeline that loads keys and values; less where the card's shared memory is too small.
 
     Returns:
         [B, H, n, Dv].
+
+    Raises:
+        BackendError: Not even one stage fits into the card's shared memory.
     """
+    from triton.runtime.errors import OutOfResources
+
     from attnctl.kernels.triton_forward import forward
 
     batch, heads, total, width = q.shape
     n = image.stop - image.start
     text, text_first = total - n, 0 if image.start else n
     scale = width**-0.5 if scale is None else scale
-    tile_q, tile_k = tiles(plan)
+    tile_q, tile_k = tiles(plan, q.dtype)
     lists = _lists(plan, group, q.device)
     reordered = plan.grid is not None and any(plan.order)
     queries, (k, v) = q[:, :, image], (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -123,7 +130,8 @@ def run(
     shared_k = heads // k.shape[1]
     padded = [max(_LEAST, 1 << (w - 1).bit_length()) for w in widths]
     steps = plan.block_q // tile_q
-    forward[(lists.rows.shape[1] * steps, batch * heads)](
+    launch = partial(
+        forward[(lists.rows.shape[1] * steps, batch * heads)],
         queries, k, v, out, scales_q, scales_k, *lists,
         *(s for x in (queries, k, v, out) for s in x.stride()[:3]),
         n, text, k_first, k_text, image.start, text_first,
@@ -132,9 +140,19 @@ def run(
         WIDTH=widths[0], WIDTH_V=widths[1], PADDED=padded[0], PADDED_V=padded[1],
         BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, TILE_Q=tile_q, TILE_K=tile_k,
         REORDERED=reordered, INT8=int8, PRECISION="ieee",
-        num_warps=warps or (8 if tile_q * padded[0] >= 128 * 128 else 4), num_stages=stages,
+        num_warps=warps or (8 if tile_q * padded[0] >= 128 * 128 else 4),
     )  # fmt: skip
-    return out
+    for depth in range(stages, 0, -1):
+        try:
+            launch(num_stages=depth)
+        except OutOfResources as error:
+            why = error
+        else:
+            return out
+    raise BackendError(
+        f"backend='triton' was given, but blocks of {plan.block_q} x {plan.block_k} with heads {width} wide do not fit "
+        f"into this card ({why}). Take smaller blocks, or another kernel."
+    )
 
 
 run_int8 = partial(run, int8=True)
@@ -150,7 +168,7 @@ def quantised(q: Tensor, k: Tensor, plan: BlockPlan, image: slice) -> tuple[Tens
     off: it shifts all logits of a query alike, and with it goes what makes the keys' channels so uneven.
     """
     heads = q.shape[1]
-    tile_q, tile_k = tiles(plan)
+    tile_q, tile_k = tiles(plan, q.dtype)
     k = repeat_heads(k, heads)
     k = k.float() - k.float().mean(2, keepdim=True)
     text = slice(0, image.start) if image.start else slice(image.stop, k.shape[2])
