@@ -160,6 +160,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (Capture(points=((0.5, 0.5, 1),)), ConfigError, "frame"),
     (Capture(start=0.5), ConfigError, "start"),
     (Capture(rows="uncond"), ConfigError, "rows"),
+    (Capture(refine=1), ConfigError, "refine"),
     (Capture(reduce="ema"), ConfigError, "ema"),
     (Capture(sites="blocks.7.attn"), SiteError, "blocks.1.attn"),
     (PAG(), UnsupportedModelError, "one Capture"),

@@ -185,7 +185,7 @@ def _checked(controls: Sequence[Any]) -> Capture:
             "attnctl.swap changes the attention of a backbone."
         )
     capture = controls[0]
-    for name, plain in (("start", 0.0), ("stop", 1.0), ("rows", "cond"), ("prompt", None)):
+    for name, plain in (("start", 0.0), ("stop", 1.0), ("rows", "cond"), ("prompt", None), ("refine", 0)):
         if getattr(capture, name) != plain:
             raise ConfigError(f"Capture: {name} is for denoising runs; an image backbone has none. Leave it out.")
     if capture.reduce == "ema":
