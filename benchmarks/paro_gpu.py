@@ -64,6 +64,7 @@ def check() -> Iterator[dict[str, Any]]:
         "tall": (500, 128, 64, 17, None), "reordered": (240, 64, 64, 16, (4, 6, 10)),
     }  # fmt: skip
     for name, (n, bq, bk, text, grid) in cases.items():
+        torch.compiler.reset()  # flex compiles for every shape, and dynamo keeps only a few
         keep = near_and_anywhere(-(-n // bq), -(-n // bk), 4, 0.4)
         order = ORDERS if grid else None
         plan = BlockPlan.from_mask(keep, bk, order, text, block_q=bq, grid=grid, n_image=n)
@@ -99,6 +100,7 @@ def measure(repeats: int, sizes: list[int], tune: bool) -> Iterator[dict[str, An
     """Time every kernel, with and without a reordering, beside dense attention of the same tensors."""
     for n in sizes:
         for width in WIDTHS:
+            torch.compiler.reset()  # flex compiles for every shape, and dynamo keeps only a few
             q, k, v = torch.randn(3, 1, HEADS, n, width, device="cuda").bfloat16()
             dense = dense_times(q, k, v, repeats)
             numbers = [t for t in dense.values() if isinstance(t, float)]

@@ -148,4 +148,5 @@ def _flex() -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_flex(), dynamic=False)
+    # fullgraph: too many shapes are an error; without it they would fall back to whole maps, silently.
+    return torch.compile(_flex(), dynamic=False, fullgraph=True)
