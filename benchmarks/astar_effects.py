@@ -82,6 +82,9 @@ WORLDS: dict[str, World] = {
             _unit("AStar", 1.0, stop=0.2, sites="up.1"),
             _unit("AStar", 0.5, stop=0.2),
             _unit("AStar", 1.0, stop=0.1),
+            _unit("AStar", 2.0, stop=0.1),
+            _unit("AStar", 1.0, stop=0.1, map_norm="none"),
+            _unit("AStar", 1.0, stop=0.1, sites="up.1"),
             _unit("AStar", 0.25, stop=0.5),
             _unit("AStar", 1.0, stop=0.2, map_norm="none"),
             _unit("AttendExcite", 0.25),
@@ -95,6 +98,7 @@ WORLDS: dict[str, World] = {
         cfg=3.0,
         partner=SoftPAG(sites=6, scale=2.5),
         settings=(
+            _unit("AStar", 1.0, stop=0.1),
             _unit("AStar", 1.0, stop=0.2),
             _unit("AStar", 0.5, stop=0.5),
             _unit("AttendExcite", 0.5),
