@@ -105,9 +105,9 @@ class Hunt(Common):
         from attnctl.commands.models import device_and_dtype, load
         from attnctl.errors import ConfigError
         from attnctl.outputs import check_free
+        from attnctl.pipelines.crew import Crew
         from attnctl.pipelines.hunt_scorers import objective_of
         from attnctl.pipelines.hunt_search import hunt, seconds_of
-        from attnctl.pipelines.hunt_work import Crew
         from attnctl.sites import find_sites
 
         check_free([self.out / "hunt_result.json"], force=self.force or self.dry_run)

@@ -189,10 +189,10 @@ def over_prompts(
 
 def processes() -> tuple[int, int, Callable[[], None]]:
     """Return which of how many processes this is, and what waits for all of them."""
-    from accelerate import PartialState
+    from attnctl.pipelines.crew import Crew
 
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone
+    crew = Crew()
+    return crew.rank, crew.size, crew.wait
 
 
 def _write(path: Path, sums: dict[str, Sums]) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from attnctl.errors import ConfigError
+from attnctl.pipelines.crew import Crew
 from attnctl.pipelines.hunt_log import HuntLog, fingerprint_of, key_of
 from attnctl.pipelines.hunt_plan import Head, HuntPlan
 from attnctl.pipelines.hunt_results import Hunted, Round
-from attnctl.pipelines.hunt_work import Crew, Row, Scorer, Unit, draw, first_change, marks_of, units
+from attnctl.pipelines.hunt_work import Row, Scorer, Unit, draw, first_change, marks_of, units
 from attnctl.plans import HeadSet
 from attnctl.sites import denoisers_of, find_sites
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +17,7 @@ from attnctl.pipelines.hunt_rows import Candidates
 from attnctl.processors.pag import SoftPAG
 from attnctl.session import control
 
-__all__ = ["Crew", "Row", "Scorer", "Unit", "draw", "first_change", "marks_of", "units"]
+__all__ = ["Row", "Scorer", "Unit", "draw", "first_change", "marks_of", "units"]
 
 Scorer: TypeAlias = Callable[[list[Any], list[str]], Any]
 """Called with images (PIL) and their prompts; returns one number for each, more being better."""
@@ -148,27 +147,3 @@ def _quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
-
-
-class Crew:
-    """The processes of a search: which one this is, and how they tell each other what they found.
-
-    Args:
-        device: Where the pipeline computes. Processes without accelerators talk over gloo, which must be asked for.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        from accelerate import PartialState
-
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        state = PartialState(cpu=True) if several and device == "cpu" else PartialState()
-        self.rank, self.size = int(state.process_index), int(state.num_processes)
-        self.local = int(state.local_process_index)
-
-    def share(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give every process the records of all, in the order of the processes."""
-        if self.size == 1:
-            return records
-        from accelerate.utils import gather_object
-
-        return list(gather_object(records))
