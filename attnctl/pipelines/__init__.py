@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from attnctl.pipelines.hunt_plan import HuntPlan, halvings
     from attnctl.pipelines.hunt_results import Hunted, compose
     from attnctl.pipelines.hunt_search import hunt
-    from attnctl.pipelines.noised import image_maps
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
+    from attnctl.pipelines.noised import image_maps
     from attnctl.pipelines.segment import Segmented, segment
     from attnctl.pipelines.video_edit import Edited, edit_video
 
