@@ -137,6 +137,15 @@ def test_gradients_are_those_of_the_masked_map() -> None:
         assert (a.grad - b.grad).abs().max() <= 1e-12  # type: ignore[operator]
 
 
+def test_lists_made_in_inference_mode_serve_gradients_later() -> None:
+    plan = random_plan(2, 63, 16, 8, n_text=3, order=[2, 5], grid=(3, 3, 7))
+    with torch.inference_mode():
+        attnctl.attention(*qkv(2, 66), plan=plan)
+    inputs = [x.requires_grad_() for x in qkv(2, 66)]
+    attnctl.attention(*inputs, plan=plan).square().sum().backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in inputs)
+
+
 def test_what_is_not_kept_is_not_read() -> None:
     """NaN where the plan keeps nothing must not reach the result, whatever the kernel."""
     plan = BlockPlan.from_mask(torch.eye(4, dtype=torch.bool)[None].expand(2, 4, 4).contiguous(), 16, n_image=60)

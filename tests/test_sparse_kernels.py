@@ -109,6 +109,12 @@ def test_flex_compiled_reads_the_lists_alone(monkeypatch: pytest.MonkeyPatch) ->
         with torch.inference_mode():
             out = flex._compiled()(q, k, v, block_mask=mask)
         assert relative(out, masked_dense(q, k, v, plan, slice(0, 200))) <= 1e-5
+    apart = BlockPlan.from_mask(torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous(), 64, n_image=200)
+    for x in (k, v):
+        x[:, :, 64:128] = torch.nan
+    with torch.inference_mode():
+        out = flex._compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, 0, CPU)[0])
+    assert torch.cat([out[:, :, :64], out[:, :, 128:]], 2).isfinite().all()
     assert counters["stats"]["unique_graphs"] == 1
 
 

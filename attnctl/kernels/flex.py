@@ -90,7 +90,9 @@ def block_mask(plan: BlockPlan, group: int, text: int, device: torch.device) -> 
     """
     key = ("flex", group, text, device)
     if key not in plan.cache:
-        plan.cache[key] = _block_mask(plan, group, text, device)
+        # Outside inference mode, whoever asks first: otherwise a later call would compile again, or not differentiate.
+        with torch.inference_mode(False):
+            plan.cache[key] = _block_mask(plan, group, text, device)
     found: _Mask = plan.cache[key]
     return found
 

@@ -1,6 +1,7 @@
 """Block masks as lists: for every query block its key blocks, grouped so that equal work runs together.
 
-Derived once from a plan and kept with it; a mask of 64 x 64 blocks and 40 heads takes a few milliseconds.
+Derived once from a plan and kept with it; a mask of 64 x 64 blocks and 40 heads takes a few milliseconds. What is kept
+is made outside inference mode, whoever asks first: otherwise a later call could not differentiate.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ def bundles(plan: BlockPlan, group: int, head: int, times: int, device: torch.de
     key = ("bundles", group, head, times, device)
     assert plan.n_image is not None
     if key not in plan.cache:
-        keep = coarser(plan.keep[group, head], times)
-        plan.cache[key] = tuple(
-            Bundle(b.rows.to(device), b.blocks.to(device), b.tail)
-            for b in _bundles(keep, plan.n_image, times * plan.block_q, plan.block_k)
-        )
+        with torch.inference_mode(False):
+            keep = coarser(plan.keep[group, head], times)
+            plan.cache[key] = tuple(
+                Bundle(b.rows.to(device), b.blocks.to(device), b.tail)
+                for b in _bundles(keep, plan.n_image, times * plan.block_q, plan.block_k)
+            )
     found: tuple[Bundle, ...] = plan.cache[key]
     return found
 
@@ -102,11 +104,12 @@ def csr(plan: BlockPlan, group: int, device: torch.device) -> tuple[Tensor, Tens
     """
     key = ("csr", group, device)
     if key not in plan.cache:
-        keep = plan.keep[group]
-        counts = keep.sum(-1, dtype=torch.int32)
-        # A stable sort puts the kept blocks first, in their order.
-        indices = keep.int().argsort(dim=-1, descending=True, stable=True)
-        inside = torch.arange(keep.shape[-1]) < counts[..., None]
-        plan.cache[key] = counts.to(device), (indices * inside).int().contiguous().to(device)
+        with torch.inference_mode(False):
+            keep = plan.keep[group]
+            counts = keep.sum(-1, dtype=torch.int32)
+            # A stable sort puts the kept blocks first, in their order.
+            indices = keep.int().argsort(dim=-1, descending=True, stable=True)
+            inside = torch.arange(keep.shape[-1]) < counts[..., None]
+            plan.cache[key] = counts.to(device), (indices * inside).int().contiguous().to(device)
     found: tuple[Tensor, Tensor] = plan.cache[key]
     return found

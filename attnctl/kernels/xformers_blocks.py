@@ -102,7 +102,8 @@ def sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.d
     """
     key = ("xformers", group, text, most, device)
     if key not in plan.cache:
-        plan.cache[key] = tuple(_sequences(plan, group, text, most, device))
+        with torch.inference_mode(False):  # whoever asks first: a later call may differentiate
+            plan.cache[key] = tuple(_sequences(plan, group, text, most, device))
     found: tuple[Sequences, ...] = plan.cache[key]
     return found
 

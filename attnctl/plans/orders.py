@@ -58,17 +58,19 @@ def order_ids(orders: Sequence[int | str], heads: int) -> tuple[int, ...]:
 def permutation(grid: tuple[int, int, int], order: int) -> Tensor:
     """Return the tokens of a grid in an order, int64 [F H W]: new token i is old token permutation[i]."""
     n = grid[0] * grid[1] * grid[2]
-    return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1)
+    with torch.inference_mode(False):  # it is kept: a later call may differentiate
+        return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1)
 
 
 @lru_cache(maxsize=256)
 def _flat(grid: tuple[int, int, int], orders: tuple[int, ...], inverse: bool, device: torch.device) -> Tensor:
     """Return row numbers in a [H N, D] view that reorder every head, int64 [H N]."""
     n = grid[0] * grid[1] * grid[2]
-    rows = [permutation(grid, o) for o in orders]
-    if inverse:
-        rows = [r.argsort() for r in rows]
-    return torch.cat([r + h * n for h, r in enumerate(rows)]).to(device)
+    with torch.inference_mode(False):  # it is kept: a later call may differentiate
+        rows = [permutation(grid, o) for o in orders]
+        if inverse:
+            rows = [r.argsort() for r in rows]
+        return torch.cat([r + h * n for h, r in enumerate(rows)]).to(device)
 
 
 def permute_heads(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...]) -> Tensor:
