@@ -231,6 +231,8 @@ def tune(study: Study, n: int, again: int) -> dict[str, Any]:
 
     for setting in tqdm([None, *study.world.settings], desc="tuning", disable=None):
         tried(setting, 0, n, 1)
+    if again:
+        tried(None, n, n + again, 2)
     chosen: dict[str, dict[str, Any]] = {}
     for name in METHODS:
         own = [s for s in study.world.settings if s[0] == name]
