@@ -14,6 +14,7 @@ import torch
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from torch import Tensor, nn
 
+import attnctl
 import attnctl.backbones
 from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size
 from attnctl.backbones.swap import _count
@@ -171,6 +172,17 @@ def test_maxvit_any_size(bias: str) -> None:
             assert model(torch.rand(1, 3, *size)).isfinite().all()
 
 
+def test_maps_smaller_than_a_window() -> None:
+    small = torch.rand(1, 3, 5, 16)
+    for module in (
+        BiLevelRoutingAttention(16, 2, window_size=8, topk=1),
+        BiLevelRoutingAttention(16, 2, n_win=7, topk=2, pad="mask"),
+        MultiAxisAttention(16, 2, window=9, grid_size=9),
+    ):
+        assert module(small).isfinite().all()
+        assert module(small).shape == small.shape
+
+
 def test_multi_axis_module() -> None:
     module = MultiAxisAttention(16, 4, window=4, grid_size=4, prefix=1)
     assert module(torch.rand(2, 1 + 5 * 7, 16), grid=(5, 7)).shape == (2, 36, 16)
@@ -181,21 +193,32 @@ def test_multi_axis_module() -> None:
     torch.testing.assert_close(whole(x), want, atol=1e-6, rtol=1e-5)
 
 
+def exported(name: str) -> nn.Module:
+    """Build a registered micro model, a MaxViT made to run at any size, or a swapped ViT; all take 32 px images."""
+    if name == "maxvit":
+        windows = MaxxVitTransformerCfg(window_size=(3, 3), grid_size=(3, 3), dim_head=8)
+        return any_size(MaxxVit(MaxxVitCfg((16, 32), (1, 1), ("M", "M"), 16, transformer_cfg=windows))).eval()
+    if name == "swapped":
+        vit = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 4, "num_classes": 3}
+        return attnctl.swap(timm.create_model("vit_tiny_patch16_224", **vit), "bra", window_size=2, topk=2).eval()
+    return timm.create_model(name, num_classes=3).eval()
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("name", [*MICRO, "maxvit", "swapped"])
 def test_compile(name: str) -> None:
-    model = timm.create_model(name, num_classes=3).eval()
+    model = exported(name)
     x = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         fast = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
         torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("name", [*MICRO, "maxvit", "swapped"])
 def test_onnx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model = timm.create_model(name, num_classes=3).eval()
+    model = exported(name)
     x = torch.rand(1, 3, 32, 32)
     torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "m.onnx"))

@@ -26,9 +26,13 @@ def attend(
     """Compute softmax(q k^T scale + mask) v with attnctl's kernels.
 
     Shapes: q [B, H, Nq, D]; k, v [B, H, Nk, D]; mask (boolean or additive) broadcastable to [B, H, Nq, Nk].
-    dropout: probability of dropping an attention weight; above 0 the weights are written out.
+    dropout: probability of dropping an attention weight; above 0 the weights are written out. So are they for a masked
+    call that is exported: torch.export keeps the strides of a fused kernel's output, which ONNX's decomposition breaks.
     """
-    if dropout > 0.0:
+    written_out = dropout > 0.0
+    if not torch.jit.is_scripting():
+        written_out = written_out or (mask is not None and torch.compiler.is_exporting())
+    if written_out:
         factor = scale if scale is not None else q.shape[-1] ** -0.5
         logits = (q * factor) @ k.transpose(-2, -1)
         if mask is not None:
@@ -36,7 +40,10 @@ def attend(
                 logits = logits.masked_fill(mask.logical_not(), float("-inf"))
             else:
                 logits = logits + mask
-        return F.dropout(logits.float().softmax(dim=-1).to(v.dtype), dropout, True) @ v
+        weights = logits.float().softmax(dim=-1).to(v.dtype)
+        if dropout > 0.0:
+            weights = F.dropout(weights, dropout, True)
+        return weights @ v
     if torch.jit.is_scripting():
         # A script cannot call the dispatcher; torch's own kernel computes the same.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
