@@ -82,7 +82,7 @@ def test_vit_maps_are_the_softmax() -> None:
 def test_defaults_heads_and_reading() -> None:
     model, images = vit(), torch.rand(2, 3, 32, 32)
     with attnctl.control(model, Capture()) as handle:
-        with pytest.raises(NeverApplied, match="uncompiled"):
+        with pytest.raises(NeverApplied, match="run the model"):
             _ = handle.maps
         model(images)
         maps = handle.maps
@@ -182,6 +182,15 @@ def test_bad_input_seen_when_run(capture: Capture, said: str) -> None:
         model(torch.rand(1, 3, 32, 32))
     assert not model.blocks[0].attn._forward_hooks
     assert not model.blocks[0].attn.qkv._forward_hooks
+
+
+def test_compiled_models() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"before torch\.compile"):
+        attnctl.control(torch.compile(vit()), Capture())
+    model = vit()
+    model.compile()
+    with pytest.raises(UnsupportedModelError, match=r"before torch\.compile"):
+        attnctl.control(model, Capture())
 
 
 def test_models_without_readable_attention() -> None:

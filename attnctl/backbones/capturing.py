@@ -68,6 +68,11 @@ class BackboneHandle(Handle):
         self._latents = None
         self._watched = []
         self._capture = _checked(self.controls)
+        if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
+            raise UnsupportedModelError(
+                f"This {type(model).__name__} is compiled, and a compiled graph cannot be looked into. Give the model "
+                "from before torch.compile: it shares its weights with the compiled one."
+            )
         every = {p.name: p for p in find_places(model)}
         self._sites = sites_of(model)
         chosen = self._sites
@@ -107,7 +112,7 @@ class BackboneHandle(Handle):
         if capture is not self._capture:
             raise ConfigError(f"{capture!r} is not a Capture that this handle has attached.")
         if not self._layers:
-            raise NeverApplied("Capture has recorded nothing yet: run the model, uncompiled, with the handle enabled.")
+            raise NeverApplied("Capture has recorded nothing yet: run the model with the handle enabled.")
         images = next(iter(self._layers.values())).shape[0]
         return WordMaps(
             words=tuple(self._asks),
