@@ -42,6 +42,7 @@ def test_every_script_is_tested() -> None:
         "word_maps",
         "fatezero_sd15",
         "hunt_sd3",
+        "paro_cogvideox",
         *CHEAPER,
     }
 
@@ -67,6 +68,13 @@ def test_by_hand_equals_control(tmp_path: Path) -> None:
     text = run("by_hand", tmp_path)
     assert float(text.split("two: ")[1].split()[0]) < 1e-4
     assert (tmp_path / "by_hand.png").is_file()
+
+
+def test_paro(tmp_path: Path) -> None:
+    text = run("paro_cogvideox", tmp_path, "--steps", "4")
+    assert "dB to dense" in text
+    for name in ("report.md", "maps.png", "plan/attnctl_blocks.json", "plain.png", "paro.png"):
+        assert (tmp_path / name).is_file(), name
 
 
 def test_word_maps(tmp_path: Path) -> None:
