@@ -1,4 +1,4 @@
-"""Write the tables of `benchmarks/hunt.py` in Markdown: `python benchmarks/hunt_table.py benchmarks/results/hunt.json`."""
+"""Write the tables of `benchmarks/hunt.py` in Markdown: `python benchmarks/hunt_table.py FILE.json`."""
 
 from __future__ import annotations
 
