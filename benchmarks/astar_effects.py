@@ -110,6 +110,10 @@ WORLDS: dict[str, World] = {
 }
 
 
+# What the loss does to the maps, whatever that does to the pictures.
+EVERY_STEP = _unit("AStar", 0.5)
+
+
 class Study:
     """Runs batches of one model, each once."""
 
@@ -250,6 +254,7 @@ def report(study: Study, n_prompts: int, seeds: int, chosen: dict[str, dict[str,
     prompts = pair_prompts(32, n_prompts, "report") * seeds
     runs: dict[str, tuple[Setting | None, bool]] = {"plain": (None, False)}
     runs |= {name: ((name, options), False) for name, options in chosen.items()}
+    runs["AStar, every step"] = (EVERY_STEP, False)
     runs["AStar + " + study.world.partner.describe()] = (("AStar", chosen["AStar"]), True)
     found = {
         name: study.pictures(prompts, REPORT_SEED, *how)
