@@ -252,6 +252,7 @@ BAD = [
     (lambda: AgentAttention2d(32, 4, (4, 4))(torch.rand(1, 16, 32), is_causal=True), "mask"),
     (lambda: MultiAxisAttention(32, 1), "mode='mean'"),
     (lambda: MultiAxisAttention(32, 4)(torch.rand(1, 16, 32)), "grid=None"),
+    (lambda: timm.create_model("agent_cswin_micro")(torch.rand(1, 3, 2, 40)), "A map of 2x40"),
     (lambda: timm.create_model("agent_pvt_micro", attn_type="AAXB"), "'AAXB'"),
     (lambda: timm.create_model("agent_swin_micro", attn_type="AAM"), "'AAM'"),
     (lambda: timm.create_model("agent_pvt_micro", num_agents=(9, 4)), "num_agents"),

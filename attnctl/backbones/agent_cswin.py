@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, register_notrace_function, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.jit import Final
@@ -191,6 +191,14 @@ class CSwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+@register_notrace_function
+def at_least(x: Tensor, size: int) -> Tensor:
+    """Return a map [B, C, H, W] that is large enough. Raises: ConfigError for one that is not."""
+    if not torch.jit.is_scripting() and (x.shape[2] < size or x.shape[3] < size):
+        raise ConfigError(f"A map of {x.shape[2]}x{x.shape[3]} was given; expected {size}x{size} or more. Resize it.")
+    return x
+
+
 class ConvStep(nn.Module):
     """Shrink a map by an overlapping convolution, then norm: [B, C, H, W] -> [B, H', W', C']."""
 
@@ -205,12 +213,13 @@ class ConvStep(nn.Module):
     ) -> None:
         super().__init__()
         padding = 2 if kernel == 7 else kernel // 2
+        self.least = kernel - 2 * padding
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the step."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(at_least(x, self.least)).permute(0, 2, 3, 1))
 
 
 class AgentCSwin(Pyramid):
