@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +43,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def missing(device_type: str) -> str:
     """Say why Triton cannot run on a device type, or return ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install triton; wheels exist for Linux)"
     if device_type != "cuda" and not interpreted():
         return f"Triton compiles for GPUs, and the tensors are on {device_type!r}"
