@@ -111,7 +111,7 @@ class _Search:
         self.marks: dict[Row, float] = {}
         self.generated = 0
         self.best: tuple[float, str] | None = None
-        self.bar = _bar(plan.estimate(pool).marked, quiet or crew.rank > 0)
+        self.bar = _Bar(plan.estimate(pool).marked, quiet or crew.rank > 0)
 
     def run(self, model: str | None, objective: str, layers: int) -> Hunted:
         plan, began = self.plan, time.perf_counter()
@@ -227,7 +227,7 @@ class _Search:
         return pictures
 
 
-class _bar:
+class _Bar:
     """A progress bar with the time left and the best head so far."""
 
     def __init__(self, total: int, quiet: bool) -> None:
@@ -240,7 +240,7 @@ class _bar:
             self._bar.set_postfix_str(f"best {best[0]:.3f} {best[1]}", refresh=False)
         self._bar.update(n)
 
-    def __enter__(self) -> _bar:
+    def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
