@@ -19,6 +19,7 @@ PAPER_DB = {0.5: 29.14, 0.3: 22.89}
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"density": 0.5, "block": 16},
     {"density": 0.3, "block": 16},
+    {"density": 0.5, "block": 16, "budget": "model"},
     {"density": 0.5, "block": 16, "dense_steps": 0.3},
     {"density": 0.3, "block": 16, "dense_steps": 0.3},
 )
@@ -60,15 +61,17 @@ def measure_shapes(pictures: int, steps: int, scale: float, null_tokens: int) ->
     rows: dict[str, Any] = {}
     for setting in SETTINGS:
         first = round(setting.get("dense_steps", 0) * steps)
-        found = calibrate(
-            pipe, calibration, density=setting["density"], block=setting["block"], groups=4, call=call, quiet=True
-        )
+        choice = {key: value for key, value in setting.items() if key != "dense_steps"}
+        found = calibrate(pipe, calibration, **choice, groups=4, call=call, quiet=True)
         # 256 tokens are too few for a sparse kernel to pay: the masked reference gives the same pictures sooner.
         with attnctl.control(pipe, PARO(found.plan, dense_steps=first, kernel="reference")):
             images = make()
         errors = np.array([((a / 255.0 - b / 255.0) ** 2).mean() for a, b in zip(dense, images, strict=True)])
         psnr = -10 * np.log10(errors.clip(1e-10))
-        name = f"density {setting['density']}, blocks of {setting['block']}, {first} of {steps} steps dense"
+        name = (
+            f"density {setting['density']}, blocks of {setting['block']}, one budget a {setting.get('budget', 'head')}"
+        )
+        name += f", {first} of {steps} steps dense"
         marks[name] = score(images, prompts)
         rows[name] = {
             "psnr_db": mean_interval(psnr), "psnr_median_db": round(float(np.median(psnr)), 2),
