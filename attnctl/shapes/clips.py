@@ -158,7 +158,9 @@ def _due(course: Sequence[tuple[int, float]], step: int) -> float:
 class Motions:
     """The training loss of the motion modules: v-prediction on clips, every frame with noise of its own.
 
-    A share of `expect` of a batch is pure noise, with the mean of all clips that fit the caption as its target.
+    A share of `expect` of a batch is pure noise, with the mean of all clips that fit the caption as its target. With
+    `keep`, the target of the rest is what the UNet predicts before training, for the caption without its motion: the
+    gradients are free of noise, and nothing is forgotten.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class Motions:
         skew: float | Sequence[tuple[int, float]] = 0.0,
         expected: Expected | None = None,
         expect: float | Sequence[tuple[int, float]] = 0.0,
+        keep: bool = False,
         bf16: bool = True,
     ) -> None:
         self.length = clips.values.shape[1]
@@ -186,6 +189,7 @@ class Motions:
         self.skew = [(0, skew)] if isinstance(skew, float) else list(skew)
         self.expect = [(0, expect)] if isinstance(expect, float) else list(expect)
         self.expected, self.tokenizer = expected, tokenizer
+        self.keep = copy.deepcopy(unet).requires_grad_(False).eval() if keep else None
         self.device = next(unet.parameters()).device
         forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
         empty = encode_captions(tokenizer, [""]).expand_as(forms[0])
@@ -194,7 +198,8 @@ class Motions:
         self.scheduler = build_scheduler()
         from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 
-        self.places = [m for m in unet.modules() if isinstance(m, SinusoidalPositionalEmbedding)]
+        models = (unet,) if self.keep is None else (unet, self.keep)
+        self.places = [m for u in models for m in u.modules() if isinstance(m, SinusoidalPositionalEmbedding)]
         self.tables = [m.pe for m in self.places]
 
     def draw_frames(self, generator: torch.Generator) -> Tensor:
@@ -234,6 +239,11 @@ class Motions:
         # Drawn on the CPU, so that a seed means the same everywhere.
         ids, still, noisy, target, t = (a.to(self.device) for a in (ids, still, noisy, target, t))
         try:
+            if self.keep is not None and n < self.batch:
+                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    text = self.before(still[n : self.batch])[0].repeat_interleave(x.shape[1], 0)
+                    v = self.keep(noisy[n:].transpose(1, 2), t[n:], text, return_dict=False)[0]
+                    target[n:] = v.transpose(1, 2).float()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 text = self.text_encoder(ids)[0].repeat_interleave(x.shape[1], 0)
                 v = self.unet(noisy.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)

@@ -59,8 +59,11 @@ class Expected:
         motion = torch.where(torch.rand(n, generator=generator) < skew, skewed, motion)
         weights = self.places[motion][:, frames]
         means = torch.einsum("nfyx,nyxchw->nfchw", weights, self.values[kind].float())
-        pairs = zip(kind.tolist(), motion.tolist(), strict=True)
-        return means, [say(*self.kinds[k], self.motions[m]) for k, m in pairs]
+        captions = []
+        for k, m in zip(kind.tolist(), motion.tolist(), strict=True):
+            color, shape, background = self.kinds[k]
+            captions.append(say(color, shape, background, self.motions[m]))
+        return means, captions
 
 
 @torch.no_grad()

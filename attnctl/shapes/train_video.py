@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--expect", type=shares, default="0", help="share of a batch that learns the mean of what fits its caption"
     )
+    parser.add_argument("--keep", action="store_true", help="learn the rest from what the UNet knew at the start")
     parser.add_argument("--start", type=Path, help="folder of an earlier run whose weights to begin with")
     parser.add_argument("--anchor", type=float, default=1.0, help="weight of what keeps still captions as they are")
     args = parser.parse_args(argv)
@@ -135,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.export_only:
         base.vae.to(args.device)
         clips = world.make_clips(args.cache or out / "cache", base.vae, n=args.clips, seed=args.seed)
-        expected = make_expected(base.vae, frames=clips.values.shape[1]) if any(s for _, s in args.expect) else None
+        expected = make_expected(base.vae) if any(s for _, s in args.expect) else None
         base.vae.cpu()
         train_video(
             out / "motion", plan, base, clips, resume=args.resume,
             start=args.start, teach=args.teach, batch=args.batch, frames=args.frames, anchor=args.anchor,
             noisy=args.noisy, skew=args.skew, expected=expected, expect=args.expect,
-            bf16=not args.fp32, device=args.device,
+            keep=args.keep, bf16=not args.fp32, device=args.device,
         )  # fmt: skip
     target = args.export or out / "pipeline"
     step = export_video(out / "motion", base, target)
