@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from attnctl.errors import ConfigError
 from attnctl.outputs import slug
 
-__all__ = ["enlarge", "grid", "overlay", "pair", "slug"]
+__all__ = ["enlarge", "film_strip", "grid", "overlay", "pair", "slug"]
 
 Color = tuple[int, int, int]
 
@@ -31,6 +31,18 @@ def enlarge(image: Image.Image, tile: int = _TILE) -> Image.Image:
     factor = max(1, -(-tile // max(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def film_strip(frames: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+    """Lay the frames of a video side by side, `columns` in a row, without gaps."""
+    if not frames:
+        raise ConfigError("A film strip needs at least one frame.")
+    width, height = frames[0].size
+    rows = -(-len(frames) // columns)
+    strip = Image.new("RGB", (min(columns, len(frames)) * width, rows * height), PAPER)
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (i % columns * width, i // columns * height))
+    return strip
 
 
 def grid(

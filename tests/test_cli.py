@@ -17,6 +17,7 @@ from PIL import Image
 
 import attnctl
 from attnctl.cli import main
+from attnctl.clips import open_clip
 from attnctl.commands.common import table, wilson
 from attnctl.commands.demo import SHEETS
 from attnctl.record import Record, pixels_sha256, read
@@ -401,6 +402,29 @@ def test_a_closed_pipe_is_no_traceback(folder: str) -> None:
     assert done.stdout.startswith("depth")
 
 
+def test_videos_are_written_with_their_film_strip_and_can_be_made_again(run: Run, tmp_path: Path) -> None:
+    asked = ("generate", "--model", "shapes:video", "--prompt", "a red circle moving left on gray", "--steps", 1)
+    code, out, err = run(*asked, "--option", "num_frames=10", "--out", tmp_path, "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)["images"]
+    with Image.open(found["path"]) as strip:
+        assert strip.size == (8 * 64, 2 * 64)  # ten frames
+    assert open_clip(found["video"]).count == 10
+    (record,) = read(found["path"])
+    assert (record.width, record.height, record.options) == (64, 64, {"num_frames": 10})
+    code, out, err = run("generate", "--from", found["path"], "--out", tmp_path / "again", "--json")
+    assert code == 0, err
+    assert json.loads(out)["identical"] is True
+    code, _, err = run(*asked, "--fps", 0, "--out", tmp_path / "new")
+    assert code == 2
+    assert "--fps is above 0" in err
+    Path(found["path"]).unlink()
+    Path(found["path"]).with_suffix(".json").unlink()
+    code, _, err = run(*asked, "--out", tmp_path)
+    assert code == 1
+    assert ".mp4 is already there" in err
+
+
 # demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +432,12 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
     small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
     code, out, err = run("demo", *small, "--out", tmp_path, "--json")
     assert code == 0, err
-    for sheet, found in zip(SHEETS, json.loads(out)["sheets"], strict=True):
+    *pictures, video = json.loads(out)["sheets"]
+    assert video["model"] == "shapes:video"
+    assert [panel["name"] for panel in video["panels"]] == ["plain", "BroadWay"]
+    assert all(panel["direction"]["n"] == 1 for panel in video["panels"])
+    assert [len(r.controls) for r in read(tmp_path / "demo-video.png")] == [0, 1]
+    for sheet, found in zip(SHEETS, pictures, strict=True):
         assert found["model"] == sheet.model
         assert [panel["name"] for panel in found["panels"]] == [panel.name for panel in sheet.panels]
         n = 4 // sheet.share

@@ -345,7 +345,7 @@ def test_video_is_evaluated_and_its_card_holds_the_figures(runs: dict, tmp_path)
     assert result["n"] == 2
     result["all"]["direction"] = (90.1, 87.0, 92.0)
     text = write_video_card(folder, result).read_text()
-    for part in ("90.1 (87 to 92)", "6.9 million", "3 steps of\n1 clips, muon, rate 0.001", "moving left"):
+    for part in ("90.1 (87 to 92)", "6.9 million", "| 1 | 0 to 3 | 1 x 3 | 0.001 | 0 | 0 | no | 0 |", "moving left"):
         assert part in text
 
 

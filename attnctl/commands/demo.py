@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnctl.commands import demo_video
 from attnctl.commands.common import Common, Result, UsageError, say, table, wilson
 from attnctl.outputs import below, check_free
 
 __all__ = ["SHEETS", "Demo", "Panel", "Sheet"]
 
 PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
-MARKS = ("present", "bound", "right")
+MARKS = {"present": "both colours there", "bound": "both bound", "right": "all right"}
 GREEN = (30, 150, 70)
+_VIDEO_SHARE = 16  # one video for so many images of the first sheet
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,25 @@ class Demo(Common):
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is a whole number from {least} on, got {getattr(self, name)}.")
-        names = [name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name]
+        names = [*(name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name), demo_video.FILE]
         check_free([below(self.out, f"{n}{end}") for n in names for end in (".png", ".json")], force=self.force)
 
         from attnctl.shapes import pair_prompts
 
         asked = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
         done = [self._sheet(sheet, asked[: max(1, len(asked) // sheet.share)], command) for sheet in SHEETS]
+        done.append(
+            demo_video.make(
+                below(self.out, f"{demo_video.FILE}.png"),
+                videos=max(1, len(asked) // _VIDEO_SHARE),
+                rows=min(self.rows, 4),
+                steps=self.steps,
+                guidance=self.guidance,
+                seed=self.seed,
+                command=command,
+                force=self.force,
+            )
+        )
         seconds = sum(one["seconds"] for one in done)
         say(f"{seconds:.0f} s of computing; pictures in {', '.join(p for one in done for p in one['pictures'])}")
         data = {
@@ -312,8 +326,13 @@ _NOTES = (
 
 
 def _text(sheet: dict[str, Any]) -> str:
-    rows = [(panel["name"], *(_share(panel[name]) for name in MARKS)) for panel in sheet["panels"]]
-    return table((sheet["model"], "both colours there", "both bound", "all right"), rows)
+    marks = MARKS if "images_per_panel" in sheet else demo_video.MARKS
+    heads, motion = [sheet["model"], *marks.values()], [] if "images_per_panel" in sheet else ["motion, px a frame"]
+    rows = [
+        (panel["name"], *(_share(panel[name]) for name in marks), *(f"{panel['motion']:.2f}" for _ in motion))
+        for panel in sheet["panels"]
+    ]
+    return table((*heads, *motion), rows)
 
 
 def _share(mark: dict[str, Any]) -> str:

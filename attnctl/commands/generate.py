@@ -1,4 +1,4 @@
-"""`attnctl generate`: images from any diffusers pipeline under control, with records; and again from one."""
+"""`attnctl generate`: images and videos from any diffusers pipeline under control, with records; and again from one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT_MODEL = "shapes:text2image"
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Common):
-    """Generate images under control, or make a recorded image again with --from."""
+    """Generate images or videos under control, or make a recorded one again with --from."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
     """What to show; give it several times for several images."""
@@ -29,7 +29,7 @@ class Generate(Common):
     model: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: shapes:text2image)")] = (
         None
     )
-    """`shapes:text2image` (shipped), a hub id, or a local folder."""
+    """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
 
     control: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL")] = ()
     """A method with its options, such as 'PAG(scale=3.0, sites="mid")'; several act together."""
@@ -70,6 +70,9 @@ class Generate(Common):
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE", help_behavior_hint="")] = None
     """A PNG (or its JSON) made by attnctl: make the same image again and compare."""
 
+    fps: float = 8.0
+    """Frames per second of a video's MP4, which is written beside its film strip."""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -97,7 +100,7 @@ class Generate(Common):
             self._whole(name, 1)
 
         from attnctl.commands.models import device_and_dtype, load
-        from attnctl.commands.sampling import Call, sample
+        from attnctl.commands.sampling import Call, makes_videos, sample
         from attnctl.errors import ConfigError
         from attnctl.record import save_image, sidecar
         from attnctl.specs import parse_control, parse_option
@@ -109,6 +112,8 @@ class Generate(Common):
             raise UsageError(str(error)) from None
         if any(type(control).__name__ == "Capture" for control in controls):
             raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
+        if not 0 < self.fps <= 240:
+            raise UsageError(f"--fps is above 0 and at most 240, got {self.fps}.")
         suffix = "".join(f"-{type(control).__name__.lower()}" for control in controls)
         paths = [below(self.out, f"{slug(prompt)}{suffix}-{s}.png") for prompt, s in zip(asked, seeds, strict=True)]
         check_free([*paths, *map(sidecar, paths)], force=self.force)
@@ -116,6 +121,8 @@ class Generate(Common):
         model = self.model or _DEFAULT_MODEL
         say(f"Loading {model} ({device}, {dtype})")
         loaded = load(model, revision=self.revision, device=device, dtype=dtype)
+        if makes_videos(loaded.pipe):
+            check_free([path.with_suffix(".mp4") for path in paths], force=self.force)
         found: list[dict[str, Any]] = []
         started, report, record = time.perf_counter(), "", None
         with _bar(loaded.pipe, self.steps, -(-len(asked) // batch)) as bar:
@@ -140,6 +147,8 @@ class Generate(Common):
                     path = paths[first + i]
                     save_image(image, path, replace(record, shows=(i,)), force=self.force)
                     found.append(_row(path, record, i))
+                    if done.videos:
+                        found[-1] |= _video(done.videos[i], path, self.fps, self.force)
         if report:
             say(report)
         say(f"{len(found)} image(s) in {time.perf_counter() - started:.1f} s")
@@ -177,6 +186,8 @@ class Generate(Common):
             for i in record.shows:
                 path = paths[len(found)]
                 save_image(done.images[i], path, replace(done.record, shows=(i,)), force=self.force)
+                if done.videos:
+                    _video(done.videos[i], path, self.fps, self.force)
                 same = done.record.sha256[i] == record.sha256[i]
                 found.append({**_row(path, done.record, i), "identical": same})
         same = all(row["identical"] for row in found)
@@ -229,6 +240,23 @@ def _row(path: Path, record: Any, i: int) -> dict[str, Any]:
         "seed": record.seeds[i],
         "sha256": record.sha256[i],
     }
+
+
+def _video(frames: tuple[Any, ...], strip: Path, fps: float, force: bool) -> dict[str, str]:
+    """Write a video beside its film strip, whose record is that of both."""
+    import importlib.util
+
+    import numpy as np
+
+    from attnctl.clips import mp4_bytes
+    from attnctl.outputs import publish
+
+    if importlib.util.find_spec("av") is None:
+        say('The film strip is written; an MP4 beside it needs PyAV: pip install "attnctl[video]".')
+        return {}
+    path = strip.with_suffix(".mp4")
+    publish({path: mp4_bytes((np.asarray(frame.convert("RGB")) for frame in frames), fps)}, force=force)
+    return {"video": str(path)}
 
 
 def _table(found: list[dict[str, Any]]) -> str:

@@ -13,11 +13,12 @@ from PIL import Image
 
 from attnctl.commands.models import Loaded
 from attnctl.errors import ConfigError, UnsupportedModelError, nearest
+from attnctl.imaging import film_strip
 from attnctl.provenance import hardware, versions
 from attnctl.record import Record, RecordError, pixels_sha256
 from attnctl.specs import control_from_dict, control_to_dict
 
-__all__ = ["Call", "Sampled", "differences", "sample", "sample_again"]
+__all__ = ["Call", "Sampled", "differences", "makes_videos", "sample", "sample_again"]
 
 _OURS = ("self", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end")
 _INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -42,13 +43,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Hold the images of a call, their record, and what the controls say about themselves and have recorded."""
+    """Hold the images of a call, their record, and what the controls say about themselves and have recorded.
+
+    The image of a video is its film strip: all frames, eight in a row.
+    """
 
     images: tuple[Image.Image, ...]
     record: Record
     report: str = ""
     maps: tuple[Any, ...] = ()
     """The `WordMaps` of each Capture among the controls."""
+    videos: tuple[tuple[Image.Image, ...], ...] = ()
+    """The frames of each video, where the pipeline makes videos."""
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Tell whether the pipeline makes videos."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None) -> Sampled:
@@ -59,7 +70,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
 
     Raises:
         ConfigError: the pipeline does not take one of the options.
-        UnsupportedModelError: the pipeline does not return images.
+        UnsupportedModelError: the pipeline returns neither an image nor a video per prompt.
     """
     import torch
 
@@ -70,6 +81,8 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     acting = tuple(c for c in call.controls if not isinstance(c, Capture))  # a record holds what made the image
     controls = tuple(control_to_dict(control) for control in acting)
     options, defaults = _options(pipe, call)
+    if makes_videos(pipe):
+        options["output_type"] = "pil"
     options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
     sites, report = _site_names(pipe, acting), ""
     maps: tuple[Any, ...] = ()
@@ -81,9 +94,11 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
                 maps = tuple(handle.result(c) for c in call.controls if isinstance(c, Capture))
         else:
             output = pipe(**options)
-    images = getattr(output, "images", None)
+    videos = tuple(map(tuple, getattr(output, "frames", ())))
+    images = [film_strip(video) for video in videos] if videos else getattr(output, "images", None)
     if not isinstance(images, list) or len(images) != len(call.prompts):
-        raise UnsupportedModelError(f"{type(pipe).__name__} does not return one image per prompt.")
+        raise UnsupportedModelError(f"{type(pipe).__name__} does not return one image or video per prompt.")
+    size = videos[0][0].size if videos else images[0].size
     device = str(pipe.device)
     record = Record(
         prompts=call.prompts,
@@ -94,8 +109,8 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
         steps=defaults["num_inference_steps"],
         guidance=defaults.get("guidance_scale"),
         options=dict(call.options),
-        width=images[0].width,
-        height=images[0].height,
+        width=size[0],
+        height=size[1],
         controls=controls,
         sites=sites,
         backend=call.backend,
@@ -110,7 +125,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
         versions=versions(),
         command=call.command,
     )
-    return Sampled(tuple(images), record, report, maps)
+    return Sampled(tuple(images), record, report, maps, videos)
 
 
 def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = lambda: None) -> Sampled:

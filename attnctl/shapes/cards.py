@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attnctl.shapes.card import runs_table, share
+from attnctl.shapes.motion import FRAMES
 from attnctl.shapes.scenes import HELD_OUT
 
 __all__ = ["write_mmdit_card", "write_video_card"]
@@ -53,9 +56,8 @@ pipeline_tag: text-to-video
 ---
 # shapes video
 
-An AnimateDiffPipeline of {params} million parameters: the autoencoder of shapes text2image, its UNet with new keys and
-values in cross-attention, a MotionAdapter with motion modules in every down, mid and up block, and a text encoder
-that has learnt the motion words.
+An AnimateDiffPipeline of {params} million parameters: the autoencoder of shapes text2image, its UNet trained on, a
+MotionAdapter with motion modules in every down, mid and up block, and a text encoder that has learnt the motion words.
 16 frames of 64x64, one object. It exists to show and measure video control where every frame can be judged exactly.
 
 ```python
@@ -70,12 +72,17 @@ Motion words: moving left, right, up or down, slow or fast; still. A prompt may 
 
 _VIDEO_TAIL = """
 ## Training
-`python -m attnctl.shapes.train video`: motion modules, text encoder and the keys and values of cross-attention
-on {clips} encoded clips; {steps} steps of
-{batch} clips, {optimizer}, rate {lr:g}. v-prediction, cosine noise of its own for every frame, more of the noisy steps;
-a tenth of the prompts empty, a tenth without motion, some without speed. What the text encoder says about captions
-without motion words is held to what text2image's says (weight {anchor:g}). Averaged weights, stored as float16. The
-loss of every fiftieth step is in `training.jsonl`.
+`python -m attnctl.shapes.train video`, in several runs, each of which starts from the one before (`--start`). All on
+{clips} encoded clips with {optimizer}; v-prediction, cosine noise of its own for every frame; a tenth of the prompts
+empty, a tenth without motion, some without speed. The text encoder's still captions are held to what text2image's says.
+Averaged weights, stored as float16. The loss of every fiftieth step of the last run is in `training.jsonl`.
+
+{runs}
+
+Words: the text encoder alone is first taught motion words (`--teach`). Expect: share of a batch that is pure noise,
+with the mean of all clips that fit the caption as its target. Keep: the rest of the batch learns what the UNet
+predicted at the start of the run, not clips. Skew: share of the clips that move right or down. t = u^x: below 1, more
+of the noisy steps. A dash: the option did not exist yet; that run trained motion modules and text encoder only.
 
 ## Limits
 More than 16 frames need a sliding window (`pipe.enable_free_noise(context_length=16)`). Two objects in motion, turns
@@ -149,8 +156,30 @@ def write_video_card(folder: str | Path, result: dict) -> Path:
         ),
     ]
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    tail = _VIDEO_TAIL.format(**{**record["history"][-1], "steps": record["step"]})
+    tail = _VIDEO_TAIL.format(**record["history"][-1], runs=_video_runs([*record.get("before", ()), record]))
     return _write(folder, _VIDEO_HEAD.format(params=result["params"], scale=result["scale"]), lines, tail)
+
+
+def _video_runs(runs: Sequence[dict]) -> str:
+    """Lay out what each run was told; a run that was resumed with other options has a row for each."""
+    names = {"words": "teach", "expect": "expect", "keep": "keep", "skew": "skew", "t = u^x": "noisy"}
+    rows = [f"| run | steps | clips x frames | rate | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for number, run in enumerate(runs, 1):
+        history = run["history"]
+        ends = [h["from"] for h in history[1:]] + [run["step"]]
+        for h, end in zip(history, ends, strict=True):
+            told = [number, f"{h['from']} to {end}", f"{h['batch']} x {h.get('frames', FRAMES)}", f"{h['lr']:g}"]
+            told += [_told(h.get(name)) for name in names.values()]
+            rows.append(f"| {' | '.join(map(str, told))} |")
+    return "\n".join(rows)
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(f"from {first}: {share:g}" if first else f"{share:g}" for first, share in value)
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
 
 
 def _write(folder: Path, head: str, lines: list[str], tail: str) -> Path:

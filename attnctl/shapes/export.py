@@ -5,13 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from attnctl.shapes.loop import read_history
 from attnctl.shapes.tokenizer import write_tokenizer
 
-__all__ = ["settle"]
+__all__ = ["put_lineage", "settle"]
+
+_LINEAGE = "before.json"
+
+
+def put_lineage(out: Path, start: Path | None) -> None:
+    """Write into the folder of a run which runs it goes back to: that of `start` and the ones before it."""
+    if start is None:
+        return
+    runs = [*_lineage(start), _run(start)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _LINEAGE).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+
+
+def _lineage(out: Path) -> list[dict[str, Any]]:
+    path = out / _LINEAGE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _run(out: Path) -> dict[str, Any]:
+    step = json.loads((out / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"]
+    return {"step": step, "history": read_history(out)}
 
 
 def settle(out: Path, target: Path, step: int) -> None:
@@ -33,7 +55,9 @@ def settle(out: Path, target: Path, step: int) -> None:
     if (out / "log.jsonl").exists():
         rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[4::5]
         (target / "training.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    record = {"step": step, "history": read_history(out)}
+    record: dict[str, Any] = {"step": step, "history": read_history(out)}
+    if before := _lineage(out):
+        record["before"] = before
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # some writers leave it readable by its owner only

@@ -115,7 +115,7 @@ def train(
             raise ConfigError(f"{out} already holds a checkpoint: pass --resume to go on, or another --out.")
         start = load_checkpoint(out, params, average, optimizer)
         history = read_history(out)
-    facts = {**asdict(plan), **(facts or {})}
+    facts = json.loads(json.dumps({**asdict(plan), **(facts or {})}))  # as they read back
     if not history or any(history[-1].get(key) != value for key, value in facts.items()):
         history.append({"from": start, **facts})
     out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from attnctl.errors import ConfigError
 from attnctl.shapes import clips as world
 from attnctl.shapes.expected import make_expected
-from attnctl.shapes.export import settle
+from attnctl.shapes.export import put_lineage, settle
 from attnctl.shapes.loop import Plan, train
 from attnctl.shapes.options import add_options, load_average, load_base, plan_from, put_average, shares
 from attnctl.shapes.words import teach_motion
@@ -72,16 +72,9 @@ def train_video(
         teach_motion(text_encoder, base.tokenizer, steps=teach, seed=plan.seed)
     modules = {"text_encoder": text_encoder.to(device), "unet": unet.to(device)}
     loss = world.Motions(unet, text_encoder, base.tokenizer, clips, **options)
-    facts = {
-        "batch": loss.batch,
-        "frames": loss.frames,
-        "anchor": loss.weight,
-        "noisy": loss.noisy,
-        "skew": loss.skew,
-        "expect": loss.expect,
-    }
-
-    facts["clips"] = len(clips.captions)
+    facts = {name: getattr(loss, name) for name in ("batch", "frames", "noisy", "skew", "expect")}
+    facts |= {"anchor": loss.weight, "keep": loss.keep is not None, "teach": teach, "clips": len(clips.captions)}
+    put_lineage(out, start)
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     put_average(average, modules)
     return _assemble(base, text_encoder, adapter, unet)
