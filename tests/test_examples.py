@@ -44,6 +44,7 @@ def test_every_script_is_tested() -> None:
         "hunt_sd3",
         "paro_cogvideox",
         *CHEAPER,
+        *VISION,
     }
 
 
