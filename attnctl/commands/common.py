@@ -10,7 +10,7 @@ from typing import Any
 
 from attnctl.errors import ConfigError
 
-__all__ = ["Common", "Result", "UsageError", "say", "table", "wilson"]
+__all__ = ["Common", "Result", "UsageError", "say", "table", "tally", "wilson"]
 
 
 class UsageError(ConfigError):
@@ -64,3 +64,10 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     # None and all are their own bounds, which rounding would miss by a last bit.
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def tally(marks: Sequence[bool]) -> dict[str, float]:
+    """Count what is true: k of n, the share, and its 95 % Wilson interval."""
+    k, n = sum(marks), len(marks)
+    low, high = wilson(k, n)
+    return {"k": k, "n": n, "share": k / n, "low": low, "high": high}

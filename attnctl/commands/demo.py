@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnctl.commands import demo_video
-from attnctl.commands.common import Common, Result, UsageError, say, table, wilson
+from attnctl.commands.common import Common, Result, UsageError, say, table, tally
 from attnctl.outputs import below, check_free
 
 __all__ = ["SHEETS", "Demo", "Panel", "Sheet"]
@@ -311,9 +311,7 @@ def _marks(panel: Panel, column: dict[str, Any]) -> dict[str, Any]:
     """Count each mark of a panel, with its 95 % interval."""
     marks: dict[str, Any] = {}
     for name in MARKS:
-        k, n = sum(column[name]), len(column[name])
-        low, high = wilson(k, n)
-        marks[name] = {"k": k, "n": n, "share": k / n, "low": low, "high": high}
+        marks[name] = tally(column[name])
     record = column["records"][0]
     sites = [list(names) for names in record.sites]
     return {"name": panel.name, "controls": list(record.controls), "sites": sites, **marks}

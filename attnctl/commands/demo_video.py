@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attnctl.commands.common import say, wilson
+from attnctl.commands.common import say, tally
 
 __all__ = ["FILE", "MARKS", "make"]
 
@@ -54,7 +55,7 @@ def make(
     save_image(
         _strips(columns, marks, prompts[:shown], seeds, videos, guidance, steps),
         path,
-        [_shown(column.record, shown) for column in columns],
+        [replace(column.record, shows=tuple(range(shown))) for column in columns],
         force=force,
     )
     panels = [_panel(name, column, row) for (name, _), column, row in zip(PANELS, columns, marks, strict=True)]
@@ -90,17 +91,9 @@ def _panel(name: str, column: Any, rows: Sequence[dict[str, Any]]) -> dict[str, 
     found: dict[str, Any] = {"name": name, "controls": list(column.record.controls)}
     found["sites"] = [list(names) for names in column.record.sites]
     for mark in MARKS:
-        k, n = sum(row[mark] for row in rows), len(rows)
-        low, high = wilson(k, n)
-        found[mark] = {"k": k, "n": n, "share": k / n, "low": low, "high": high}
+        found[mark] = tally([row[mark] for row in rows])
     found["motion"] = round(sum(row["motion"] for row in rows) / len(rows), 3)
     return found
-
-
-def _shown(record: Any, rows: int) -> Any:
-    from dataclasses import replace
-
-    return replace(record, shows=tuple(range(rows)))
 
 
 def _strips(

@@ -163,7 +163,7 @@ class Generate(Common):
                 raise UsageError(f"--from repeats a record as it is: drop --{name}, or drop --from.")
 
         from attnctl.commands.models import load
-        from attnctl.commands.sampling import differences, sample_again
+        from attnctl.commands.sampling import differences, makes_videos, sample_again
         from attnctl.record import read, save_image, sidecar
 
         records = read(source)
@@ -180,6 +180,9 @@ class Generate(Common):
             device = record.device if self.device == "auto" else self.device
             dtype = record.dtype if self.dtype == "auto" else self.dtype
             loaded = load(self._model_of(record), revision=_commit(record), device=device, dtype=dtype)
+            if makes_videos(loaded.pipe):
+                these = paths[len(found) : len(found) + len(record.shows)]
+                check_free([path.with_suffix(".mp4") for path in these], force=self.force)
             with _bar(loaded.pipe, record.steps, 1) as bar:
                 done = sample_again(loaded, record, bar.update)
             changed |= differences(record, done.record)

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from attnctl._quiet import without_bar
 from attnctl.commands.models import Loaded
 from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.imaging import film_strip
@@ -59,7 +60,7 @@ class Sampled:
 
 def makes_videos(pipe: Any) -> bool:
     """Tell whether the pipeline makes videos."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+    return not {"num_frames", "video_length"}.isdisjoint(inspect.signature(type(pipe).__call__).parameters)
 
 
 def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None) -> Sampled:
@@ -218,16 +219,8 @@ def _progress(pipe: Any, options: dict[str, Any], step: Callable[[], object]) ->
         return tensors
 
     options["callback_on_step_end"] = report
-    missing = object()
-    before = getattr(pipe, "_progress_bar_config", missing)
-    pipe.set_progress_bar_config(disable=True)
-    try:
+    with without_bar(pipe):
         yield
-    finally:
-        if before is missing:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
 
 
 def _site_names(pipe: Any, controls: tuple[Any, ...]) -> tuple[tuple[str, ...], ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
+from attnctl._quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.hunt_plan import Head, HuntPlan
 from attnctl.pipelines.hunt_rows import Candidates
@@ -50,7 +51,7 @@ def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = Non
     """
     options = _options(pipe, plan, [i for _, i in rows], steps)
     heads = tuple(h for h, _ in rows)
-    with _quiet(pipe), torch.no_grad():
+    with without_bar(pipe), torch.no_grad():
         if any(heads):
             with control(pipe, Candidates(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
                 images = getattr(pipe(**options), "images", None)
@@ -99,7 +100,7 @@ def first_change(pipe: Any, plan: HuntPlan, site: str, heads: Sequence[int]) -> 
     options = _options(pipe, plan, list(range(plan.prune_pairs)), None)
     options |= {"output_type": "latent", "callback_on_step_end": _stop}
     probes = [SoftPAG(heads=((site, h),), u=1.0, scale=1.0, every=plan.steps + 1) for h in heads]
-    with _quiet(pipe), torch.no_grad(), control(pipe, *probes, replay=plan.replay) as handle:
+    with without_bar(pipe), torch.no_grad(), control(pipe, *probes, replay=plan.replay) as handle:
         with contextlib.suppress(_FirstStep):
             pipe(**options)
         deltas = [handle.kept(p) for p in probes]
@@ -132,18 +133,3 @@ def _options(pipe: Any, plan: HuntPlan, pairs: Sequence[int], steps: int | None)
         if name not in known:
             raise ConfigError(f"{type(pipe).__name__} takes no {name!r}.")
     return options | dict(plan.call)
-
-
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Switch the pipeline's own bar off, and leave the pipeline as it was."""
-    missing = object()
-    before = vars(pipe).get("_progress_bar_config", missing)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        if before is missing:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before

@@ -2,9 +2,8 @@
 
 The text encoder of text2image has never seen a motion word, and the motion modules see no text: direction reaches them
 only through the features that cross-attention writes into every frame. So the video pipeline has a text encoder of its
-own, which starts as text2image's, and keys and values of cross-attention of its own: frozen ones hardly let the motion
-words through. Both are trained with the motion modules. What the text encoder says about captions without motion words
-is tied to what text2image's says (`Motions.anchor`), to keep still pictures as they are.
+own, which is taught the words first (`words`), and a UNet that is trained on with the motion modules. What the text
+encoder says about captions without motion words is tied to what it said before (`Motions.anchor`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ _RIGHT_OR_DOWN = re.compile(r" moving (right|down)\b")
 _TOLD = (0.65, 0.15, 0.1, 0.1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clips:
     """Hold scaled latents [n, 16, 4, 16, 16] (fp16) and, for each clip, its caption in three forms.
 
@@ -65,9 +65,14 @@ class Clips:
     values: Tensor
     captions: list[list[str]]
 
+    @cached_property
+    def one_way(self) -> Tensor:
+        """Return the indices of clips that move right or down; 0 where there are none."""
+        return torch.tensor([i for i, c in enumerate(self.captions) if _RIGHT_OR_DOWN.search(c[0])] or [0])
+
     def draw(self, generator: torch.Generator, n: int, skew: float = 0.0) -> Tensor:
         """Draw `n` indices, a share of `skew` of them from clips that move right or down only."""
-        some = torch.tensor([i for i, c in enumerate(self.captions) if _RIGHT_OR_DOWN.search(c[0])] or [0])
+        some = self.one_way
         index = torch.randint(len(self.captions), (n,), generator=generator)
         skewed = some[torch.randint(len(some), (n,), generator=generator)]
         return torch.where(torch.rand(n, generator=generator) < skew, skewed, index)

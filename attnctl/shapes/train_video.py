@@ -1,6 +1,8 @@
 """Train the shapes video model: `python -m attnctl.shapes.train video --out runs/video [--resume]`.
 
-Motion modules for the UNet of text2image, and a text encoder that knows motion words (see `clips`).
+Motion modules for the UNet of text2image, and a text encoder that knows motion words (see `clips`). Without options it
+learns how things move, but not where to: that takes a second run with `--teach`, `--expect` and `--keep`, and a third
+on clips again, each with `--start` of the one before. The model card says with which options the shipped one was made.
 """
 
 from __future__ import annotations
