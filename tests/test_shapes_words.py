@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from attnctl.shapes import clips as world
 from attnctl.shapes.data import encode_captions, to_tensor
 from attnctl.shapes.expected import Expected, make_expected
+from attnctl.shapes.export import put_lineage
 from attnctl.shapes.motion import Motion, render_clip, sample_clip
 from attnctl.shapes.options import load_base
 from attnctl.shapes.words import motion_code, teach_motion
@@ -96,3 +98,37 @@ def test_a_share_of_a_batch_learns_what_to_expect(base, expected: Expected) -> N
     assert motions(torch.Generator().manual_seed(0), 0).isfinite()
     assert (seen[0][:2] == 999).all()
     assert len(set(seen[0][2:].tolist())) == 2
+
+
+def test_kept_knowledge_costs_nothing_until_the_model_moves(base) -> None:
+    unet = world.with_motion(base.unet, world.build_adapter(base.unet))
+    still = [["a red circle on black"] * 3]
+    data = world.Clips(torch.randn(1, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half(), still)
+    told = {"batch": 1, "bf16": False}
+    kept = world.Motions(unet, base.text_encoder, base.tokenizer, data, keep=True, **told)
+    plain = world.Motions(unet, base.text_encoder, base.tokenizer, data, **told)
+    seed = next(s for s in range(20) if _told_in_full(s))
+    assert kept(torch.Generator().manual_seed(seed), 0) < 1e-8  # its own prediction is the target
+    assert plain(torch.Generator().manual_seed(seed), 0) > 1e-4
+    with torch.no_grad():
+        unet.conv_out.weight.add_(0.01)
+    assert kept(torch.Generator().manual_seed(seed), 0) > 1e-6
+
+
+def _told_in_full(seed: int) -> bool:
+    """Tell whether the one caption of a batch drawn from this seed is not left out."""
+    generator = torch.Generator().manual_seed(seed)
+    world.Clips(torch.zeros(1), [["a"]]).draw(generator, 1)
+    torch.rand(2, generator=generator)  # the frames
+    return int(torch.multinomial(torch.tensor(world._TOLD), 1, replacement=True, generator=generator)) < 3
+
+
+def test_a_run_remembers_the_runs_that_it_goes_back_to(tmp_path) -> None:
+    for name, start in (("a", None), ("b", "a"), ("c", "b")):
+        checkpoint = tmp_path / name / "checkpoint"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": ord(name), "history": [{"run": name}]}))
+        put_lineage(tmp_path / name, start and tmp_path / start)
+    assert not (tmp_path / "a" / "before.json").exists()
+    before = json.loads((tmp_path / "c" / "before.json").read_text())
+    assert [(run["step"], run["history"][0]["run"]) for run in before] == [(97, "a"), (98, "b")]
