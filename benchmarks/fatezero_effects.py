@@ -145,20 +145,21 @@ METHODS = {"FateZero": fatezero, "SDEdit": sdedit, "no fusion": fatezero}
 
 
 def settings(kind: str) -> dict[str, list[dict[str, Any]]]:
-    """List what is tried on the tuning clips."""
+    """List what is tried on the tuning clips, what is likely to be best first."""
+    scales = (5.0, 7.5, 3.0)
     ours: list[dict[str, Any]] = []
-    for guidance in (3.0, 5.0, 7.5):
-        for cross, own in ((0.8, 0.8), (0.8, 0.5), (0.5, 0.5), (0.8, 0.3), (0.3, 0.3)):
+    if kind in ("colour", "shape"):
+        latents = {"blend": True, "blend_attention": False, "blend_latents": True, "blend_window": (0.0, 1.0)}
+        for guidance in scales:
+            ours += [{"guidance": guidance, "cross_replace": 0.8, "self_replace": s} | latents for s in (0.5, 0.3)]
+    for guidance in scales:
+        for cross, own in ((0.8, 0.5), (0.5, 0.5), (0.3, 0.3), (0.8, 0.8), (0.8, 0.3)):
             base = {"guidance": guidance, "cross_replace": cross, "self_replace": own}
             ours.append(base)
             if kind == "shape":
                 ours.append(base | {"blend": True, "mode": "replace"})
         for keys in ("self", ("self", "mid")):
             ours.append({"guidance": guidance, "cross_replace": 0.8, "self_replace": 0.8, "keys": keys})
-        if kind in ("colour", "shape"):
-            latents = {"blend": True, "blend_attention": False, "blend_latents": True, "blend_window": (0.0, 1.0)}
-            ours.append({"guidance": guidance, "cross_replace": 0.8, "self_replace": 0.5} | latents)
-            ours.append({"guidance": guidance, "cross_replace": 0.8, "self_replace": 0.3} | latents)
     plain = {"cross_replace": 0.0, "self_replace": 0.0}
     return {
         "FateZero": ours,
