@@ -6,6 +6,7 @@ In maps of points each overlay marks its point with a ring.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from attnctl.errors import ConfigError
 from attnctl.imaging import PAPER, grid, overlay
 from attnctl.maps import WordMaps
 
-__all__ = ["heads_sheet", "overlay_word", "steps_gif", "steps_sheet", "words_sheet"]
+__all__ = ["heads_sheet", "layers_sheet", "overlay_word", "steps_gif", "steps_sheet", "words_sheet"]
 
 _COLUMNS = 6
 _STEPS = 8
+_STAGE = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\b")
 
 
 def overlay_word(image: Image.Image, maps: WordMaps, word: str, index: int = 0, *, alpha: float = 0.6) -> Image.Image:
@@ -144,6 +146,36 @@ def heads_sheet(
     heads = maps.heads if maps.heads is not None else tuple(range(counts.pop()))
     rows = {w: [maps.get_map(w, head=h) for h in heads] for w in _shown(maps, words, index)}
     return _table(image, maps, rows, [f"head {h}" for h in heads], index, title)
+
+
+def layers_sheet(image: Image.Image, maps: WordMaps, word: str, index: int = 0, *, title: str = "") -> Image.Image:
+    """Lay out one row a layer and one column a head for one word; needs keep=("heads",)."""
+    counts = [layer.shape[3] for layer in maps.layers.values()]
+    heads = maps.heads if maps.heads is not None else tuple(range(max(counts)))
+    under, tiles, labels = _grey(image), [], []
+    for site, count in zip(maps.sites, counts, strict=True):
+        has = heads if maps.heads is not None else heads[:count]
+        values = [_flat(maps, word, maps.get_map(word, layers=site.name, head=h), index) for h in has]
+        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        row = [_overlay(under, maps, word, v, alpha=0.7, limits=(low, high), tile=96) for v in values]
+        tiles += [*row, *[None] * (len(heads) - len(row))]
+        labels.append(f"{site.depth} {_place(site.name)}\nto {_percent(high)} %")
+    return grid(
+        tiles,
+        len(labels),
+        len(heads),
+        labels,
+        [f"head {h}" for h in heads],
+        title=title,
+        footer=f"{_share(maps)}. Left: depth, stage and highest share of each layer. Each row has one scale.",
+        tile=96,
+    )
+
+
+def _place(name: str) -> str:
+    """Name the stage of a UNet that a layer is in; nothing for others."""
+    found = _STAGE.match(name)
+    return "" if found is None else found[3] or f"{found[1]}.{found[2]}"
 
 
 def _shown(maps: WordMaps, words: Sequence[str], index: int) -> list[str]:

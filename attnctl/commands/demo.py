@@ -15,7 +15,7 @@ from attnctl.commands import demo_video
 from attnctl.commands.common import Common, Result, UsageError, say, table, tally
 from attnctl.outputs import below, check_free
 
-__all__ = ["SHEETS", "Demo", "Panel", "Sheet"]
+__all__ = ["SHEETS", "Demo", "Panel", "Sheet", "nouns"]
 
 PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
 MARKS = {"present": "both colours there", "bound": "both bound", "right": "all right"}
@@ -223,17 +223,22 @@ def _controls(panel: Panel, prompts: Sequence[str]) -> tuple[Any, ...]:
     """Make the controls of one column for the prompts of one call."""
     from attnctl.specs import parse_control
 
-    return tuple(parse_control(text.replace("NOUNS", repr(tuple(map(_nouns, prompts))))) for text in panel.controls)
+    return tuple(parse_control(text.replace("NOUNS", repr(tuple(map(nouns, prompts))))) for text in panel.controls)
 
 
 def _capture(prompts: Sequence[str], steps: int) -> Any:
     """Record the two nouns of each prompt while the image settles, in the stage where nouns find their objects."""
     from attnctl.processors import Capture
 
-    return Capture(words=tuple(map(_nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
+    return Capture(words=tuple(map(nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
 
 
-def _nouns(prompt: str) -> tuple[str, ...]:
+def nouns(prompt: str) -> tuple[str, ...]:
+    """Name the shapes of a prompt of the shapes world as words to attend to: "circle#2" for a second circle.
+
+    Raises:
+        JudgeError: it is another prompt.
+    """
     from attnctl.shapes import parse
 
     shapes = [thing.shape for thing in parse(prompt).things]
@@ -293,7 +298,7 @@ def _maps_sheet(plain: dict[str, Any], prompts: Sequence[str], seeds: Sequence[i
     tiles = []
     for i, prompt in enumerate(prompts):
         image = plain["images"][i]
-        tiles += [image, *(overlay_word(image, maps, word, i) for word in _nouns(prompt))]
+        tiles += [image, *(overlay_word(image, maps, word, i) for word in nouns(prompt))]
     return grid(
         tiles,
         len(prompts),

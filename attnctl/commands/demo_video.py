@@ -10,7 +10,7 @@ from typing import Any
 
 from attnctl.commands.common import say, tally
 
-__all__ = ["FILE", "MARKS", "make"]
+__all__ = ["FILE", "MARKS", "judged", "make"]
 
 FILE = "demo-video"
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (("plain", ()), ("BroadWay", ("BroadWay(motion=1.0)",)))
@@ -50,7 +50,7 @@ def make(
             )
             columns.append(sample(loaded, call, bar.update))
     seconds = time.perf_counter() - started
-    marks = [[_judge(v, p) for v, p in zip(column.videos, prompts, strict=True)] for column in columns]
+    marks = [[judged(v, p) for v, p in zip(column.videos, prompts, strict=True)] for column in columns]
     shown = min(rows, videos)
     save_image(
         _strips(columns, marks, prompts[:shown], seeds, videos, guidance, steps),
@@ -71,7 +71,12 @@ def make(
     }
 
 
-def _judge(video: Sequence[Any], prompt: str) -> dict[str, Any]:
+def judged(video: Sequence[Any], prompt: str) -> dict[str, Any]:
+    """Mark a clip of the shapes world, and measure its motion in pixels a frame.
+
+    Raises:
+        JudgeError: the prompt or the size of the frames is another.
+    """
     import numpy as np
 
     from attnctl.shapes.judge_video import judge_clip
