@@ -36,6 +36,7 @@ def test_taught_words_reach_every_later_token_and_leave_still_captions(base) -> 
     early = teach_motion(copy.deepcopy(taught), base.tokenizer, steps=1, batch=32)
     late = teach_motion(taught, base.tokenizer, steps=150, batch=32)
     assert late < early / 2
+    assert all(p.grad is None for p in taught.parameters()), "no gradient is left for the training that follows"
     ids = encode_captions(
         base.tokenizer, [f"a red circle{m} on gray" for m in ("", " moving left fast", " moving right fast")]
     )

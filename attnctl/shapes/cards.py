@@ -72,10 +72,12 @@ Motion words: moving left, right, up or down, slow or fast; still. A prompt may 
 
 _VIDEO_TAIL = """
 ## Training
-`python -m attnctl.shapes.train video`, in several runs, each of which starts from the one before (`--start`). All on
-{clips} encoded clips with {optimizer}; v-prediction, cosine noise of its own for every frame; a tenth of the prompts
-empty, a tenth without motion, some without speed. The text encoder's still captions are held to what text2image's says.
-Averaged weights, stored as float16. The loss of every fiftieth step of the last run is in `training.jsonl`.
+{made}
+
+All on {clips} encoded clips with {optimizer}; v-prediction, cosine noise of its own for every frame; a tenth of the
+prompts empty, a tenth without motion, some without speed. The text encoder's still captions are held to what
+text2image's says. Averaged weights, stored as float16. The loss of every fiftieth step of the last run is in
+`training.jsonl`.
 
 {runs}
 
@@ -88,6 +90,13 @@ of the noisy steps. A dash: the option did not exist yet; that run trained motio
 More than 16 frames need a sliding window (`pipe.enable_free_noise(context_length=16)`). Two objects in motion, turns
 and changes of pace were never trained. Prompts outside the world's words are legal and mean nothing.
 """
+
+
+_ONE_BY_ONE = """`python -m attnctl.shapes.train video` makes a model of this kind in one command that a kill does not
+set back, in stages that each start from the one before (`attnctl/shapes/recipe.py` lists them). These weights were made
+by such runs one by one, with `--start`; the table says what each was told, which is not always what the stages are."""
+_AT_ONCE = """`python -m attnctl.shapes.train video` made this model in one command that a kill does not set back, in
+stages that each start from the one before: {}."""
 
 
 def write_mmdit_card(folder: str | Path, result: dict) -> Path:
@@ -156,7 +165,10 @@ def write_video_card(folder: str | Path, result: dict) -> Path:
         ),
     ]
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    tail = _VIDEO_TAIL.format(**record["history"][-1], runs=_video_runs([*record.get("before", ()), record]))
+    runs = [*record.get("before", ()), record]
+    stages = [run["history"][-1].get("stage") for run in runs]
+    made = _AT_ONCE.format(", ".join(stages)) if all(stages) else _ONE_BY_ONE
+    tail = _VIDEO_TAIL.format(**record["history"][-1], made=made, runs=_video_runs(runs))
     return _write(folder, _VIDEO_HEAD.format(params=result["params"], scale=result["scale"]), lines, tail)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from attnctl.shapes.loop import read_history
+from attnctl.shapes.loop import read_history, read_step
 from attnctl.shapes.tokenizer import write_tokenizer
 
 __all__ = ["put_lineage", "settle"]
@@ -32,8 +32,7 @@ def _lineage(out: Path) -> list[dict[str, Any]]:
 
 
 def _run(out: Path) -> dict[str, Any]:
-    step = json.loads((out / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"]
-    return {"step": step, "history": read_history(out)}
+    return {"step": read_step(out), "history": read_history(out)}
 
 
 def settle(out: Path, target: Path, step: int) -> None:

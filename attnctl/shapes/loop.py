@@ -28,8 +28,10 @@ __all__ = [
     "average_decay",
     "learning_rate",
     "load_checkpoint",
+    "mend_checkpoint",
     "named_parameters",
     "read_history",
+    "read_step",
     "step_generator",
     "train",
 ]
@@ -110,7 +112,7 @@ def train(
     optimizer = _optimizer(params, plan)
     start = 0
     history: list[dict[str, object]] = []
-    if (out / "checkpoint" / "state.json").exists():
+    if mend_checkpoint(out):
         if not resume:
             raise ConfigError(f"{out} already holds a checkpoint: pass --resume to go on, or another --out.")
         start = load_checkpoint(out, params, average, optimizer)
@@ -162,6 +164,7 @@ def load_checkpoint(
     Raises:
         ConfigError: a file is missing, damaged or of another model.
     """
+    mend_checkpoint(out)
     folder = Path(out) / "checkpoint"
     for name in _FILES:
         if not (folder / name).exists():
@@ -180,6 +183,19 @@ def load_checkpoint(
     except (KeyError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(f"The checkpoint {folder} cannot be read ({error}): delete it and train anew.") from error
     return int(state["step"])
+
+
+def mend_checkpoint(out: str | Path) -> bool:
+    """Tell whether `out` holds a checkpoint, after the new one took the old one's place if a kill came in between."""
+    fresh, old, final = (Path(out) / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint"))
+    if old.exists() and not final.exists():
+        os.replace(fresh if fresh.exists() else old, final)
+    return (final / "state.json").exists()
+
+
+def read_step(out: str | Path) -> int:
+    """Read from a checkpoint how many steps were made."""
+    return int(json.loads((Path(out) / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"])
 
 
 def read_history(out: str | Path) -> list[dict[str, object]]:

@@ -70,6 +70,7 @@ def teach_motion(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad()  # or the last gradient would go into the first step of what trains the encoder next
     return float(loss.detach())
 
 
