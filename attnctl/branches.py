@@ -270,6 +270,7 @@ class Prefix:
         self.store: dict[torch.nn.Module, Any] = {}
         self._handles: list[Any] = []
         self._reached = False
+        self._paused = False
         self._calls: dict[torch.nn.Module, int] = {}
 
     @staticmethod
@@ -319,14 +320,25 @@ class Prefix:
             handle.remove()
         self._handles, self.store = [], {}
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Note nothing of what runs meanwhile."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        if self._paused:
+            return
         self._calls[module] = self._calls.get(module, 0) + 1
         if module in self.targets:
             self._reached = True
 
     def _learn(self, name: str) -> Callable[..., None]:
         def finished(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if self._reached or _NOT_ROWS.search(name) or next(module.parameters(), None) is None:
+            if self._paused or self._reached or _NOT_ROWS.search(name) or next(module.parameters(), None) is None:
                 return
             # A finished parent stands for its children.
             for child in module.modules():
@@ -336,7 +348,8 @@ class Prefix:
         return finished
 
     def _keep(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.store[module] = (output, _versions(output))
+        if not self._paused:
+            self.store[module] = (output, _versions(output))
 
     def stubs(self, rows: Rows, frames: int) -> dict[torch.nn.Module, Callable[..., Any]]:
         """Return, for each module of the prefix, a forward that gives the prompt rows of its stored output.

@@ -56,6 +56,7 @@ class Family:
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         perturb: Published defaults for attention perturbation.
         guide: Published defaults for latent guidance by attention to words.
+        concepts: Published defaults for maps of concepts, in families whose blocks keep a stream of text apart.
         note: A limit that `report()` prints.
     """
 
@@ -71,6 +72,7 @@ class Family:
     cond_first: bool = False
     perturb: Default | None = None
     guide: Default | None = None
+    concepts: Default | None = None
     note: str | None = None
 
 
@@ -172,6 +174,7 @@ def _packed(model: torch.nn.Module, bound: Bound) -> int:
 
 _SD = Default(sites="mid", source="PAG, arXiv 2403.17377: the mid block")
 _WORDS = Default(reduction=4, source="Attend-and-Excite, arXiv 2301.13826: 16 x 16 maps of 64 x 64 latents")
+_CONCEPTS = Default(span=(15 / 19, 1.0), source="ConceptAttention, arXiv 2502.04320: double blocks 15 to 18 of 19")
 _UNET = (("attn2", "cross"), ("attn1", "self"))
 _DIT = (("attn2", "cross"), ("attn1", "self"))
 _TEMPORAL = r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in"
@@ -220,6 +223,7 @@ FAMILIES: tuple[Family, ...] = (
         grid=_image,
         perturb=Default(depth=13 / 24, source="PAG for SD3 by its authors (diffusers#8861): block 13 of 24"),
         guide=Default(span=(5 / 24, 13 / 24), source="Self-Cross guidance, arXiv 2411.18936: blocks 5 to 12 of 24"),
+        concepts=_CONCEPTS,
     ),
     Family(
         name="FLUX.1",
@@ -229,6 +233,7 @@ FAMILIES: tuple[Family, ...] = (
         grid=_ids,
         image_tokens=_packed,
         guide=Default(sites="transformer_blocks.*", source="FOCUS, arXiv 2510.02315: all double-stream blocks"),
+        concepts=_CONCEPTS,
     ),
     Family(
         name="FLUX.2",

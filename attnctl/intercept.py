@@ -88,9 +88,15 @@ class AttnCall:
         self._link = link
 
     @property
+    def block_call(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of the transformer block around the site, if a control asked to see them."""
+        return self._link.block_call
+
+    @property
     def block_input(self) -> torch.Tensor | None:
-        """Return what the transformer block around the site was called with, if a control asked to see it."""
-        return self._link.block_input
+        """Return the hidden states that the transformer block around the site was called with, likewise."""
+        args, kwargs = self._link.block_call or ((), {})
+        return args[0] if args else kwargs.get("hidden_states")
 
     @property
     def grid(self) -> Grid | None:
@@ -132,7 +138,7 @@ class Link:
         self.reached = False
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
-        self.block_input: torch.Tensor | None = None
+        self.block_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.fixed = False
         """Belongs to a processor that was handed out, not to a session."""
 

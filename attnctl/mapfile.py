@@ -49,7 +49,7 @@ def describe(maps: WordMaps) -> dict[str, Any]:
         "reduce": maps.reduce,
         "keep": list(maps.keep),
         "of": maps.of,
-        "normalisation": "probability",
+        "normalisation": "share of the concepts" if maps.of == "concepts" else "probability",
         "about": dict(maps.about),
     }
 

@@ -19,7 +19,7 @@ from attnctl.sites import Selector, Site, select
 
 __all__ = ["Normalise", "Of", "Reduce", "WordMaps", "normalised", "otsu", "reduced", "resized"]
 
-Of = Literal["words", "points"]
+Of = Literal["words", "points", "concepts"]
 Reduce = Literal["mean", "sum", "max"]
 Normalise = Literal["probability", "share", "minmax", "max", "ae"]
 
@@ -101,7 +101,9 @@ class WordMaps(Mapping[str, Tensor]):
         reduce: How steps, heads and layers are reduced.
         keep: What was not reduced: "steps", "heads".
         of: "words", or "points": then `words` names places of the image as "x,y" or "x,y,frame" (in backbones also
-            "class", "register1" and "mean"), and a map says how much that place attends to every other.
+            "class", "register1" and "mean"), and a map says how much that place attends to every other; or "concepts":
+            then `words` need not stand in the prompt, and the maps are shares of them all, layer by layer and step by
+            step, which sum to 1.
         about: Further facts, such as the model.
     """
 

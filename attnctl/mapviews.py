@@ -77,6 +77,8 @@ def _share(maps: WordMaps) -> str:
     if maps.of == "points":
         ringed = any("," in label for label in maps.words)
         return f"Share of attention that {'the ringed place pays to each other' if ringed else 'goes to each place'}"
+    if maps.of == "concepts":
+        return "Share of the concepts, which is 1 for all together"
     return "Share of attention that goes to the word"
 
 

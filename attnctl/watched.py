@@ -255,6 +255,20 @@ class Watched:
                 link.wrappers = links[name]
         return None if last is not None else cut.output
 
+    @contextlib.contextmanager
+    def aside(self, wrappers: Mapping[str, Wrapper]) -> Iterator[None]:
+        """Let modules run beside the pass that is under way: see `processors.base.Passes`."""
+        links = {name: link.wrappers for name, link in self.links.items()}
+        pause = contextlib.nullcontext() if self.prefix is None else self.prefix.paused()
+        try:
+            for name, link in self.links.items():
+                link.wrappers = (wrappers[name],) if name in wrappers else None
+            with pause:
+                yield
+        finally:
+            for name, link in self.links.items():
+                link.wrappers = links[name]
+
     def names(self, branch: Branch) -> dict[torch.nn.Module, str]:
         """Name the blocks whose forward a branch replaces."""
         if not branch.blocks:
@@ -300,7 +314,7 @@ class Watched:
         if self.running:
             return
         for link in self.links.values():
-            link.wrappers, link.block_input = None, None
+            link.wrappers, link.block_call = None, None
         for handle in self.listening:
             handle.remove()
         self.listening = []
@@ -348,10 +362,10 @@ def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torc
 
 
 def _listen(link: Link) -> Callable[..., None]:
-    """Make a hook that hands a block's input to the link of an attention inside it."""
+    """Make a hook that hands a block's arguments to the link of an attention inside it."""
 
     def seen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        link.block_input = args[0] if args else kwargs.get("hidden_states")
+        link.block_call = args, kwargs
 
     return seen
 

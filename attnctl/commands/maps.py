@@ -1,4 +1,4 @@
-"""`attnctl maps`: an image, and where it attended to each word of its prompt, or what its places attended to."""
+"""`attnctl maps`: an image, and where it attended to each word of its prompt, or to what, or where it is like what."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class Maps(Common):
     point: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="X,Y")] = ()
     """Show what a place of the image attends to instead, such as 0.5,0.25 for the middle of the upper half (shares of
     width and height); several times for several."""
+
+    concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
+    """Show where the image is like a word or phrase that need not stand in the prompt (SD3, FLUX.1, shapes:mmdit);
+    several times, the background among them: the maps are shares of all."""
 
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
     """`shapes:text2image` (shipped), a hub id, or a local folder."""
@@ -100,6 +104,10 @@ class Maps(Common):
             raise UsageError("--negative-words shows the words of --negative: give one.")
         if self.point and (self.word or self.negative_words):
             raise UsageError("--point shows what places attend to: leave out --word and --negative-words.")
+        if self.concept and (self.word or self.point or self.negative_words or self.heads):
+            raise UsageError(
+                "--concept shows what the image is like: leave out --word, --point, --negative-words and --heads."
+            )
 
         from attnctl.commands.generate import _bar
         from attnctl.commands.models import device_and_dtype, load
@@ -145,10 +153,11 @@ class Maps(Common):
 
         words = tuple(int(w) if w.isdigit() else w for w in self.word) or None
         sites = tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
-        points = tuple(map(_point, self.point)) or None
+        points, concepts = tuple(map(_point, self.point)) or None, self.concept or None
         rows: Any = "uncond" if self.negative_words else "cond"
         kept: tuple[Any, ...] = (("steps",), ("heads",)) if self.heads else (("steps",),)
-        return tuple(Capture(words=words, points=points, sites=sites, rows=rows, keep=keep) for keep in kept)
+        what: dict[str, Any] = {"words": words, "points": points, "concepts": concepts}
+        return tuple(Capture(**what, sites=sites, rows=rows, keep=keep) for keep in kept)
 
     def _write(self, folder: Path, loaded: Any, call: Any, update: Any) -> dict[str, Any]:
         from attnctl.commands.sampling import sample

@@ -6,8 +6,10 @@ in the base pass (`wrap`), or guide with a perturbed extra pass (`Guidance.branc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -46,6 +48,13 @@ class Passes(Protocol):
 
         Returns:
             The prediction, or None with `last`.
+        """
+
+    def aside(self, wrappers: Mapping[str, Wrapper]) -> contextlib.AbstractContextManager[None]:
+        """Let modules of the denoiser run beside the pass that is under way, as if it did not notice.
+
+        Args:
+            wrappers: What wraps the kernel meanwhile, by site name; no other control acts.
         """
 
 
@@ -110,8 +119,8 @@ class Control:
             top = "" if math.isinf(high) else f" to {high:g}"
             bounds = "a finite number" if math.isinf(low) else f"a number from {low:g}{top}"
             raise ConfigError(f"{self._label}: {name}={value!r} is out of range: give {bounds}.")
-        if math.isinf(value):
-            raise ConfigError(f"{self._label}: {name}={value!r} is infinite: give a finite number.")
+        if abs(value) > sys.float_info.max:  # whole numbers, too, can be more than any float
+            raise ConfigError(f"{self._label}: {name}={value!r:.40} is infinite: give a finite number.")
 
     def _check_choice(self, name: str, literal: Any) -> None:
         value, options = getattr(self, name), get_args(literal)
@@ -154,7 +163,7 @@ class Control:
         return False
 
     def wants_block_input(self) -> bool:
-        """Tell whether `AttnCall.block_input` must be filled at this control's sites."""
+        """Tell whether `AttnCall.block_call` and `block_input` must be filled at this control's sites."""
         return False
 
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper | None:

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from attnctl.errors import ConfigError, SiteError
-from attnctl.families import Family
+from attnctl.families import Family, family_of
 from attnctl.maps import Reduce
 from attnctl.processors.base import Attached, Control
+from attnctl.processors.concepts import ConceptRecorder, concept_path, concept_sites
 from attnctl.processors.pointrecorder import PointRecorder
 from attnctl.processors.recorder import Recorder
 from attnctl.processors.refine import RefiningRecorder, partners
-from attnctl.sites import Site, select
+from attnctl.sites import Site, find_sites, select
 
 __all__ = ["Capture"]
 
@@ -39,8 +40,11 @@ class Capture(Control):
         points: Places of the image instead of words: pairs (x, y) in shares of width and height from the top left,
             each from 0 to 1, or (x, y, frame) of a video. Recorded is what the token there attends to: every token of
             the image (self- and joint attention), or its own place in every frame (temporal attention).
+        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX.1). Recorded is how much
+            each place of the image is like each of them: shares of these concepts, which sum to 1, so that what else
+            is in the image, such as the background, wants a concept of its own (ConceptAttention, arXiv 2502.04320).
         sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
-            temporal ones; None for all self- and joint attention.
+            temporal ones; None for all self- and joint attention. With concepts: double blocks; None for the paper's.
         reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept;
             "ema" for the mean over heads and layers and a running one over the steps, which forgets by `decay`.
         decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
@@ -58,6 +62,7 @@ class Capture(Control):
 
     words: Sequence[Any] | None = None
     points: Sequence[tuple[float, ...]] | None = None
+    concepts: Sequence[str] | None = None
     reduce: Literal["mean", "sum", "max", "none", "ema"] = "mean"
     decay: float = 0.9
     keep: Sequence[Axis] = ()
@@ -102,6 +107,7 @@ class Capture(Control):
         self._check_heads()
         self._check_words()
         self._check_points()
+        self._check_concepts()
         self._check_device()
 
     def _check_heads(self) -> None:
@@ -149,6 +155,23 @@ class Capture(Control):
             raise ConfigError(f"Capture: points={self.points!r} names a point twice.")
         object.__setattr__(self, "points", points)
 
+    def _check_concepts(self) -> None:
+        if self.concepts is None:
+            return
+        if self.words is not None or self.points is not None:
+            raise ConfigError("Capture: concepts were given beside words or points: use one Capture for each.")
+        many = self.concepts if isinstance(self.concepts, (tuple, list)) else ()
+        if len(many) < 2 or not all(isinstance(c, str) and c.strip() for c in many):
+            raise ConfigError(
+                f"Capture: concepts={self.concepts!r}: give two or more words or phrases, such as ('cat', 'sky'): each "
+                "map is a share of them all, which of one alone is 1 everywhere."
+            )
+        if len(set(many)) < len(many):
+            raise ConfigError(f"Capture: concepts={self.concepts!r} names a concept twice.")
+        if self.refine or "heads" in self.keep:
+            raise ConfigError("Capture: maps of concepts join all heads: leave out refine, and heads of keep=.")
+        object.__setattr__(self, "concepts", tuple(many))
+
     def _check_device(self) -> None:
         if self.device is None:
             return
@@ -162,7 +185,10 @@ class Capture(Control):
 
         Raises:
             SiteError: There are none, or temporal and spatial ones were selected together.
+            UnsupportedModelError: Concepts were asked for, and the family has no text stream that is known.
         """
+        if self.concepts is not None:
+            return concept_path(sites, concept_sites(sites, self.sites, family))
         if self.points is None:
             text = super().resolve(sites, family)
             own = {s.name for s in (*text, *partners(text, sites).values())} if self.refine else None
@@ -185,12 +211,20 @@ class Capture(Control):
         return select(sites, kinds or list(wanted), kinds=wanted, what=what)
 
     def default_source(self, family: Family) -> str | None:
+        if self.concepts is not None:
+            return None if family.concepts is None else family.concepts.source
         return None if self.points is not None else "DAAM, arXiv 2210.04885: every cross-attention layer"
 
     def needs_prompt(self) -> bool:
-        return self.prompt is None and self.points is None
+        return self.prompt is None and self.points is None and self.concepts is None
+
+    def wants_block_input(self) -> bool:
+        return self.concepts is not None
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+        if self.concepts is not None:
+            chosen = concept_sites(find_sites(denoiser), self.sites, family_of(denoiser))
+            return ConceptRecorder(self, sites, chosen, pipe, denoiser)
         if self.points is not None:
             return PointRecorder(self, sites, pipe)
         return (RefiningRecorder if self.refine else Recorder)(self, sites, pipe)
