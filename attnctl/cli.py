@@ -19,6 +19,7 @@ from attnctl.commands.generate import Generate
 from attnctl.commands.hunt import Hunt
 from attnctl.commands.maps import Maps
 from attnctl.commands.sites import Sites
+from attnctl.commands.ui import Ui
 from attnctl.errors import AttnctlError
 from attnctl.provenance import command_line
 
@@ -32,6 +33,7 @@ _COMMANDS: dict[str, type] = {
     "calibrate": Calibrate,
     "hunt": Hunt,
     "sites": Sites,
+    "ui": Ui,
     "env": Env,
 }
 _ABOUT = "Attention control for diffusers pipelines: PAG, SoftPAG and relatives, one line on, one line off."

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from attnctl.errors import ConfigError, JudgeError
 from attnctl.specs import control_from_dict, control_to_dict, methods, parse_control
 
-__all__ = ["Knob", "about", "control_of", "knobs_of", "nouns", "preset"]
+__all__ = ["Knob", "about", "control_of", "knobs_of", "nouns", "preset", "selector"]
 
 Kind = Literal["slider", "number", "choice", "switch", "text"]
 
@@ -37,7 +37,7 @@ _RANGES = {
     "every": (1, 10, 1),
 }
 _HINTS = {
-    "sites": "blank: the published layers",
+    "sites": "blank: published",
     "concepts": "blank: the nouns",
     "sigma": "tokens; inf: the mean",
 }
@@ -141,6 +141,17 @@ def control_of(method: str, values: Mapping[str, Any], model: str = "", prompt: 
     return control_from_dict(found)
 
 
+def selector(text: Any) -> Any:
+    """Read "up.0, 6" as a selector of sites: names and depths, one alone as it is, blank text as None."""
+    parts = _parts(text)
+    return parts[0] if len(parts) == 1 else parts or None
+
+
+def _parts(text: Any) -> tuple[str | int, ...]:
+    parts = [part.strip() for part in str(text or "").split(",") if part.strip()]
+    return tuple(int(part) if part.lstrip("-").isdigit() else part for part in parts)
+
+
 def nouns(prompt: str) -> tuple[str, ...]:
     """Name the shapes of a prompt of the shapes world.
 
@@ -197,10 +208,10 @@ def _read(knob: Knob, value: Any) -> Any:
     """Turn what a knob holds into what its field takes."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if knob.field in ("sites", "concepts"):
-        parts = tuple(part.strip() for part in str(value).split(",") if part.strip())
-        found = tuple(int(p) if p.lstrip("-").isdigit() else p for p in parts)
-        return found[0] if len(found) == 1 and knob.field == "sites" else found
+    if knob.field == "sites":
+        return selector(value)
+    if knob.field == "concepts":
+        return _parts(value)
     if knob.kind == "text":
         return _number(knob, value)
     return int(value) if knob.kind == "slider" and isinstance(knob.default, int) else value

@@ -9,11 +9,12 @@ from attnctl.commands.models import SHIPPED, Loaded, load
 from attnctl.errors import AttnctlError, ConfigError, SiteError
 from attnctl.specs import methods
 
-__all__ = ["Models"]
+__all__ = ["ELSEWHERE", "Models"]
 
 _IMAGES: tuple[str, ...] = ("shapes:text2image", "shapes:mmdit")
 _VIDEOS: tuple[str, ...] = ("shapes:video",)
-_ELSEWHERE = ("Capture", "PromptToPrompt")  # maps have tabs of their own; an edit needs two prompts
+# Maps and videos have tabs of their own, an edit needs two prompts, a plan a file.
+ELSEWHERE = ("BroadWay", "Capture", "EnhanceAVideo", "FateZero", "PARO", "PromptToPrompt")
 
 
 class Models:
@@ -85,7 +86,7 @@ def _takes(pipe: Any, method: str, cls: Any) -> bool:
     import attnctl
     from attnctl.ui.knobs import knobs_of
 
-    if method in _ELSEWHERE:
+    if method in ELSEWHERE:
         return False
     fields: dict[str, Any] = {}
     if any(knob.field == "concepts" for knob in knobs_of(method)):

@@ -25,6 +25,7 @@ from attnctl.ui.models import Models
 __all__ = ["EditAsk", "EditMade", "edit", "film", "preview", "sample_clip", "video_marks"]
 
 FPS = 8.0
+_WINDOW = 8  # frames that go through the model at once
 _SIDE = 256  # pixels that a small video is enlarged to, by a whole factor
 
 
@@ -74,6 +75,11 @@ class EditAsk:
         for word in _split(self.blend):
             words += ["--blend", word]
         return words
+
+    @property
+    def ticks(self) -> int:
+        """Count the steps of the inversions and of the edits, where the clip has all frames asked for."""
+        return 2 * self.steps * -(-self.frames // _WINDOW)
 
 
 _SAYS = {"source": "shows", "target": "shall show"}
@@ -156,6 +162,7 @@ def edit(models: Models, ask: EditAsk, folder: Path, step: Step = lambda: None) 
         guidance_scale=ask.guidance,
         count=ask.frames,
         size=ask.size,
+        window=_WINDOW,
         out=out,
         model=loaded.name,
         command=command_line(ask.command()),
@@ -171,8 +178,8 @@ def edit(models: Models, ask: EditAsk, folder: Path, step: Step = lambda: None) 
     return EditMade(before, after, strip, files, done.report, shlex.join(ask.command()))
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def _has_av() -> bool:
