@@ -2,6 +2,8 @@
 
 python examples/paro_cogvideox.py --prompt "a panda in a bamboo forest" --check "a boat on a lake at dawn"
 python examples/paro_cogvideox.py --shapes        # offline, with the joint-attention model that attnctl ships
+
+VRAM: about 30 GB for 49 frames of 720 x 480 in bfloat16 (an estimate, not measured).
 """
 
 from __future__ import annotations

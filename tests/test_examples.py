@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,8 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
-GUIDED |= {"astar_sd15": "astar.png"}
+GUIDED |= {"astar_sd15": "astar.png", "attend_excite_sd15": "attend_excite.png", "slg_sd35": "slg.png"}
+GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png", "nag_sdxl": "nag.png"}
 
 CHEAPER = {"agent_sd15", "broadway_animatediff"}
 VISION = {
@@ -22,8 +26,8 @@ VISION = {
 }
 
 
-def run(name: str, out: Path, *more: str) -> str:
-    """Run one example in a fresh interpreter."""
+def fresh(name: str, out: Path, *more: str) -> str:
+    """Run one example in an interpreter of its own."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--shapes", "--out", str(out), *more]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -33,14 +37,33 @@ def run(name: str, out: Path, *more: str) -> str:
     return done.stdout
 
 
+def run(name: str, out: Path, *more: str) -> str:
+    """Run one example in this interpreter, which has imported torch already."""
+    said, complained = io.StringIO(), io.StringIO()
+    held = sys.argv
+    sys.argv = [f"{name}.py", "--shapes", "--out", str(out), *more]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = held
+    assert complained.getvalue() == ""
+    return said.getvalue()
+
+
 def test_every_script_is_tested() -> None:
     assert {p.stem for p in EXAMPLES.glob("*.py")} == {
         *GUIDED,
         "by_hand",
         "word_maps",
+        "enhance_video",
         "fatezero_sd15",
+        "gallery",
         "hunt_sd3",
+        "own_control",
+        "pag_wan",
         "paro_cogvideox",
+        "prompt_to_prompt_sd15",
         *CHEAPER,
         *VISION,
     }
@@ -48,11 +71,21 @@ def test_every_script_is_tested() -> None:
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_guided_example(name: str, tmp_path: Path) -> None:
-    text = run(name, tmp_path)
-    assert "so far" in text
+    text = (fresh if name == "pag_sd15" else run)(name, tmp_path)
+    assert "kernels: backend=auto" in text
+    assert "so far" in text or name == "nag_sdxl"  # which needs no extra pass
     plain, guided = (np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("plain.png", GUIDED[name]))
     assert plain.shape == guided.shape == (64, 64, 3)
     assert abs(plain - guided).max() > 8
+
+
+def test_scripts_of_real_models_say_what_they_need() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "from_pretrained" in text:
+            about = text.split('"""')[1]
+            assert "VRAM: about" in about, path.name
+            assert "stimate" in about, path.name
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -113,3 +146,38 @@ def test_broadway(tmp_path: Path) -> None:
     assert "arXiv 2410.06241" in text
     assert (tmp_path / "plain.gif").is_file()
     assert (tmp_path / "broadway.gif").is_file()
+
+
+def test_wan(tmp_path: Path) -> None:
+    text = run("pag_wan", tmp_path, "--steps", "4")
+    assert "perturbed passes so far: 2" in text
+    for name in ("plain.gif", "pag.gif"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_enhance_video(tmp_path: Path) -> None:
+    text = run("enhance_video", tmp_path)
+    assert "arXiv 2502.07508" in text
+    assert 0.01 < float(text.split("move by ")[1].split()[0]) < 10
+
+
+def test_prompt_to_prompt(tmp_path: Path) -> None:
+    run("prompt_to_prompt_sd15", tmp_path)
+    image, edited = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("source", "edited"))
+    assert abs(image - edited).max() > 60
+    assert np.median(abs(image - edited)) <= 8  # the background stays
+    assert (tmp_path / "pair.png").is_file()
+
+
+def test_own_control(tmp_path: Path) -> None:
+    assert "Tempered(scale=2.5, sites=6)" in run("own_control", tmp_path)
+    plain, tempered = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("plain", "tempered"))
+    assert abs(plain - tempered).max() > 8
+
+
+def test_gallery(tmp_path: Path) -> None:
+    from attnctl.record import read
+
+    text = run("gallery", tmp_path, "nag", "--steps", "2", "--rows", "1")
+    assert "NAG(scale=4.0)" in text
+    assert [len(record.controls) for record in read(tmp_path / "nag.png")] == [0, 1]

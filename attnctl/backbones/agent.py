@@ -206,7 +206,8 @@ class AgentAttention2d(AgentCore):
         prefix: class and register tokens at the start of the sequence; they are not pooled and not convolved.
         agent_grid: pool to (height, width) agents instead of the square grid, with resized biases.
         split_qkv: separate `q` and `kv` projections, and sr_ratio: a strided convolution before `kv`, as in PVT.
-        qkv_bias, attn_drop, proj_drop: as in timm. backend: a kernel of `attnctl.attention`.
+        qkv_bias: as in timm, and so are attn_drop and proj_drop.
+        backend: a kernel of `attnctl.attention`.
 
     Raises: ConfigError for heads that do not divide, agents off a square grid, tokens that do not fit the grid.
     """

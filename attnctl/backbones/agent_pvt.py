@@ -167,7 +167,8 @@ class AgentPVT(Pyramid):
         img_size: size that positions and axis biases are made for; other sizes resize them on the fly.
         attn_type: four letters, "A" for agent attention and "B" for PVT's own, one a stage.
         num_agents: square numbers; agent_grids: pool to other (height, width) agents, as for dense prediction.
-        agent_sr_ratios, sr_ratios: reductions of keys and values in A and B stages.
+        agent_sr_ratios: reductions of keys and values in A stages.
+        sr_ratios: the same in B stages.
 
     Raises: ConfigError for lists of other lengths, unknown letters, heads that do not divide.
     """

@@ -150,7 +150,7 @@ class BiFormer(Pyramid):
     """BiFormer over images of any size (arXiv 2303.08810, table 1).
 
     Args:
-        depths, dims, mlp_ratios, num_heads (head_dim 32 if None), topks: one value a stage.
+        depths: one value a stage, and so for dims, mlp_ratios, num_heads (head_dim 32 if None) and topks.
         n_win: windows per side; window_size: their size in tokens instead. pad: see BiLevelRoutingAttention.
         plain_heads: heads of stages with topk -1 or -2. stem: "conv3" (two overlapping convolutions) or "patch4".
 

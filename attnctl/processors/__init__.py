@@ -1,5 +1,7 @@
-"""One control a method: what each paper changes in a model's attention."""
+"""One control a method: what each paper changes in a model's attention; and what a control of your own is made of."""
 
+from attnctl.branches import Branch
+from attnctl.intercept import AttnCall, Proceed, Wrapper
 from attnctl.processors.agent import AgentAttention
 from attnctl.processors.astar import AStar
 from attnctl.processors.attend_excite import AttendExcite
@@ -26,6 +28,8 @@ __all__ = [
     "AStar",
     "AgentAttention",
     "AttendExcite",
+    "AttnCall",
+    "Branch",
     "BroadWay",
     "Capture",
     "Control",
@@ -33,6 +37,8 @@ __all__ = [
     "FateZero",
     "Guidance",
     "LatentGuidance",
+    "Proceed",
     "PromptToPrompt",
     "SoftPAG",
+    "Wrapper",
 ]

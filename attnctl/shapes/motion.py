@@ -128,7 +128,7 @@ def parse_clip(text: str) -> tuple[Scene, tuple[Motion, ...]]:
     """Read a caption back: the objects it asks for (places and sizes are the defaults) and their motions.
 
     Raises:
-        JudgeError: the text is not of the form "a COLOUR SHAPE [moving WAY [SPEED] | still] [and ...] on BACKGROUND".
+        JudgeError: the text is not `a COLOUR SHAPE [moving WAY [SPEED] | still] [and ...] on BACKGROUND`.
     """
     head, on, background = text.strip().lower().rstrip(".").partition(" on ")
     things, motions = [], []

@@ -1,0 +1,143 @@
+"""The docs hold together: pages, links, pictures, code blocks, reference, and the site that is built of them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*.md"))]
+METHODS = (
+    *("agent", "astar", "attend_excite", "backbones", "broadway", "enhance_video", "fatezero", "hunt", "maps"),
+    *("nag", "pag", "paro", "prompt_to_prompt", "seg", "slg", "tpg"),
+)
+SECTIONS = (*("What it does", "Formula", "When to use it", "Cost", "Parameters", "Before and after", "Limits", "Cite"),)
+PUBLIC = ("attnctl", *(f"attnctl.{n}" for n in ("processors", "pipelines", "backbones", "kernels", "plans", "shapes")))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+LARGEST = 150_000
+ALL_PICTURES = 3_000_000
+
+
+def name(path: Path) -> str:
+    """Name a file for a test's id."""
+    return str(path.relative_to(ROOT))
+
+
+def config() -> dict[str, Any]:
+    """Read the site's configuration."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    return found
+
+
+def leaves(nav: Any) -> Iterator[str]:
+    """List the pages of a navigation."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for item in nav.values() if isinstance(nav, dict) else nav:
+            yield from leaves(item)
+
+
+def prose(path: Path) -> str:
+    """Return a page without its code blocks and code spans."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_navigation_holds_every_page_once() -> None:
+    listed = list(leaves(config()["nav"]))
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {str(p.relative_to(DOCS)) for p in PAGES}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_links_and_pictures_resolve(path: Path) -> None:
+    for target in LINK.findall(prose(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        if DOCS in path.parents:  # the site has nothing else
+            assert DOCS in there.parents, target
+        if anchor:
+            assert anchor in anchors(there), target
+
+
+def test_pictures_are_small_and_used() -> None:
+    pictures = sorted((DOCS / "assets").iterdir())
+    used = {Path(t).name for path in TEXTS for t in LINK.findall(prose(path))}
+    assert {p.name for p in pictures} <= used
+    assert sum(p.stat().st_size for p in pictures) <= ALL_PICTURES
+    large = {p.name for p in pictures if p.stat().st_size > LARGEST}
+    assert large <= {"demo.png"}
+
+
+@pytest.mark.parametrize("page", METHODS)
+def test_method_pages_share_their_sections(page: str) -> None:
+    text = FENCE.sub("", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)) == SECTIONS
+    assert re.search(r"\d{4}\.\d{5}|[Nn]o picture", text)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_python_blocks_compile(path: Path) -> None:
+    for language, code in FENCE.findall(path.read_text(encoding="utf-8")):
+        if language in ("python", "py"):
+            ast.parse(textwrap.dedent(code))
+
+
+def test_shown_scripts_exist() -> None:
+    for path in TEXTS:
+        for script in re.findall(r"python ((?:examples|benchmarks)/[\w/]+\.py)", path.read_text(encoding="utf-8")):
+            assert (ROOT / script).is_file(), (path.name, script)
+
+
+def test_the_template_is_the_example() -> None:
+    _, code = FENCE.findall((DOCS / "extending.md").read_text(encoding="utf-8"))[0]
+    assert code.strip() in (ROOT / "examples" / "own_control.py").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = {n for p in (DOCS / "api").glob("*.md") for n in re.findall(r"^::: (\S+)$", p.read_text(), re.MULTILINE)}
+    for module in PUBLIC:
+        names = {f"{module}.{n}" for n in importlib.import_module(module).__all__ if not n.startswith("__")}
+        assert names <= shown, sorted(names - shown)
+    for entry in shown:
+        module, _, attribute = entry.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), entry
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "attnctl").symlink_to(ROOT / "attnctl")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert not re.search(r"warning|griffe:", said, re.IGNORECASE), said
+    for page in leaves(config()["nav"]):
+        html = (tmp_path / "site" / page).with_suffix(".html").read_text(encoding="utf-8")
+        assert "</html>" in html
+    reference = (tmp_path / "site" / "api" / "processors.html").read_text(encoding="utf-8")
+    assert "attnctl.processors.PAG" in reference
