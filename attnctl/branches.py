@@ -49,12 +49,14 @@ class Branch:
         sites: Attention sites that `perturb` wraps.
         perturb: Outermost wrapper at those sites in the perturbed pass.
         blocks: Modules whose forward is replaced in the perturbed pass, each with the maker of its replacement.
+        begin: Called before each perturbed pass, with the state of the call that it belongs to.
     """
 
     key: Any
     sites: tuple[Site, ...] = ()
     perturb: Wrapper | None = None
     blocks: Mapping[torch.nn.Module, BlockOverride] = field(default_factory=dict)
+    begin: Callable[[StepState], None] | None = None
 
     @property
     def targets(self) -> tuple[torch.nn.Module, ...]:

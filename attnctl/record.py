@@ -36,6 +36,7 @@ __all__ = [
 
 SCHEMA = 1
 CHUNK = "attnctl"
+_DEEPEST = 50  # levels of lists and objects: no record has ten
 _LARGEST = 16 << 20  # bytes of a sidecar; Pillow has its own limit for text chunks
 
 
@@ -52,14 +53,17 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: Any, depth: int = 0) -> bool:
+    if depth > _DEEPEST:
+        return False
     if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+        return all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())
     if isinstance(value, list):
-        return all(map(_is_json, value))
+        return all(_is_json(v, depth + 1) for v in value)
     return value is None or isinstance(value, (bool, str)) or _is_number(value)
 
 

@@ -30,6 +30,7 @@ from attnctl.branches import (
 from attnctl.errors import ConfigError
 from attnctl.families import Family, family_of
 from attnctl.intercept import Link, Wrapper
+from attnctl.pairs import check_pairs
 from attnctl.processors.base import Attached, Control, Guidance
 from attnctl.sites import Site, find_sites
 from attnctl.state import Rows, StepState, row_count, take_rows
@@ -196,6 +197,8 @@ class Watched:
         held = dict(vars(state))
         forwards: dict[torch.nn.Module, Any] = {}
         replaced: set[torch.nn.Module] = set()
+        if branch.begin is not None:
+            branch.begin(state)
         if self.prefix is not None:
             forwards.update(self.prefix.stubs(rows, frames))
         for module, make in branch.blocks.items():
@@ -375,6 +378,7 @@ def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str =
     family = family_of(module)
     sites = find_sites(module)
     resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
+    check_pairs(controls, resolved)
     watched = Watched(module, family, sites, resolved, pipe)
     for i, c in enumerate(controls):
         for site in watched.resolved[i]:
@@ -387,7 +391,9 @@ def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str =
         wrap = c.wrapper(watched.resolved[i]) if own is None else own.wrap
         if wrap is not None:
             for site in watched.resolved[i]:
-                watched.base.setdefault(site.name, []).append((c, wrap))
+                around = watched.base.setdefault(site.name, [])
+                # An observer sees what the model asks for, before controls cut or rewrite it, wherever it is given.
+                around.insert(0 if own is not None and own.observes else len(around), (c, wrap))
         if isinstance(c, Guidance):
             watched.branches.append((c, c.branch(watched.resolved[i], module)))
     return watched

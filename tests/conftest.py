@@ -15,6 +15,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import diffusers
 import torch
 import transformers
+from hypothesis import settings
+
+# The same cases in every run, and few; `pytest --hypothesis-profile=night` tries twenty times as many, at random.
+settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+settings.register_profile("night", max_examples=20 * settings.get_profile("default").max_examples, deadline=None)
+settings.load_profile("ci")
 
 torch.set_num_threads(1)
 logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns at its import where its wheel cannot run

@@ -246,6 +246,7 @@ def test_attention_flops_at_the_published_ratio() -> None:
         ({"cell": 1}, "cell=1 must be"),
         ({"late_cell": 2.5}, "late_cell=2.5 must be"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "below 2"),
         ({"max_downsample": 3}, "must be 1, 2, 4 or 8"),
         ({"k_scale2": float("nan")}, "k_scale2"),
         ({"metric": "keys"}, "block, norm"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+import zoo_pipelines as pipes
 
 import attnctl
 from attnctl.errors import AttnctlError, ConfigError, NeverApplied, SiteError, UnsupportedModelError
@@ -118,6 +119,9 @@ def test_tpg_leaves_the_global_generator_alone_and_repeats() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, run(model, inputs, TPG(seed=1)))
     assert not torch.equal(first, run(model, inputs, TPG(seed=2)))
+    pipe, kwargs = pipes.build("sd")
+    with torch.no_grad(), attnctl.control(pipe, TPG()):
+        assert torch.equal(pipes.run(pipe, kwargs), pipes.run(pipe, kwargs))  # a run does not depend on the last one
 
 
 def test_nag_formula() -> None:
@@ -172,6 +176,7 @@ def test_nag_and_pag_together() -> None:
         lambda: SEG(sigma=math.nan),
         lambda: TPG(seed=-1),
         lambda: TPG(seed=1.5),  # type: ignore[arg-type]
+        lambda: TPG(seed=10**30),
         lambda: NAG(tau=0.5),
         lambda: NAG(alpha=1.5),
         lambda: SLG(scale=math.inf),

@@ -6,6 +6,7 @@ A plan file is never trusted: its size, schema and every value are checked, and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -136,6 +137,8 @@ class HeadSet:
             value = values.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise PlanError(f"{source}: {name}={value!r} should be a number.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PlanError(f"{source}: {name}={value!r} should be a finite number.")
         return cls(pairs=pairs, **values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
@@ -201,7 +204,7 @@ def _read_json(path: Path) -> Any:
         raise PlanError(f"{path.name} holds {size} bytes; a head set has at most {_MAX_BYTES}. It is not read.")
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or a number of thousands of digits
         raise PlanError(
             f"{path.name} is not JSON: it is damaged, or another format under that name. Nothing was read from it."
         ) from None
@@ -211,7 +214,7 @@ def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") ->
     expected = "pairs (site name or depth, head index), such as (9, 3)"
     if not isinstance(pairs, (list, tuple)):
         raise error(f"{source}: expected {expected}; got {type(pairs).__name__}.")
-    checked: list[Pair] = []
+    checked: dict[Pair, None] = {}  # in order; a list would take a day to search where somebody sends a long file
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise error(f"{source}: expected {expected}; got {pair!r}.")
@@ -222,5 +225,5 @@ def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") ->
             raise error(f"{source}: head {head!r} of {where!r} is not a head index (0, 1, ...).")
         if (where, head) in checked:
             raise error(f"{source}: the pair {(where, head)!r} appears twice.")
-        checked.append((where, head))
+        checked[where, head] = None
     return tuple(checked)

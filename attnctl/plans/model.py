@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise PlanError(f"{path.name} holds {size} bytes; a block plan has at most {_MAX_JSON}. It is not read.")
     try:
         data = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or a number of thousands of digits
         raise PlanError(f"{path.name} is not JSON: it is damaged. Nothing was read from it.") from None
     if not isinstance(data, dict) or data.get("kind") != "blocks":
         raise PlanError(f"{path.name} is not a block plan: expected a JSON object with kind 'blocks'.")

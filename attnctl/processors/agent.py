@@ -118,6 +118,8 @@ class AgentAttention(Control):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{self._label}: {name}={value!r} must be a whole number, {least} or more.")
+        if self.seed >= 2**32:
+            raise ConfigError(f"{self._label}: seed={self.seed!r:.40} is too large: give one below 2**32.")
         if self.max_downsample not in (1, 2, 4, 8):
             raise ConfigError(f"{self._label}: max_downsample={self.max_downsample!r} must be 1, 2, 4 or 8.")
 

@@ -18,6 +18,7 @@ from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.families import Family
 from attnctl.processors.base import Guidance
 from attnctl.sites import Site, select
+from attnctl.state import StepState
 
 __all__ = ["SLG", "TPG"]
 
@@ -78,8 +79,8 @@ class TPG(_BlockGuidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"TPG: seed={self.seed!r} must be a whole number, 0 or more.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
+            raise ConfigError(f"TPG: seed={self.seed!r:.40} must be a whole number, 0 or more, below 2**62.")
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if any(s.name.startswith("down_blocks.") and s.kind == "self" for s in sites):
@@ -95,7 +96,11 @@ class TPG(_BlockGuidance):
         blocks = self.blocks(sites, denoiser)
         generator = torch.Generator().manual_seed(self.seed)
         makers = {m: _shuffle(generator) for m in blocks}
-        return Branch(("shuffle", self.seed, tuple(blocks.values())), blocks=makers)
+
+        def begin(state: StepState) -> None:
+            generator.manual_seed(self.seed + 10_007 * state.step)  # a run draws the same whatever ran before it
+
+        return Branch(("shuffle", self.seed, tuple(blocks.values())), blocks=makers, begin=begin)
 
 
 def _arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -140,9 +145,14 @@ def _shuffle(generator: torch.Generator) -> Callable[[torch.nn.Module, Callable[
     """Make a forward that permutes the tokens of a block's hidden states, [B, N, C]."""
 
     def make(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        orders: dict[int, torch.Tensor] = {}  # gradient checkpointing runs the block again, in the same order
+
         def shuffled(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            order = torch.randperm(x.shape[1], generator=generator).to(x.device)
+            n = x.shape[1]
+            if n not in orders:
+                orders[n] = torch.randperm(n, generator=generator)
+            order = orders[n].to(x.device)
             if args:
                 return forward(x[:, order], *args[1:], **kwargs)
             return forward(**{**kwargs, "hidden_states": x[:, order]})

@@ -12,7 +12,7 @@ map either where alpha is 0. Only the formulas are published: what they leave op
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -219,7 +219,7 @@ def _checked_course(value: Any) -> float | tuple[float, ...]:
     several = isinstance(value, (list, tuple))
     values = tuple(value) if several else (value,)
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf:
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= sys.float_info.max:
             raise ConfigError(f"BroadWay: beta={value!r} is out of range: give finite numbers, 0 or more.")
     if not values:
         raise ConfigError("BroadWay: beta is an empty list: give at least one number.")
@@ -241,7 +241,7 @@ def _checked_mask(mask: Any) -> tuple[tuple[float, ...], ...]:
         mask = np.asarray(mask.convert("L"), np.float32) / 255
     try:
         values: Any = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = np.zeros(0, np.float32)
     if values.ndim != 2 or not values.size or not bool(((values >= 0) & (values <= 1)).all()):
         raise ConfigError(

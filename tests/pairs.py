@@ -1,0 +1,298 @@
+"""Every pair of controls: tiny pipelines that take them, and the table in docs/pairs.md.
+
+python tests/pairs.py > docs/pairs.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import zoo
+import zoo_pipelines as pipes
+from torch import Tensor
+
+import attnctl
+from attnctl.pairs import commute, rule_for
+from attnctl.pipelines import invert
+from attnctl.plans import BlockPlan
+from attnctl.processors import (
+    NAG,
+    PAG,
+    PARO,
+    SEG,
+    SLG,
+    TPG,
+    AgentAttention,
+    AStar,
+    AttendExcite,
+    BroadWay,
+    Capture,
+    Control,
+    EnhanceAVideo,
+    FateZero,
+    PromptToPrompt,
+    SoftPAG,
+)
+from attnctl.specs import methods
+
+SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
+STEPS = 2
+FRAMES = 4  # the least that BroadWay takes
+
+
+@dataclass
+class Host:
+    """One pipeline, and a control of every method that it takes.
+
+    Attributes:
+        name: What the table calls it.
+        pipe: The pipeline.
+        kwargs: Arguments of its call.
+        first: One control of each method.
+        second: The same, with other settings, for a method beside itself.
+    """
+
+    name: str
+    pipe: Any
+    kwargs: dict[str, Any]
+    first: dict[str, Control]
+    second: dict[str, Control]
+    results: dict[Any, Tensor] = field(default_factory=dict)
+
+    def run(self, *controls: Control) -> Tensor:
+        """Run the pipeline under some controls; FateZero asks for calls of its own."""
+        editing = any(isinstance(c, FateZero) for c in controls)
+        return run(self, controls, editing)
+
+    def plain(self, controls: Sequence[Control]) -> Tensor:
+        """Return what the pipeline computes without any control, for the same call."""
+        return self._kept(("plain", _editing(controls)), lambda: run(self, (), _editing(controls)))
+
+    def alone(self, control: Control, other: Control) -> Tensor:
+        """Return what one control does by itself, for the call that a pair is given."""
+        editing = _editing((control, other))
+        return self._kept((id(control), editing), lambda: run(self, (control,), editing))
+
+    def _kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self.results:
+            self.results[key] = make()
+        return self.results[key]
+
+
+def _editing(controls: Sequence[Control]) -> bool:
+    return any(isinstance(c, FateZero) for c in controls)
+
+
+def run(host: Host, controls: Sequence[Control], editing: bool) -> Tensor:
+    """Run a host once; the handle is detached whatever happens."""
+    kwargs = host.kwargs | (host.kwargs.get("editing", {}) if editing else {})
+    kwargs.pop("editing", None)
+    if not controls:
+        return pipes.run(host.pipe, kwargs)
+    with attnctl.control(host.pipe, *controls):
+        return pipes.run(host.pipe, kwargs)
+
+
+def block_plan(heads: int, tokens: int, text: int = 0, first: bool = False, seed: int = 0) -> BlockPlan:
+    """Keep about half of the blocks of 8 x 8 image tokens."""
+    n = -(-tokens // 8)
+    keep = torch.rand(1, heads, n, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    keep[..., 0] = True
+    return BlockPlan.from_mask(keep, 8, None, text, block_q=8, n_image=tokens, text_first=first)
+
+
+@functools.cache
+def unet() -> Host:
+    """Stable Diffusion with two prompts, a source and its edit, from one noise."""
+    pipe, _ = pipes.build("sd")
+    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    words = {"source": SOURCE, "target": TARGET}
+    fate = FateZero(**words, blend_words=["bear"], blend_threshold=0.6, self_replace=0.7)
+    inversion = invert(pipe, 0.5 * noise + 0.5 * noise.flip(2), control=fate, steps=STEPS)
+    full = {"sites": "down.0"}  # 192 tokens: where merging acts too
+    first: dict[str, Control] = {
+        "PAG": PAG(sites="mid"),
+        "SoftPAG": SoftPAG(sites="up.1", u=0.4),
+        "SEG": SEG(sites="mid"),
+        "SLG": SLG(sites="mid", start=0.0, stop=1.0),
+        "TPG": TPG(sites="down.0"),
+        "NAG": NAG(),
+        "AStar": AStar(concepts=("bear", "water")),
+        "AttendExcite": AttendExcite(concepts=("bear", "water")),
+        "Capture": Capture(words=("bear",)),
+        "FateZero": dataclasses.replace(fate, inversion=inversion),
+        "PARO": PARO(block_plan(4, 192), **full),
+        "AgentAttention": AgentAttention(),
+        "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
+    }
+    changed: dict[str, dict[str, Any]] = {
+        "SLG": {"sites": "up.1"},
+        "TPG": {"sites": "down.1"},
+        "AttendExcite": {"step_size": 5.0},
+        "AStar": {"step_size": 5.0},
+        "Capture": {"words": ("water",)},
+        "FateZero": {"self_replace": 0.2},
+        "PARO": {"plan": block_plan(4, 192, seed=1)},
+        "AgentAttention": {"seed": 1},
+        "PromptToPrompt": {"self_replace": 0.2},
+    }
+    call = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise, "height": 32, "width": 24}
+    call |= {"num_inference_steps": STEPS, "guidance_scale": 5.0}
+    call["editing"] = {"prompt": [TARGET] * 2, "latents": inversion.noise}
+    return Host("UNet", pipe, call, first, _changed(first, changed))
+
+
+@functools.cache
+def motion() -> Host:
+    """AnimateDiff, whose UNet has temporal attention too."""
+    pipe, call = pipes.build("animatediff")
+    words = {"concepts": ("cat", "a")}
+    first: dict[str, Control] = {
+        "PAG": PAG(sites="mid"),
+        "SoftPAG": SoftPAG(sites="up.1", u=0.4),
+        "SEG": SEG(sites="mid"),
+        "SLG": SLG(sites="mid", start=0.0, stop=1.0),
+        "TPG": TPG(sites="temporal"),
+        "NAG": NAG(),
+        "AStar": AStar(**words),
+        "AttendExcite": AttendExcite(**words),
+        "BroadWay": BroadWay(stop=1.0),
+        "Capture": Capture(words=("cat",)),
+        "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
+        "AgentAttention": AgentAttention(),
+    }
+    changed = {"BroadWay": {"alpha": 0.2}}
+    call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
+    return Host("UNet with motion", pipe, call, first, _changed(first, changed))
+
+
+@functools.cache
+def joint() -> Host:
+    """CogVideoX: joint attention of text and of all frames at once."""
+    pipe, call = pipes.build("cogvideox")
+    sites = attnctl.find_sites(pipe)
+    words: dict[str, Any] = {"concepts": (1, 3), "sites": "joint", "step_size": 5.0}
+    plan = block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True)
+    first: dict[str, Control] = {
+        "PAG": PAG(sites=1),
+        "SoftPAG": SoftPAG(sites=2, u=0.4),
+        "SEG": SEG(sites=1),
+        "SLG": SLG(sites=1, start=0.0, stop=1.0),
+        "TPG": TPG(sites=2),
+        "AStar": AStar(**words),
+        "AttendExcite": AttendExcite(**words),
+        "BroadWay": BroadWay(alpha=0.0, stop=1.0),
+        "Capture": Capture(words=(1,)),
+        "EnhanceAVideo": EnhanceAVideo(),
+        "PARO": PARO(plan),
+    }
+    changed = {
+        "BroadWay": {"beta": 2.0},
+        "EnhanceAVideo": {"weight": 1.0},
+        "PARO": {"plan": block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True, 1)},
+        "Capture": {"words": (2,)},
+        "AttendExcite": {"step_size": 2.0},
+    }
+    call |= {"num_inference_steps": STEPS, "num_frames": 4 * (FRAMES - 1) + 1}
+    return Host("joint attention", pipe, call, first, _changed(first, changed))
+
+
+@functools.cache
+def crossed() -> Host:
+    """LTX: cross-attention to the text beside attention over all frames."""
+    pipe, call = pipes.build("ltx")
+    first: dict[str, Control] = {"NAG": NAG(), "EnhanceAVideo": EnhanceAVideo(weight=4.0)}
+    return Host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {})
+
+
+HOSTS = {"unet": unet, "motion": motion, "joint": joint, "crossed": crossed}
+PAIRS: tuple[tuple[str, str], ...] = tuple(itertools.combinations_with_replacement(methods(), 2))
+
+
+def _changed(first: dict[str, Control], changes: dict[str, dict[str, Any]]) -> dict[str, Control]:
+    """Give every method a second setting, other than the first."""
+    return {
+        name: dataclasses.replace(c, **changes.get(name, {"start": 0.5}))
+        for name, c in first.items()  # type: ignore[type-var]
+    }
+
+
+def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
+    """Return the two controls of a pair, if a host takes both."""
+    one, other = names
+    if host.name == "UNet with motion" and "BroadWay" not in names:
+        return None  # as without motion
+    seconds = host.second if one == other else host.first
+    return (host.first[one], seconds[other]) if one in host.first and other in seconds else None
+
+
+# The table
+
+
+def hosts_of(names: tuple[str, str]) -> list[str]:
+    """Name the hosts on which a pair is run."""
+    return [make().name for make in HOSTS.values() if pair(make(), names) is not None]
+
+
+def markdown() -> str:
+    """Write the table of all pairs."""
+    known = methods()
+    refused, allowed, apart = [], [], []
+    for names in PAIRS:
+        a, b = names
+        rule = rule_for(known[a], known[b])
+        hosts = ", ".join(hosts_of(names))
+        if rule is not None:
+            where = {"site": "at one site", "block": "in one block", "model": "in one model"}[rule.where]
+            refused.append(f"| {a} | {b} | {where} | {rule.reason} |")
+        elif hosts:
+            order = "any" if commute(known[a], known[b]) else "as given"
+            allowed.append(f"| {a} | {b} | {order} | {hosts} |")
+        else:
+            apart.append(f"{a} and {b}")
+    lines = [
+        "# Pairs of controls",
+        "",
+        f"{len(known)} methods make {len(PAIRS)} pairs, a method beside itself included: {len(allowed)} act together, "
+        f"{len(refused)} are refused when they are attached, {len(apart)} have no kind of model in common. "
+        "`tests/test_pairs.py` runs each of them. This page is written by `python tests/pairs.py > docs/pairs.md`.",
+        "",
+        "Controls act together when they are given to one call: `attnctl.control(pipe, PAG(), AStar(...))`. Guidance "
+        "adds up, a method that only looks (`Capture`) sees what the model asks for before others rewrite it, and "
+        "methods at different sites do not meet. So the order in which controls are given does not matter, bit for "
+        "bit, except for two that move the latents: the second starts where the first has moved them.",
+        "",
+        "## Refused",
+        "",
+        "Only where both act at the same time (`start`, `stop`) and share what is named here; at other sites, or one "
+        "after the other, they may act. The error is a `ConflictError` that gives the reason.",
+        "",
+        "| one | other | refused | because |",
+        "|---|---|---|---|",
+        *refused,
+        "",
+        "## No model in common",
+        "",
+        "; ".join(apart) + ". Each refuses the other's models.",
+        "",
+        "## Together",
+        "",
+        "| one | other | order | run on |",
+        "|---|---|---|---|",
+        *allowed,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (offline, quiet, one thread)
+
+    sys.stdout.write(markdown())
