@@ -130,7 +130,9 @@ def _edit_tab(models: Models, folder: Path) -> None:
             go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
             sample = video_actions.sample_clip(folder)
             if sample is not None:
-                gr.Examples([[sample, *_WORDS]], [clip, source, target], label="Click an example")
+                gr.Examples(
+                    [[sample, *_WORDS]], [clip, source, target], label="Click an example", elem_id="edit-examples"
+                )
         with gr.Column(scale=6, min_width=400):
             with gr.Row():
                 before, after = _player("Before", "edit-before"), _player("After", "edit-after")

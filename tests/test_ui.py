@@ -1,0 +1,407 @@
+"""`attnctl ui`: knobs, what the page does, the page through gradio's client, and a browser that clicks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo_pipelines
+from PIL import Image
+
+from attnctl.cli import main
+from attnctl.commands.common import UsageError
+from attnctl.errors import AttnctlError, ConfigError
+from attnctl.processors import PAG, SEG, AStar, AttendExcite, BroadWay
+from attnctl.record import pixels_sha256, read
+from attnctl.specs import methods
+from attnctl.ui import actions, video_actions
+from attnctl.ui.actions import Ask
+from attnctl.ui.knobs import about, control_of, knobs_of, preset, selector
+from attnctl.ui.models import ELSEWHERE, Models
+from attnctl.ui.video_actions import EditAsk
+
+PROMPT = "a red circle and a blue square on gray"
+CLIP = "a red circle moving right fast on gray"
+OFFERED = [name for name in methods() if name not in ELSEWHERE]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    torch.set_num_threads(1)
+    return Models()
+
+
+def ask(**changes: Any) -> Ask:
+    return Ask(**{"model": "shapes:text2image", "prompt": PROMPT, "seed": 3, "steps": 2, "guidance": 3.0, **changes})
+
+
+# Knobs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", OFFERED)
+def test_knobs_stand_at_the_defaults(method: str) -> None:
+    knobs = knobs_of(method)
+    assert {"sites", "start", "stop"} <= {knob.field for knob in knobs}
+    made = control_of(method, {knob.field: knob.default for knob in knobs}, prompt=PROMPT)
+    concepts = {"concepts": ("circle", "square")} if hasattr(made, "concepts") else {}
+    assert made == methods()[method](**concepts)
+    for knob in knobs:
+        assert knob.name == f"{method}_{knob.field}"
+        if knob.kind == "slider":
+            assert knob.span[0] <= knob.default <= knob.span[1]
+        if knob.kind == "choice":
+            assert knob.default in knob.choices
+    assert about(method).endswith(".")
+
+
+def test_knobs_make_controls() -> None:
+    assert control_of("PAG", {"scale": 2.0, "sites": "mid", "every": 2.0}) == PAG(scale=2.0, sites="mid", every=2)
+    assert control_of("PAG", {"sites": "up.0, 6"}) == PAG(sites=("up.0", 6))
+    assert control_of("SEG", {"sigma": "inf"}) == SEG()
+    assert control_of("SEG", {"sigma": "2.5"}) == SEG(sigma=2.5)
+    assert control_of("AStar", {"concepts": "cat"}, prompt="a cat") == AStar(concepts=("cat",))
+    assert [selector(text) for text in ("", None, "6", "mid", "1, up.1")] == [None, None, 6, "mid", (1, "up.1")]
+
+
+def test_settings_of_the_shipped_models_are_those_of_the_demo() -> None:
+    made = control_of("AttendExcite", {}, "shapes:text2image", PROMPT)
+    assert made == AttendExcite(concepts=("circle", "square"), grad_transform="l2", step_size=0.5, thresholds=())
+    assert control_of("AttendExcite", {"step_size": 1.0}, "shapes:text2image", PROMPT).thresholds == ()
+    assert control_of("PAG", {}, "shapes:mmdit") == PAG(scale=2.5, sites=6)
+    assert control_of("PAG", {"sites": ""}, "shapes:mmdit") == PAG(scale=2.5)
+    assert preset("somebody/model", "PAG") == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        ("PGA", {}, "no method 'PGA'"),
+        ("PAG", {"start": 2.0}, "start=2.0 is out of range"),
+        ("SEG", {"sigma": "wide"}, "sigma='wide' is not a number"),
+        ("AStar", {"concepts": ""}, "Name the concepts"),
+        ("PAG", {"scope": "some"}, "scope='some' is unknown"),
+    ],
+)
+def test_knobs_refuse(method: str, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        control_of(method, values, prompt="a cat")
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_tell_what_they_take(models: Models) -> None:
+    assert set(OFFERED) - {"NAG"} >= set(models.takes("shapes:mmdit")) >= {"PAG", "SoftPAG", "SEG", "AStar", "TPG"}
+    assert {"NAG", "AgentAttention", "PAG", "AttendExcite"} <= set(models.takes("shapes:text2image"))
+    pipe = models.get("shapes:text2image").pipe
+    assert not any("attnctl" in type(p).__module__ for p in pipe.unet.attn_processors.values())
+    with pytest.raises(ConfigError, match="no model 'other'"):
+        models.get("other")
+
+
+def test_a_given_model_comes_first(tmp_path: Path) -> None:
+    folder = str(tmp_path / "tiny-sd")
+    zoo_pipelines.build("sd")[0].save_pretrained(folder)
+    models = Models(folder)
+    assert models.images[0] == folder
+    assert models.edits == (folder, "shapes:text2image")
+    assert "PAG" in models.takes(folder)
+    done = actions.compare(models, ask(model=folder, prompt="a cat", steps=2), [PAG(scale=2.0)])
+    assert actions.image_marks(done, "a cat")[0] == ["", "seconds"]
+    with pytest.raises(AttnctlError, match="Cannot load"):
+        Models(str(tmp_path))
+
+
+# Pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_compare(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = []
+    control = control_of("AttendExcite", {}, "shapes:text2image", PROMPT)
+    done = actions.compare(models, ask(), [control], lambda: steps.append(1))
+    assert len(steps) == 4
+    assert done.controlled is not None
+    assert done.plain.record.sha256 != done.controlled.record.sha256
+    assert "guidance forwards" in done.report
+    header, rows = actions.image_marks(done, PROMPT)
+    assert [row[0] for row in rows] == ["plain", "controlled"]
+    assert all(len(row) == len(header) for row in rows)
+
+    path = actions.keep(tmp_path, "a picture", done.controlled)
+    assert main(["generate", "--from", path, "--out", str(tmp_path / "again")]) == 0
+    for n, line in enumerate(done.commands.splitlines()):
+        capsys.readouterr()
+        assert main([*shlex.split(line)[1:], "--out", str(tmp_path / str(n)), "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)["images"][0]["sha256"]
+        assert made == done.runs[n][1].record.sha256[0]
+
+
+def test_without_a_method_there_is_one_picture(models: Models) -> None:
+    done = actions.compare(models, ask(steps=1), [])
+    assert done.controlled is None
+    assert [name for name, _, _ in done.runs] == ["plain"]
+    assert "as it is" in done.report
+
+
+def test_words_and_heads(models: Models, tmp_path: Path) -> None:
+    made = actions.words(models, ask(), ["circle", "square"]) | actions.heads(models, ask(), "circle", "up_blocks")
+    assert sorted(made) == ["heads", "steps", "words"]
+    for name, content in made.items():
+        path = actions.keep_bytes(tmp_path, f"{name}.png", content)
+        assert read(path)[0].prompts == (PROMPT,)
+        with Image.open(path) as image:
+            assert image.width > 300
+    done = actions.heads(models, ask(model="shapes:mmdit", steps=1), "square", 6)
+    assert done["heads"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"seed": -1}, "Seed is a whole number"),
+        ({"seed": 1.5}, "Seed is a whole number"),
+        ({"steps": 0}, "Steps is a whole number"),
+    ],
+)
+def test_requests_refuse(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        ask(**changes)
+
+
+def test_actions_refuse(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AttnctlError, match="'cat' is not in the prompt"):
+        actions.words(models, ask(), ["cat"])
+    with pytest.raises(UsageError, match="Choose a word"):
+        actions.heads(models, ask(), "")
+    with pytest.raises(AttnctlError, match="matches"):
+        actions.heads(models, ask(), "circle", "down.7")
+    monkeypatch.setattr(actions, "_MOST_TILES", 3)
+    with pytest.raises(UsageError, match="Name fewer layers"):
+        actions.heads(models, ask(), "circle")
+    with pytest.raises(AttnctlError, match="BroadWay"):
+        actions.compare(models, ask(), [BroadWay()])
+
+
+# Videos ----------------------------------------------------------------------------------------------------------
+
+
+def test_video(models: Models, tmp_path: Path) -> None:
+    done = actions.compare(models, ask(model="shapes:video", prompt=CLIP, steps=1), [BroadWay(motion=1.0)])
+    header, rows = video_actions.video_marks(done, CLIP)
+    assert header[-2:] == ["motion, px a frame", "seconds"]
+    assert len(rows) == 2
+    assert video_actions.video_marks(done, "a horse")[0] == ["", "seconds"]
+    pytest.importorskip("av")
+    film = video_actions.film(tmp_path, CLIP, done.plain.videos[0], done.plain.record)
+    shown = video_actions.preview(tmp_path, done.plain.videos[0])
+    assert film is not None
+    assert shown is not None
+    assert pixels_sha256(done.plain.images[0]) == done.plain.record.sha256[0]
+
+
+def test_edit(models: Models, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    words = {"source": "a red circle on gray", "target": "a blue circle on gray"}
+    asked = EditAsk(
+        model="shapes:text2image", video=video_actions.sample_clip(tmp_path), steps=2, frames=2, blend="circle", **words
+    )
+    steps: list[int] = []
+    made = video_actions.edit(models, asked, tmp_path, lambda: steps.append(1))
+    assert len(steps) == asked.ticks == 4
+    assert [Path(f).suffix for f in made.files] == [".mp4", ".json"]
+    assert made.before is not None
+    assert made.after is not None
+    assert "FateZero" in made.report
+    assert "--blend circle" in made.command
+    record = Path(made.files[1]).read_text(encoding="utf-8")
+    assert str(tmp_path) not in record
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"video": None}, "no video"),
+        ({"source": ""}, "source prompt is empty"),
+        ({"target": None}, "target prompt is empty"),
+        ({"steps": 0}, "Steps is a whole number"),
+        ({"frames": 1.5}, "Frames is a whole number"),
+    ],
+)
+def test_edits_refuse(changes: dict[str, Any], said: str) -> None:
+    fields = {"model": "shapes:text2image", "video": "x.mp4", "source": "a", "target": "b"}
+    with pytest.raises(UsageError, match=said):
+        EditAsk(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_what_is_no_video_is_said(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "text.mp4"
+    path.write_text("no video")
+    asked = EditAsk(model="shapes:text2image", video=str(path), source="a red circle on gray", target="a blue circle")
+    with pytest.raises(AttnctlError, match="no frame that can be read"):
+        video_actions.edit(models, asked, tmp_path)
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def test_gradio_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["ui", "--no-browser"]) == 1
+    assert 'pip install "attnctl[ui]"' in capsys.readouterr().err
+
+
+def test_bad_port(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui", "--port", "0"]) == 2
+    assert "from 1 to 65535" in capsys.readouterr().err
+
+
+# The page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(models: Models) -> Iterator[str]:
+    """Serve the page."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from attnctl.ui.serve import serving
+
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with serving(models) as url:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.is_dir()
+        yield url
+    assert not folder.exists()
+    assert os.environ.get("GRADIO_TEMP_DIR") == before
+
+
+@pytest.fixture(scope="module")
+def client(page: str) -> Any:
+    return pytest.importorskip("gradio_client").Client(page, verbose=False)
+
+
+def fetched(url: str) -> tuple[str, Any]:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.read().decode(), answer.headers
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: str) -> None:
+    html, headers = fetched(page)
+    assert not re.findall(r"""(?:src|href)=["']https?://""", html)
+    assert "googleapis" not in html + fetched(f"{page}theme.css")[0]
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    assert page.startswith("http://127.0.0.1:")
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_every_button_has_a_name_for_programs(page: str) -> None:
+    config = json.loads(fetched(f"{page}config")[0])
+    buttons = {part["id"] for part in config["components"] if part["type"] == "button"}
+    named = {t[0]: d["api_name"] for d in config["dependencies"] for t in d["targets"] if t[0] in buttons}
+    assert set(named) == buttons
+    assert sorted(named.values()) == ["edit", "heads", "image", "video", "words"]
+
+
+def test_image_by_a_program(client: Any, page: str) -> None:
+    plain, controlled, marks, report, command = client.predict(
+        prompt=PROMPT, steps=2, methods=["PAG", "AttendExcite"], PAG_scale=1.5, api_name="/image"
+    )
+    assert "| plain | " in marks
+    assert "PAG(sites='up.0', scale=1.5)" in report
+    assert "--control 'PAG(sites=\"up.0\", scale=1.5)'" in command
+    paths = [p["value"] if isinstance(p, dict) else p for p in (plain, controlled)]
+    records = [read(path)[0] for path in paths]
+    assert [len(record.controls) for record in records] == [0, 2]
+
+
+def test_words_and_heads_by_a_program(client: Any) -> None:
+    for path in client.predict(prompt=PROMPT, steps=1, words=["square"], api_name="/words"):
+        assert read(path)[0].prompts == (PROMPT,)
+    assert read(client.predict(prompt=PROMPT, steps=1, word="square", layers="mid", api_name="/heads"))
+
+
+def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    handle_file = pytest.importorskip("gradio_client").handle_file
+    made = client.predict(prompt=CLIP, steps=1, api_name="/video")
+    assert "motion, px a frame" in made[4]
+    clip = {"video": handle_file(video_actions.sample_clip(tmp_path))}
+    edited = client.predict(video=clip, frames=2, steps=1, api_name="/edit")
+    assert "attnctl edit" in edited[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("/image", {"prompt": " "}, "prompt is empty"),
+        ("/image", {"steps": 1, "controls": "PAG(scal=1)"}, "PAG has no field 'scal'"),
+        ("/image", {"steps": 1, "methods": ["PAG"], "PAG_sites": "down.9"}, "down.9"),
+        ("/image", {"prompt": "a cat"}, "Name the concepts"),
+        ("/words", {"prompt": "a cat", "steps": 1, "words": ["dog"]}, "dog"),
+        ("/edit", {}, "no video"),
+    ],
+)
+def test_errors_are_said_in_words(client: Any, name: str, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=re.escape(said)) as error:
+        client.predict(**values, api_name=name)
+    assert "Traceback" not in str(error.value)
+
+
+# A browser -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Start a headless Chromium of the system."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+    if path is None:
+        pytest.skip("there is no Chromium here")
+    with api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield chromium
+        finally:
+            chromium.close()
+
+
+def test_a_browser_clicks_and_looks(browser: Any, page: str) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(60_000)
+    outside: list[str] = []
+    tab.on("request", lambda r: outside.append(r.url) if not r.url.startswith((page, "data:", "blob:")) else None)
+    failed: list[str] = []
+    tab.on("pageerror", lambda error: failed.append(str(error)))
+    tab.goto(page)
+    tab.get_by_label("Steps").first.fill("2")
+    tab.click("#image-go")
+    tab.wait_for_selector("#image-marks table")
+    tab.wait_for_selector("#image-controlled img")
+    sizes = tab.evaluate("[...document.querySelectorAll('.fill img')].map(i => [i.naturalWidth, i.clientWidth])")
+    assert [natural for natural, _ in sizes] == [64, 64]
+    assert all(shown > 200 for _, shown in sizes)  # enlarged, not a stamp
+    assert tab.locator("#image-marks").inner_text().count("circle") >= 1
+
+    tab.get_by_label("PAG", exact=True).first.check()
+    tab.wait_for_selector("text=Guide away from the prediction whose self-attention maps are the identity")
+    tab.get_by_label("Prompt").first.fill(" ")
+    tab.click("#image-go")
+    tab.wait_for_selector("text=The prompt is empty")
+    assert "Traceback" not in tab.content()
+
+    tab.get_by_role("tab", name="Words").click()
+    tab.get_by_label("Steps").nth(1).fill("1")
+    tab.click("#words-go")
+    tab.wait_for_selector("#words-steps img")
+    assert not outside
+    assert not failed
