@@ -14,8 +14,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import attnctl
+from attnctl.imaging import pair
 from attnctl.pipelines import HuntPlan, hunt
 from attnctl.pipelines.hunt_scorers import ShapesJudge, pick_score
 
@@ -59,13 +61,16 @@ for number, part in enumerate(found.rounds, 1):
         print(f"round {number}: {site} head {head}, mark {part.scores[site, head]:.3f}")
 
 
-def draw() -> object:
+def draw() -> Image.Image:
     """Generate from the same noise every time."""
     generator = torch.Generator("cpu").manual_seed(0)
     return pipe(prompt, num_inference_steps=20, guidance_scale=3.0, generator=generator, **call).images[0]
 
 
-draw().save(args.out / "plain.png")
+plain = draw()
 with attnctl.control(pipe, found.control()):
-    draw().save(args.out / "hunted.png")
-print(f"wrote {args.out / 'plain.png'}, {args.out / 'hunted.png'}, the head set and its heat map")
+    hunted = draw()
+plain.save(args.out / "plain.png")
+hunted.save(args.out / "hunted.png")
+pair(plain, hunted, ("plain", "the heads found"), title=prompt).save(args.out / "pair.png")
+print(f"wrote {args.out / 'plain.png'}, {args.out / 'hunted.png'}, pair.png, the head set and its heat map")
