@@ -106,6 +106,18 @@ def test_python_blocks_compile(path: Path) -> None:
             ast.parse(textwrap.dedent(code))
 
 
+def test_the_gallery_shows_every_script_and_every_picture() -> None:
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"({path.name})" in text, path.name
+    sections = text.split("## Gallery")[1].split("\n### ")[1:]
+    for section in sections:
+        form = r"^!\[.*\]\(\.\./docs/assets/\S+\.png\)\n\n```bash\n\S.*\n```$"
+        assert re.search(form, section, re.MULTILINE), section
+    shown = set(re.findall(r"docs/assets/(\S+)\)", text))
+    assert shown >= {p.name for p in (DOCS / "assets").iterdir() if not p.name.startswith("ui-")}
+
+
 def test_shown_scripts_exist() -> None:
     for path in TEXTS:
         for script in re.findall(r"python ((?:examples|benchmarks)/[\w/]+\.py)", path.read_text(encoding="utf-8")):
