@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.commands.common import Common, Result, UsageError, say, table
+from attnctl.commands.map_image import check_image, map_image
 from attnctl.outputs import below, check_free, publish, slug
 
 __all__ = ["Maps"]
@@ -18,10 +19,17 @@ __all__ = ["Maps"]
 
 @dataclass(frozen=True, kw_only=True)
 class Maps(Common):
-    """Generate images and show where they attend to the words of the prompt."""
+    """Show where images attend to the words of the prompt, or what they are like where."""
 
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
-    """What to show."""
+    """What to show; with --image, what it shows."""
+
+    image: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """A picture that exists: it is noised and looked at once, and nothing is made. With --point or --concept it needs
+    no prompt."""
+
+    strength: Annotated[float, tyro.conf.arg(metavar="X")] = 0.3
+    """Noise level at which --image is looked at, up to 1 for noise alone."""
 
     word: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
     """A word or phrase of the prompt, "cat#2" for the second cat, or the place of a token; several times for several.
@@ -94,7 +102,7 @@ class Maps(Common):
 
     def run(self, command: str) -> Result:
         """Generate image by image and write its maps."""
-        if not self.prompt.strip():
+        if not self.prompt.strip() and (self.image is None or not (self.point or self.concept)):
             raise UsageError("Give a --prompt that is not empty.")
         for name, least in (("num", 1), ("seed", 0), ("steps", 1), ("height", 1), ("width", 1)):
             value = getattr(self, name)
@@ -109,6 +117,9 @@ class Maps(Common):
                 "--concept shows what the image is like: leave out --word, --point, --negative-words and --heads."
             )
 
+        if self.image is not None:
+            check_image(self)
+
         from attnctl.commands.generate import _bar
         from attnctl.commands.models import device_and_dtype, load
         from attnctl.commands.sampling import Call
@@ -120,6 +131,10 @@ class Maps(Common):
             captures = self._captures()
         except ConfigError as error:
             raise UsageError(str(error)) from None
+        if self.image is not None:
+            one = map_image(self, captures)
+            one["words"] = _words(one.pop("maps"))
+            return Result({"model": self.model, "prompt": self.prompt, "images": [one]}, _text([one]))
         seeds = range(self.seed, self.seed + self.num)
         folders = [below(self.out, f"{slug(self.prompt)}-maps-{seed}") for seed in seeds]
         left_out = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
@@ -155,7 +170,9 @@ class Maps(Common):
         sites = tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
         points, concepts = tuple(map(_point, self.point)) or None, self.concept or None
         rows: Any = "uncond" if self.negative_words else "cond"
-        kept: tuple[Any, ...] = (("steps",), ("heads",)) if self.heads else (("steps",),)
+        # What is looked at once has no steps to keep.
+        first: tuple[str, ...] = ("steps",) if self.image is None else ()
+        kept: tuple[Any, ...] = (first, ("heads",)) if self.heads else (first,)
         what: dict[str, Any] = {"words": words, "points": points, "concepts": concepts}
         return tuple(Capture(**what, sites=sites, rows=rows, keep=keep) for keep in kept)
 
@@ -188,11 +205,6 @@ class Maps(Common):
         publish(content, force=self.force)
         save(maps, folder / "maps.safetensors", force=self.force)
         what = describe(maps)
-        peaks = [_peak(maps[word][0]) for word in maps.words]
-        words = [
-            {"word": word, "tokens": list(maps.tokens[0][n]), **peak}
-            for n, (word, peak) in enumerate(zip(maps.words, peaks, strict=True))
-        ]
         kept = {key: what[key] for key in ("grid", "normalisation", "reduce")}
         files = ["image.png", *(path.name for path in content), "maps.safetensors"]
         return {
@@ -201,7 +213,7 @@ class Maps(Common):
             "files": files,
             **kept,
             "layers": [layer["name"] for layer in what["layers"]],
-            "words": words,
+            "words": _words(maps),
         }
 
 
@@ -227,6 +239,13 @@ def _point(text: str) -> tuple[float, ...]:
         return (float(x), float(y), *map(int, frame))
     except ValueError:
         raise ConfigError(f"--point {text!r}: expected x,y as shares of the image, such as 0.5,0.25.") from None
+
+
+def _words(maps: Any) -> list[dict[str, Any]]:
+    """Say where the map of each word is highest, and how high."""
+    return [
+        {"word": word, "tokens": list(maps.tokens[0][n]), **_peak(maps[word][0])} for n, word in enumerate(maps.words)
+    ]
 
 
 def _peak(values: Any) -> dict[str, Any]:

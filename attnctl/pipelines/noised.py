@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attnctl._quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.maps import WordMaps
 from attnctl.processors.capture import Capture
@@ -69,7 +70,8 @@ def image_maps(
         options = {"prompt": prompt, **options}
     if not getattr(getattr(host, "transformer", None), "config", {}).get("guidance_embeds", False):
         options = {"guidance_scale": 1.0, **options}
-    with control(host, capture) as handle:
+    # The bar would count steps that are passed over.
+    with without_bar(host), control(host, capture) as handle:
         host(
             image=image,
             strength=strength,
