@@ -348,7 +348,7 @@ def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
         ("/image", {"steps": 1, "methods": ["PAG"], "PAG_sites": "down.9"}, "down.9"),
         ("/image", {"prompt": "a cat"}, "Name the concepts"),
         ("/words", {"prompt": "a cat", "steps": 1, "words": ["dog"]}, "dog"),
-        ("/edit", {}, "no video"),
+        ("/edit", {"video": None}, "no video"),
     ],
 )
 def test_errors_are_said_in_words(client: Any, name: str, values: dict[str, Any], said: str) -> None:

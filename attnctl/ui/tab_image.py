@@ -32,8 +32,9 @@ def image_tab(models: Models, folder: Path) -> None:
             go = gr.Button("Generate", variant="primary", elem_id="image-go")
             groups, knobs = _groups(offered, chosen.value, first)
             with gr.Accordion("More", open=False):
-                negative = gr.Textbox(label="Negative prompt", lines=1)
+                negative = gr.Textbox("", label="Negative prompt", lines=1)
                 more = gr.Textbox(
+                    "",
                     label="Further controls, one a line, as --control takes them",
                     placeholder='PAG(scale=2.0, sites="mid", every=2)',
                     lines=2,

@@ -64,7 +64,7 @@ def heads_tab(models: Models, folder: Path) -> None:
             choices, nouns = word_choices(prompts[0], _NOUNS)
             with gr.Row():
                 word = gr.Dropdown(choices, value=nouns[0], label="Word", min_width=100)
-                sites = gr.Textbox(label="Layers", placeholder="blank: all; or mid, up.1, 3", min_width=100)
+                sites = gr.Textbox("", label="Layers", placeholder="blank: all; or mid, up.1, 3", min_width=100)
             go = gr.Button("Show heads", variant="primary", elem_id="heads-go")
             gr.Examples([[p] for p in prompts], [fields.prompt], label="Click an example")
         with gr.Column(scale=6, min_width=400):

@@ -46,6 +46,7 @@ def _make_tab(models: Models, folder: Path) -> None:
             )
             with gr.Accordion("More", open=False):
                 more = gr.Textbox(
+                    "",
                     label="Further controls, one a line, as --control takes them",
                     placeholder="EnhanceAVideo(weight=4.0)",
                     lines=2,
@@ -124,7 +125,7 @@ def _edit_tab(models: Models, folder: Path) -> None:
                 cross = gr.Slider(0, 1, value=0.8, step=0.05, label="cross_replace")
                 own = gr.Slider(0, 1, value=0.8, step=0.05, label="self_replace")
                 blend = gr.Textbox(
-                    label="Keep the source outside of", placeholder="words of the source, such as circle"
+                    "", label="Keep the source outside of", placeholder="words of the source, such as circle"
                 )
                 size = gr.Number(64 if small else 512, label="Shorter side, pixels", precision=0, minimum=8)
             go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
