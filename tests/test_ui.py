@@ -335,7 +335,7 @@ def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
     handle_file = pytest.importorskip("gradio_client").handle_file
     made = client.predict(prompt=CLIP, steps=1, api_name="/video")
     assert "motion, px a frame" in made[4]
-    clip = {"video": handle_file(video_actions.sample_clip(tmp_path))}
+    clip = handle_file(video_actions.sample_clip(tmp_path))
     edited = client.predict(video=clip, frames=2, steps=1, api_name="/edit")
     assert "attnctl edit" in edited[-1]
 

@@ -20,7 +20,7 @@ CSS = """
 .pixels img { image-rendering: pixelated; }
 .sheet .image-container { padding-top: 30px; }
 .mono textarea { font-family: monospace; font-size: 12px; white-space: pre; overflow-x: auto; }
-.about { padding: 8px 12px 4px !important; font-size: 13px; background: transparent !important; }
+.about { padding: 8px 12px 4px !important; font-size: 13px; background: var(--block-background-fill) !important; }
 .marks table { width: 100%; font-size: 13px; }
 .marks th, .marks td { border-color: var(--border-color-primary) !important; padding: 4px 8px !important; }
 .marks th, .marks td:first-child { white-space: nowrap; }

@@ -70,7 +70,7 @@ def serving(
                 share=False,
                 prevent_thread_lock=True,
                 quiet=True,
-                show_error=False,
+                show_error=True,
                 theme=theme(),
                 css=CSS,
                 footer_links=[],
