@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import zoo
@@ -591,6 +592,26 @@ def test_self_attention_is_no_site_for_words() -> None:
     if not any(s.kind in Capture.kinds for s in attnctl.find_sites(model)):
         with pytest.raises(SiteError):
             attnctl.control(model, capture)
+
+
+def test_a_map_that_is_not_finite_is_an_error() -> None:
+    pipe, kwargs = pipes.build("sd")
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    with torch.no_grad():
+        pipe.unet.get_submodule(name).to_q.weight[0, 0] = torch.nan
+    for capture in (Capture(words=("cat",), sites="mid"), Capture(words=("cat",), sites="mid", keep=("steps",))):
+        with attnctl.control(pipe, capture) as handle:
+            pipes.run(pipe, kwargs)
+            with pytest.raises(UnsupportedModelError, match=f"maps of {name} hold values that are not finite"):
+                _ = handle.maps
+
+
+def test_a_model_without_text_attention_is_refused() -> None:
+    blocks = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
+    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, **blocks)
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    with pytest.raises(SiteError, match="no cross- or joint attention, so nothing"):
+        attnctl.control(pipe, Capture(words=(1,)))
 
 
 def test_a_copied_pipeline_records_nothing() -> None:

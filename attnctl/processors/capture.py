@@ -208,6 +208,11 @@ class Capture(Control):
         """Choose every site whose image tokens read text; for points, each other."""
         wanted, what = (self.kinds, "Capture") if self.points is None else (_LOOKING, "Capture of points")
         kinds = [k for k in wanted if k != "dual" and any(s.kind == k for s in sites)]
+        if not kinds and self.points is None:
+            raise SiteError(
+                "Capture: this model has no cross- or joint attention, so nothing in its image reads words. Use points "
+                f"instead ({', '.join(sorted({s.kind for s in sites}))} attention is what it has)."
+            )
         return select(sites, kinds or list(wanted), kinds=wanted, what=what)
 
     def default_source(self, family: Family) -> str | None:

@@ -242,6 +242,7 @@ class Recorder(Attached):
 
         Raises:
             NeverApplied: Nothing was.
+            UnsupportedModelError: A map holds a value that is not a finite number.
         """
         if not self.layers:
             raise NeverApplied(
@@ -277,6 +278,11 @@ class Recorder(Attached):
         else:
             whole = layer.parts[0] / layer.count if self.capture.reduce == "mean" else layer.parts[0].clone()
             out = whole.unsqueeze(2)
+        if not torch.isfinite(out).all():
+            raise UnsupportedModelError(
+                f"Capture: the maps of {layer.site.name} hold values that are not finite numbers: attention gave them "
+                "there, as where float16 overflows. Run the model in bfloat16 or float32, or choose other sites."
+            )
         for n, concepts in enumerate(self.concepts):
             lacks = [i for i, label in enumerate(self.labels) if label not in concepts]
             if lacks:
