@@ -120,7 +120,7 @@ def test_the_gallery_shows_every_script_and_every_picture() -> None:
 
 def test_shown_scripts_exist() -> None:
     for path in TEXTS:
-        for script in re.findall(r"python ((?:examples|benchmarks)/[\w/]+\.py)", path.read_text(encoding="utf-8")):
+        for script in re.findall(r"\b((?:examples|benchmarks|tests)/[\w/]+\.py)", path.read_text(encoding="utf-8")):
             assert (ROOT / script).is_file(), (path.name, script)
 
 
