@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from attnctl.commands.bench import Bench
 from attnctl.commands.calibrate import Calibrate
 from attnctl.commands.common import Result, UsageError
 from attnctl.commands.demo import Demo
@@ -32,6 +33,7 @@ _COMMANDS: dict[str, type] = {
     "maps": Maps,
     "calibrate": Calibrate,
     "hunt": Hunt,
+    "bench": Bench,
     "sites": Sites,
     "ui": Ui,
     "env": Env,

@@ -1,0 +1,259 @@
+"""What attaching costs, what detaching leaves, and how the package is made: `python benchmarks/reliability.py`.
+
+inactive    a control that is attached and switched off, on a tiny UNet: time of a call beside the plain model (least of
+            interleaved rounds), bytes held, and whether the output is the same bit for bit, for every method that runs
+restore     attach, run, stop at every step by an exception, a KeyboardInterrupt, a lost handle; detach; compare output
+            and the variables of every module. Beside it, diffusers' own PAG pipeline, which leaves its processors
+counts      families, pairs, cases of property tests, tests, lines
+package     size of the wheel, time of the import, hard dependencies
+
+The table goes to stderr, the JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import conftest  # noqa: E402, F401  (first: offline, quiet, one thread)
+import pairs  # noqa: E402
+import torch  # noqa: E402
+import zoo  # noqa: E402
+import zoo_pipelines as pipes  # noqa: E402
+from contract import snapshot  # noqa: E402
+
+import attnctl  # noqa: E402
+from attnctl.pairs import rule_for  # noqa: E402
+from attnctl.provenance import versions  # noqa: E402
+from attnctl.specs import methods  # noqa: E402
+
+
+def _tensor_bytes() -> int:
+    gc.collect()
+    held = {}
+    for o in gc.get_objects():
+        if type(o) in (torch.Tensor, torch.nn.Parameter):
+            held[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+@torch.no_grad()
+def inactive(rounds: int) -> dict[str, Any]:
+    """Measure what a control costs that does not act."""
+    exact = {}
+    for host in (pairs.unet(), pairs.joint()):
+        plain = host.plain(())
+        for name, control in host.first.items():
+            if name == "FateZero":
+                continue  # an edit of its own call
+            with attnctl.control(host.pipe, control) as handle:
+                handle.enabled = False
+                exact[f"{name}, {host.name}"] = bool(torch.equal(pairs.run(host, (), editing=False), plain))
+    model, inputs = zoo.build("sd15")
+    control = pairs.unet().first["PAG"]
+    zoo.call(model, inputs)
+    before = _tensor_bytes()
+    best = {"plain": float("inf"), "switched off": float("inf")}
+    handle = attnctl.control(model, control, layout="cond")
+    handle.enabled = False
+    held = _tensor_bytes() - before
+    handle.detach()
+    for _ in range(rounds):
+        for name in best:
+            handle = attnctl.control(model, control, layout="cond") if name != "plain" else None
+            if handle is not None:
+                handle.enabled = False
+            for _ in range(3):
+                begin = time.perf_counter()
+                zoo.call(model, inputs)
+                best[name] = min(best[name], time.perf_counter() - begin)
+            if handle is not None:
+                handle.detach()
+    return {
+        "exact": sum(exact.values()),
+        "of": len(exact),
+        "not_exact": [k for k, v in exact.items() if not v],
+        "us_per_call": round(1e6 * (best["switched off"] - best["plain"]), 1),
+        "us_plain_call": round(1e6 * best["plain"], 1),
+        "bytes": held,
+    }
+
+
+@torch.no_grad()
+def restore() -> dict[str, Any]:
+    """Count ways of ending a run after which everything is as before."""
+    cases = restored = left = 0
+    for host in (pairs.unet(), pairs.joint()):
+        model, scheduler = pipes.denoiser(host.pipe), host.pipe.scheduler
+        plain = host.plain(())
+        before = snapshot(model, scheduler)
+        for name in ("PAG", "SLG", "AStar", "Capture", "PARO", "NAG", "BroadWay"):
+            control = host.first.get(name)
+            if control is None:
+                continue
+            for error in (None, RuntimeError, KeyboardInterrupt):
+                for at in range(pairs.STEPS if error else 1):
+                    _end(host, control, error, at)
+                    after = snapshot(model, scheduler)
+                    residue = [k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]
+                    same = bool(torch.equal(pairs.run(host, (), editing=False), plain))
+                    cases, restored, left = cases + 1, restored + (same and not residue), left + len(residue)
+    return {"cases": cases, "restored": restored, "left_over": left, "diffusers_pag_pipeline": _theirs()}
+
+
+def _end(host: pairs.Host, control: Any, error: type[BaseException] | None, at: int) -> None:
+    """Run a pipeline under a control to its end, or to an error in a step."""
+
+    def stop(pipe: Any, step: int, t: Any, values: Any) -> Any:
+        if error is not None and step == at:
+            raise error
+        return values
+
+    kwargs = {k: v for k, v in host.kwargs.items() if k != "editing"}
+    attnctl.control(host.pipe, control)  # the handle is lost
+    try:
+        pipes.run(host.pipe, kwargs, callback_on_step_end=stop)
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    finally:
+        gc.collect()
+        handle = attnctl.handle_of(host.pipe)
+        assert handle is not None
+        handle.detach()
+
+
+def _theirs() -> dict[str, Any]:
+    """Stop diffusers' own PAG pipeline in a step; count the processors that it leaves changed, and compare the UNet."""
+    plain, kwargs = pipes.build("sd")
+    twin = pipes.pag_twin(plain)
+    reference = pipes.run(plain, kwargs)
+    before = {name: type(p).__name__ for name, p in plain.unet.attn_processors.items()}
+
+    def stop(*_: Any) -> Any:
+        raise RuntimeError
+
+    with contextlib.suppress(RuntimeError):
+        pipes.run(twin, kwargs, pag_scale=3.0, callback_on_step_end=stop)
+    after = {name: type(p).__name__ for name, p in plain.unet.attn_processors.items()}
+    changed = sum(before[name] != after[name] for name in before)
+    try:
+        same = bool(torch.equal(pipes.run(plain, kwargs), reference))
+    except Exception as error:
+        return {"left_over": changed, "plain_pipeline_after": f"raises {type(error).__name__}"}
+    return {"left_over": changed, "plain_pipeline_after": "same" if same else "differs"}
+
+
+def counts() -> dict[str, Any]:
+    """Count what is tested, without running it."""
+    known = methods()
+    refused = sum(rule_for(known[a], known[b]) is not None for a, b in pairs.PAIRS)
+    apart = sum(not pairs.hosts_of(names) for names in pairs.PAIRS)
+    text = (ROOT / "tests" / "test_properties.py").read_text(encoding="utf-8")
+    cases = sum(map(int, re.findall(r"^@cases\((\d+)\)", text, re.MULTILINE)))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    collected = re.search(r"(\d+) tests collected", done.stdout)
+
+    def lines(folder: str) -> int:
+        return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / folder).rglob("*.py"))
+
+    return {
+        "methods": len(known),
+        "denoisers": len(zoo.NAMES),
+        "pipelines": len(pipes.NAMES),
+        "pairs": len(pairs.PAIRS),
+        "pairs_refused": refused,
+        "pairs_without_common_model": apart,
+        "pairs_together": len(pairs.PAIRS) - refused - apart,
+        "property_cases": cases,
+        "property_cases_at_night": 20 * cases,
+        "tests": int(collected[1]) if collected else None,
+        "lines": {folder: lines(folder) for folder in ("attnctl", "tests", "benchmarks", "examples")},
+    }
+
+
+IMPORT = """
+import time, torch, diffusers
+began = time.process_time()
+import attnctl, attnctl.session
+print(time.process_time() - began)
+"""
+
+
+def package() -> dict[str, Any]:
+    """Build the wheel, time the import, and count what it needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        build = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            str(ROOT),
+            "--no-deps",
+            "--no-build-isolation",
+            "-q",
+            "-w",
+            folder,
+        ]
+        done = subprocess.run(build, capture_output=True, text=True)
+        made = list(Path(folder).glob("*.whl"))
+        size = round(made[0].stat().st_size / 1024) if made else None
+        if size is None:
+            print(done.stderr[-500:], file=sys.stderr)
+    command = [sys.executable, "-c", IMPORT]
+    seconds = min(float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(2))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {
+        "wheel_kib": size,
+        "import_cpu_seconds_beyond_torch_and_diffusers": round(seconds, 3),
+        "hard_dependencies": len(project["dependencies"]),
+        "dependencies": [re.split(r"[><=; ]", d)[0] for d in project["dependencies"]],
+    }
+
+
+def main() -> int:
+    """Measure everything; exit with 1 where something is not exact or not restored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no wheel")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of the timing")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "inactive": inactive(2 if options.quick else options.rounds),
+        "restore": restore(),
+    }
+    if not options.quick:
+        result |= {"counts": counts(), "package": package()}
+    for part in ("inactive", "restore", "counts", "package"):
+        for key, value in result.get(part, {}).items():
+            print(f"{part:10}{key:48}{value}", file=sys.stderr)
+    print(json.dumps(result, indent=1))
+    good = not result["inactive"]["not_exact"] and result["restore"]["restored"] == result["restore"]["cases"]
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
