@@ -20,10 +20,11 @@ from PIL import Image
 
 from attnctl.cli import main
 from attnctl.commands.common import UsageError
+from attnctl.commands.demo import SHEETS, Sheet
 from attnctl.errors import AttnctlError, ConfigError
-from attnctl.processors import PAG, SEG, AStar, AttendExcite, BroadWay
+from attnctl.processors import PAG, SEG, AStar, BroadWay
 from attnctl.record import pixels_sha256, read
-from attnctl.specs import methods
+from attnctl.specs import methods, parse_control
 from attnctl.ui import actions, video_actions
 from attnctl.ui.actions import Ask
 from attnctl.ui.knobs import about, control_of, knobs_of, preset, selector
@@ -73,12 +74,17 @@ def test_knobs_make_controls() -> None:
     assert [selector(text) for text in ("", None, "6", "mid", "1, up.1")] == [None, None, 6, "mid", (1, "up.1")]
 
 
-def test_settings_of_the_shipped_models_are_those_of_the_demo() -> None:
-    made = control_of("AttendExcite", {}, "shapes:text2image", PROMPT)
-    assert made == AttendExcite(concepts=("circle", "square"), grad_transform="l2", step_size=0.5, thresholds=())
-    assert control_of("AttendExcite", {"step_size": 1.0}, "shapes:text2image", PROMPT).thresholds == ()
-    assert control_of("PAG", {}, "shapes:mmdit") == PAG(scale=2.5, sites=6)
-    assert control_of("PAG", {"sites": ""}, "shapes:mmdit") == PAG(scale=2.5)
+@pytest.mark.parametrize("sheet", SHEETS, ids=lambda sheet: sheet.model)
+def test_settings_of_the_shipped_models_are_those_of_the_demo(sheet: Sheet) -> None:
+    for form in (form for panel in sheet.panels for form in panel.controls):
+        shown = parse_control(form.replace("NOUNS", "('circle', 'square')"))
+        assert control_of(type(shown).__name__, {}, sheet.model, PROMPT) == shown
+
+
+def test_knobs_go_before_settings() -> None:
+    made = control_of("AttendExcite", {"step_size": 1.0, "sites": "mid"}, "shapes:text2image", PROMPT)
+    assert (made.step_size, made.sites, made.thresholds) == (1.0, "mid", ())
+    assert control_of("PAG", {"sites": ""}, "shapes:mmdit").sites is None
     assert preset("somebody/model", "PAG") == {}
 
 
@@ -334,7 +340,9 @@ def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
     pytest.importorskip("av")
     handle_file = pytest.importorskip("gradio_client").handle_file
     made = client.predict(prompt=CLIP, steps=1, api_name="/video")
-    assert "motion, px a frame" in made[4]
+    assert "motion, px a frame" in made[3]
+    assert len(read(made[2])) == 2
+    assert sorted(Path(f).suffix for f in made[4]) == [".mp4", ".mp4", ".png", ".png"]
     clip = handle_file(video_actions.sample_clip(tmp_path))
     edited = client.predict(video=clip, frames=2, steps=1, api_name="/edit")
     assert "attnctl edit" in edited[-1]
@@ -398,6 +406,11 @@ def test_a_browser_clicks_and_looks(browser: Any, page: str) -> None:
     tab.click("#image-go")
     tab.wait_for_selector("text=The prompt is empty")
     assert "Traceback" not in tab.content()
+
+    tab.get_by_label("Model").first.click()
+    tab.get_by_role("option", name="shapes:mmdit").click()
+    tab.wait_for_selector("text=Guide away from the prediction whose attention maps lean towards a target")
+    assert not tab.get_by_label("NAG", exact=True).count()  # needs cross-attention, which this model has not
 
     tab.get_by_role("tab", name="Words").click()
     tab.get_by_label("Steps").nth(1).fill("1")

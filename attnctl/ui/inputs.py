@@ -34,11 +34,9 @@ class Fields:
     Args:
         models: Names of the models to choose from; the first is chosen.
         prompt: The prompt to begin with.
-        steps: Steps to begin with, for shipped models.
     """
 
-    def __init__(self, models: Sequence[str], prompt: str, *, seed: int = 0, steps: int = _SHAPES[0]) -> None:
-        self._steps = steps
+    def __init__(self, models: Sequence[str], prompt: str, *, seed: int = 0) -> None:
         many, guidance = self.settings(models[0])
         self.model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
         self.prompt = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=4)
@@ -54,7 +52,7 @@ class Fields:
 
     def settings(self, model: str) -> tuple[int | None, float | None]:
         """Return steps and guidance to begin with; None is the pipeline's own."""
-        return (self._steps, _SHAPES[1]) if model.startswith(SHIPPED) else (None, None)
+        return _SHAPES if model.startswith(SHIPPED) else (None, None)
 
 
 def prompts_for(model: str) -> tuple[str, ...]:

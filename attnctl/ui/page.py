@@ -19,6 +19,7 @@ CSS = """
 .fill button, .fill .image-frame, .fill img { width: 100% !important; height: 100% !important; object-fit: contain; }
 .pixels img { image-rendering: pixelated; }
 .sheet .image-container { padding-top: 30px; }
+.sheet img { width: 100%; }
 .mono textarea { font-family: monospace; font-size: 12px; white-space: pre; overflow-x: auto; }
 .about { padding: 8px 12px 4px !important; font-size: 13px; background: var(--block-background-fill) !important; }
 .marks table { width: 100%; font-size: 13px; }

@@ -117,7 +117,7 @@ def _shown(done: actions.Compared, folder: Path, prompt: str) -> list[Any]:
     pictures: list[Any] = []
     for name, run, _ in done.runs:
         classes = ["fill", "pixels"] if actions.small(run.images[0]) else ["fill"]
-        pictures.append(gr.update(value=actions.keep(folder, f"{prompt} {name}", run), elem_classes=classes))
+        pictures.append(gr.update(value=actions.keep(folder, f"{name} {prompt}", run), elem_classes=classes))
     return pictures if len(pictures) == 2 else [*pictures, gr.update(value=None)]
 
 

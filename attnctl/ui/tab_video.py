@@ -35,7 +35,7 @@ def _make_tab(models: Models, folder: Path) -> None:
     prompts = _PROMPTS if models.videos[0].startswith(SHIPPED) else _ELSEWHERE
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            fields = Fields(models.videos, prompts[0], steps=_STEPS)
+            fields = Fields(models.videos, prompts[0])
             motion = gr.Slider(
                 0,
                 4,
@@ -57,14 +57,11 @@ def _make_tab(models: Models, folder: Path) -> None:
             with gr.Row():
                 plain, controlled = _player("Plain", "video-plain"), _player("Controlled", "video-controlled")
             marks = gr.Markdown(
-                "Press *Generate video*: half a minute for the shipped model.",
+                "Press *Generate video*: the same noise becomes a video twice.",
                 elem_id="video-marks",
                 elem_classes=["marks"],
             )
-            strips = [
-                picture("All frames, plain", "strip-plain"),
-                picture("All frames, controlled", "strip-controlled"),
-            ]
+            frames = picture("Frames", "video-frames")
             files = gr.File(label="Files with their record", interactive=False, visible=False)
             with gr.Accordion("Report: what acted where", open=False):
                 report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
@@ -82,27 +79,26 @@ def _make_tab(models: Models, folder: Path) -> None:
         controls: str,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """Make a video plain and with more motion: both MP4s, both strips, the table, files, report, commands."""
+        """Make a video plain and with more motion: both MP4s, frames of both, the table, files, report, commands."""
         asked = ask(model, prompt, seed, steps, guidance)
         acting = [BroadWay(motion=motion)] if motion else []
         acting += written(controls)
         done = actions.compare(models, asked, acting, ticks(progress, models, asked, 2 if acting else 1))
         films = [video_actions.preview(folder, run.videos[0]) for _, run, _ in done.runs]
-        sheets = [actions.keep(folder, f"{prompt} {name}", run) for name, run, _ in done.runs]
-        mp4s = [video_actions.film(folder, f"{prompt} {n}", run.videos[0], run.record) for n, run, _ in done.runs]
+        strips = [actions.keep(folder, f"{name} {prompt}", run) for name, run, _ in done.runs]
+        mp4s = [video_actions.film(folder, f"{n} {prompt}", run.videos[0], run.record) for n, run, _ in done.runs]
         missing = [None] * (2 - len(films))
         return (
             *films,
             *missing,
-            *sheets,
-            *missing,
+            actions.keep_bytes(folder, "frames.png", video_actions.frames_sheet(done)),
             table(*video_actions.video_marks(done, prompt)),
-            gr.update(value=[f for f in (*mp4s, *sheets) if f], visible=True),
+            gr.update(value=[f for f in (*mp4s, *strips) if f], visible=True),
             done.report,
             done.commands,
         )
 
-    outputs = [plain, controlled, *strips, marks, files, report, command]
+    outputs = [plain, controlled, frames, marks, files, report, command]
     go.click(
         video, [*fields.all, motion, more], outputs, api_name="video", show_progress_on=[plain, controlled], **_ALONE
     )

@@ -16,15 +16,17 @@ from PIL import Image
 
 from attnctl.commands.common import UsageError
 from attnctl.errors import JudgeError
-from attnctl.imaging import enlarge
+from attnctl.imaging import enlarge, grid
 from attnctl.outputs import slug
 from attnctl.provenance import command_line
+from attnctl.record import png_bytes
 from attnctl.ui.actions import Compared, Step, keep_bytes
 from attnctl.ui.models import Models
 
-__all__ = ["EditAsk", "EditMade", "edit", "film", "preview", "sample_clip", "video_marks"]
+__all__ = ["EditAsk", "EditMade", "edit", "film", "frames_sheet", "preview", "sample_clip", "video_marks"]
 
 FPS = 8.0
+_SHOWN = 8  # frames side by side
 _WINDOW = 8  # frames that go through the model at once
 _SIDE = 256  # pixels that a small video is enlarged to, by a whole factor
 
@@ -110,6 +112,16 @@ def video_marks(done: Compared, prompt: str) -> tuple[list[str], list[list[str]]
         marks = ["yes" if found[mark] else "no" for mark in MARKS]
         rows.append([name, *marks, f"{found['motion']:.2f}", f"{seconds:.1f}"])
     return ["", *MARKS.values(), "motion, px a frame", "seconds"], rows
+
+
+def frames_sheet(done: Compared) -> bytes:
+    """Lay frames of each video out side by side, at most eight, as a PNG with all records."""
+    count = len(done.plain.videos[0])
+    shown = sorted({round(i * (count - 1) / max(1, _SHOWN - 1)) for i in range(_SHOWN)})
+    tiles = [run.videos[0][i] for _, run, _ in done.runs for i in shown]
+    labels = [name for name, _, _ in done.runs]
+    sheet = grid(tiles, len(labels), len(shown), labels, [f"frame {i}" for i in shown], tile=128)
+    return png_bytes(sheet, [run.record for _, run, _ in done.runs])
 
 
 def film(folder: Path, stem: str, frames: Sequence[Image.Image], record: Any, fps: float = FPS) -> str | None:
