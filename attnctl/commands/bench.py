@@ -20,7 +20,7 @@ import tyro
 from attnctl.commands.common import Common, Result, UsageError, say, table
 from attnctl.errors import nearest
 
-__all__ = ["Bench", "Benchmark", "catalogue", "figures_of"]
+__all__ = ["Bench", "Benchmark", "catalogue", "command_of", "figures_of", "told"]
 
 _CATALOGUE = "bench.toml"
 
@@ -73,6 +73,23 @@ def figures_of(benchmark: Benchmark, data: Any) -> dict[str, Any]:
             continue
         found[label] = value
     return found
+
+
+def command_of(benchmark: Benchmark, quick: bool = False) -> str:
+    """Write the command line that runs a benchmark."""
+    arguments = (benchmark.quick or ()) if quick else benchmark.args
+    return " ".join(["python", f"benchmarks/{benchmark.script}", *arguments]).replace("{work}", "WORK")
+
+
+def told(figures: Mapping[str, Any]) -> str:
+    """Put headline numbers into one line."""
+
+    def short(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return "; ".join(f"{label} {short(value)}" for label, value in figures.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +161,7 @@ class Bench(Common):
             "runs": runs,
         }
         publish({self.out: (json.dumps(facts, indent=1) + "\n").encode()}, force=self.force)
-        rows = [(r["name"], "ok" if r["code"] == 0 else "failed", r["seconds"], _told(r["figures"])) for r in runs]
+        rows = [(r["name"], "ok" if r["code"] == 0 else "failed", r["seconds"], told(r["figures"])) for r in runs]
         text = table(("benchmark", "", "seconds", "figures"), rows) + f"\n\nwrote {self.out}"
         return Result(facts, text, 0 if all(r["code"] == 0 for r in runs) else 1)
 
@@ -159,11 +176,6 @@ def _found(folder: Path | None) -> Path:
         f"There are no benchmarks in {places[-1]}: they are part of the repository, and not of the installed package. "
         "Clone it, and run `attnctl bench` in it or give --folder."
     )
-
-
-def _line(benchmark: Benchmark, quick: bool = False) -> str:
-    arguments = (benchmark.quick or ()) if quick else benchmark.args
-    return " ".join(["python", f"benchmarks/{benchmark.script}", *arguments]).replace("{work}", "WORK")
 
 
 def _run(folder: Path, benchmark: Benchmark, quick: bool) -> dict[str, Any]:
@@ -185,7 +197,7 @@ def _run(folder: Path, benchmark: Benchmark, quick: bool) -> dict[str, Any]:
     code = done.returncode or (1 if data is None else 0)
     return {
         "name": benchmark.name,
-        "command": _line(benchmark, quick),
+        "command": command_of(benchmark, quick),
         "code": code,
         "seconds": round(time.perf_counter() - began, 1),
         "figures": figures_of(benchmark, data),
@@ -202,15 +214,8 @@ def _recorded(folder: Path, chosen: Sequence[Benchmark]) -> Result:
             continue
         data = json.loads(file.read_text(encoding="utf-8"))
         figures = figures_of(benchmark, data)
-        facts.append({"name": benchmark.name, "file": benchmark.out, "figures": figures, "command": _line(benchmark)})
-        rows.append((benchmark.name, _told(figures), _line(benchmark)))
+        facts.append(
+            {"name": benchmark.name, "file": benchmark.out, "figures": figures, "command": command_of(benchmark)}
+        )
+        rows.append((benchmark.name, told(figures), command_of(benchmark)))
     return Result(facts, table(("benchmark", "figures", "command"), rows))
-
-
-def _told(figures: Mapping[str, Any]) -> str:
-    def short(value: Any) -> str:
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return "; ".join(f"{label} {short(value)}" for label, value in figures.items())

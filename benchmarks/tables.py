@@ -1,0 +1,114 @@
+"""Write docs/benchmarks.md out of the recorded results: `python benchmarks/tables.py > docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import host_matrix
+
+from attnctl.commands.bench import catalogue, command_of, figures_of, told
+
+__all__ = ["markdown"]
+
+FOLDER = Path(__file__).resolve().parent
+HEAD = """\
+# Benchmarks
+
+Every figure is printed by the command beside it, in a clone of the repository; `attnctl bench` runs them all, and
+`attnctl bench --show` prints the first table. The results lie in `benchmarks/results`, and the pages of the methods
+say what they mean. This page is written by `python benchmarks/tables.py > docs/benchmarks.md`.
+
+## Methods
+
+| benchmark | measures | figures | command |
+|---|---|---|---|"""
+TESTED = """\
+What has no figure is a test: methods against naive references (`pytest tests/test_closed_forms.py
+tests/test_pag_parity.py tests/test_fatezero_parity.py` and the others named after methods), the memory of maps
+(`pytest tests/test_maps.py -k memory`), two hundred runs without growth and two hash seeds (`pytest
+tests/test_leaks.py`), and that no selected site is passed over in silence (`pytest
+tests/test_contract_pipelines.py -k skips_attention`)."""
+ENDED = "whole runs, exceptions and KeyboardInterrupt in every step, with the handle lost"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """Read a result of the project's own runs; empty where there is none yet."""
+    path = FOLDER / "results" / name
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """List what is measured about switching off, detaching and packaging, and the value."""
+    rows: list[tuple[str, str]] = []
+    if "inactive" in data:
+        i = data["inactive"]
+        rows += [
+            ("switched off: the same output bit for bit", f"{i['exact']} of {i['of']} methods x models"),
+            ("switched off: time added to a call", f"{i['us_per_call']} us (tiny UNet, {i['us_plain_call']} us plain)"),
+            ("switched off: tensors held", f"{i['bytes']} bytes"),
+        ]
+    if "restore" in data:
+        r, theirs = data["restore"], data["restore"]["diffusers_pag_pipeline"]
+        rows += [
+            (f"detached: output and variables as before ({ENDED})", f"{r['restored']} of {r['cases']}"),
+            ("detached: variables left on modules and scheduler", f"{r['left_over']}"),
+            ("diffusers' PAG pipeline after an exception: processors left", f"{theirs['left_over']}"),
+            (
+                "diffusers' PAG pipeline after an exception: its UNet in a plain pipeline",
+                theirs["plain_pipeline_after"],
+            ),
+        ]
+    if "counts" in data:
+        c = data["counts"]
+        split = f"{c['pairs_together']}, {c['pairs_refused']}, {c['pairs_without_common_model']} of {c['pairs']}"
+        rows += [
+            ("kinds of denoiser, and pipelines, of the contract suites", f"{c['denoisers']}, {c['pipelines']}"),
+            ("[pairs of controls](pairs.md) together, refused with the reason, without a common model", split),
+            ("random cases in every run, and at night", f"{c['property_cases']}, {c['property_cases_at_night']}"),
+            ("tests", f"{c['tests']}"),
+            ("lines of Python", ", ".join(f"{k} {v}" for k, v in c["lines"].items())),
+        ]
+    if "package" in data:
+        p = data["package"]
+        seconds = p["import_cpu_seconds_beyond_torch_and_diffusers"]
+        rows += [
+            ("wheel, three models included", f"{p['wheel_kib']} KiB"),
+            ("import, beyond torch and diffusers", f"{seconds} s of processor time"),
+            ("hard dependencies", f"{p['hard_dependencies']}: {', '.join(p['dependencies'])}"),
+        ]
+    return rows
+
+
+def markdown() -> str:
+    """Lay out everything that is recorded."""
+    data, hosts = recorded("reliability.json"), recorded("host_matrix.json")
+    lines = [HEAD]
+    for benchmark in catalogue(FOLDER):
+        found = recorded(benchmark.out) if benchmark.out else {}
+        if found and benchmark.name not in ("reliability", "host_matrix"):
+            figures = told(figures_of(benchmark, found)) or f"in `benchmarks/results/{benchmark.out}`"
+            lines.append(f"| {benchmark.name} | {benchmark.about} | {figures} | `{command_of(benchmark)}` |")
+    lines += ["", "## Reliability", ""]
+    if data:
+        about = data["versions"]
+        where = f"Python {about['python']}, torch {about['torch']}, diffusers {about['diffusers']}"
+        command = "`python benchmarks/reliability.py`"
+        lines += [f"Measured on {data['date']} with one thread on {data['machine']}: {where}.", ""]
+        lines += ["| figure | value | command |", "|---|---|---|"]
+        lines += [*(f"| {what} | {value} | {command} |" for what, value in reliability(data)), ""]
+    lines += [TESTED, "", "## Host versions", ""]
+    if not hosts:
+        return "\n".join([*lines, "Measured by `python benchmarks/host_matrix.py`; nothing is recorded yet.", ""])
+    lines += ["Each host in an environment of its own, by `python benchmarks/host_matrix.py`; the parts of the tests:"]
+    lines += ["", *(f"- {name}: `pytest {part}`" for name, part in hosts["suites"].items()), ""]
+    lines += [host_matrix.markdown(hosts), ""]
+    notes = [f"- {name}: {h['note']}." for name, h in hosts["hosts"].items() if h.get("note")]
+    return "\n".join([*lines, *notes, *([""] if notes else [])])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
