@@ -170,7 +170,7 @@ def test_prompt_to_prompt(tmp_path: Path) -> None:
 
 
 def test_own_control(tmp_path: Path) -> None:
-    assert "Tempered(scale=2.5, sites=6)" in run("own_control", tmp_path)
+    assert "Tempered(sites=6, scale=2.5)" in run("own_control", tmp_path)
     plain, tempered = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("plain", "tempered"))
     assert abs(plain - tempered).max() > 8
 
