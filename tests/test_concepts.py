@@ -9,6 +9,7 @@ import torch
 import zoo
 import zoo_pipelines as pipes
 from contract import Replace, assert_clean, snapshot
+from diffusers import FirstBlockCacheConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -232,6 +233,28 @@ def test_checkpointing_takes_concepts_through_once() -> None:
     assert latents.grad is not None
 
 
+def test_layers_that_are_offloaded_give_the_same_maps() -> None:
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+
+    pipe, kwargs = pipes.build("flux")
+    captures = Capture(concepts=NAMES, sites="transformer_blocks"), Capture(words=(1, 3))
+
+    def maps() -> list[WordMaps]:
+        with attnctl.control(pipe, *captures) as handle:
+            pipes.run(pipe, kwargs)
+            return [handle.result(c) for c in captures]
+
+    want = maps()
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    try:
+        got = maps()
+    finally:
+        remove_hook_from_module(pipe.transformer, recurse=True)
+    for a, b in zip(want, got, strict=True):
+        assert all(torch.equal(layer, b.layers[n]) for n, layer in a.layers.items())
+
+
 # Pure functions
 
 
@@ -310,5 +333,8 @@ def test_what_concepts_cannot_go_through_is_refused() -> None:
     finally:
         del pipe.transformer.transformer_blocks[0]._compiled_call_impl
     assert_clean(before, pipe.transformer)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with attnctl.control(pipe, Capture(concepts=NAMES)), pytest.raises(UnsupportedModelError, match="disable_cache"):
+        pipes.run(pipe, kwargs)
     with pytest.raises(ConfigError, match="is cut off"):
         attnctl.control(load_shapes("mmdit"), Capture(concepts=("cat " * 40, "sky")))

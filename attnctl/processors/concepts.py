@@ -150,6 +150,11 @@ class ConceptRecorder(Recorder):
                 "Capture: concepts run through the blocks beside the image, which compiled blocks do not let them. "
                 "Attach the capture to a pipeline that is not compiled."
             )
+        if hook := next((name for block in self.blocks.values() for name in _hooks(block)), None):
+            raise UnsupportedModelError(
+                f"Capture: concepts run through the blocks beside the image, and the hook {hook!r} of diffusers (a "
+                "cache, group offloading) would take them for it. Switch it off, as with transformer.disable_cache()."
+            )
         self._passes = passes
         super().before(passes)
 
@@ -225,6 +230,12 @@ class ConceptRecorder(Recorder):
         image, grid = self._image(call, call.image)
         outputs = [x if self.capture.heads is None else x[:, list(self.capture.heads)] for x in self._outputs]
         return concept_shares(outputs[0][:, :, image], outputs[1]).transpose(1, 2).unsqueeze(2), grid
+
+
+def _hooks(block: torch.nn.Module) -> list[str]:
+    """Name diffusers' hooks in a block that keep something from one call to the next."""
+    found = [getattr(vars(m).get("_diffusers_hook"), "hooks", {}) for m in block.modules()]
+    return [name for hooks in found for name in hooks if name != "layerwise_casting"]
 
 
 def _text_dtype(denoiser: Any) -> torch.dtype:
