@@ -325,8 +325,7 @@ def test_image_by_a_program(client: Any, page: str) -> None:
     assert "| plain | " in marks
     assert "PAG(sites='up.0', scale=1.5)" in report
     assert "--control 'PAG(sites=\"up.0\", scale=1.5)'" in command
-    paths = [p["value"] if isinstance(p, dict) else p for p in (plain, controlled)]
-    records = [read(path)[0] for path in paths]
+    records = [read(path)[0] for path in (plain, controlled)]
     assert [len(record.controls) for record in records] == [0, 2]
 
 
@@ -342,7 +341,7 @@ def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
     made = client.predict(prompt=CLIP, steps=1, api_name="/video")
     assert "motion, px a frame" in made[3]
     assert len(read(made[2])) == 2
-    assert sorted(Path(f).suffix for f in made[4]) == [".mp4", ".mp4", ".png", ".png"]
+    assert sorted(Path(f).suffix for f in made[4]["value"]) == [".mp4", ".mp4", ".png", ".png"]
     clip = handle_file(video_actions.sample_clip(tmp_path))
     edited = client.predict(video=clip, frames=2, steps=1, api_name="/edit")
     assert "attnctl edit" in edited[-1]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from attnctl.commands.common import UsageError
 from attnctl.commands.sampling import Call, Sampled, sample
 from attnctl.errors import JudgeError
@@ -20,7 +18,7 @@ from attnctl.provenance import command_line
 from attnctl.record import png_bytes, save_image
 from attnctl.ui.models import Models
 
-__all__ = ["Ask", "Compared", "Step", "compare", "heads", "image_marks", "keep", "keep_bytes", "small", "words"]
+__all__ = ["Ask", "Compared", "Step", "compare", "heads", "image_marks", "keep", "keep_bytes", "words"]
 
 Step = Callable[[], object]
 _YES = {True: "yes", False: "no"}
@@ -222,8 +220,3 @@ def _check_size(models: Models, ask: Ask, control: Any) -> None:
 
 def _recorded(models: Models, ask: Ask, control: Any, step: Step) -> Sampled:
     return sample(models.get(ask.model), ask.call((control,), ask.command(verb="maps")), step)
-
-
-def small(image: Image.Image) -> bool:
-    """Tell whether a picture is so small that a page should show its pixels as squares."""
-    return max(image.size) < 256

@@ -130,10 +130,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
-def picture(label: str, name: str, height: int | None = None) -> Any:
-    """Make a place for a picture, `height` pixels high; its file is handed on as it is, so that it keeps its record.
+def picture(label: str, name: str, *, height: int | None = None, pixels: bool = False) -> Any:
+    """Make a place for a picture; its file is handed on as it is, so that it keeps its record.
 
-    Sheets have no fixed height, and room for the label above them.
+    Args:
+        label: What stands in its corner.
+        name: Its name in the page.
+        height: Pixels that it is enlarged to; None for sheets, which are as high as they are, below their label.
+        pixels: Enlarge small pictures without smoothing.
     """
     return gr.Image(
         label=label,
@@ -142,7 +146,7 @@ def picture(label: str, name: str, height: int | None = None) -> Any:
         buttons=["download", "fullscreen"],
         elem_id=name,
         height=height,
-        elem_classes=["fill" if height else "sheet"],
+        elem_classes=["fill" if height else "sheet", *(["pixels"] if pixels else [])],
     )
 
 

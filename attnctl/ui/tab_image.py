@@ -46,7 +46,10 @@ def image_tab(models: Models, folder: Path) -> None:
             )
         with gr.Column(scale=6, min_width=400):
             with gr.Row():
-                plain, controlled = picture("Plain", "image-plain", 330), picture("Controlled", "image-controlled", 330)
+                plain, controlled = (
+                    picture(label, f"image-{label.lower()}", height=330, pixels=models.given is None)
+                    for label in ("Plain", "Controlled")
+                )
             marks = gr.Markdown(
                 "Press *Generate*: the same noise becomes a picture twice.",
                 elem_id="image-marks",
@@ -113,12 +116,9 @@ def _beginning(models: Models, model: str) -> list[str]:
     return [name for name in _CHOSEN.get(model, ["PAG"]) if name in takes]
 
 
-def _shown(done: actions.Compared, folder: Path, prompt: str) -> list[Any]:
-    pictures: list[Any] = []
-    for name, run, _ in done.runs:
-        classes = ["fill", "pixels"] if actions.small(run.images[0]) else ["fill"]
-        pictures.append(gr.update(value=actions.keep(folder, f"{name} {prompt}", run), elem_classes=classes))
-    return pictures if len(pictures) == 2 else [*pictures, gr.update(value=None)]
+def _shown(done: actions.Compared, folder: Path, prompt: str) -> list[str | None]:
+    paths = [actions.keep(folder, f"{name} {prompt}", run) for name, run, _ in done.runs]
+    return [*paths, *[None] * (2 - len(paths))]
 
 
 def _fields(method: str, values: dict[str, Any]) -> dict[str, Any]:
