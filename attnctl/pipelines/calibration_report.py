@@ -180,7 +180,7 @@ def draw_maps(found: Calibration) -> Image.Image:
             labels.append(f"{names[i]}, head {h}: {order_name(plan.order[h])}")
             for m in (maps[0, h], maps[1, h], plan.keep[0, h].float()):
                 shade = np.sqrt(m.numpy() / max(float(m.max()), 1e-12))
-                tiles.append(Image.fromarray(np.uint8(255 * shade)).convert("RGB"))
+                tiles.append(Image.fromarray((255 * shade).astype(np.uint8)).convert("RGB"))
     columns = ("the model's order", "the chosen order", "blocks that are kept")
     note = "Blocks of queries from top to bottom, of keys from left to right; brighter is more attention (square root)."
     return grid(tiles, len(labels), 3, labels, columns, footer=note)
