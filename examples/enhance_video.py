@@ -31,7 +31,7 @@ args = parser.parse_args()
 
 
 def tiny_wan() -> Any:
-    """Build a Wan pipeline of 40,000 random weights, without text encoder and autoencoder."""
+    """Build a Wan pipeline of 33,576 random weights, without text encoder and autoencoder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
