@@ -107,7 +107,7 @@ def make(name: str, shown: Shown) -> Path:
                 frames += [GREEN if right else None] * len(column.videos[i][::3])
         across = len(tiles) // (len(prompts) * len(done))
         names = [text for label in labels for text in (label, *heads[1:])]
-        picture = grid(tiles, len(names), across, names, footer=foot, frames=frames, tile=64)
+        picture = grid(tiles, len(names), across, names, footer=foot, frames=frames, tile=128)
     else:
         tiles = [column.images[i] for i in range(args.rows) for column in done]
         asked = [prompt for prompt in prompts for _ in done]
