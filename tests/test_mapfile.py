@@ -18,7 +18,7 @@ from attnctl.cli import main
 from attnctl.errors import ConfigError
 from attnctl.mapregions import boxes, from_rle, regions, rle
 from attnctl.maps import WordMaps
-from attnctl.mapviews import heads_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
+from attnctl.mapviews import heads_sheet, layers_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
 from attnctl.outputs import FileExists
 from attnctl.record import RecordError, read
 from attnctl.sites import Site
@@ -206,6 +206,10 @@ def test_layers_with_different_heads_share_no_columns() -> None:
     layers = {**maps.layers, "mid.attn2": torch.rand(2, 2, 3, 4, 1, 2, 3)}
     with pytest.raises(ConfigError, match="have 2 or 4 heads"):
         heads_sheet(picture(), replace(maps, layers=layers))
+    few, many = layers_sheet(picture(), maps, "cat"), layers_sheet(picture(), replace(maps, layers=layers), "cat")
+    assert many.width > few.width  # layer by layer they can stand side by side, with gaps
+    with pytest.raises(ConfigError, match="heads were reduced"):
+        layers_sheet(picture(), made(keep=()), "cat")
 
 
 # attnctl maps ---------------------------------------------------------------------------------------------------
