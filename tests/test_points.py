@@ -281,14 +281,13 @@ def test_sites_that_do_not_fit() -> None:
 
 def test_keys_that_are_not_the_images_own_are_refused() -> None:
     model, inputs = zoo.build("sd15")
-
-    def longer(call: Any, proceed: Any) -> Tensor:
-        double = call.with_(k=torch.cat([call.k] * 2, 2), v=torch.cat([call.v] * 2, 2))
-        return proceed(double)
+    attn: Any = model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    for projection in (attn.to_k, attn.to_v):
+        projection.register_forward_hook(lambda module, args, out: torch.cat([out] * 2, 1))
 
     with (
         torch.no_grad(),
-        attnctl.control(model, Replace(function=longer), Capture(points=POINTS), layout="cond"),
+        attnctl.control(model, Capture(points=POINTS), layout="cond"),
         pytest.raises(UnsupportedModelError, match="not the image's own"),
     ):
         zoo.call(model, inputs)
