@@ -1,7 +1,7 @@
 """What attaching costs, what detaching leaves, and how the package is made: `python benchmarks/reliability.py`.
 
-inactive    a control that is attached and switched off, on a tiny UNet: time of a call beside the plain model (least of
-            interleaved rounds), bytes held, and whether the output is the same bit for bit, for every method that runs
+inactive    a control that is attached and switched off, on tiny models: whether the output is the same bit for bit, for
+            every method; processor time of a call beside the plain model (least of interleaved rounds), bytes held
 restore     attach, run, stop at every step by an exception, a KeyboardInterrupt, a lost handle; detach; compare output
             and the variables of every module. Beside it, diffusers' own PAG pipeline, which leaves its processors
 counts      families, pairs, cases of property tests, tests, lines
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from contract import snapshot  # noqa: E402
 
 import attnctl  # noqa: E402
 from attnctl.pairs import rule_for  # noqa: E402
+from attnctl.processors import PAG  # noqa: E402
 from attnctl.provenance import versions  # noqa: E402
 from attnctl.specs import methods  # noqa: E402
 
@@ -65,30 +67,43 @@ def inactive(rounds: int) -> dict[str, Any]:
             with attnctl.control(host.pipe, control) as handle:
                 handle.enabled = False
                 exact[f"{name}, {host.name}"] = bool(torch.equal(pairs.run(host, (), editing=False), plain))
-    model, inputs = zoo.build("sd15")
-    control = pairs.unet().first["PAG"]
-    zoo.call(model, inputs)
-    before = _tensor_bytes()
-    best = {"plain": float("inf"), "switched off": float("inf")}
-    handle = attnctl.control(model, control, layout="cond")
-    handle.enabled = False
-    held = _tensor_bytes() - before
-    handle.detach()
-    for _ in range(rounds):
-        for name in best:
-            handle = attnctl.control(model, control, layout="cond") if name != "plain" else None
-            if handle is not None:
-                handle.enabled = False
-            for _ in range(3):
-                begin = time.perf_counter()
-                zoo.call(model, inputs)
-                best[name] = min(best[name], time.perf_counter() - begin)
-            if handle is not None:
-                handle.detach()
     return {
         "exact": sum(exact.values()),
         "of": len(exact),
         "not_exact": [k for k, v in exact.items() if not v],
+        **cost(rounds),
+    }
+
+
+@torch.no_grad()
+def cost(rounds: int) -> dict[str, Any]:
+    """Compare calls of a tiny UNet, plain and under a control that is switched off, in processor time."""
+    model, inputs = zoo.build("sd15")
+    control = PAG(sites="mid")
+
+    def attached() -> attnctl.Handle:
+        handle = attnctl.control(model, control, layout="cond")
+        handle.enabled = False
+        return handle
+
+    attached().detach()
+    zoo.call(model, inputs)
+    before = _tensor_bytes()
+    handle = attached()
+    zoo.call(model, inputs)
+    held = _tensor_bytes() - before
+    handle.detach()
+    best = {"plain": float("inf"), "switched off": float("inf")}
+    for _ in range(rounds):
+        for name in best:
+            on = attached() if name != "plain" else None
+            for _ in range(3):
+                begin = time.process_time()
+                zoo.call(model, inputs)
+                best[name] = min(best[name], time.process_time() - begin)
+            if on is not None:
+                on.detach()
+    return {
         "us_per_call": round(1e6 * (best["switched off"] - best["plain"]), 1),
         "us_plain_call": round(1e6 * best["plain"], 1),
         "bytes": held,
@@ -201,18 +216,11 @@ print(time.process_time() - began)
 def package() -> dict[str, Any]:
     """Build the wheel, time the import, and count what it needs."""
     with tempfile.TemporaryDirectory() as folder:
-        build = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            str(ROOT),
-            "--no-deps",
-            "--no-build-isolation",
-            "-q",
-            "-w",
-            folder,
-        ]
+        source = Path(folder) / "source"  # a copy: building leaves files behind, which a later wheel would hold
+        shutil.copytree(ROOT / "attnctl", source / "attnctl", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source / name)
+        build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "-q", "-w", folder]
         done = subprocess.run(build, capture_output=True, text=True)
         made = list(Path(folder).glob("*.whl"))
         size = round(made[0].stat().st_size / 1024) if made else None

@@ -48,7 +48,10 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
         i = data["inactive"]
         rows += [
             ("switched off: the same output bit for bit", f"{i['exact']} of {i['of']} methods x models"),
-            ("switched off: time added to a call", f"{i['us_per_call']} us (tiny UNet, {i['us_plain_call']} us plain)"),
+            (
+                "switched off: time added to a call",
+                f"{max(i['us_per_call'], 0.0)} us (tiny UNet, {i['us_plain_call']} us plain)",
+            ),
             ("switched off: tensors held", f"{i['bytes']} bytes"),
         ]
     if "restore" in data:
