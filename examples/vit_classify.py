@@ -17,7 +17,7 @@ import attnctl
 from attnctl.backbones.analysis import distance_profile, head_importance
 from attnctl.mapviews import heads_sheet
 from attnctl.pipelines import classify
-from attnctl.pipelines.classify import digits
+from attnctl.pipelines.classification import digits
 from attnctl.processors import Capture
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

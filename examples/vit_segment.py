@@ -16,7 +16,7 @@ from PIL import Image
 import attnctl
 from attnctl.mapviews import words_sheet
 from attnctl.pipelines import segment
-from attnctl.pipelines.segment import scene_masks
+from attnctl.pipelines.segmentation import scene_masks
 from attnctl.processors import Capture
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

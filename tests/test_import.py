@@ -52,3 +52,15 @@ def test_public_names_are_importable() -> None:
     for module in (attnctl, attnctl.processors):
         for name in module.__all__:
             assert getattr(module, name) is not None
+
+
+def test_lazy_names_are_not_modules() -> None:
+    # Importing a module makes it an attribute of its package, where it would hide the object of the same name.
+    import pkgutil
+
+    import attnctl
+    import attnctl.pipelines
+    import attnctl.processors
+
+    for package in (attnctl, attnctl.pipelines, attnctl.processors):
+        assert not {m.name for m in pkgutil.iter_modules(package.__path__)} & set(package.__all__), package.__name__

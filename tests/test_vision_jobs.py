@@ -11,7 +11,7 @@ from torch import nn
 
 from attnctl.errors import ConfigError
 from attnctl.pipelines.fitting import fit
-from attnctl.pipelines.segment import CLASSES, scene_masks, segment
+from attnctl.pipelines.segmentation import CLASSES, scene_masks, segment
 
 
 def test_scene_masks_fit_their_images() -> None:
@@ -45,7 +45,7 @@ def test_fit_learns_and_repeats() -> None:
 
 def test_classify(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    from attnctl.pipelines.classify import classify
+    from attnctl.pipelines.classification import classify
 
     done = classify("biformer_micro", epochs=2, out=tmp_path, quiet=True)
     assert done.accuracy > 0.5

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnctl.pipelines.calibration import Calibration, calibrate
     from attnctl.pipelines.calibration_report import check_plan, draw_maps, write_report
-    from attnctl.pipelines.classify import Classified, classify
+    from attnctl.pipelines.classification import Classified, classify
     from attnctl.pipelines.guider import ControlGuider
     from attnctl.pipelines.hunt_plan import HuntPlan, halvings
     from attnctl.pipelines.hunt_results import Hunted, compose
     from attnctl.pipelines.hunt_search import hunt
     from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.noised import image_maps
-    from attnctl.pipelines.segment import Segmented, segment
+    from attnctl.pipelines.segmentation import Segmented, segment
     from attnctl.pipelines.video_edit import Edited, edit_video
 
 __all__ = [
@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classified": "classify",
-    "classify": "classify",
-    "Segmented": "segment",
-    "segment": "segment",
+    "Classified": "classification",
+    "classify": "classification",
+    "Segmented": "segmentation",
+    "segment": "segmentation",
     "Calibration": "calibration",
     "ControlGuider": "guider",
     "Edited": "video_edit",
