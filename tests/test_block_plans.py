@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from attnctl.plans import BlockPlan, ModelPlan
 _JSON, _MASKS = "attnctl_blocks.json", "attnctl_blocks.safetensors"
 
 
-def some_plan(seed: int = 0, **options: object) -> BlockPlan:
+def some_plan(seed: int = 0, **options: Any) -> BlockPlan:
     keep = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) < 0.4
     keep[..., 0] = True
-    return BlockPlan.from_mask(keep, 10, [0, 3, 5], 7, grid=(2, 4, 5), about={"mass": 0.9}, **options)  # type: ignore
+    return BlockPlan.from_mask(keep, 10, [0, 3, 5], 7, grid=(2, 4, 5), about={"mass": 0.9}, **options)
 
 
 def test_round_trip(tmp_path: Path) -> None:

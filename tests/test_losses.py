@@ -101,9 +101,7 @@ def test_kernel_equals_diffusers() -> None:
 
 @pytest.mark.parametrize("n", [10, 25, 50])
 def test_step_sizes_equal_the_recordings(n: int) -> None:
-    want = json.loads((FIXTURES / "step_sizes.json").read_text())["sizes"].get(str(n))
-    if want is None:
-        pytest.skip("not recorded")
+    want = json.loads((FIXTURES / "step_sizes.json").read_text())["sizes"][str(n)]
     assert [step_sizes(20.0, i, n) for i in range(n)] == pytest.approx(want, rel=1e-12)
 
 

@@ -93,11 +93,12 @@ def test_pipeline_with_groups_of_steps_and_guidance() -> None:
     with attnctl.control(pipe, through):
         zoo_pipelines.run(pipe, kwargs)
     call = next(c for c in through.seen if c.site.kind == "joint")
-    n = call.image.stop - call.image.start  # type: ignore[union-attr]
+    assert call.image is not None
+    n = call.image.stop - call.image.start
     keep = torch.rand(2, call.q.shape[1], -(-n // 4), -(-n // 4)) < 0.3
     keep[..., 0] = True
     keep[1] = True  # the second half of the run computes everything
-    plan = BlockPlan.from_mask(keep, 4, n_text=call.q.shape[2] - n, n_image=n, text_first=call.image.start > 0)  # type: ignore
+    plan = BlockPlan.from_mask(keep, 4, n_text=call.q.shape[2] - n, n_image=n, text_first=call.image.start > 0)
     with attnctl.control(pipe, PARO(plan, sites="joint")):
         sparse = zoo_pipelines.run(pipe, kwargs)
     assert not torch.allclose(sparse, plain)

@@ -36,7 +36,7 @@ from attnctl.tokens import Concept, find_words
 if TYPE_CHECKING:
     from attnctl.processors.capture import Capture
 
-__all__ = ["ConceptRecorder", "concept_outputs", "concept_shares", "concept_sites", "embed_concepts"]
+__all__ = ["ConceptRecorder", "concept_outputs", "concept_path", "concept_shares", "concept_sites", "embed_concepts"]
 
 
 def concept_outputs(
