@@ -25,6 +25,7 @@ from attnctl.kernels.layout import wide_dtype
 __all__ = [
     "CrossEdit",
     "Keys",
+    "Split",
     "blend_latents",
     "blend_mask",
     "cross_edit",
@@ -34,6 +35,7 @@ __all__ = [
     "mask_score",
     "self_fuse",
     "softmax_map",
+    "take_queries",
 ]
 
 Keys = str | int | Sequence[str | int]
@@ -99,16 +101,50 @@ def softmax_map(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor |
     return logits.softmax(-1).to(q.dtype)
 
 
-def self_fuse(attend: Callable[[bool], Tensor], mask: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Split:
+    """Which queries of each frame follow the edit and which the source, so that each is attended with once.
+
+    Frames of one batch need equally many, so where masks differ in size the smaller ones are filled up with queries
+    of the other kind, whose outputs nobody takes.
+
+    Attributes:
+        own: [f, No]; queries that follow the edit.
+        source: [f, Ns]; queries that follow the source.
+        back: [f, N]; where each query's output lies in those of `own`, followed by those of `source`.
+    """
+
+    own: Tensor
+    source: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Split:
+        """Sort the queries by a mask, [f, N] bool; waits for the device once, for how many there are."""
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        counts = mask.sum(1)
+        least, most = torch.stack((counts.min(), counts.max())).tolist()
+        rank = order.argsort(dim=1)
+        return cls(order[:, :most], order[:, least:], torch.where(mask, rank, rank + most - least))
+
+
+def take_queries(x: Tensor, at: Tensor | None) -> Tensor:
+    """Take some queries of each frame: x [f, H, N, D], at [f, n] -> [f, H, n, D]; x itself for None."""
+    return x if at is None else x.take_along_dim(at[:, None, :, None], 2)
+
+
+def self_fuse(attend: Callable[[bool, Tensor | None], Tensor], split: Split | None) -> Tensor:
     """Fuse self-attention outputs: M SDPA(edit) + (1 - M) SDPA(source), both with the edit's values.
 
     Args:
-        attend: Gives the edit's own output for True, the source's map times the edit's values for False, [f, H, N, D].
-        mask: M [f, N], bool; None takes the source's map everywhere.
+        attend: Called with whose map, and which queries [f, n] (None: all): gives the edit's own output for True, the
+            source's map times the edit's values for False, [f, H, n, D].
+        split: M; None takes the source's map everywhere.
     """
-    if mask is None:
-        return attend(False)
-    return torch.where(mask[:, None, :, None], attend(True), attend(False))
+    if split is None:
+        return attend(False, None)
+    sides = ((True, split.own), (False, split.source))
+    return take_queries(torch.cat([attend(own, at) for own, at in sides if at.shape[1]], 2), split.back)
 
 
 @dataclass(frozen=True)

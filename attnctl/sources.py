@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnctl.errors import AttnctlError, ConfigError
-from attnctl.fusion import Keys, gather_frames, softmax_map
+from attnctl.fusion import Keys, gather_frames, softmax_map, take_queries
 from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import columns
 
@@ -149,14 +149,20 @@ class SourceAttention:
         self.store.put(step, call.site.name, kept)
 
     def attend(
-        self, step: int, call: AttnCall, v: Tensor, indices: Sequence[Sequence[int]], proceed: Proceed
+        self,
+        step: int,
+        call: AttnCall,
+        v: Tensor,
+        indices: Sequence[Sequence[int]],
+        proceed: Proceed,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Compute the source's map times given values [f, H, Nk, D]."""
+        """Compute the source's map times given values [f, H, Nk, D], for some queries [f, n] or all."""
         if self.mode == "maps":
             kept = self.store.get(step, call.site.name, v.device)
-            return kept["map"].to(v.dtype) @ v
+            return take_queries(kept["map"], at).to(v.dtype) @ v
         q, k = self.queries_keys(step, call, indices)
-        return proceed(call.with_(q=q, k=k, v=v))
+        return proceed(call.with_(q=take_queries(q, at), k=k, v=v))
 
     def queries_keys(self, step: int, call: AttnCall, indices: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return the source's queries and gathered keys."""

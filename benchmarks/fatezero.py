@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.fusion import fold_values, frame_indices, gather_frames, self_fuse
+from attnctl.fusion import Split, fold_values, frame_indices, gather_frames, self_fuse, take_queries
 from attnctl.kernels import attention
 from attnctl.pipelines import ddim_of, estimate_bytes, invert
 from attnctl.pipelines.inversion import inverse_of
@@ -163,7 +163,10 @@ def attention_cost(tiny: bool, repeats: int) -> dict[str, Any]:
         return torch.where(mask[:, None, :, None], own, stored) @ ve
 
     def fused(m: Tensor | None) -> Tensor:
-        return self_fuse(lambda own: attention(qe, ke, ve) if own else attention(qs, ks, ve), m)
+        def attend(own: bool, at: Tensor | None) -> Tensor:
+            return attention(take_queries(qe if own else qs, at), ke if own else ks, ve)
+
+        return self_fuse(attend, None if m is None else Split.of(m))
 
     torch.testing.assert_close(fused(mask), explicit(), atol=1e-4, rtol=1e-4)
     times = timed({"explicit": explicit, "fused": lambda: fused(mask), "fused, no mask": lambda: fused(None)}, repeats)

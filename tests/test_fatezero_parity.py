@@ -17,6 +17,7 @@ from attnctl.align import equalizer_row, follow_table, refine_map, replace_matri
 from attnctl.errors import ConfigError
 from attnctl.fusion import (
     CrossEdit,
+    Split,
     blend_latents,
     blend_mask,
     cross_edit,
@@ -26,6 +27,7 @@ from attnctl.fusion import (
     mask_score,
     self_fuse,
     softmax_map,
+    take_queries,
 )
 from attnctl.kernels import attention
 
@@ -194,14 +196,35 @@ def test_self_fuse(c: int, form: str, tokenizer: CLIPTokenizer) -> None:
             assert torch.equal(mask, t[f"{case['id']}.mask"].bool())
         mask = mask.flatten(1)
 
-    def attend(own: bool) -> Tensor:
+    def attend(own: bool, at: Tensor | None) -> Tensor:
         q, k = (qe, ke) if own else (qs, ks)
+        q = take_queries(q, at)
         return attention(q, k, ve) if form == "fused" else softmax_map(q, k) @ ve
 
     start, end = window_of(case["self_replace_steps"], "test")
     active = int(case["num_steps"] * start) <= case["step"] < int(case["num_steps"] * end)
-    out = self_fuse(attend, mask) if active else attend(True)
+    out = self_fuse(attend, None if mask is None else Split.of(mask)) if active else attend(True, None)
     torch.testing.assert_close(out, t[f"{case['id']}.out"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.1, 0.4]])
+def test_split_attends_with_each_query_once(shares: list[float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f, h, n, d = len(shares), 2, 20, 8
+    qe, qs, ke, ks, v = (torch.randn(f, h, n, d, generator=generator, dtype=torch.float64) for _ in range(5))
+    mask = torch.stack([torch.randperm(n, generator=generator) < share * n for share in shares])
+    asked: list[int] = []
+
+    def attend(own: bool, at: Tensor | None) -> Tensor:
+        assert at is not None
+        asked.append(at.shape[1])
+        return softmax_map(take_queries(qe if own else qs, at), ke if own else ks) @ v
+
+    out = self_fuse(attend, Split.of(mask))
+    whole = torch.where(mask[:, None, :, None], softmax_map(qe, ke) @ v, softmax_map(qs, ks) @ v)
+    torch.testing.assert_close(out, whole, atol=1e-12, rtol=0)
+    counts = mask.sum(1)
+    assert sum(asked) == n + int(counts.max() - counts.min())  # no more than uneven masks ask for
 
 
 def test_sequence(tokenizer: CLIPTokenizer) -> None:

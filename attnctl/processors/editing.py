@@ -15,8 +15,8 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.families import family_of
-from attnctl.fusion import blend_latents, blend_mask, fold_values, gather_frames, self_fuse
-from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.fusion import Split, blend_latents, blend_mask, fold_values, gather_frames, self_fuse, take_queries
+from attnctl.intercept import AttnCall, Proceed, Wrapper, is_last
 from attnctl.kernels import columns
 from attnctl.processors.base import Attached, Passes
 from attnctl.sites import Site, find_sites, image_level_grid
@@ -136,6 +136,7 @@ class Editing(Attached):
         self.mask_columns: Tensor | None = None
         self.grid: tuple[int, int, int] | None = None
         self.masks: dict[int, Tensor] = {}
+        self.splits: dict[int, Split] = {}
         self.summed: Tensor | None = None
 
     def before(self, passes: Passes) -> None:
@@ -160,7 +161,7 @@ class Editing(Attached):
         self.crossing = cross
         self.w = self.follow[k].to(device) if cross else None
         self.whole = cross and bool((self.follow[k] == 1).all()) and not bool(self.source.plan.how.new.any())
-        self.grid, self.masks = state.grid, {}
+        self.grid, self.masks, self.splits = state.grid, {}, {}
         self.mask_columns = self._columns(s, device) if mask else None
 
     def _check_run(self, passes: Passes) -> None:
@@ -220,6 +221,12 @@ class Editing(Attached):
             self.masks[tokens] = self._mask(self.mask_columns, level[1:]).flatten(1)
         return self.masks[tokens]
 
+    def _split_at(self, tokens: int, mask: Tensor) -> Split:
+        """Return how M parts the queries of a layer of so many tokens; found once a step."""
+        if tokens not in self.splits:
+            self.splits[tokens] = Split.of(mask)
+        return self.splits[tokens]
+
     # Attention ---------------------------------------------------------------------------------------------------
 
     def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
@@ -237,12 +244,22 @@ class Editing(Attached):
         if mask is None and self.attention.mode == "qk":
             q, k = self.attention.queries_keys(self.step, call, indices)
             return proceed(call.with_(q=_put(call.q, cond, q), k=_put(call.k, cond, k)))
-        out = proceed(call)
+        if mask is None or call.mask is not None or not is_last(proceed):  # others may need whole grids
+            out = proceed(call)
+            source = self.attention.attend(self.step, call, call.v[cond], indices, proceed)
+            return _put(out, cond, source if mask is None else torch.where(mask[:, None, :, None], out[cond], source))
 
-        def attend(own: bool) -> Tensor:
-            return out[cond] if own else self.attention.attend(self.step, call, call.v[cond], indices, proceed)
+        def attend(own: bool, at: Tensor | None) -> Tensor:
+            if own:
+                return proceed(call.with_(q=take_queries(call.q[cond], at), k=call.k[cond], v=call.v[cond]))
+            return self.attention.attend(self.step, call, call.v[cond], indices, proceed, at)
 
-        return _put(out, cond, self_fuse(attend, mask))
+        fused = self_fuse(attend, self._split_at(call.q.shape[2], mask))
+        others = (slice(0, cond.start), slice(cond.stop, call.q.shape[0]))
+        before, after = (
+            [proceed(call.with_(q=call.q[r], k=call.k[r], v=call.v[r]))] if r.stop > r.start else [] for r in others
+        )
+        return torch.cat([*before, fused.to(call.q.dtype), *after])
 
     def _cross(self, call: AttnCall, proceed: Proceed) -> Tensor:
         cond = call.state.rows.cond
