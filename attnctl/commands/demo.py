@@ -89,7 +89,7 @@ class Demo(Common):
     prompts: int = 16
     """How many prompts, two objects each."""
 
-    seeds: int = 4
+    seeds: int = 3
     """How many images per prompt."""
 
     steps: int = 20
