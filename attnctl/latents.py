@@ -292,7 +292,7 @@ class _Update:
         c, w, state = self.control, self.w, self.w.state
         early = c.early_exit and exit_refusal(w.module, self.bound) is None
         every = c.map_norm == "ae"
-        reader = MapReader([s.name for s in self.sites], _one_hot if every else self.shares, early)
+        reader = MapReader([s.name for s in self.sites], _one_hot if every else self.shares, early, c.looks)
         name, template = main_name(self.bound), main_input(self.bound)
         scaled = self.engine.input(z, template)
         self.engine.forwards += 1
@@ -307,7 +307,7 @@ class _Update:
             tokens = self.shares(attention.shape[1]) if every else attention.new_empty(0)
             folded = attention.shape[0] // z.shape[0]
             maps = c.concept_maps(attention, tokens.repeat_interleave(folded, 0) if every else tokens)
-            loss = c.loss(maps, self.memory)
+            loss = self.loss(maps, reader)
             # Small gradients would vanish in half precision; a power of two changes nothing else.
             boost = 1024.0 if leaf.dtype == torch.float16 else 1.0
             (grad,) = torch.autograd.grad(loss.sum() * boost, leaf)
@@ -319,6 +319,16 @@ class _Update:
                 f"maps hold NaN or overflow in {leaf.dtype}: run the model in float32 or bfloat16, or lower step_size."
             )
         return loss, grad, maps.detach()
+
+    def loss(self, maps: Tensor, reader: MapReader) -> Tensor:
+        """Compute each sample's loss, with the image's own attention where the control asks for it."""
+        if not self.control.looks:
+            return self.control.loss(maps, self.memory)
+        self.memory["looks"] = reader.attention(maps.shape[0])
+        try:
+            return self.control.loss(maps, self.memory)
+        finally:
+            del self.memory["looks"]  # it holds the graph
 
 
 def _one_hot(n: int) -> Tensor:

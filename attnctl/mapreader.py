@@ -7,6 +7,7 @@ site contributes to a loss on the maps, so leaving there changes neither loss no
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from attnctl.branches import Checkpointing
 from attnctl.errors import UnsupportedModelError
 from attnctl.families import Grid
 from attnctl.intercept import AttnCall, Proceed
-from attnctl.kernels import columns
+from attnctl.kernels import columns, linear_rows, query_rows
+from attnctl.kernels.layout import rows_of
+from attnctl.linear import linear_attention
 
 __all__ = ["MapReader", "exit_refusal", "prepared", "until_done", "usable"]
 
@@ -39,23 +42,35 @@ class MapReader:
         names: The sites to read. The last one is known by counting, not by its place in a list.
         share: Gives, for a number of text tokens, the columns to read: [rows, T, C], the share of each token.
         early_exit: Whether to leave the forward when no site remains.
+        looks: Whether to read how image tokens attend to each other too, at self- and joint-attention sites.
     """
 
-    def __init__(self, names: Sequence[str], share: Callable[[int], Tensor], early_exit: bool) -> None:
-        self.share, self.early_exit = share, early_exit
+    def __init__(
+        self, names: Sequence[str], share: Callable[[int], Tensor], early_exit: bool, looks: bool = False
+    ) -> None:
+        self.share, self.early_exit, self.looks = share, early_exit, looks
         self.remaining = set(names)
         self.reading = True
         self.total: dict[Grid, Tensor] = {}
         self.heads = 0
+        self.seen: dict[tuple[int, ...], Tensor] = {}
+        self.seen_heads = 0
 
     def __call__(self, call: AttnCall, proceed: Proceed) -> Tensor:
         """Read one attention call, then let it run or leave the forward."""
         if call.index or (self.reading and call.site.name not in self.remaining):
             return proceed(call)
-        maps, grid = self.read(call)
+        read = None if call.site.kind == "self" else self.read(call)
+        seen = self.look(call) if self.looks and call.site.kind != "cross" else None
         if self.reading:  # a checkpointed block runs again during backward, and must then compute the same
-            self.total[grid] = maps if grid not in self.total else self.total[grid] + maps
-            self.heads += call.q.shape[1]
+            if read is not None:
+                maps, grid = read
+                self.total[grid] = maps if grid not in self.total else self.total[grid] + maps
+                self.heads += call.q.shape[1]
+            if seen is not None:
+                size = tuple(seen.shape)
+                self.seen[size] = seen if size not in self.seen else self.seen[size] + seen
+                self.seen_heads += call.q.shape[1]
             self.remaining.discard(call.site.name)
             if self.early_exit and not self.remaining:
                 raise _Done(self)
@@ -73,6 +88,38 @@ class MapReader:
         share = share.repeat_interleave(call.q.shape[0] // share.shape[0], 0)
         share = F.pad(share, (0, 0, text.start, keys - text.stop))
         return columns(call.q, call.k, share, mask=call.mask, scale=call.scale, rows=call.image).sum(1), call.grid
+
+    def look(self, call: AttnCall) -> Tensor:
+        """Compute how image tokens attend to each other in one call, summed over heads: [rows, N, N], row sums H."""
+        image = slice(0, call.q.shape[2]) if call.image is None else call.image
+        q, k = call.q[:, :, image], call.k if call.image is None else call.k[:, :, image]
+        if k.shape[2] != q.shape[2]:
+            raise UnsupportedModelError(
+                f"{call.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]}: not to each other alone."
+            )
+        places = range(q.shape[2])
+        if call.kernel is linear_attention:
+            return linear_rows(q, k, places).sum(1)
+        mask = call.mask
+        if mask is not None and call.image is not None:
+            mask = rows_of(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), image)
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
+        return query_rows(q, k, places, mask=mask, scale=call.scale).sum(1)
+
+    def attention(self, samples: int) -> Tensor:
+        """Average what image tokens pay to each other over heads and layers: [samples, h w, h w].
+
+        Raises:
+            UnsupportedModelError: The layers have several grids, or attend over several frames.
+        """
+        grids = sorted({grid[1:] for grid in self.total})
+        if len(self.seen) != 1 or len(grids) != 1 or next(iter(self.seen))[:2] != (samples, math.prod(grids[0])):
+            shown = ", ".join(f"{h} x {w}" for h, w in grids)
+            raise UnsupportedModelError(
+                "A loss on how image tokens attend to each other needs layers of one grid, and of one frame each; "
+                f"these have {shown}. Choose sites of one size."
+            )
+        return next(iter(self.seen.values())) / self.seen_heads
 
     def maps(self) -> Tensor:
         """Average over heads and layers: [samples, C, h, w], at the finest grid read; a frame is a sample."""

@@ -177,6 +177,7 @@ def test_zero_maps_have_finite_gradients() -> None:
         losses.segregation(losses.normalise(maps, "max")),
         losses.segregation(losses.normalise(maps, "minmax")),
         losses.focus(maps, (0, 1)),
+        losses.jedi(maps, (0, 1)),
     ):
         assert value.isfinite().all()
         assert torch.autograd.grad(value.sum(), maps)[0].isfinite().all()
@@ -221,6 +222,27 @@ def test_focus_ends() -> None:
     torch.testing.assert_close(losses.focus(maps, (0, 1, 0, 1)), torch.ones(1))
 
 
+def test_jedi_ends_and_formula() -> None:
+    maps = torch.zeros(1, 4, 2, 2)
+    maps[0, :2, 0, 0], maps[0, 2:, 1, 1] = 1, 1
+    torch.testing.assert_close(losses.jedi(maps, (0, 0, 1, 1)), torch.tensor([0.01]))  # sharp: no entropy at all
+    torch.testing.assert_close(losses.jedi(maps, (0, 1, 0, 1), diversity=0.0), torch.tensor([2.0]))
+    even = torch.ones(1, 4, 2, 2)  # alike everywhere: nothing within, nothing between, the greatest entropy
+    torch.testing.assert_close(losses.jedi(even, (0, 0, 1, 1), diversity=0.5), torch.tensor([1.0]))
+    maps, groups = draw(3, 1, 3, 3, 2), (0, 1, 0)
+    p = [m.flatten() / m.sum() for m in maps[0]]
+
+    def entropy(q: Tensor) -> Tensor:
+        return -(q * q.log()).sum()
+
+    def jsd(*q: Tensor) -> Tensor:
+        return (entropy(sum(q) / len(q)) - sum(map(entropy, q)) / len(q)) / math.log(len(q))
+
+    within, between = jsd(p[0], p[2]) / 2, jsd((p[0] + p[2]) / 2, p[1])  # the group of one map has none within
+    want = within + 1 - between + 0.25 * (1 - sum(map(entropy, p)) / 3 / math.log(6))
+    torch.testing.assert_close(losses.jedi(maps, groups, diversity=0.25)[0], want)
+
+
 def test_self_cross_equals_its_formula() -> None:
     maps, masks, attention = draw(0, 1, 2, 2, 3), (draw(1, 1, 2, 2, 3) > 0.3).double(), draw(2, 1, 6, 6).softmax(-1)
     seen = [(maps[0, c] * masks[0, c]).flatten() @ attention[0] for c in range(2)]
@@ -255,11 +277,12 @@ def test_inputs_are_not_changed() -> None:
     losses.retention(maps, mask)
     losses.segregation(maps)
     losses.focus(maps, (0, 0, 1))
+    losses.jedi(maps, (0, 0, 1))
     assert torch.equal(maps, copies[0])
     assert torch.equal(mask, copies[1])
 
 
-@pytest.mark.parametrize("loss", [losses.info_nce, losses.focus])
+@pytest.mark.parametrize("loss", [losses.info_nce, losses.focus, losses.jedi])
 def test_groups_must_fit(loss: Any) -> None:
     with pytest.raises(ConfigError, match="3 concepts"):
         loss(draw(0, 1, 3, 4, 4), (0, 1))

@@ -20,6 +20,7 @@ from attnctl.errors import ConfigError, SiteError
 from attnctl.families import Family
 from attnctl.processors.base import Control
 from attnctl.processors.losses import MapNorm, normalise, smooth, token_softmax
+from attnctl.processors.refine import partners
 from attnctl.sites import Site, select
 from attnctl.state import StepState
 
@@ -51,7 +52,8 @@ def transformed(grad: Tensor, how: GradTransform) -> Tensor:
 class LatentGuidance(Control):
     """Base of controls that move the latents down the gradient of a loss on concept maps.
 
-    Subclasses define `loss`, and may keep something from one step to the next with `remember`.
+    Subclasses define `loss`, and may keep something from one step to the next with `remember`. One that sets `looks`
+    is given the image's own attention as well.
 
     Attributes:
         concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of
@@ -84,6 +86,11 @@ class LatentGuidance(Control):
     checkpoint: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
+    looks: ClassVar[bool] = False
+    """Whether `loss` finds in memory["looks"] how image tokens attend to each other, [B, h w, h w]: each row sums to 1,
+    the mean over heads of the layers that are read (of the self-attention before it in each block with cross-attention,
+    of the image's part in joint attention), part of the graph. An N x N map of each head is held meanwhile: for small
+    grids, all of one size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +178,13 @@ class LatentGuidance(Control):
             attention = torch.einsum("bthw,btc->bchw", token_softmax(attention), weights.to(attention))
         maps = smooth(attention, self.smoothing) if self.smoothing else attention
         return normalise(maps, self.map_norm)
+
+    def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        chosen = super().resolve(sites, family)
+        if not self.looks:
+            return chosen
+        names = {s.name for s in (*chosen, *partners(chosen, sites, self._label).values())}
+        return tuple(s for s in sites if s.name in names)
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         return guide_sites(self._label, sites, family)

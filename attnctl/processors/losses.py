@@ -12,11 +12,14 @@ stays). No function changes its inputs.
     attendance, divergence   "Divide & Bind Your Attention for Improved Generative Semantic Nursing", arXiv 2307.10864
     self_cross               "Self-Cross Diffusion Guidance", arXiv 2411.18936
     focus                    FOCUS, arXiv 2510.02315
+    jedi                     JEDI, "The Force of Jensen-Shannon Divergence in Disentangling Diffusion Models",
+                             arXiv 2505.19166
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,6 +38,7 @@ __all__ = [
     "divergence",
     "focus",
     "info_nce",
+    "jedi",
     "normalise",
     "retention",
     "segregation",
@@ -277,7 +281,7 @@ def self_cross(maps: Tensor, masks: Tensor, self_attention: Tensor) -> Tensor:
     return (shared * apart).sum((1, 2)) / max(c * (c - 1), 1)
 
 
-# FOCUS
+# FOCUS and JEDI
 
 
 def focus(maps: Tensor, groups: Sequence[int]) -> Tensor:
@@ -287,9 +291,32 @@ def focus(maps: Tensor, groups: Sequence[int]) -> Tensor:
 
     Shapes: maps [B, C, h, w]; groups: the group of each concept -> [B].
     """
-    if len(groups) != maps.shape[1]:
-        raise ConfigError(f"focus: {len(groups)} groups were given for {maps.shape[1]} concepts; give one for each.")
-    q = _shares(maps, 3.0).unflatten(-1, maps.shape[-2:])
+    within, between = _coherence(_shares(maps, 3.0), groups, "focus")
+    return (within + 1 - between) / 2
+
+
+def jedi(maps: Tensor, groups: Sequence[int], diversity: float = 0.01) -> Tensor:
+    """Ask for the same place within a group, for different ones between groups, and for no map of one pixel.
+
+        L = mean over groups of JSD within the group + 1 - JSD of the group means + diversity (1 - mean entropy)
+
+    with the entropy of each map divided by its greatest, log(h w): JEDI, arXiv 2505.19166, whose steps are
+    `grad_transform="sign", step_size=3e-3, schedule="constant"`.
+
+    Shapes: maps [B, C, h, w]; groups: the group of each concept -> [B].
+    """
+    p = _shares(maps)
+    within, between = _coherence(p, groups, "jedi")
+    tiny = torch.finfo(p.dtype).tiny
+    entropy = -(p * (p + tiny).log()).sum(-1).mean(1) / math.log(max(p.shape[-1], 2))
+    return within + 1 - between + diversity * (1 - entropy)
+
+
+def _coherence(p: Tensor, groups: Sequence[int], name: str) -> tuple[Tensor, Tensor]:
+    """Compute the mean JSD within groups and the JSD of their means, [B] each, of distributions [B, C, N]."""
+    if len(groups) != p.shape[1]:
+        raise ConfigError(f"{name}: {len(groups)} groups were given for {p.shape[1]} concepts; give one for each.")
     members = [[i for i, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
-    within = torch.stack([divergence(q[:, m]) for m in members]).mean(0)
-    return (within + 1 - divergence(torch.stack([q[:, m].mean(1) for m in members], 1))) / 2
+    rows = p[:, :, None]
+    within = torch.stack([divergence(rows[:, m]) for m in members]).mean(0)
+    return within, divergence(torch.stack([rows[:, m].mean(1) for m in members], 1))

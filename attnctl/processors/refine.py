@@ -69,7 +69,7 @@ def refined(maps: Tensor, looks: Looks, times: int) -> Tensor:
     return values.unflatten(2, (heads, words)).permute(0, 2, 1, 3)
 
 
-def partners(chosen: Sequence[Site], sites: Sequence[Site]) -> dict[str, Site]:
+def partners(chosen: Sequence[Site], sites: Sequence[Site], what: str = "Capture") -> dict[str, Site]:
     """Find for each cross-attention site the self-attention of its block, which runs before it.
 
     Raises:
@@ -84,9 +84,10 @@ def partners(chosen: Sequence[Site], sites: Sequence[Site]) -> dict[str, Site]:
             s for s in sites if s.kind == "self" and s.name.rpartition(".")[0] == block and s.depth < site.depth
         ]
         if not own:
+            use = "so its maps cannot be refined" if what == "Capture" else "which its loss asks for"
+            cure = ", or refine=0" if what == "Capture" else ""
             raise SiteError(
-                f"Capture: the block of {site.name} has no self-attention before it, so its maps cannot be refined. "
-                "Choose other sites, or refine=0."
+                f"{what}: the block of {site.name} has no self-attention before it, {use}. Choose other sites{cure}."
             )
         found[site.name] = own[-1]
     return found
