@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import zoo
 import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
 from torch import Tensor
@@ -229,15 +230,23 @@ def test_only_flow_matching_has_a_velocity() -> None:
 
 # Early exit --------------------------------------------------------------------------------------------------------
 
-FAMILIES = {"sd": WORDS, "sdxl": (1, 3), "sd3": (1, 3), "flux": (1, 3)}
+FAMILIES = {"sd": WORDS, "sd2": WORDS, "sdxl": (1, 3), "sd3": (1, 3), "sd35": (1, 3), "flux": (1, 3)}
+
+
+def of_family(name: str) -> tuple[Any, dict[str, Any]]:
+    """Build a pipeline of one family; SD2 and SD3.5 are SD and SD3 with other denoisers."""
+    pipe, kwargs = pipes.build({"sd2": "sd", "sd35": "sd3"}.get(name, name))
+    if name == "sd2":
+        pipe.unet = zoo.build("sd2", 1)[0]
+    elif name == "sd35":
+        pipe.transformer = zoo.build("sd35", 1)[0]
+    return pipe, kwargs | ({"prompt": PROMPT} if name in ("sd", "sd2") else {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_early_exit_changes_no_bit_of_the_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, kwargs = pipes.build(name)
-    if name == "sd":
-        kwargs["prompt"] = PROMPT
+    pipe, kwargs = of_family(name)
     grads: list[Tensor] = []
     compute = engine._Update.gradient
 
@@ -247,8 +256,10 @@ def test_early_exit_changes_no_bit_of_the_gradient(name: str, monkeypatch: pytes
         return result
 
     monkeypatch.setattr(engine._Update, "gradient", spy)
-    last = pipe.unet.up_blocks[-1] if name.startswith("sd") and name != "sd3" else None
-    last = last or (pipe.transformer.single_transformer_blocks[-1] if name == "flux" else pipe.transformer.proj_out)
+    if "unet" in pipe.components:
+        last = pipe.unet.up_blocks[-1]
+    else:
+        last = pipe.transformer.single_transformer_blocks[-1] if name == "flux" else pipe.transformer.proj_out
     ran: list[int] = []
     hook = last.register_forward_pre_hook(lambda *_: ran.append(1))
     found, counts = [], []
