@@ -28,6 +28,7 @@ __all__ = [
     "Branch",
     "Checkpointing",
     "Prefix",
+    "check_rows_kept",
     "combine",
     "latents_of",
     "main_output",
@@ -226,6 +227,9 @@ def own_context(denoiser: Any, name: str) -> Iterator[bool]:
 
     In a shared context FirstBlockCache would answer the perturbed pass with the base pass's blocks, and guidance would
     silently be zero.
+
+    Raises:
+        UnsupportedModelError: A cache keeps one state for all passes (pyramid attention broadcast, FasterCache).
     """
     managers = _state_managers(denoiser)
     if not managers:  # nothing keeps state; entering a context would only leave an empty registry on the module
@@ -246,13 +250,35 @@ def own_context(denoiser: Any, name: str) -> Iterator[bool]:
 def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
     """Collect the diffusers state managers below a denoiser; they hold one state a context."""
     found: list[Any] = []
-    for module in denoiser.modules():
-        registry = vars(module).get("_diffusers_hook")
-        for hook in getattr(registry, "hooks", {}).values():
-            manager = getattr(hook, "state_manager", None)
-            if manager is not None and all(manager is not m for m in found):
-                found.append(manager)
+    for hook in _diffusers_hooks(denoiser):
+        managers = [m for name, m in vars(hook).items() if name.endswith("state_manager") and m is not None]
+        if not managers and getattr(hook, "_is_stateful", False):
+            raise UnsupportedModelError(
+                f"{type(denoiser).__name__} runs under {type(hook).__name__}, a cache with one state for all passes: "
+                "the base pass and a further one would take each other's attention for their own. Call "
+                "disable_cache() on it first; FirstBlockCache keeps passes apart."
+            )
+        found += [m for m in managers if all(m is not other for other in found)]
     return found
+
+
+def _diffusers_hooks(denoiser: torch.nn.Module) -> Iterator[Any]:
+    for module in denoiser.modules():
+        yield from getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values()
+
+
+def check_rows_kept(denoiser: torch.nn.Module) -> None:
+    """Raise if a cache drops rows between the call of a denoiser and its blocks.
+
+    Raises:
+        UnsupportedModelError: FasterCache leaves the negative prompt out on some steps.
+    """
+    for hook in getattr(vars(denoiser).get("_diffusers_hook"), "hooks", {}).values():
+        if type(hook).__name__ == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled:
+            raise UnsupportedModelError(
+                f"{type(denoiser).__name__} runs under FasterCache, which leaves the negative prompt's rows out on "
+                "some steps, so that controls cannot tell the rows of a call. Call disable_cache() on it first."
+            )
 
 
 # Outputs of these modules do not follow the batch even when their first axis fits.

@@ -19,6 +19,7 @@ from attnctl.branches import (
     Prefix,
     added,
     check_reached,
+    check_rows_kept,
     combine,
     difference,
     main_output,
@@ -123,6 +124,8 @@ class Watched:
             active = tuple(wrap for c, wrap in wrappers if c.in_window(self.state))
             self.links[name].wrappers = active or None
             self.links[name].reached = False
+            if active:
+                check_rows_kept(self.module)
         for c, block, link in self.listeners:
             if c.in_window(self.state):
                 self.listening.append(block.register_forward_pre_hook(_listen(link), with_kwargs=True))
