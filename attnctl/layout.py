@@ -45,8 +45,12 @@ class RowReader:
         self._known = {}
 
     def scaled(self, sample: torch.Tensor) -> None:
-        """Note the latents that a pipeline scales, before it adds masks or image latents to them."""
-        self._scaled = sample
+        """Note the latents that a pipeline scales, before it adds masks or image latents to them.
+
+        A ControlNet in guess mode has the prompt's rows scaled once more, by themselves: those of the denoiser are more.
+        """
+        if self._scaled is None or sample.shape[0] >= self._scaled.shape[0]:
+            self._scaled = sample
 
     def read(self, bound: Mapping[str, Any], cond_first: bool = False) -> Rows:
         """Tell the rows of a call.
