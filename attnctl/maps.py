@@ -272,9 +272,25 @@ class WordMaps(Mapping[str, Tensor]):
 
 
 def joined(parts: Sequence[WordMaps]) -> WordMaps:
-    """Put the maps of several denoisers of one pipeline together."""
+    """Put the maps of several denoisers of one pipeline together.
+
+    Denoisers that take turns, as the two of Wan 2.2, are one model that changes on the way: their layers are joined
+    step by step. Others keep layers of their own, under the name of the denoiser.
+
+    Raises:
+        ConfigError: A running mean (reduce="ema") was to go on from one denoiser to the next.
+    """
     if len(parts) == 1:
         return parts[0]
+    steps = tuple(sorted({s for part in parts for s in part.steps}))
+    shapes = [{name: (*t.shape[:2], *t.shape[3:]) for name, t in part.layers.items()} for part in parts]
+    if len(steps) == sum(len(part.steps) for part in parts) and all(own == shapes[0] for own in shapes):
+        if "steps_reduced" in parts[0].about:
+            raise ConfigError(
+                'Capture: reduce="ema" runs over the steps of one denoiser, and this pipeline changed its denoiser on '
+                'the way. Use another reduce, or keep=("steps",).'
+            )
+        return replace(parts[0], layers={name: _in_turns(parts, name) for name in shapes[0]}, steps=steps)
     layers: dict[str, Tensor] = {}
     sites: list[Site] = []
     for n, part in enumerate(parts, 1):
@@ -282,5 +298,18 @@ def joined(parts: Sequence[WordMaps]) -> WordMaps:
             name = site.name if n == 1 else f"transformer_{n}.{site.name}"
             layers[name] = part.layers[site.name]
             sites.append(replace(site, name=name, depth=len(sites)))
-    steps = tuple(sorted({s for part in parts for s in part.steps}))
     return replace(parts[0], layers=layers, sites=tuple(sites), steps=steps)
+
+
+def _in_turns(parts: Sequence[WordMaps], name: str) -> Tensor:
+    """Join one layer of denoisers that ran at different steps."""
+    layers = [part.layers[name] for part in parts]
+    if "steps" in parts[0].keep:
+        ran = [s for part in parts for s in part.steps]
+        return torch.cat(layers, dim=2)[:, :, sorted(range(len(ran)), key=ran.__getitem__)]
+    if parts[0].reduce == "max":
+        return torch.stack(layers).amax(0)
+    if parts[0].reduce == "sum":
+        return torch.stack(layers).sum(0)
+    counts = [len(part.steps) for part in parts]
+    return torch.stack([t * n for t, n in zip(layers, counts, strict=True)]).sum(0) / sum(counts)

@@ -386,6 +386,21 @@ def test_memory_does_not_grow_with_the_steps_and_no_map_is_built() -> None:
     assert kept(1) == kept(6)
 
 
+@pytest.mark.parametrize(
+    ("options", "apart", "each"),
+    [({}, 1, 4), ({"keep": ("heads",)}, 4, 4), ({"reduce": "none", "store": "float16"}, 3 * 4, 2)],
+)
+def test_the_bytes_are_those_of_the_formula(options: dict[str, Any], apart: int, each: int) -> None:
+    pipe, kwargs = pipes.build("sd", batch=2)
+    with attnctl.control(pipe, Capture(words=("a",), sites=("mid", "up.1"), **options)) as handle:
+        pipes.run(pipe, kwargs | {"num_images_per_prompt": 2})
+        ((_, own),) = handle._watched[0].attached
+        tokens = sum(grid[1] * grid[2] for grid in (layer.site.grid for layer in own.layers.values()))
+        # images x words x steps and heads that are kept apart x tokens of all layers x bytes of a number
+        assert own.bytes == 4 * 1 * apart * tokens * each
+        assert own.bytes == sum(p.numel() * p.element_size() for layer in own.layers.values() for p in layer.parts)
+
+
 def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     # FLUX at 1024 x 1024: 4096 image and 512 text tokens of 128 channels; one head of 24.
     n_image, n_text = 4096, 512

@@ -160,9 +160,9 @@ class Recorder(Attached):
                 self._claim(maps, 1, name)
             layer.parts.append(self._stored(maps))
         elif self.capture.reduce == "max":
-            layer.parts[0] = torch.maximum(layer.parts[0], maps)
+            layer.parts[0] = torch.maximum(layer.parts[0], self._stored(maps))
         elif self.capture.reduce == "ema":
-            layer.parts[0].lerp_(maps, 1 - self.capture.decay)
+            layer.parts[0].lerp_(self._stored(maps), 1 - self.capture.decay)
         else:
             layer.parts[0] += maps
         layer.count, layer.call = layer.count + 1, state.call
