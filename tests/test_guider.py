@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+import zoo_pipelines as pipes
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 import attnctl
@@ -99,3 +100,27 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert other.controls == guider.controls
     assert other.guidance_scale == 4.0
     assert guider.new(guidance_scale=2.0).controls == guider.controls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [PAG(scale=3.0, sites=1), SoftPAG(scale=30.0, u=0.5, heads=[(1, 0)], start=0.4)])
+def test_a_modular_pipeline_runs_as_the_classic_one_under_control(guidance: PAG | SoftPAG) -> None:
+    blocks = pytest.importorskip("diffusers.modular_pipelines.stable_diffusion_3")
+    pipe, kwargs = pipes.build("sd3", torch.float64)
+    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with attnctl.control(pipe, guidance):
+        want = pipes.run(pipe, kwargs, latents=noise, guidance_scale=4.0)
+    plain = pipes.run(pipe, kwargs, latents=noise, guidance_scale=4.0)
+    before = {n: dict(vars(m)) for n, m in pipe.transformer.named_modules()}
+    modular = blocks.modular_blocks_stable_diffusion_3.StableDiffusion3T2ICoreDenoiseStep().init_pipeline()
+    modular.set_progress_bar_config(disable=True)
+    guider = ControlGuider([guidance], guidance_scale=4.0)
+    modular.update_components(transformer=pipe.transformer, scheduler=pipe.scheduler, guider=guider)
+    given = {name: value for name, value in kwargs.items() if name.endswith("embeds")}
+    size = {"height": 128, "width": 96}  # without an autoencoder a latent counts as 8 pixels
+    for _ in range(2):
+        out = modular(**given, **size, latents=noise, num_inference_steps=3, output="latents")
+        assert (out - want).norm() <= 1e-6 * want.norm()  # the scheduler steps in float32
+    assert (want - plain).norm() > 1e-3 * plain.norm()
+    after = {n: dict(vars(m)) for n, m in pipe.transformer.named_modules()}
+    assert all(before[n].keys() == after[n].keys() for n in before)
