@@ -109,6 +109,32 @@ def test_active_differs_and_detach_is_exact(name: str, method: str) -> None:
     assert torch.equal(zoo.call(model, inputs), plain)
 
 
+class Boom(RuntimeError):
+    """What a test raises."""
+
+
+@pytest.mark.parametrize("where", ["base", "perturbed"])
+def test_an_exception_in_either_pass_leaves_no_trace(name: str, where: str) -> None:
+    model, inputs = built(name)
+    plain = zoo.call(model, inputs)
+    before = snapshot(model)
+    handle = attnctl.control(model, guidances(model)["SoftPAG"], layout="cond")
+    guided = zoo.call(model, inputs)
+
+    def fail(*_: Any) -> None:
+        if (handle._watched[0].state.phase != "base") == (where == "perturbed"):
+            raise Boom
+
+    hook = contract.own(attnctl.find_sites(model))[-1].module.register_forward_pre_hook(fail)
+    with pytest.raises(Boom):
+        zoo.call(model, inputs)
+    hook.remove()
+    assert torch.equal(zoo.call(model, inputs), guided)
+    handle.detach()
+    assert_clean(before, model)
+    assert torch.equal(zoo.call(model, inputs), plain)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_and_replay_follow_the_definition(name: str, method: str) -> None:
     model, inputs = built(name, torch.float64)
