@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import attnctl
 import attnctl.backbones
-from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size
+from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size, routed_flex
 from attnctl.backbones.swap import _count
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.errors import BackendError, ConfigError, UnsupportedModelError
+from attnctl.kernels import flex
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vit"
 MICRO = ["biformer_micro", "agent_deit_micro", "agent_pvt_micro", "agent_swin_micro", "agent_cswin_micro"]
@@ -158,6 +159,40 @@ def test_masked_padding_is_exact() -> None:
     torch.testing.assert_close(module(x), want, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(
+    ("pad", "size"), [("none", (12, 20)), ("pre", (10, 13)), ("post", (11, 14)), ("mask", (10, 13))]
+)
+def test_windows_read_where_they_lie_are_the_gathered_ones(pad: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    module = BiLevelRoutingAttention(32, 4, 4, topk=3, pad=pad).eval()
+    in_place = BiLevelRoutingAttention(32, 4, 4, topk=3, pad=pad, backend="flex").eval()
+    in_place.load_state_dict(module.state_dict())
+    x = torch.rand(2, *size, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(in_place(x), module(x), atol=1e-6, rtol=1e-5)
+    with pytest.raises(BackendError, match="no backward pass on CPU"):
+        in_place(x)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_windows_read_where_they_lie_compiled() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 9 * 64, 16).unbind(0)
+    with torch.inference_mode():
+        run = flex._compiled()
+        for seed in (0, 1):
+            index = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(seed)).topk(3).indices
+            mask = routed_flex._block_mask(index, 64, None)
+            got = run(q, k, v, block_mask=mask, scale=0.3)
+            allowed = torch.zeros(2, 9, 9, dtype=torch.bool).scatter_(2, index, True)
+            allowed = allowed.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, None]
+            want = (q @ k.mT * 0.3).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bias", ["bias", "mlp", "bias_tf"])
 def test_maxvit_any_size(bias: str) -> None:
     windows = MaxxVitTransformerCfg(window_size=(7, 7), grid_size=(7, 7), dim_head=8, rel_pos_type=bias)
@@ -170,6 +205,17 @@ def test_maxvit_any_size(bias: str) -> None:
         assert list(model.state_dict()) == keys
         for size in ((200, 328), (96, 96)):
             assert model(torch.rand(1, 3, *size)).isfinite().all()
+
+
+def test_maxvit_tiny_of_timm() -> None:
+    model, x = timm.create_model("maxvit_tiny_tf_224", num_classes=3).eval(), torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(any_size(model)(x), want, atol=1e-5, rtol=1e-4)
+        for size in ((200, 328), (96, 96)):
+            last, maps = model.forward_intermediates(torch.rand(1, 3, *size))
+            assert [m.shape[2:] for m in maps[1:]] == [tuple(-(-s // r) for s in size) for r in (4, 8, 16, 32)]
+            assert model.forward_head(last).isfinite().all()
 
 
 def test_maps_smaller_than_a_window() -> None:
@@ -242,6 +288,8 @@ BAD = [
     (lambda: BiLevelRoutingAttention(32, 4, diff_routing=True), "soft_routing"),
     (lambda: BiLevelRoutingAttention(32, 4, window_size=0), "window_size=0"),
     (lambda: BiLevelRoutingAttention(32, 4, kv_pool="avgpool", pad="mask"), "kv_pool"),
+    (lambda: BiLevelRoutingAttention(32, 4, attn_drop=0.1, backend="flex"), "where they lie"),
+    (lambda: BiLevelRoutingAttention(32, 4, soft_routing=True, backend="flex"), "no soft_routing"),
     (lambda: BiLevelRoutingAttention(32, 4, 4, pad="none")(torch.rand(1, 10, 8, 32)), "does not divide"),
     (lambda: BiLevelRoutingAttention(32, 4, 7, pad="post")(torch.rand(1, 5, 9, 32)), "smaller than n_win=7"),
     (lambda: BiLevelRoutingAttention(32, 4, window_size=4, topk=9)(torch.rand(1, 8, 8, 32)), "only 4 windows"),

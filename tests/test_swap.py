@@ -12,6 +12,7 @@ from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.backbones import any_size
 from attnctl.backbones.linear_mixers import inline, mala, rala
 from attnctl.backbones.softmax_mixers import neighborhood_mask, sigmoid_attention
 from attnctl.backbones.swap import KINDS
@@ -156,6 +157,16 @@ def test_dynamic_size() -> None:
     assert not model.patch_embed._forward_hooks
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_maxvit_that_takes_any_size(kind: str) -> None:
+    model, x = any_size(hosts()["maxvit"]), torch.rand(1, 3, 36, 44)
+    plain = model(x)
+    swapped = attnctl.swap(model, kind, blocks=0, **OPTIONS.get(kind, {}))
+    assert swapped(x).shape == plain.shape
+    assert not torch.equal(swapped(x), plain)
+    assert torch.equal(attnctl.unswap(swapped)(x), plain)
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", ["agent", "bra"])
 def test_compile(kind: str) -> None:
@@ -196,3 +207,16 @@ def test_bad_input(call: dict[str, Any], error: type[Exception], said: str) -> N
 def test_models_without_such_attention() -> None:
     with pytest.raises(UnsupportedModelError, match="no attention that can be swapped"):
         attnctl.swap(timm.create_model("resnet18"), "agent")
+
+
+def test_gates_and_masks_are_refused() -> None:
+    model = hosts()["vit"]
+    model.blocks[1].attn.gate = nn.Linear(32, 32)
+    with pytest.raises(UnsupportedModelError, match="gates its output"):
+        attnctl.swap(model, "agent", num_agents=4)
+    attnctl.swap(model, "agent", blocks=0, num_agents=4)
+    x = torch.rand(1, 3 + 64, 32)
+    with pytest.raises(ConfigError, match="without masks"):
+        model.blocks[0].attn(x, attn_mask=torch.ones(67, 67, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="66 patch tokens were given, but the grid is 8x8"):
+        model.blocks[0].attn(torch.rand(1, 3 + 66, 32))

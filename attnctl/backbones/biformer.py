@@ -111,7 +111,7 @@ class BiFormerBlock(nn.Module):
                 plain_heads,
                 side_dwconv=side_dwconv if topk == -2 else 0,
                 attn_drop=attn_drop,
-                backend=backend,
+                backend="auto" if backend == "flex" else backend,  # which is about routed windows
                 **dd,
             )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from attnctl.backbones.attend import attend, ceil_div, require
+from attnctl.backbones.routed_flex import routed_flex
 from attnctl.errors import ConfigError
 
 __all__ = ["BiLevelRoutingAttention", "gather_windows", "merge_windows", "split_windows", "top_windows", "window_means"]
@@ -109,7 +110,8 @@ class BiLevelRoutingAttention(nn.Module):
             kv_per_win tokens per side, "avgpool"/"maxpool" by kv_ratio.
         soft_routing: weigh keys and values by the routing weights. diff_routing: let gradients reach the routing.
         param_routing: learn a projection for it; needs diff_routing. out_proj: project the result.
-        backend: a kernel of `attnctl.attention`.
+        backend: a kernel of `attnctl.attention`, or "flex", which reads the chosen windows where they lie instead of
+            copying them (CUDA; no soft routing, pooling or dropout).
 
     Raises: ConfigError for settings that exclude each other and for maps that do not fit them.
     """
@@ -122,6 +124,7 @@ class BiLevelRoutingAttention(nn.Module):
     soft_routing: Final[bool]
     diff_routing: Final[bool]
     backend: Final[str]
+    in_place: Final[bool]
 
     def __init__(
         self,
@@ -182,6 +185,12 @@ class BiLevelRoutingAttention(nn.Module):
             ConfigError,
             "diff_routing=True needs soft_routing=True: a hard choice of windows has no gradient.",
         )
+        self.in_place = backend == "flex"
+        require(
+            not self.in_place or not (soft_routing or attn_drop or kv_pool != "identity"),
+            ConfigError,
+            "backend='flex' reads keys and values where they lie: it knows no soft_routing, attn_drop or kv_pool.",
+        )
         if window_size is None:
             require(
                 topk is None or 1 <= topk <= n_win * n_win,
@@ -203,7 +212,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.window_h, self.window_w = window
         self.topk = 0 if topk is None else topk
         self.scale = qk_dim**-0.5 if scale == "dim" else (qk_dim // num_heads) ** -0.5
-        self.pad, self.kv_pool, self.backend = pad, kv_pool, backend
+        self.pad, self.kv_pool, self.backend = pad, kv_pool, "auto" if self.in_place else backend
         self.kv_per_win, self.kv_ratio = kv_per_win, kv_ratio
         self.soft_routing, self.diff_routing = soft_routing, diff_routing
         self.has_lepe = side_dwconv > 0
@@ -294,6 +303,8 @@ class BiLevelRoutingAttention(nn.Module):
         if topk == windows and not self.soft_routing:
             # Every window reads every token: one plain attention, no copies.
             out = self._dense(q, kv, real)
+        elif self.in_place:
+            out = self._in_place(q, k, v, index, real)
         else:
             out = self._sparse(q, kv, weight, index, real)
         out = merge_windows(out, wh, ww, ph, pw)
@@ -335,6 +346,14 @@ class BiLevelRoutingAttention(nn.Module):
             mask = keep.reshape(b * n, 1, 1, -1) > 0
         drop = self.attn_drop if self.training else 0.0
         out = attend(self._heads(q.flatten(0, 1)), self._heads(k), self._heads(v), mask, self.scale, drop, self.backend)
+        return out.transpose(1, 2).reshape(b, n, t, self.dim)
+
+    @torch.jit.unused
+    def _in_place(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+        b, n, t, _ = q.shape
+        seen = real.flatten() > 0 if real is not None and self.pad == "mask" else None
+        heads = [self._heads(x.flatten(1, 2)) for x in (q, k, v)]
+        out = routed_flex(heads[0], heads[1], heads[2], index, seen, self.scale)
         return out.transpose(1, 2).reshape(b, n, t, self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
