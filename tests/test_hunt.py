@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +141,20 @@ def test_counts_are_those_of_the_paper() -> None:
     assert (len(quality.pairs), quality.k, quality.u, quality.scale) == (20, 24, 0.25, 3.0)
     assert quality.estimate(pool).images == 20 * 576
     assert quality.estimate(pool).passes == 20 * 576 * 20 * 2
+
+
+def test_the_bar_counts_every_picture_and_tells_the_best(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    plan = _plan(pairs=PAIRS[:2], batch=4)
+    scorer = _scorer(toy, plan)
+    capsys.readouterr()
+    found = hunt(toy, plan, scorer)
+    told = capsys.readouterr().err
+    assert f"{found.images}/{found.images}" in told
+    assert re.search(rf"best \d+\.\d+ {re.escape(PLANTED[0][0])}:{PLANTED[0][1]}", told)
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", told)  # time spent, time left
 
 
 # What a call computes ------------------------------------------------------------------------------------------

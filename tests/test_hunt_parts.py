@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from attnctl.pipelines import HuntPlan, compose, halvings, hunt
 from attnctl.pipelines.hunt_log import HuntLog, LogError
 from attnctl.pipelines.hunt_scorers import BlipScore, ClipScore, ShapesJudge, harmonic, objective_of
 from attnctl.processors import SoftPAG
+from attnctl.specs import parse_control
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 PAIRS = (("a cat", 0), ("a dog", 1))
@@ -449,6 +453,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "already there" in capsys.readouterr().err
     assert main([*args, "--force"]) == 0
     assert json.loads(capsys.readouterr().out)["generated"] == 3  # the log had the rest
+    assert main([*args[:-1], "--force"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])  # the command that uses what was found
+    assert words[:4] == ["attnctl", "generate", "--model", "shapes:mmdit"]
+    assert parse_control(words[-1]) == SoftPAG(
+        heads=HeadSet.from_pretrained(tmp_path / "heads").pairs, u=0.5, scale=2.5
+    )
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    args = ["hunt", "--model", "shapes:mmdit", "--heads", "L7H0 L7H3", "--pairs", "2", "--k", "1", "--steps", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "attnctl.cli", *args, "--out", str(tmp_path / "heads"), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)  # of both processes, one says what was found
+    assert (told["processes"], told["images"]) == (2, 2 * 2 + 2)
+    logs = {p.name.split("-")[1]: p.read_text().splitlines() for p in (tmp_path / "heads" / "log").glob("*.jsonl")}
+    assert set(logs) == {"000", "001"}
+    assert sum(len(json.loads(line)["marks"]) for lines in logs.values() for line in lines) == told["images"]
 
 
 @pytest.mark.parametrize(

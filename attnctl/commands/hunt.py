@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -145,7 +146,7 @@ class Hunt(Common):
         if crew.rank:
             return Result(None, "")
         found.save(self.out, force=self.force)
-        return Result(data | found.to_dict() | {"out": str(self.out)}, _text(found, self.out))
+        return Result(data | found.to_dict() | {"out": str(self.out)}, _text(found, self.out, self.model))
 
     def _plan(self) -> Any:
         """Build the plan that the flags describe."""
@@ -217,7 +218,7 @@ def _duration(hours: float) -> str:
     return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"
 
 
-def _text(found: Any, out: Path) -> str:
+def _text(found: Any, out: Path, model: str) -> str:
     rows = [
         (i + 1, f"{site} head {head}", round(r.scores[site, head], 4), r.seen[site, head])
         for i, r in enumerate(found.rounds)
@@ -227,8 +228,12 @@ def _text(found: Any, out: Path) -> str:
     if found.baseline is not None:
         lines.append(f"without perturbation: {found.baseline:.4f}")
     lines += [f"after round {i + 1}: {r.score:.4f}" for i, r in enumerate(found.rounds) if r.score is not None]
-    lines.append(
-        f"{found.images} images; {out}: head set, marks, heat map. Use: SoftPAG(heads=HeadSet.from_pretrained("
-    )
-    lines[-1] += f'"{out}"), u={found.plan.u:g}, scale={found.plan.scale:g})'
+    strength = f"u={found.plan.u:g}, scale={found.plan.scale:g})"
+    prompt = shlex.quote(found.plan.pairs[0][0])
+    pairs = "".join(f'("{site}", {head}), ' for site, head in found.heads.pairs).rstrip()
+    lines += [
+        f"{found.images} images; {out}: head set, marks, heat map. To use them:",
+        f'  SoftPAG(heads=HeadSet.from_pretrained("{out}"), {strength}',
+        f"  attnctl generate --model {model} --prompt {prompt} --control 'SoftPAG(heads=({pairs}), {strength}'",
+    ]
     return "\n".join(lines)
