@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 
 # Before the first import of torch and the hubs, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers
+import network
+import pytest
 import torch
 import transformers
 from hypothesis import settings
@@ -28,3 +31,12 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def unplugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail where something asks for another machine, though nothing forbids the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with network.guarded() as heard:
+        yield
+    assert not heard

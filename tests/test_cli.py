@@ -428,6 +428,7 @@ def test_videos_are_written_with_their_film_strip_and_can_be_made_again(run: Run
 # demo ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unplugged")
 def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> None:
     small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
     code, out, err = run("demo", *small, "--out", tmp_path, "--json")
@@ -462,6 +463,7 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
     assert len(again["images"]) == 2 * len(SHEETS[0].panels)
 
 
+@pytest.mark.usefixtures("unplugged")
 def test_the_demo_prints_tables(run: Run, tmp_path: Path) -> None:
     code, out, err = run("demo", "--prompts", 1, "--seeds", 1, "--steps", 1, "--out", tmp_path)
     assert code == 0, err

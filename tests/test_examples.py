@@ -1,4 +1,4 @@
-"""Every example runs offline with `--shapes` and writes what it says."""
+"""Every example runs with `--shapes`, asks no other machine for anything, and writes what it says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import network
 import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("unplugged")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
 GUIDED |= {"astar_sd15": "astar.png", "attend_excite_sd15": "attend_excite.png", "slg_sd35": "slg.png"}
@@ -28,10 +30,10 @@ VISION = {
 
 def fresh(name: str, out: Path, *more: str) -> str:
     """Run one example in an interpreter of its own."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--shapes", "--out", str(out), *more]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    script = [network.__file__, str(EXAMPLES / f"{name}.py")]
+    command = [sys.executable, *script, "--shapes", "--out", str(out), *more]
+    env = {k: v for k, v in os.environ.items() if k not in network.SWITCHES} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -19,6 +19,7 @@ from attnctl.clips import mp4_bytes
 from attnctl.record import read
 from attnctl.shapes.motion import Motion, render_clip, sample_clip
 
+pytestmark = pytest.mark.usefixtures("unplugged")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What stands for weights that are not here, and what makes the runs short.

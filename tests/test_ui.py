@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import network
 import pytest
 import torch
 import zoo_pipelines
@@ -283,10 +284,11 @@ def page(models: Models) -> Iterator[str]:
     from attnctl.ui.serve import serving
 
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with serving(models) as url:
+    with network.guarded() as heard, serving(models) as url:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         assert folder.is_dir()
         yield url
+    assert not heard
     assert not folder.exists()
     assert os.environ.get("GRADIO_TEMP_DIR") == before
 

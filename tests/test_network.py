@@ -1,0 +1,104 @@
+"""Nothing is fetched unasked: imports, commands, models and jobs make no connection, with the hub's switch off."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import network
+import pytest
+
+TESTS = Path(__file__).parent
+IMPORTS = """
+import importlib.util, pkgutil
+import attnctl
+without = () if importlib.util.find_spec("gradio") else ("attnctl.ui.",)
+for module in pkgutil.walk_packages(attnctl.__path__, "attnctl."):
+    if not module.name.startswith(without):
+        importlib.import_module(module.name)
+import timm
+timm.create_model("biformer_micro")
+"""
+COMMANDS = """
+import sys
+from pathlib import Path
+from attnctl.cli import _COMMANDS, main
+
+folder = sys.argv[1]
+prompt = ["--prompt", "a red circle and a blue square on gray", "--steps", "1"]
+for name in _COMMANDS:
+    assert main([name, "--help"]) == 0
+assert main(["env"]) == 0
+assert main(["bench", "--list"]) == 0
+for model in ("text2image", "mmdit", "video"):
+    assert main(["sites", f"shapes:{model}"]) == 0
+    assert main(["generate", "--model", f"shapes:{model}", *prompt, "--out", f"{folder}/{model}"]) == 0
+assert main(["maps", *prompt, "--word", "circle", "--out", f"{folder}/maps"]) == 0
+assert main(["calibrate", "--model", "shapes:mmdit", *prompt, "--block", "16", "--out", f"{folder}/plan"]) == 0
+heads = ["--heads", "L7H0 L7H3", "--pairs", "1", "--k", "1", "--steps", "1"]
+assert main(["hunt", *heads, "--out", f"{folder}/heads"]) == 0
+"""
+EXTRAS = ("matplotlib", "av", "gradio", "torchmetrics", "sklearn", "segmentation_models_pytorch", "onnx", "onnxscript",
+          "onnxruntime", "zensical", "ftfy", "hypothesis", "peft", "playwright", "sentencepiece", "pytest",
+          "xformers", "triton")  # fmt: skip
+ALONE = f"""
+import importlib, logging, pkgutil, sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # as if it were not installed
+import attnctl
+for module in pkgutil.walk_packages(attnctl.__path__, "attnctl."):
+    if not module.name.startswith(("attnctl.ui.", "attnctl.kernels.triton")):
+        importlib.import_module(module.name)
+from attnctl.cli import main
+assert main(["--help"]) == 0
+assert main(["env"]) == 0
+folder = sys.argv[1]
+asked = ["--prompt", "a red circle on gray", "--steps", "2"]
+assert main(["generate", *asked, "--control", 'PAG(sites="mid")', "--out", folder]) == 0
+assert main(["maps", *asked, "--word", "circle", "--out", folder + "/maps"]) == 0
+assert main(["ui", "--no-browser"]) == 1
+"""
+
+
+def run(code: str, folder: Path, *, guard: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter of its own, where nothing forbids the hub."""
+    script = folder / "script.py"
+    script.write_text(code, encoding="utf-8")
+    env = {k: v for k, v in os.environ.items() if k not in network.SWITCHES}
+    # An empty cache: what was fetched once would be found without asking.
+    env |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
+    command = [sys.executable, *([str(TESTS / "network.py")] if guard else []), str(script), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=folder)
+
+
+def test_the_guard_hears_what_is_asked() -> None:
+    with network.guarded() as heard:
+        with pytest.raises(ConnectionRefusedError):
+            socket.getaddrinfo("huggingface.co", 443)
+        with socket.socket() as one, pytest.raises(ConnectionRefusedError):
+            one.connect(("203.0.113.1", 80))
+        socket.getaddrinfo("127.0.0.1", 80)
+    assert heard == ["socket.getaddrinfo huggingface.co", "socket.connect 203.0.113.1"]
+
+
+def test_a_model_that_is_named_is_asked_for(tmp_path: Path) -> None:
+    done = run('from attnctl.cli import main\nassert main(["sites", "nobody/nothing"]) == 1', tmp_path)
+    assert done.returncode == 1
+    assert "huggingface.co" in done.stderr.splitlines()[-1]
+    assert "Cannot load 'nobody/nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("code", [IMPORTS, COMMANDS], ids=["imports", "commands"])
+def test_nothing_else_is(code: str, tmp_path: Path) -> None:
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_the_hard_dependencies_are_enough(tmp_path: Path) -> None:
+    done = run(ALONE, tmp_path, guard=False)
+    assert done.returncode == 0, done.stderr
+    assert 'pip install "attnctl[ui]"' in done.stderr
