@@ -7,9 +7,7 @@ docs/extending.md explains it line by line.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -40,6 +38,9 @@ class Tempered(Guidance):
 
 
 if __name__ == "__main__":
+    import argparse
+    from pathlib import Path
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", action="store_true", help="accepted for symmetry; this example always uses it")
     parser.add_argument("--prompt", default="a red circle and a blue square on gray")

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from attnctl.cli import _COMMANDS, _parse
+from attnctl.specs import methods, parse_control, parse_option
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*.md"))]
+OWN = ("README", "CONTRIBUTING", "UPGRADING", "SECURITY", "CHANGELOG")
+TEXTS = [*PAGES, *(ROOT / f"{n}.md" for n in OWN), *sorted((ROOT / "examples").glob("*.md"))]
 METHODS = (
     *("agent", "astar", "attend_excite", "backbones", "broadway", "enhance_video", "fatezero", "hunt", "maps"),
     *("nag", "pag", "paro", "prompt_to_prompt", "seg", "slg", "tpg"),
@@ -127,6 +136,95 @@ def test_shown_scripts_exist() -> None:
 def test_the_template_is_the_example() -> None:
     _, code = FENCE.findall((DOCS / "extending.md").read_text(encoding="utf-8"))[0]
     assert code.strip() in (ROOT / "examples" / "own_control.py").read_text(encoding="utf-8")
+
+
+def commands(path: Path, *, whole: bool) -> Iterator[list[str]]:
+    """List the commands that a page prints, in words: those of its blocks, or those in its lines."""
+    text = path.read_text(encoding="utf-8")
+    blocks = [code for language, code in FENCE.findall(text) if language in ("", "bash")]
+    lines = [line for code in blocks for line in code.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", text))
+    for line in lines if whole else spans:
+        for part in re.split(r"&&|\|\s", line):
+            if re.match(r"\s*(attnctl|python|pytest|torchrun|accelerate) ", part):
+                yield shlex.split(part, comments=True)
+
+
+def arguments(words: list[str]) -> list[str] | None:
+    """Return what is handed to attnctl, or None where something else is run."""
+    if words[0] == "attnctl":
+        return words[1:]
+    if "attnctl.cli" in words:
+        return words[words.index("attnctl.cli") + 1 :]
+    return None
+
+
+@functools.cache
+def options(command: str) -> frozenset[str]:
+    """Read the options of a command of attnctl out of its help."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        _parse([command, "--help"])
+    return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z-]*", said.getvalue()))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_printed_commands_are_understood(path: Path) -> None:
+    for words in commands(path, whole=True):
+        given = arguments(words)
+        if given is not None:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    asked = _parse(given)
+                except SystemExit:
+                    pytest.fail(f"{shlex.join(words)}: {said.getvalue()}")
+            for text in getattr(asked, "control", ()):
+                parse_control(text)
+            for text in getattr(asked, "option", ()):
+                parse_option(text)
+    for words in (*commands(path, whole=True), *commands(path, whole=False)):
+        given = arguments(words)
+        if given is not None:
+            assert not given or given[0] in _COMMANDS, words
+            known: Collection[str] = options(given[0]) if given else ()
+        elif words[0] == "pytest":
+            known = {"--hypothesis-profile"}
+            assert all((ROOT / w).is_file() for w in words if w.startswith("tests/")), words
+        elif words[0] == "python" and words[1].endswith(".py"):
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            known = set(re.findall(r"\"(--[\w-]+)\"", script))
+        else:
+            continue
+        asked_for = {w.partition("=")[0] for w in words[1:] if w.startswith("--")}
+        if given is not None:
+            asked_for = {w.partition("=")[0] for w in given if w.startswith("--")}
+        assert asked_for <= set(known), words
+
+
+def test_the_page_of_commands_tells_of_each_and_of_its_own_options() -> None:
+    sections = re.split(r"^## attnctl ", (DOCS / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert {section.split()[0] for section in sections} == set(_COMMANDS)
+    for section in sections:
+        command = section.split()[0]
+        told = re.sub(r"`(?!attnctl )[\w./ -]+\.cli [^`]*`", "", section)  # other programs have options of their own
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= options(command), command
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_python_blocks_use_names_and_fields_that_exist(path: Path) -> None:
+    for language, code in FENCE.findall(path.read_text(encoding="utf-8")):
+        if language not in ("python", "py"):
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(code))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "attnctl":
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "attnctl":
+                there = hasattr(importlib.import_module("attnctl"), node.attr)
+                assert there or importlib.util.find_spec(f"attnctl.{node.attr}"), node.attr
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in methods():
+                fields = {field.name for field in dataclasses.fields(methods()[node.func.id])}
+                assert {k.arg for k in node.keywords if k.arg} <= fields, ast.unparse(node)
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from contract import assert_clean, distance, perturbed, snapshot
+from contract import Replace, assert_clean, distance, perturbed, snapshot
 
 import attnctl
 from attnctl.errors import ConfigError
@@ -95,3 +96,26 @@ def test_it_guides_composes_and_leaves_no_trace() -> None:
 def test_it_refuses_what_it_cannot_do(value: float) -> None:
     with pytest.raises(ConfigError, match="temperature="):
         own().Tempered(temperature=value)
+
+
+def test_the_shorter_one_of_the_page_works_as_printed() -> None:
+    page = (SCRIPT.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Sharper" in c)
+    names: dict[str, Any] = {"__name__": "sharper"}
+    exec(compile(code, "extending.md", "exec", dont_inherit=True), names)
+    model, inputs = zoo.build("sd15", dtype=torch.float64)
+
+    def by_hand(call: Any, proceed: Any) -> torch.Tensor:
+        logits = call.q @ call.k.mT * call.q.shape[-1] ** -0.5
+        return torch.softmax(1.2 * logits, -1) @ call.v
+
+    with torch.no_grad():
+        plain, before = zoo.call(model, inputs), snapshot(model)
+        with attnctl.control(model, names["Sharper"](sites="mid"), layout="cond"):
+            sharper = zoo.call(model, inputs)
+        assert_clean(before, model)
+        where = names["Sharper"](sites="mid").resolve(attnctl.find_sites(model), None)
+        with attnctl.control(model, Replace(function=by_hand, sites=[s.name for s in where]), layout="cond"):
+            expected = zoo.call(model, inputs)
+    assert distance(sharper, expected) < 1e-12
+    assert distance(sharper, plain) > 1e-6
