@@ -47,7 +47,7 @@ class RowReader:
     def scaled(self, sample: torch.Tensor) -> None:
         """Note the latents that a pipeline scales, before it adds masks or image latents to them.
 
-        A ControlNet in guess mode has the prompt's rows scaled once more, by themselves: those of the denoiser are more.
+        A ControlNet in guess mode has the prompt's rows scaled once more, by themselves; the denoiser's are more.
         """
         if self._scaled is None or sample.shape[0] >= self._scaled.shape[0]:
             self._scaled = sample
