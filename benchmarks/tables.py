@@ -26,11 +26,19 @@ say what they mean. This page is written by `python benchmarks/tables.py > docs/
 | benchmark | measures | figures | command |
 |---|---|---|---|"""
 TESTED = """\
-What has no figure is a test: methods against naive references (`pytest tests/test_closed_forms.py
-tests/test_pag_parity.py tests/test_fatezero_parity.py` and the others named after methods), the memory of maps
-(`pytest tests/test_maps.py -k memory`), two hundred runs without growth and two hash seeds (`pytest
-tests/test_leaks.py`), and that no selected site is passed over in silence (`pytest
-tests/test_contract_pipelines.py -k skips_attention`)."""
+What has no figure is a test: methods against recordings of the authors' code (`pytest tests/test_pag_parity.py
+tests/test_fatezero_parity.py tests/test_backbones_parity.py` and the others named after methods), two hundred runs
+without growth and two hash seeds (`pytest tests/test_leaks.py`), that no selected site is passed over in silence
+(`pytest tests/test_contract_pipelines.py -k skips_attention`), and that nothing is fetched unasked (`pytest
+tests/test_network.py tests/test_examples.py`)."""
+FIDELITY = """\
+### Fidelity
+
+What the package computes in float32, against the formula in float64 with every map written out, on the same random
+numbers: the largest difference of any element, and the largest element (`python benchmarks/fidelity.py`).
+
+| method | formula | difference | largest element |
+|---|---|---|---|"""
 ENDED = "whole runs, exceptions and KeyboardInterrupt in every step, with the handle lost"
 
 
@@ -86,9 +94,23 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def kept(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """List what recorded maps weigh and how much is annotated, and the value."""
+    if not data:
+        return []
+    maps, source = data["maps"], data["source"]
+    return [
+        (
+            f"a recorded word after {maps['steps']} steps of the shipped mmdit, and the maps behind it",
+            f"{maps['held'] / 1024:.0f} KiB, {maps['maps_one_by_one'] / 2**20:.0f} MiB",
+        ),
+        ("functions with every parameter and result annotated", f"{source['annotated']} of {source['functions']}"),
+    ]
+
+
 def markdown() -> str:
     """Lay out everything that is recorded."""
-    data, hosts = recorded("reliability.json"), recorded("host_matrix.json")
+    data, hosts, near = (recorded(f"{name}.json") for name in ("reliability", "host_matrix", "fidelity"))
     lines = [HEAD]
     for benchmark in catalogue(FOLDER):
         found = recorded(benchmark.out) if benchmark.out else {}
@@ -102,7 +124,16 @@ def markdown() -> str:
         command = "`python benchmarks/reliability.py`"
         lines += [f"Measured on {data['date']} with one thread on {data['machine']}: {where}.", ""]
         lines += ["| figure | value | command |", "|---|---|---|"]
-        lines += [*(f"| {what} | {value} | {command} |" for what, value in reliability(data)), ""]
+        lines += [f"| {what} | {value} | {command} |" for what, value in reliability(data)]
+        lines += [f"| {what} | {value} | `python benchmarks/fidelity.py` |" for what, value in kept(near)]
+        lines += [""]
+    if near:
+        rows = near["rows"].items()
+        lines += [
+            FIDELITY,
+            *(f"| {n} | {r['formula']} | {r['difference']:.1e} | {r['largest']:.3g} |" for n, r in rows),
+        ]
+        lines += [""]
     lines += [TESTED, "", "## Host versions", ""]
     if not hosts:
         return "\n".join([*lines, "Measured by `python benchmarks/host_matrix.py`; nothing is recorded yet.", ""])

@@ -1,0 +1,35 @@
+"""Every method is its formula, written out map by map in float64: the rows of benchmarks/fidelity.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnctl.specs import methods
+
+FOLDER = str(Path(__file__).parents[1] / "benchmarks")
+sys.path.insert(0, FOLDER)
+try:
+    import formulas_vision  # noqa: F401  (enters its rows)
+    from formulas import ROWS
+finally:
+    sys.path.remove(FOLDER)  # where scripts have the names of methods
+
+NAMES = {"AStar": "A-STAR", "AttendExcite": "Attend-and-Excite", "EnhanceAVideo": "Enhance-A-Video"}
+NAMES |= {"PromptToPrompt": "prompt-to-prompt"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_method_is_its_formula(name: str) -> None:
+    got, want = ROWS[name][1]()
+    assert (got.dtype, want.dtype) == (torch.float32, torch.float64)
+    assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+    assert want.abs().max() > 0
+
+
+def test_every_method_has_a_row() -> None:
+    for method in methods():
+        assert any(NAMES.get(method, method) in name for name in ROWS), method
