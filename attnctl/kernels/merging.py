@@ -66,11 +66,13 @@ class Merge:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Average tokens, [B, N, C] -> [B, U + T, C], the kept sources first."""
-        mean = x[:, self.dst]
+        mean = x.index_select(1, self.dst)
         if self.gone.shape[1]:
-            index = self.target[..., None].expand(-1, -1, x.shape[-1])
-            wide = mean.to(wide_dtype(x.dtype)).scatter_add(1, index, _take(x, self.gone).to(wide_dtype(x.dtype)))
-            mean = (wide / self.counts[..., None]).to(x.dtype)
+            wide = wide_dtype(x.dtype)
+            index = _rows(self.target, mean.shape[1])[:, None].expand(-1, x.shape[-1])
+            gone = _take(x, self.gone).flatten(0, 1).to(wide)
+            sums = mean.flatten(0, 1).to(wide).scatter_add(0, index, gone)
+            mean = (sums.view(mean.shape) / self.counts[..., None]).to(x.dtype)
         return torch.cat([_take(x, self.kept), mean], 1) if self.kept.shape[1] else mean
 
     def undo(self, y: Tensor) -> Tensor:
@@ -115,8 +117,12 @@ def match_tokens(
         src, dst = _first_split(h, w, sy, sx, metric.device)
     else:
         src, dst = _split(h, w, sy, sx, choice.to(metric.device))
-    unit = F.normalize(metric, dim=-1)
-    score, best = (unit[:, src] @ unit[:, dst].transpose(1, 2)).max(-1)
+    # The destination that a token resembles most does not depend on the token's own length, so only few are normalised;
+    # and all tokens are compared, since leaving the destinations out would copy the others.
+    unit = F.normalize(metric.index_select(1, dst), dim=-1)
+    score, best = (metric @ unit.transpose(1, 2)).max(-1)
+    score = score / torch.linalg.vector_norm(metric, dim=-1).clamp_min(1e-12)
+    score, best = score.index_select(1, src), best.index_select(1, src)
     return Partners(src, dst, best, score.argsort(dim=-1, descending=True, stable=True))
 
 
@@ -128,7 +134,13 @@ def pool_cells(x: Tensor, grid: tuple[int, int], cell: tuple[int, int]) -> Tenso
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """Take tokens of each sample, [B, N, C] by [B, S] -> [B, S, C]: whole rows, which gather would copy one by one."""
+    return x.flatten(0, 1).index_select(0, _rows(index, x.shape[1])).view(*index.shape, x.shape[-1])
+
+
+def _rows(index: Tensor, n: int) -> Tensor:
+    """Number the tokens of a batch through: [B, S] indices among n -> [B S]."""
+    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def _split(h: int, w: int, sy: int, sx: int, choice: Tensor) -> tuple[Tensor, Tensor]:

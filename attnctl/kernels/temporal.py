@@ -143,17 +143,30 @@ def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) ->
     return torch.lerp(low.expand_as(wide), wide, torch.as_tensor(beta).to(wide)).to(v.dtype)
 
 
-def centred_map(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """Compute softmax(q k^T scale) - 1 / F, [positions, heads, F, F], in float32; its rows sum to zero."""
-    wide = wide_dtype(q.dtype)
+def centred_map(q: Tensor, k: Tensor, scale: float | None = None, out: Tensor | None = None) -> Tensor:
+    """Compute softmax(q k^T scale) - 1 / F, [positions, heads, F, F], in float32; its rows sum to zero.
+
+    `out` is memory for it, where no gradient is asked for.
+    """
     *lead, frames, channels = q.shape
     scale = channels**-0.5 if scale is None else scale
-    # Contiguous operands: batched products of small strided matrices take several times as long.
-    rows = q.to(wide).reshape(-1, frames, channels)
-    columns = k.to(wide).transpose(-2, -1).reshape(-1, channels, frames)
-    logits = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale)
-    weights = logits.softmax(-1).view(*lead, frames, frames)
-    return weights - 1 / frames if weights.requires_grad else weights.sub_(1 / frames)
+    rows, columns = _packed(q), _packed(k).transpose(1, 2)
+    logits = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale).view(*lead, frames, frames)
+    if out is None:
+        return logits.softmax(-1) - 1 / frames
+    return torch.softmax(logits, -1, out=out).sub_(1 / frames)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Lay queries, keys or values out head after head in float32, [n, H, F, D] -> [n H, F, D].
+
+    Batched products of small strided matrices take several times as long. A CPU first reads them in one sweep, as the
+    host laid them out: picking the heads out of its cache costs half of picking them out of memory.
+    """
+    wide = wide_dtype(x.dtype)
+    if x.dtype == wide and x.device.type == "cpu" and not x.is_contiguous():
+        x = x.clone()  # keeps the strides
+    return x.to(wide).reshape(-1, *x.shape[-2:])
 
 
 def motion_beta(e1: Tensor, e2: Tensor, e2_low: Tensor, floor: float) -> Tensor:
@@ -264,31 +277,36 @@ def guided_maps(
         guide, repeat = reference.on(grid, interpolation)
     unit = repeat[0] * grid[1]
     low = band.low(q) if band is not None and not band.mean_only else None
-    counted = range(layer.rows)[layer.cond]
+    counted = range(layer.rows)[layer.cond] if band is not None else range(0)
     wide = wide_dtype(q.dtype)
-    energies = q.new_zeros((3, len(counted)), dtype=wide) if band is not None else None
+    sums: dict[int, list[Tensor]] = {row: [] for row in counted}
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    # One piece of memory for all maps: many are given back to the system and asked for again at every call.
+    room = None if graph or maps is not None else q.new_empty((*q.shape[:3], q.shape[2]), dtype=wide)
     pieces: list[Tensor] = []
     for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
         if maps is None:
-            a = centred_map(q[part], k[part], scale)
+            a = centred_map(q[part], k[part], scale, None if room is None else room[part])
         else:
             a = (maps[part].to(wide) - 1 / maps.shape[-1]).contiguous()
-        measured = energies is not None and row in counted
-        e1 = _dot(a, a) if measured else None  # before the map is overwritten
+        e1 = _energy(a) if row in sums else None  # before the map is overwritten
         if guide is not None:
             source = slice(part.start // (repeat[0] * repeat[1]), part.stop // (repeat[0] * repeat[1]))
             weight = alpha[part] if isinstance(alpha, Tensor) else alpha
             a = _towards(a, guide[source], weight, repeat, grid[1])
-        if energies is not None and e1 is not None:
-            e2 = e1 if guide is None else _dot(a, a)
-            e2_low = torch.zeros_like(e1) if low is None else _dot(a, a @ low)
-            energies[:, counted.index(row)] += torch.stack([e1, e2, e2_low])
+        if e1 is not None:
+            e2 = e1 if guide is None else _energy(a)
+            sums[row] += [e1, e2] if low is None else [e1, e2, torch.dot(a.view(-1), (a @ low).view(-1))]
         pieces.append(a)
-    return pieces, energies
+    if band is None:
+        return pieces, None
+    kinds = 2 if low is None else 3
+    energies = torch.stack([torch.stack(found).view(-1, kinds).sum(0) for found in sums.values()], 1)
+    return pieces, F.pad(energies, (0, 0, 0, 3 - kinds))
 
 
 def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> Tensor:
-    """Multiply values by centred maps with an enhanced high band: mu + A M v, consuming the maps.
+    """Multiply values by centred maps with an enhanced high band: mu + A M v.
 
     Args:
         pieces: What `guided_maps` returned.
@@ -301,23 +319,22 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
     """
     frames, spread = band.frames, isinstance(beta, Tensor) and beta.dim() == 1
     matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
+    gain = torch.as_tensor(beta, device=v.device, dtype=wide_dtype(v.dtype)).view(-1, 1, 1, 1)
     graph = torch.is_grad_enabled() and (v.requires_grad or any(a.requires_grad for a in pieces))
     # Frames before heads, as fused kernels lay their output out: the host joins the heads without a copy.
     out = None if graph else v.new_empty(v.shape[0], frames, v.shape[1], v.shape[3]).transpose(1, 2)
     outputs: list[Tensor] = []
     start = 0
-    for i, a in enumerate(pieces):
-        pieces[i] = a.new_empty(0)  # its memory is free for the next piece
+    for a in pieces:
         part = slice(start, start + a.shape[0])
         start = part.stop
         if matrix is not None:
             a = a @ matrix
         elif not band.whole:
-            gain = beta[part].view(-1, 1, 1, 1) if spread else beta  # type: ignore[index]
-            gain = torch.as_tensor(gain, device=a.device, dtype=a.dtype)
-            a = a * gain if band.mean_only else torch.lerp(a @ band.low(v), a, gain)
+            own = gain[part] if spread else gain
+            a = a * own if band.mean_only else torch.lerp(a @ band.low(v), a, own)
         a = a + 1 / frames if graph or band.whole else a.add_(1 / frames)
-        product = torch.bmm(a.view(-1, frames, frames), v[part].to(a.dtype).reshape(-1, frames, v.shape[3]))
+        product = torch.bmm(a.view(-1, frames, frames), _packed(v[part]))
         product = product.view(*a.shape[:2], frames, -1)
         if out is None:
             outputs.append(product.to(v.dtype))
@@ -347,5 +364,6 @@ def _towards(a: Tensor, r: Tensor, alpha: float | Tensor, repeat: tuple[int, int
     return mixed.view(-1, *tail)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())
+def _energy(a: Tensor) -> Tensor:
+    flat = a.view(-1)
+    return torch.dot(flat, flat)

@@ -64,7 +64,7 @@ def agent_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     gathered = plain(agents, k, v, None, scale)
     out = plain(q, agents, gathered, None, scale**k_scale2)
-    return out + k_shortcut * v if k_shortcut else out
+    return torch.add(out, v, alpha=k_shortcut) if k_shortcut else out
 
 
 @dataclass(frozen=True, kw_only=True)
