@@ -1,7 +1,7 @@
 """What attaching costs, what detaching leaves, and how the package is made: `python benchmarks/reliability.py`.
 
 inactive    a control that is attached and switched off, on tiny models: whether the output is the same bit for bit, for
-            every method; processor time of a call beside the plain model (least of interleaved rounds), bytes held
+            every method; processor time of a call beside the plain model (median of rounds, in turn), bytes held
 restore     attach, run, stop at every step by an exception, a KeyboardInterrupt, a lost handle; detach; compare output
             and the variables of every module. Beside it, diffusers' own PAG pipeline, which leaves its processors
 counts      families, pairs, cases of property tests, tests, lines
@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -93,19 +94,28 @@ def cost(rounds: int) -> dict[str, Any]:
     zoo.call(model, inputs)
     held = _tensor_bytes() - before
     handle.detach()
-    best = {"plain": float("inf"), "switched off": float("inf")}
-    for _ in range(rounds):
-        for name in best:
-            on = attached() if name != "plain" else None
-            for _ in range(3):
-                begin = time.process_time()
-                zoo.call(model, inputs)
-                best[name] = min(best[name], time.process_time() - begin)
+
+    def least() -> float:
+        seconds = []
+        for _ in range(5):
+            begin = time.process_time()
+            zoo.call(model, inputs)
+            seconds.append(time.process_time() - begin)
+        return min(seconds)
+
+    added, plain = [], []
+    for i in range(rounds):
+        spent = {}
+        for off in (True, False) if i % 2 else (False, True):  # neither is always the first
+            on = attached() if off else None
+            spent[off] = least()
             if on is not None:
                 on.detach()
+        added.append(spent[True] - spent[False])
+        plain.append(spent[False])
     return {
-        "us_per_call": round(1e6 * (best["switched off"] - best["plain"]), 1),
-        "us_plain_call": round(1e6 * best["plain"], 1),
+        "us_per_call": round(1e6 * statistics.median(added), 1),
+        "us_plain_call": round(1e6 * statistics.median(plain), 1),
         "bytes": held,
     }
 
