@@ -97,6 +97,14 @@ def test_all_windows_and_full_heads_change_nothing() -> None:
         torch.testing.assert_close(attnctl.swap(model, kind, **options)(x), plain, atol=1e-6, rtol=1e-5)
 
 
+def test_routing_by_the_scale_of_biformer() -> None:
+    model = attnctl.swap(hosts()["vit"], "bra", topk=None, window_size=4, scale="dim")
+    host, x = model.blocks[0].attn, torch.rand(1, 3 + 64, 32)
+    q, k, v = host.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    want = host.proj(((q @ k.mT * 32**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(host(x), want, atol=1e-6, rtol=1e-5)
+
+
 def test_linear_forms_against_written_out_weights() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 10, 4).double().unbind(0)
@@ -183,6 +191,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kind": "agent", "num_agents": 5}, ConfigError, "square grid"),
     ({"kind": "agent", "init": "ones"}, ConfigError, "'trunc'"),
     ({"kind": "bra", "topk": 99}, ConfigError, "topk=99"),
+    ({"kind": "bra", "scale": "both"}, ConfigError, "'dim'"),
     ({"kind": "multiaxis", "window": 0}, ConfigError, "at least 1"),
     ({"kind": "moh", "shared": 4}, ConfigError, "shared=4"),
     ({"kind": "moh", "topk": 9}, ConfigError, "topk=9"),

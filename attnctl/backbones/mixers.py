@@ -121,13 +121,25 @@ class AgentMixer(Mixer):
 class RoutingMixer(Mixer):
     """Bi-level routing attention (arXiv 2303.08810) with exact padding; prefix tokens see all and are seen by all.
 
-    window_size: side of a window in tokens. topk: windows that each window attends to, None = all of them.
+    window_size: side of a window in tokens. topk: windows that each window attends to, None = all of them. lepe:
+    kernel of a depthwise convolution of the values, which starts at zero; 0 for none. scale: "head" keeps the host's
+    logits, "dim" divides them by the root of all channels, as BiFormer does.
     """
 
     def __init__(
-        self, slot: Slot, *, topk: int | None = 4, window_size: int = 7, lepe: int = 5, backend: str = "auto"
+        self,
+        slot: Slot,
+        *,
+        topk: int | None = 4,
+        window_size: int = 7,
+        lepe: int = 5,
+        scale: str = "head",
+        backend: str = "auto",
     ) -> None:
         super().__init__(slot, backend)
+        require(scale in ("head", "dim"), ConfigError, f"scale={scale!r} was given; expected 'head' or 'dim'.")
+        if scale == "dim":
+            self.scale = slot.dim**-0.5
         require(window_size >= 1, ConfigError, f"window_size={window_size} was given; expected at least 1.")
         require(topk is None or topk >= 1, ConfigError, f"topk={topk} was given; expected at least 1, or None for all.")
         self._check_topk(topk, window_size, slot.grid)
