@@ -2,8 +2,8 @@
 
 `--speed`: one thread, processor time, both sides in one run, medians of interleaved repeats; the sparse side includes
 laying every head out in its own order and back. Half of the blocks that are kept lie near the diagonal, half anywhere.
-`--orders`: heads that look along frames, rows, columns or nearby, made up exactly; how many blocks hold 90 % of the
-attention in the chosen order and in the best of six, and what error the blocks at density 0.3 leave.
+`--orders`: heads that look along frames, rows, columns or nearby, made up (benchmarks/videolike.py); how many blocks
+hold 90 % of the attention in the chosen order and in the best of six, and what error the blocks at density 0.3 leave.
 `--shapes`: plans for the shipped mmdit model, calibrated on two prompts; pictures of others compared with dense ones.
 `--tiny`: latents of tiny random CogVideoX and Wan models, sparse against dense (takes the models from tests/).
 `--gpu`: every kernel for GPUs against flash and cuDNN, on the card that is there; checked against float64 first.
@@ -29,6 +29,7 @@ import torch
 from paro_gpu import measure_gpu
 from paro_models import measure_shapes, measure_tiny
 from torch import Tensor
+from videolike import HEADS, exact, smooth
 
 import attnctl
 from attnctl.kernels.block_mass import block_mass, choose_masks, choose_orders
@@ -129,48 +130,14 @@ def measure_storage(groups: int = 10) -> dict[str, Any]:
     }  # fmt: skip
 
 
-HEADS: dict[str, tuple[float | None, float | None, float | None]] = {
-    "frame": (0.6, None, None),
-    "temporal": (None, 0.8, 0.8),
-    "row": (None, 0.6, None),
-    "column": (None, None, 0.6),
-    "frame and row": (0.8, 1.0, None),
-    "frame and column": (0.8, None, 1.0),
-    "nearby": (1.0, 2.0, 2.0),
-    "time and row": (None, 1.0, 4.0),
-}
-"""How far a head looks along frames, rows and columns, in tokens; None is everywhere."""
-
-
-def made_up(grid: tuple[int, int, int], width: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Make queries and keys whose logits fall off with the distance along some axes, exactly; values are noise.
-
-    Two channels an axis give -(x - y)^2 / 2 s^2 up to a constant of the query, which the softmax does not see.
-    """
-    g = torch.Generator().manual_seed(seed)
-    n = grid[0] * grid[1] * grid[2]
-    place = torch.stack(torch.meshgrid(*(torch.arange(float(m)) - (m - 1) / 2 for m in grid), indexing="ij"), -1)
-    place = place.reshape(n, 3)
-    qs, ks = [], []
-    for reach in HEADS.values():
-        q, k = (0.8 * torch.randn(n, width, generator=g) for _ in range(2))
-        channel = 0
-        for axis, sigma in enumerate(reach):
-            if sigma is None:
-                continue
-            x, lift = place[:, axis], width**0.25
-            q[:, channel], k[:, channel] = lift * x / sigma, lift * x / sigma
-            q[:, channel + 1], k[:, channel + 1] = lift, -lift * x**2 / (2 * sigma**2)
-            channel += 2
-        qs.append(q)
-        ks.append(k)
-    return torch.stack(qs)[None], torch.stack(ks)[None], torch.randn(1, len(HEADS), n, width, generator=g)
-
-
 def needed(mass: Tensor, share: float) -> Tensor:
     """Return the share of blocks that holds a share of the mass, [...]."""
     flat = mass.flatten(-2).sort(-1, descending=True).values.cumsum(-1)
     return ((flat < share * flat[..., -1:]).sum(-1) + 1) / flat.shape[-1]
+
+
+LOOKING = [name for name, reach in HEADS.items() if any(reach)]
+"""Made-up heads that an order can help."""
 
 
 def draw_orders(mass: Tensor, chosen: Tensor, density: float, path: Path) -> None:
@@ -180,7 +147,7 @@ def draw_orders(mass: Tensor, chosen: Tensor, density: float, path: Path) -> Non
     from attnctl.imaging import grid
 
     tiles, labels = [], []
-    for h, name in enumerate(HEADS):
+    for h, name in enumerate(LOOKING):
         kept = choose_masks(mass[h : h + 1, chosen[h]], density)[0]
         labels.append(f"{name}: {list(ORDERS)[chosen[h]]}")
         for m in (mass[h, 0], mass[h, chosen[h]], kept.float()):
@@ -193,16 +160,20 @@ def draw_orders(mass: Tensor, chosen: Tensor, density: float, path: Path) -> Non
 
 
 def measure_orders(
-    grid: tuple[int, int, int] = (8, 16, 16), block: int = 32, density: float = 0.3, picture: Path | None = None
+    make: Any = exact,
+    grid: tuple[int, int, int] = (8, 16, 16),
+    block: int = 32,
+    density: float = 0.3,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
     """Compare chosen orders with the best and with the model's own; `picture` is a file to draw the maps into."""
-    q, k, v = made_up(grid)
+    q, k, v = make(grid, [HEADS[name] for name in LOOKING])
     found = block_mass(q, k, grid, block, block)
     chosen, _ = choose_orders(found, density)
     if picture is not None:
         draw_orders(found.mass, chosen, density, picture)
     blocks = needed(found.mass, 0.9)
-    heads = torch.arange(len(HEADS))
+    heads = torch.arange(len(LOOKING))
     dense = attnctl.attention(q, k, v)
     errors = {}
     for name, order in (("chosen", chosen), ("identity", torch.zeros_like(chosen))):
@@ -215,7 +186,7 @@ def measure_orders(
             "blocks90_best": round(float(blocks[h].min()), 4), "blocks90_identity": round(float(blocks[h, 0]), 4),
             "error_chosen": round(errors["chosen"][h], 5), "error_identity": round(errors["identity"][h], 5),
         }
-        for h, name in enumerate(HEADS)
+        for h, name in enumerate(LOOKING)
     ]  # fmt: skip
     mean = {key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key not in ("head", "order")}
     return {
@@ -261,14 +232,15 @@ def main() -> int:
                 file=sys.stderr,
             )
     if options.orders or everything:
-        result["orders"] = measure_orders(picture=options.picture)
-        for r in result["orders"]["heads"]:
-            print(json.dumps(r), file=sys.stderr)
-        print(
-            f"blocks for 90 %: chosen {result['orders']['chosen_over_best']} x the best of six; error of the model's "
-            f"order {result['orders']['error_ratio']} x that of the chosen one",
-            file=sys.stderr,
-        )
+        for key, make, path in (("orders", exact, options.picture), ("orders_smooth", smooth, None)):
+            found = result[key] = measure_orders(make, picture=path)
+            for r in found["heads"]:
+                print(json.dumps(r), file=sys.stderr)
+            print(
+                f"{key}: blocks for 90 %: chosen {found['chosen_over_best']} x the best of six; error of the model's "
+                f"order {found['error_ratio']} x that of the chosen one",
+                file=sys.stderr,
+            )
     if options.shapes:
         result["shapes"] = measure_shapes(options.pictures, options.steps, options.scale, options.null_tokens)
         print(json.dumps(result["shapes"], indent=1), file=sys.stderr)
