@@ -41,6 +41,7 @@ def test_edit(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("extra", "code", "message"),
     [
         (["--steps", "0"], 2, "--steps"),
+        (["--guidance", "nan"], 2, "--guidance"),
         (["--weight", "blue"], 2, "watercolor=10"),
         (["--keys", "centre"], 2, "mid"),
         (["--cross-replace", "2"], 2, "from 0 to 1"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import zoo
 import zoo_pipelines as pipes
 from contract import assert_clean, distance, snapshot
 from PIL import Image
@@ -24,6 +25,7 @@ from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedMode
 from attnctl.outputs import FileExists
 from attnctl.pipelines import ddim_of, edit_video, estimate_bytes, invert
 from attnctl.pipelines.codec import encode
+from attnctl.pipelines.inversion import inverse_of
 from attnctl.processors import PAG, FateZero
 from attnctl.sources import Inversion, MemoryBudgetError, SourceStore, check_room
 from attnctl.specs import control_from_dict, control_to_dict
@@ -218,7 +220,7 @@ def test_with_another_control_and_without_guidance(pipe: Any) -> None:
     assert bare.isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "h", "w"), [(1, 12, 8), (2, 8, 20), (3, 16, 16)])
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 12, 8), (2, 8, 20), (3, 16, 16), (1, 96, 16)])
 def test_any_number_of_frames_and_any_size(pipe: Any, n: int, h: int, w: int) -> None:
     out = edited(pipe, dataclasses.replace(BASE, keys=["previous", "last"]), latents(n, h, w))
     assert out.shape == (n, 4, h, w)
@@ -328,6 +330,10 @@ def test_files(pipe: Any, tmp_path: Path) -> None:
         job(pipe, clip(1), out=out)
     job(pipe, tmp_path / "in.mp4", out=tmp_path / "frames", count=2, every=2)
     assert FileClip(tmp_path / "frames").count == 2
+    (tmp_path / "frames" / "00007.png").write_bytes((tmp_path / "out" / "edit-strip.png").read_bytes()[:100])
+    job(pipe, tmp_path / "frames", out=tmp_path / "frames", count=1, force=True)
+    left = sorted(p.name for p in (tmp_path / "frames").iterdir())
+    assert left == ["00000.png", "00007.png"], "the second frame of the longer edit is gone, what is not ours is left"
     job(pipe, Image.fromarray(clip(1)[0]), out=tmp_path / "one.png")
     assert Image.open(tmp_path / "one.png").size == (16, 24)
 
@@ -378,6 +384,29 @@ def test_sdxl() -> None:
         assert inversion.inputs["added_cond_kwargs"]["text_embeds"].shape == (2, 32)
 
 
+def test_sd2() -> None:
+    """Heads that differ between levels, linear projections, and a model that predicts velocities."""
+    pipe = pipes.build("sd")[0]
+    pipe.unet = zoo.build("sd2", 1)[0]
+    own = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    held = pipe.scheduler = ddim_of(own)
+    assert held.config.prediction_type == "v_prediction"
+    recompute = edited(pipe, BASE)
+    assert distance(edited(pipe, dataclasses.replace(BASE, store="maps")), recompute) <= 1e-4
+    inverse = inverse_of(held)
+    inverse.set_timesteps(STEPS)
+    embeds = pipe.encode_prompt([SOURCE] * 2, "cpu", 1, False)[0]
+    x = latents()
+    with torch.no_grad():
+        for t in inverse.timesteps:
+            v, a = pipe.unet(x, t, embeds).sample, held.alphas_cumprod
+            before = a[int(t) - 1000 // STEPS] if t >= 1000 // STEPS else a[0]
+            # The velocity names noise and picture; the step puts them together at the noise level of t.
+            noise, picture = before**0.5 * v + (1 - before) ** 0.5 * x, before**0.5 * x - (1 - before) ** 0.5 * v
+            x = a[int(t)] ** 0.5 * picture + (1 - a[int(t)]) ** 0.5 * noise
+    torch.testing.assert_close(invert(pipe, latents(), SOURCE, steps=STEPS).noise, x, atol=1e-5, rtol=1e-5)
+
+
 # Bad input
 
 
@@ -392,6 +421,7 @@ def test_sdxl() -> None:
         ({"blend_words": [[], ["bear"]]}, "pair"),
         ({"blend_threshold": -1}, "number"),
         ({"equalizer": {"red": "much"}}, "number"),
+        ({"equalizer": {"red": float("inf")}}, "finite"),
         ({"keys": "center"}, "mid"),
         ({"keys": 1.5}, "whole number"),
         ({"store": "ram"}, "recompute"),
@@ -492,6 +522,10 @@ def test_other_models() -> None:
         other = pipes.build(name)[0]
         with pytest.raises(UnsupportedModelError, match="UNets"):
             attnctl.control(other, BASE)
+        with pytest.raises(UnsupportedModelError, match=r"has no unet.*SD 1, SD 2, SDXL"):
+            job(other, clip(1))
+    with pytest.raises(UnsupportedModelError, match="AutoPipelineForText2Image"):
+        invert(pipes.build("sd_img2img")[0], latents(), SOURCE, steps=2)
 
 
 def test_videos_that_cannot_be_read(pipe: Any, tmp_path: Path) -> None:
@@ -510,6 +544,9 @@ def test_videos_that_cannot_be_read(pipe: Any, tmp_path: Path) -> None:
         ({"start": 9}, "no frame"),
         ({"steps": 0}, "from 1 on"),
         ({"window": 0}, "from 1 on"),
+        ({"count": -1}, "from 1 on"),
+        ({"fps": 0.0}, "above 0"),
+        ({"guidance_scale": float("nan")}, "finite"),
         ({"out": tmp_path / "x.gif"}, r"\.mp4"),
         ({"out": tmp_path / "x.png"}, "one frame"),
         ({"colour": "red"}, "unknown: colour"),

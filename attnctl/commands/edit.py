@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ class Edit(Common):
                 raise UsageError(f"--{name} is a whole number from 1 on, got {value}.")
         if self.start < 0:
             raise UsageError(f"--start is a whole number from 0 on, got {self.start}.")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
 
         from attnctl.clips import FileClip
         from attnctl.commands.models import device_and_dtype, load

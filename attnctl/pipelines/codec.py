@@ -1,8 +1,9 @@
-"""Frames to latents and back with a pipeline's own autoencoder, a few frames at a time."""
+"""Frames to latents and back with a pipeline's own autoencoder, a few frames at a time; which pipelines can do it."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,26 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["check_size", "decode", "encode", "latent_factor"]
+__all__ = ["check_pipeline", "check_size", "decode", "encode", "latent_factor"]
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse what is no pipeline that makes a picture of a prompt and of latents that it is given, with a UNet.
+
+    Raises:
+        UnsupportedModelError: It lacks a part, or begins with something else than latents.
+    """
+    name = type(pipe).__name__
+    lacking = [part for part in ("unet", "scheduler", "vae", "tokenizer") if getattr(pipe, part, None) is None]
+    if lacking:
+        raise UnsupportedModelError(
+            f"{name} has no {', '.join(lacking)}: editing needs a Stable Diffusion pipeline (SD 1, SD 2, SDXL)."
+        )
+    if "latents" not in inspect.signature(type(pipe).__call__).parameters:
+        raise UnsupportedModelError(
+            f"{name} cannot begin with given latents. Pass the text-to-image pipeline of the same parts: "
+            "diffusers.AutoPipelineForText2Image.from_pipe(pipe)."
+        )
 
 
 def latent_factor(pipe: Any) -> int:

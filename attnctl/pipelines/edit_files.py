@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Parts", "make_strip", "output_files", "parts_of", "record_of", "write"]
 
 _STRIP = 8  # frames shown before and after
+_MARK = "attnctl-edit"  # PNG text that holds the record
 
 
 class Parts:
@@ -123,11 +124,23 @@ def write(
         for i, frame in enumerate(parts.frames(job)):
             made[path / f"{i:05d}.png"] = _png(Image.fromarray(frame), text)
     publish(made, force=force)
+    if path.is_dir():
+        _remove_older(path, len(job.chosen))
+
+
+def _remove_older(folder: Path, count: int) -> None:
+    """Remove the frames that a longer edit left in a folder: they would pass for the end of this one."""
+    for left in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        ours = False
+        with contextlib.suppress(OSError), Image.open(left) as image:
+            ours = _MARK in image.info
+        if ours and int(left.stem) >= count:
+            left.unlink()
 
 
 def _png(image: Image.Image, text: str) -> bytes:
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_text("attnctl-edit", text, zip=True)
+    info.add_text(_MARK, text, zip=True)
     image.save(buffer, "png", pnginfo=info)
     return buffer.getvalue()
 

@@ -23,7 +23,7 @@ from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.families import family_of
 from attnctl.fusion import frame_indices
 from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.pipelines.codec import encode, latent_factor
+from attnctl.pipelines.codec import check_pipeline, encode, latent_factor
 from attnctl.processors.base import Attached, Control, Passes
 from attnctl.processors.editing import SourcePass
 from attnctl.processors.fatezero import FateZero
@@ -222,6 +222,7 @@ def invert(
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r}: give a whole number of steps, 1 or more.")
+    check_pipeline(pipe)
     ddim = ddim_of(pipe.scheduler)
     inverse = inverse_of(ddim)
     if not isinstance(frames, Tensor):

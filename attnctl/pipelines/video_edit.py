@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from attnctl.clips import Clip, fit, open_clip
 from attnctl.errors import ConfigError
 from attnctl.families import family_of
 from attnctl.fusion import frame_indices
-from attnctl.pipelines.codec import decode, encode, latent_factor
+from attnctl.pipelines.codec import check_pipeline, decode, encode, latent_factor
 from attnctl.pipelines.edit_files import make_strip, output_files, parts_of, record_of, write
 from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert, running_on
 from attnctl.processors.fatezero import FateZero
@@ -121,9 +122,14 @@ def edit_video(
         UnsupportedModelError: The model or its scheduler cannot be edited.
     """
     edit = _edit_of(control, fields)
-    for name, value, least in (("start", start, 0), ("every", every, 1), ("window", window, 1), ("steps", steps, 1)):
+    numbers = {"start": start, "every": every, "window": window, "steps": steps, "count": 1 if count is None else count}
+    for name, value in numbers.items():
+        least = 0 if name == "start" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: give a whole number from {least} on.")
+    _check_finite("guidance_scale", guidance_scale)
+    _check_finite("fps", 1.0 if fps is None else fps, 0.0)
+    check_pipeline(pipe)
     clip = open_clip(video)
     chosen = range(start, clip.count, every)[:count]
     if not chosen:
@@ -149,6 +155,13 @@ def edit_video(
             write(files, parts, job, rate, record, strip, force)
         whole = parts.whole(job) if keep else (None, None)
     return Edited(whole[1], whole[0], rate, strip, record, report, next(iter(files), None))
+
+
+def _check_finite(name: str, value: Any, least: float = -math.inf) -> None:
+    """Refuse now what would make no picture, or what no record or video could hold after all the work."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= least:
+        raise ConfigError(f"{name}={value!r}: give a finite number{'' if least < 0 else f' above {least:g}'}.")
 
 
 def _edit_of(control: FateZero | None, fields: dict[str, Any]) -> FateZero:

@@ -110,8 +110,8 @@ class WordEdit(Control):
         for word, value in self._windows.items():
             window_of(value, f"{self._label}: cross_replace[{word!r}]")
         for word, value in (self.equalizer or {}).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{self._label}: the weight of {word!r} is {value!r}: give a number.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"{self._label}: the weight of {word!r} is {value!r}: give a finite number.")
         for name in ("factor", "mask_factor"):
             value = getattr(self, name)
             if value is not None and value not in (1, 2, 4, 8, 16):
