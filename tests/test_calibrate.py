@@ -14,6 +14,7 @@ import torch
 import zoo_pipelines
 
 import attnctl
+from attnctl.cli import main
 from attnctl.errors import ConfigError, PlanError
 from attnctl.pipelines import calibrate, check_plan, write_report
 from attnctl.plans import ModelPlan
@@ -96,6 +97,9 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"groups": -1}, "groups=-1 was given"),
         ({"metric": "best"}, "metric='best' was given"),
         ({"budget": "heads"}, "budget='heads' was given"),
+        ({"eps": -1.0}, r"eps=-1\.0 was given"),
+        ({"sigma": float("nan")}, "sigma=nan was given"),
+        ({"alpha": 2}, "alpha=2 was given"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": "a cat"}, "expected a list"),
     ],
@@ -195,3 +199,40 @@ def test_unets_are_calibrated_level_by_level() -> None:
     found = calibrate(pipe, [told], density=0.5, block=4, call=kwargs, quiet=True)
     assert isinstance(found.plan, ModelPlan)
     assert all(grid[0] == 1 for grid in (p.grid for p in found.plan.plans.values()))  # type: ignore[index]
+
+
+ASKED = ["calibrate", "--prompt", "a red circle on gray", "--block", "16", "--steps", "1", "--guidance", "1"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--check", "a blue square on gray", "--option", "max_sequence_length=0", "--out", str(tmp_path / "plan")]
+    assert main([*ASKED, *options, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    plan = ModelPlan.from_pretrained(tmp_path / "plan")
+    assert plan.model == data["model"] == "shapes:mmdit"
+    assert data["bytes"] == plan.packed_bytes
+    assert [s["site"] for s in data["sites"]] == list(plan.plans)
+    assert data["checks"][0]["prompt"] == "a blue square on gray"
+    assert {p.name for p in (tmp_path / "plan").glob("*.*")} >= {"report.md", "report.json", "maps.png"}
+    assert main([*ASKED, *options]) == 1
+    assert "holds a plan already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--density", "0"], "density=0.0 was given"),
+        (["--block", "0"], "block=0 was given"),
+        (["--steps", "0"], "--steps"),
+        (["--metric", "best"], "expected one of mass, paro, paro_literal"),
+        (["--budget", "heads"], "expected one of head, site, model"),
+        (["--option", "height"], "expected name=value"),
+    ],
+)
+def test_bad_usage_is_said_before_a_model_is_loaded(
+    extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ASKED, "--out", str(tmp_path), *extra]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Loading" not in told

@@ -75,12 +75,16 @@ class Calibrate(Common):
         from attnctl.errors import ConfigError
         from attnctl.pipelines import calibrate, check_plan, write_report
         from attnctl.pipelines.block_looks import processes
+        from attnctl.pipelines.calibration import checked
         from attnctl.specs import parse_option
 
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
         if (self.out / "attnctl_blocks.json").exists() and not self.force:
             raise FileExists(f"{self.out} holds a plan already: give --force to replace it, or another --out.")
         try:
             call: dict[str, Any] = dict(parse_option(text) for text in self.option)
+            checked(self.density, self.block, None, self.groups, self.metric, budget=self.budget)  # before the model
         except ConfigError as error:
             raise UsageError(str(error)) from None
         for key, value in (("num_inference_steps", self.steps), ("guidance_scale", self.guidance)):

@@ -26,7 +26,7 @@ from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import ORDERS, order_name
 from attnctl.sites import Selector
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "checked"]
 
 METRICS = ("mass", "paro", "paro_literal")
 BUDGETS = ("head", "site", "model")
@@ -106,7 +106,7 @@ def calibrate(
         ConfigError: An argument is out of range, or no attention with a known grid was seen.
         PlanError: `out` holds the measurements of other settings.
     """
-    settings = _checked(density, block, block_q, groups, metric, eps, sigma, alpha, budget)
+    settings = checked(density, block, block_q, groups, metric, eps, sigma, alpha, budget)
     if isinstance(prompts, str) or not prompts:
         raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
     store = None if out is None else Path(out)
@@ -126,16 +126,20 @@ def calibrate(
     return _conclude(first, second, orders, settings, model, texts)
 
 
-def _checked(
-    density: float, block: int, block_q: int | None, groups: int, metric: str, eps: float, sigma: float, alpha: float,
-    budget: str,
+def checked(
+    density: float, block: int, block_q: int | None, groups: int, metric: str, eps: float = 1e-3, sigma: float = 0.9,
+    alpha: float = 0.5, budget: str = "head",
 ) -> Settings:  # fmt: skip
+    """Return the settings of a calibration, or raise ConfigError for one that is out of range."""
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density={density!r} was given; expected a share of the blocks above 0, up to 1.")
     height = block if block_q is None else block_q
     for name, value in (("block", block), ("block_q", height), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r} was given; expected a whole number, 1 or more.")
+    for name, share in (("eps", eps), ("sigma", sigma), ("alpha", alpha)):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share!r} was given; expected a number from 0 to 1.")
     if metric not in METRICS:
         raise ConfigError(f"metric={metric!r} was given; expected one of {', '.join(METRICS)}.")
     if budget not in BUDGETS:
