@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -18,7 +21,7 @@ from attnctl.shapes import (
     render_clip,
     sample_clip,
 )
-from attnctl.shapes.judge_video import judge_errors, main
+from attnctl.shapes.judge_errors import clip_errors, main, scene_errors
 from attnctl.shapes.models import build_tokenizer
 from attnctl.shapes.motion import DIRECTIONS, FRAMES, SPEEDS, describe
 
@@ -117,11 +120,20 @@ def test_prompts_ask_for_every_motion_and_are_short_enough(tmp_path) -> None:
 # judge
 
 
-def test_the_judge_reads_rendered_videos(capsys) -> None:
-    wrong = judge_errors(40)
+def test_the_judge_reads_rendered_scenes_and_videos() -> None:
+    wrong = clip_errors(40)
     assert wrong["any"] == 0, wrong
-    assert main(["--videos", "2", "--seed", "3"]) == 0
-    assert "direction wrong: 0 of 2 (0.0 %)" in capsys.readouterr().out
+    assert scene_errors(200, seed=7)["clean"] == 0
+
+
+def test_the_command_prints_the_judges_errors_and_nothing_else() -> None:
+    command = [sys.executable, "-m", "attnctl.shapes.judge_errors", "--scenes", "3", "--videos", "2", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["scenes, clean: wrong 0 of 2 (0.00 %)", "scenes, spoilt: wrong 0 of 1 (0.00 %)"]
+    assert "videos, direction: wrong 0 of 2 (0.00 %)" in lines
+    assert done.stderr == ""
+    assert main(["--scenes", "0", "--videos", "0"]) == 0
 
 
 def test_the_judge_measures_the_way() -> None:

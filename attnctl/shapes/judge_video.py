@@ -1,24 +1,21 @@
 """Mark videos of the shapes world: what is where in every frame, how it moves, and is it what was asked.
 
 Every frame goes through `judge`; an object's track is where its colour is seen. A straight line through the track
-gives its velocity, which `motion.describe` puts into words. `python -m attnctl.shapes.judge_video` prints the judge's
-own errors on rendered videos.
+gives its velocity, which `motion.describe` puts into words.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from attnctl.errors import JudgeError
 from attnctl.shapes.judge import Found, Verdict, judge
-from attnctl.shapes.motion import Motion, clip_caption, describe, parse_clip, render_clip, sample_clip
+from attnctl.shapes.motion import Motion, describe, parse_clip
 from attnctl.shapes.scenes import SIZE, Thing
 
-__all__ = ["ClipMatch", "ClipVerdict", "Track", "judge_clip", "judge_errors", "main"]
+__all__ = ["ClipMatch", "ClipVerdict", "Track", "judge_clip"]
 
 _SEEN = 0.5  # the least share of frames in which an object must be seen before its motion is judged
 
@@ -138,34 +135,6 @@ def judge_clip(frames: object) -> ClipVerdict:
     return ClipVerdict(verdicts, _flicker(video, verdicts))
 
 
-def judge_errors(n: int, seed: int = 0) -> dict[str, int]:
-    """Count on `n` rendered videos what the judge gets wrong; every second one carries grain and JPEG blocks."""
-    rng = np.random.default_rng(seed)
-    wrong = dict.fromkeys(("colour or shape", "direction", "speed", "background", "any"), 0)
-    for i in range(n):
-        clip = sample_clip(rng)
-        frames = render_clip(clip)
-        if i % 2:
-            frames = np.stack([_spoil(f, rng) for f in frames])
-        match = judge_clip(frames).matches(clip_caption(clip))
-        (track,) = match.tracks
-        marks = (track.bound < 0.9, not match.direction[0], not match.speed[0], match.background < 1, not match.right)
-        for key, bad in zip(wrong, marks, strict=True):
-            wrong[key] += bad
-    return wrong
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m attnctl.shapes.judge_video", description=main.__doc__)
-    parser.add_argument("--videos", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for key, count in judge_errors(args.videos, args.seed).items():
-        print(f"{key} wrong: {count} of {args.videos} ({100 * count / args.videos:.1f} %)")
-    return 0
-
-
 def _pick(verdict: Verdict, thing: Thing) -> Found | None:
     own = [f for f in verdict.things if f.color == thing.color]
     return max(own, key=lambda f: (f.shape == thing.shape, f.area), default=None)
@@ -194,13 +163,3 @@ def _flicker(video: np.ndarray, verdicts: tuple[Verdict, ...]) -> float:
     both = free[1:] & free[:-1]
     change = np.abs(video[1:].astype(np.float32) - video[:-1]).mean(-1) / 255
     return float(change[both].mean()) if both.any() else float("nan")
-
-
-def _spoil(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    noisy = np.clip(frame + rng.normal(0, 8, frame.shape), 0, 255).astype(np.uint8)
-    data = cv2.imencode(".jpg", noisy[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1].copy()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
