@@ -2,6 +2,7 @@
 
 python examples/vit_segment.py
 python examples/vit_segment.py --encoder agent_pvt_micro --decoder fpn
+python examples/vit_segment.py --encoder pvt_v2_b0 --swap agent
 python examples/vit_segment.py --shapes        # a minute: fewer scenes and epochs
 """
 
@@ -23,12 +24,16 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--shapes", action="store_true", help="the small form")
 parser.add_argument("--encoder", default="biformer_micro", help="a timm name whose stages have strides 4 to 32")
 parser.add_argument("--decoder", default="unet")
+parser.add_argument("--swap", help="a kind of attnctl.swap for the encoder")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("out"))
 args = parser.parse_args()
 
 small = {"n_train": 320, "n_test": 16, "epochs": 3} if args.shapes else {}
-done = segment(args.encoder, args.decoder, seed=args.seed, out=args.out, **small)
+options = {"num_agents": 4} if args.swap == "agent" else {}
+done = segment(args.encoder, args.decoder, swap=args.swap, swap_options=options, seed=args.seed, out=args.out, **small)
+if args.swap:
+    print(attnctl.swap_report(done.model.encoder.model))
 print(f"mean IoU {done.mean_iou:.3f} on scenes that it has not seen:")
 for name, iou in done.iou.items():
     print(f"  {name:10s} {iou:.3f}")

@@ -133,6 +133,15 @@ def test_neighbourhood(dilation: int) -> None:
     assert centre.tolist() == [[3 + i, 4 + j] for i in (-dilation, 0, dilation) for j in (-dilation, 0, dilation)]
 
 
+def test_the_report_names_what_is_new_once() -> None:
+    report = attnctl.swap_report(attnctl.swap(hosts()["pvt"], "agent", num_agents=4))
+    assert len(report.new) == 2 * 8
+    first, new, unused = str(report).splitlines()
+    assert first.startswith("agent: 2 places swapped, parameters ")
+    assert "mixer.bias.an_bias (2), " in new
+    assert unused.strip() == "unused now: sr.weight (1), sr.bias (1), norm.weight (1), norm.bias (1)"
+
+
 def test_blocks_stack_and_multiply_adds() -> None:
     model, x = hosts()["vit"], image()
     plain = model(x)
@@ -163,6 +172,27 @@ def test_dynamic_size() -> None:
     assert model(torch.rand(1, 3, 16, 40)).isfinite().all()
     attnctl.unswap(model)
     assert not model.patch_embed._forward_hooks
+
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}
+SWIN = {"img_size": 32, "depths": (1, 1), "embed_dim": 16, "num_heads": (2, 4)}
+PVT = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
+EXTRACTORS: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": VIT, "swin_tiny_patch4_window7_224": SWIN, "pvt_v2_b0": PVT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_feature_extractors(name: str) -> None:
+    model = timm.create_model(name, features_only=True, out_indices=(0, 1), **EXTRACTORS[name]).eval()
+    x = torch.rand(1, 3, 32, 32)
+    plain = model(x)
+    attnctl.swap(model, "agent", num_agents=4)
+    assert [m.shape for m in model(x)] == [m.shape for m in plain]
+    assert not torch.equal(model(x)[-1], plain[-1])
+    before, after = attnctl.swap_report(model).macs((3, 32, 32))
+    assert before != after
+    assert torch.equal(attnctl.unswap(model)(x)[-1], plain[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attnctl
 from attnctl.errors import ConfigError
 from attnctl.pipelines.fitting import fit
 from attnctl.pipelines.segmentation import CLASSES, scene_masks, segment
@@ -60,3 +61,21 @@ def test_segment(tmp_path: Path) -> None:
     assert all(f.stat().st_size > 0 for f in done.files)
     with pytest.raises(ConfigError, match="'unet'"):
         segment("biformer_micro", "unett")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind", "options"), [("pvt_v2_b0", "agent", {"num_agents": 4}), ("pvt_v2_b0", "inline", {})]
+)
+def test_segment_on_a_swapped_encoder(encoder: str, kind: str, options: dict[str, int]) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("torchmetrics")
+    sizes = {"n_train": 32, "n_test": 4, "epochs": 1}
+    done = segment(encoder, "fpn", swap=kind, swap_options=options, quiet=True, **sizes)
+    report = attnctl.swap_report(done.model.encoder.model)
+    assert (report.kind, len(report.sites)) == (kind, 8)
+    assert 0 < done.mean_iou <= 1
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        swapped = done.model(x)
+        attnctl.unswap(done.model.encoder.model)
+        assert not torch.equal(done.model(x), swapped)

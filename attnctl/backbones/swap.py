@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +82,8 @@ class SwapReport:
         before, after = self.parameters
         lines = [
             f"{self.kind}: {len(self.sites)} places swapped, parameters {before:,} -> {after:,}",
-            f"  new: {', '.join(self.new) or 'nothing'}",
-            f"  unused now: {', '.join(self.dropped) or 'nothing'}",
+            f"  new: {_grouped(self.new, self.sites)}",
+            f"  unused now: {_grouped(self.dropped, self.sites)}",
         ]
         return "\n".join(lines)
 
@@ -97,16 +97,17 @@ def swap(model: nn.Module, kind: str, blocks: Blocks = None, *, grid: Grid | Non
     grid: (height, width) in tokens of a ViT whose patch embedding does not tell.
     options: of the kind, such as num_agents, topk, window_size, kernel.
 
-    Returns the model itself; `swap_report` says what changed and `unswap` takes it back. Swap before wrapping a model
-    with features_only. Raises: ConfigError for unknown kinds and options, SiteError for blocks that do not exist,
-    UnsupportedModelError for a model without such attention.
+    Returns the model itself; `swap_report` says what changed and `unswap` takes it back. The model may be one of timm's
+    feature extractors (features_only=True). Raises: ConfigError for unknown kinds and options, SiteError for blocks
+    that do not exist, UnsupportedModelError for a model without such attention.
     """
     mixer = _kind(kind, options)
     places = _places(model)
     chosen = _choose(list(places), blocks)
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    trunk = _trunk(model)
+    prefix = int(getattr(trunk, "num_prefix_tokens", 0))
     grids = _grids(model, places, chosen, grid)
-    recorder, hook = _recorder(model, chosen, places)
+    recorder, hook = _recorder(trunk, chosen, places)
 
     try:
         make = functools.partial(mixer, **options)
@@ -177,6 +178,22 @@ def _kind(kind: str, options: dict[str, Any]) -> type[Mixer]:
     return KINDS[kind]
 
 
+def _grouped(names: Iterable[str], sites: Sequence[str]) -> str:
+    """List what lies below the sites once, with how many of them have it: a model has dozens of the same."""
+    counts: dict[str, int] = {}
+    for name in names:
+        site = next((s for s in sites if name.startswith(f"{s}.")), "")
+        below = name.removeprefix(f"{site}.") if site else name
+        counts[below] = counts.get(below, 0) + 1
+    return ", ".join(f"{name} ({n})" for name, n in counts.items()) or "nothing"
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """Return the module that embeds patches: the model, or what timm's feature extractor holds."""
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(model, "patch_embed") else model
+
+
 def _places(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     known: tuple[type[nn.Module], ...] = tuple(HOSTS)
@@ -223,7 +240,7 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
 
 def _grids(model: nn.Module, places: dict[str, nn.Module], chosen: list[str], given: Grid | None) -> dict[str, Grid]:
     """Tell the grid of every chosen place: given, from the patch embedding, or seen in one forward pass."""
-    embed = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    embed = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
     tokens = all(_is_token(places[n]) for n in chosen)
     size = given or embed
     if tokens and size:
@@ -266,9 +283,10 @@ def _recorder(model: nn.Module, chosen: list[str], places: dict[str, nn.Module])
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    embed = getattr(model, "patch_embed", None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    chans = int(getattr(model, "in_chans", cfg.get("input_size", (3,))[0]))
+    trunk = _trunk(model)
+    embed = getattr(trunk, "patch_embed", None)
+    cfg = getattr(trunk, "pretrained_cfg", None) or {}
+    chans = int(getattr(trunk, "in_chans", cfg.get("input_size", (3,))[0]))
     size = getattr(embed, "img_size", None) or cfg.get("input_size", (3, 224, 224))[1:]
     return chans, int(size[0]), int(size[1])
 

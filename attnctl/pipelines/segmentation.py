@@ -61,6 +61,8 @@ def segment(
     encoder: str = "biformer_micro",
     decoder: str = "unet",
     *,
+    swap: str | None = None,
+    swap_options: Mapping[str, Any] | None = None,
     encoder_options: Mapping[str, Any] | None = None,
     n_train: int = 2400,
     n_test: int = 200,
@@ -73,16 +75,18 @@ def segment(
     """Train a decoder on an encoder, both from scratch, and evaluate on scenes that it has not seen.
 
     encoder: a timm name whose stages have strides 4 to 32. decoder: "unet", "fpn", "upernet" and others of
-    segmentation-models-pytorch. out: a folder for weights.safetensors, curve.png and predictions.png.
+    segmentation-models-pytorch. swap, swap_options: a kind of `attnctl.swap` for the encoder, None for none; what it
+    changed is `swap_report(done.model.encoder.model)`. out: a folder for weights.safetensors, curve.png and
+    predictions.png.
 
-    Raises: ConfigError for unknown decoders and missing packages.
+    Raises: ConfigError for unknown decoders and missing packages, and as `swap` and `fit`.
     """
     try:
         import segmentation_models_pytorch as smp
         from torchmetrics.classification import MulticlassJaccardIndex
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'attnctl[vision]'.") from error
-    import attnctl.backbones  # noqa: F401  (registers the names)
+    from attnctl.backbones.swap import swap as swap_attention  # and registers the names with timm
 
     decoders = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "pan", "upernet", "segformer")
     if decoder not in decoders:
@@ -94,6 +98,8 @@ def segment(
         model = smp.create_model(
             decoder, f"tu-{encoder}", encoder_weights=None, classes=len(CLASSES), **(encoder_options or {})
         )
+        if swap is not None:
+            swap_attention(model.encoder.model, swap, **(swap_options or {}))
         curve = fit(model, images, masks, F.cross_entropy, epochs=epochs, batch=32, lr=lr, seed=seed, quiet=quiet)
     with torch.inference_mode():
         guesses = torch.cat([model(part).argmax(dim=1) for part in unseen.split(32)])
