@@ -314,6 +314,35 @@ def test_a_cache_that_passes_would_share_is_refused(recipe: str, options: dict[s
     assert torch.equal(pipes.run(pipe, kwargs), plain)
 
 
+@pytest.mark.parametrize("kind", ["MagCacheConfig", "TaylorSeerCacheConfig"])
+@pytest.mark.parametrize("recipe", ["flux", "wan"])
+def test_other_caches_with_contexts_keep_the_passes_apart(recipe: str, kind: str) -> None:
+    cls = getattr(diffusers, kind, None)
+    if cls is None:
+        pytest.skip(f"this host has no {kind}")
+    options: dict[str, Any] = {
+        "MagCacheConfig": {"num_inference_steps": 4, "mag_ratios": [1.0] * 4, "threshold": 10.0},
+        "TaylorSeerCacheConfig": {"disable_cache_before_step": 2, "taylor_factors_dtype": torch.float64}
+        | ({"cache_identifiers": [r"blocks\.\d+\.attn[12]"]} if recipe == "wan" else {}),
+    }[kind]
+    pipe, kwargs, guidance = build(recipe)
+    kwargs |= {"num_inference_steps": 4}
+    guidance = PAG(scale=2.5, sites=guidance.sites, scope="all")
+    layout = "sequential" if recipe == "wan" else "cond"
+    by_hand = naive(pipe, kwargs, guidance, layout=layout, cache=cls(**options))
+    model: Any = pipes.denoiser(pipe)
+    everywhere = pipes.run(pipe, kwargs)
+    model.enable_cache(cls(**options))
+    plain = pipes.run(pipe, kwargs)
+    assert not torch.equal(plain, everywhere)  # the cache does something
+    with attnctl.control(pipe, guidance) as handle:
+        guided = pipes.run(pipe, kwargs)
+        assert handle.passes == 4
+    assert distance(guided, by_hand) <= 1e-12
+    assert distance(guided, plain) > 1e-3
+    assert torch.equal(pipes.run(pipe, kwargs), plain)
+
+
 def test_latent_guidance_does_not_read_a_shared_cache() -> None:
     pipe, kwargs, _ = build("cogvideox")
     pipe.transformer.enable_cache(broadcast(pipe, spatial_attention_block_skip_range=2))
