@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from attnctl.errors import ConfigError
 from attnctl.outputs import slug
 
-__all__ = ["enlarge", "film_strip", "grid", "overlay", "pair", "slug"]
+__all__ = ["blank_figure", "enlarge", "film_strip", "grid", "overlay", "pair", "slug"]
 
 Color = tuple[int, int, int]
 
@@ -31,6 +31,19 @@ def enlarge(image: Image.Image, tile: int = _TILE) -> Image.Image:
     factor = max(1, -(-tile // max(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """Make an empty figure of matplotlib, in inches, without its global state.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("This picture is drawn by matplotlib: pip install 'attnctl[plot]'.") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def film_strip(frames: Sequence[Image.Image], columns: int = 8) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_classify(tmp_path: Path) -> None:
     done = classify("biformer_micro", epochs=2, out=tmp_path, quiet=True)
     assert done.accuracy > 0.5
     assert all(f.stat().st_size > 0 for f in done.files)
+
+
+@pytest.mark.parametrize("missing", ["sklearn.datasets", "matplotlib.figure"])
+def test_a_missing_package_is_said_before_the_training(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnctl.pipelines.classification import classify
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("attnctl.pipelines.classification.fit", None)  # it is not reached
+    with pytest.raises(ConfigError, match=r"pip install 'attnctl\[(vision|plot)\]'"):
+        classify("biformer_micro", out=tmp_path)
 
 
 def test_segment(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from attnctl.backbones.capturing import GridWatch
 from attnctl.backbones.places import Place, find_places, sites_of
 from attnctl.backbones.probe import Look, look
 from attnctl.errors import ConfigError
+from attnctl.imaging import blank_figure
 from attnctl.sites import Selector, select
 
 __all__ = ["AttentionDistance", "HeadImportance", "distance_profile", "head_importance"]
@@ -42,16 +43,14 @@ class HeadImportance:
     divergence: Mapping[str, Tensor]
 
     def save_picture(self, path: Path) -> None:
-        """Draw the three measures, one row a site and one column a head. Needs matplotlib."""
-        from matplotlib.figure import Figure
-
+        """Draw the three measures, one row a site and one column a head. Raises: ConfigError without matplotlib."""
         parts = (
             ("accuracy lost", self.accuracy_drop),
             ("probability lost", self.probability_drop),
             ("divergence (nats)", self.divergence),
         )
         names = list(self.divergence)
-        figure = Figure(figsize=(12, 1.6 + 0.4 * len(names)), layout="constrained")
+        figure = blank_figure(12, 1.6 + 0.4 * len(names))
         for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), parts, strict=True):
             table = _padded_rows([values[n] for n in names])
             top = float(table.nan_to_num().abs().max()) or 1.0
@@ -76,11 +75,12 @@ class AttentionDistance:
     hops: Mapping[str, Tensor]
 
     def save_picture(self, path: Path) -> None:
-        """Draw the mean distance of every head over depth, and the share of attention by neighbourhood."""
-        from matplotlib.figure import Figure
+        """Draw the mean distance of every head over depth, and the share of attention by neighbourhood.
 
+        Raises: ConfigError without matplotlib.
+        """
         names = list(self.pixels)
-        figure = Figure(figsize=(12, 5), layout="constrained")
+        figure = blank_figure(12, 5)
         left, right = figure.subplots(1, 2)
         for depth, name in enumerate(names):
             left.scatter([depth] * len(self.pixels[name]), self.pixels[name], s=24, color="C0", alpha=0.7)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.errors import ConfigError
+from attnctl.imaging import blank_figure
 from attnctl.pipelines.fitting import draw_curve, fit
 
 __all__ = ["Classified", "classify", "digits"]
@@ -67,6 +68,8 @@ def classify(
 
     from attnctl.backbones.swap import swap as swap_attention  # and registers the names with timm
 
+    if out is not None:
+        blank_figure(1, 1)  # a missing package is said before the training, not after it
     train, test = digits(size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -86,13 +89,12 @@ def classify(
 def _write(
     out: Path, model: nn.Module, curve: list[float], images: Tensor, guesses: Tensor, labels: Tensor
 ) -> tuple[Path, ...]:
-    from matplotlib.figure import Figure
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "weights.safetensors")
     draw_curve(curve, out / "curve.png")
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = blank_figure(8, 4)
     wrong_first = torch.cat([(guesses != labels).nonzero()[:, 0], (guesses == labels).nonzero()[:, 0]])[:32]
     for axes, i in zip(figure.subplots(4, 8).flat, wrong_first.tolist(), strict=True):
         axes.imshow(images[i, 0], cmap="gray")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.errors import ConfigError
+from attnctl.imaging import blank_figure
 
 __all__ = ["draw_curve", "fit"]
 
@@ -64,10 +65,8 @@ def fit(
 
 
 def draw_curve(curve: list[float], path: Path) -> None:
-    """Save the training curve as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    """Save the training curve as a picture. Raises: ConfigError without matplotlib."""
+    figure = blank_figure(5, 3)
     axes = figure.subplots()
     axes.plot(range(1, len(curve) + 1), curve)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.errors import ConfigError, nearest
+from attnctl.imaging import blank_figure
 from attnctl.pipelines.fitting import draw_curve, fit
 from attnctl.shapes.data import to_tensor
 from attnctl.shapes.scenes import SHAPES, outline, render, sample
@@ -91,6 +92,8 @@ def segment(
     decoders = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "pan", "upernet", "segformer")
     if decoder not in decoders:
         raise ConfigError(f"decoder={decoder!r} was given; expected one of {decoders}.{nearest(decoder, decoders)}")
+    if out is not None:
+        blank_figure(1, 1)  # a missing package is said before the training, not after it
     images, masks = scene_masks(n_train, seed)
     unseen, wanted = scene_masks(n_test, seed + 1_000_003)
     with torch.random.fork_rng():
@@ -115,13 +118,12 @@ def segment(
 def _write(
     out: Path, model: nn.Module, curve: list[float], images: Tensor, guesses: Tensor, wanted: Tensor
 ) -> tuple[Path, ...]:
-    from matplotlib.figure import Figure
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "weights.safetensors")
     draw_curve(curve, out / "curve.png")
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = blank_figure(9, 4)
     rows = figure.subplots(3, 8)
     for column in range(8):
         rows[0, column].imshow((images[column].permute(1, 2, 0) + 1) / 2)
