@@ -54,6 +54,7 @@ class Family:
         unet: Whether the sites lie in down, mid and up stages of halving resolution.
         all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
+        from_prompt: Whether its pipelines count guidance from the prompt, c + s (c - u), and not from u + s (c - u).
         perturb: Published defaults for attention perturbation.
         guide: Published defaults for latent guidance by attention to words.
         concepts: Published defaults for maps of concepts, in families whose blocks keep a stream of text apart.
@@ -70,6 +71,7 @@ class Family:
     unet: bool = False
     all_frames: bool = False
     cond_first: bool = False
+    from_prompt: bool = False
     perturb: Default | None = None
     guide: Default | None = None
     concepts: Default | None = None
@@ -356,7 +358,14 @@ FAMILIES: tuple[Family, ...] = (
         grid=_latte,
     ),
     Family(name="Allegro", classes=("AllegroTransformer3DModel",), kinds=_DIT, grid=_video, all_frames=True),
-    Family(name="Cosmos", classes=("CosmosTransformer3DModel",), kinds=_DIT, grid=_video, all_frames=True),
+    Family(
+        name="Cosmos",
+        classes=("CosmosTransformer3DModel",),
+        kinds=_DIT,
+        grid=_video,
+        all_frames=True,
+        from_prompt=True,
+    ),
 )
 
 GENERIC = Family(

@@ -306,11 +306,15 @@ class Watched:
                 f'negative prompt, or {type(self.pipe).__name__} does not say so. Use combine="add".'
             )
         scale = getattr(self.pipe, "guidance_scale", None)
+        if self.module is getattr(self.pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
+            second = getattr(self.pipe, "_guidance_scale_2", None)
+            scale = scale if second is None else second
         if not isinstance(scale, (int, float)):
             raise ConfigError(
                 f'combine="rescale_safe" needs the CFG scale, which {type(self.pipe).__name__} does not tell. '
                 'Use combine="add".'
             )
+        scale = scale + 1 if self.family.from_prompt else scale
         if scale == 1:
             raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
         return float(scale)

@@ -4,6 +4,7 @@ layers. Guidance stays what its definition says, or is refused in words; nothing
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 import warnings
 from collections.abc import Iterator
@@ -158,6 +159,54 @@ def test_guidance_of_denoisers_that_take_turns() -> None:
     with attnctl.control(pipe, PAG(scale=2.0, sites="blocks.1.attn1", start=0.5)) as handle:
         pipes.run(pipe, kwargs)
         assert handle.passes == 2  # of the run, not of each denoiser's part
+
+
+# Guidance that goes to the negative prediction alone
+
+
+@pytest.mark.parametrize("recipe", ["sd", "sd3", "animatediff", "cogvideox", "wan"])
+def test_both_ways_to_combine_give_the_same_sum(recipe: str) -> None:
+    pipe, kwargs, guidance = build(recipe)
+    added, safe = (dataclasses.replace(guidance, combine=combine) for combine in ("add", "rescale_safe"))
+    found = []
+    for control in (added, safe):
+        with attnctl.control(pipe, control):
+            found.append(pipes.run(pipe, kwargs, guidance_scale=4.0))
+    assert distance(*found) <= (1e-6 if recipe == "cogvideox" else 1e-9)  # it adds up in float32
+    assert distance(found[0], pipes.run(pipe, kwargs, guidance_scale=4.0)) > 1e-3
+
+
+def test_a_pipeline_that_does_not_tell_its_guidance_scale() -> None:
+    pipe, kwargs, guidance = build("pixart")
+    control = dataclasses.replace(guidance, combine="rescale_safe")
+    with attnctl.control(pipe, control), pytest.raises(ConfigError, match=r"PixArtSigmaPipeline does not tell"):
+        pipes.run(pipe, kwargs)
+
+
+def test_the_second_denoiser_has_a_guidance_scale_of_its_own() -> None:
+    pipe, kwargs = experts()
+    kwargs |= {"guidance_scale": 4.0, "guidance_scale_2": 2.5}
+    found = []
+    for combine in ("add", "rescale_safe"):
+        with attnctl.control(pipe, PAG(scale=2.0, sites="blocks.1.attn1", combine=combine)):
+            found.append(pipes.run(pipe, kwargs))
+    assert distance(*found) <= 1e-9
+
+
+def test_a_family_that_counts_guidance_from_the_prompt() -> None:
+    model, inputs = zoo.build("cosmos", dtype=torch.float64)
+    pipe = types.SimpleNamespace(transformer=model, guidance_scale=3.0, do_classifier_free_guidance=True)
+    prompt, negative = (zoo.take(inputs, [row]) for row in (0, 1))
+    sums = []
+    for combine in ("add", "rescale_safe"):
+        control = PAG(scale=2.0, sites="*.1.attn1", combine=combine)
+        with attnctl.control(pipe, control, layout="sequential") as handle:
+            handle.set_step(0, 2)
+            c, u = zoo.call(model, prompt), zoo.call(model, negative)
+        sums.append(c + pipe.guidance_scale * (c - u))  # as diffusers' Cosmos pipelines do
+    assert distance(*sums) <= 1e-9
+    c, u = zoo.call(model, prompt), zoo.call(model, negative)
+    assert distance(sums[0], c + pipe.guidance_scale * (c - u)) > 1e-3
 
 
 def test_maps_of_denoisers_that_take_turns_are_joined_step_by_step() -> None:
