@@ -360,7 +360,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(WORLDS), default="text2image")
     parser.add_argument("--prompts", type=int, default=64, help="two-object prompts of the report")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures a prompt")
     parser.add_argument("--tune", type=int, default=32, help="pictures of every setting tried")
     parser.add_argument("--again", type=int, default=32, help="further pictures of the best two settings of a method")
     parser.add_argument("--layouts", type=int, default=96, help="pictures with a layout; 0 for none")
