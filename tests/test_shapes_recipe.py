@@ -151,13 +151,13 @@ def test_other_settings_and_lost_stages_are_refused(base, through: Path, tmp_pat
 
 def test_the_shipped_recipe_scales_with_its_warm_up() -> None:
     assert [(s.name, s.steps, s.teach) for s in STAGES] == [
-        ("move", 2200, 0), ("direct", 400, 600), ("join", 550, 0), ("settle", 1200, 0),
+        ("move", 2200, 0), ("direct", 400, 600), ("join", 550, 0), ("settle", 1200, 0), ("finish", 500, 0),
     ]  # fmt: skip
     small = [s.scaled(0.01) for s in STAGES]
-    assert [(s.steps, s.teach) for s in small] == [(22, 0), (4, 6), (6, 0), (12, 0)]
+    assert [(s.steps, s.teach) for s in small] == [(22, 0), (4, 6), (6, 0), (12, 0), (5, 0)]
     plan = small[1].plan(Plan(steps=9, seed=3), 0.01)
     assert (plan.steps, plan.warmup, plan.cooldown, plan.seed) == (4, 1, 0.3, 3)
-    assert [s.scaled(1e-9).steps for s in STAGES] == [1, 1, 1, 1]
+    assert [s.scaled(1e-9).steps for s in STAGES] == [1, 1, 1, 1, 1]
     assert first_unfinished(Path("nowhere"), STAGES, [s.plan(plan) for s in STAGES]) == 0
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_video", "generate_clips", "main", "mark", "strip", "totals"]
 
-SCALES = (1.0, 2.0, 3.0, 5.0)
+SCALES = (2.0, 3.0, 4.0, 5.0)
 
 
 def generate_clips(

@@ -82,6 +82,7 @@ STAGES = (
     ),
     Stage(name="join", steps=550, cooldown=0.7, expect=0.25),
     Stage(name="settle", steps=1200, cooldown=0.6, expect=0.25),
+    Stage(name="finish", steps=500, lr=1e-3, cooldown=0.9, skew=0.3, expect=0.25),
 )  # fmt: skip
 
 
