@@ -111,6 +111,11 @@ class AttnCall:
         frames, h, w = grid
         return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
 
+    @property
+    def own_kernel(self) -> bool:
+        """Tell whether the site's kernel computes this call, and none that a control has put there."""
+        return self.kernel is self._link.kernel
+
     def with_(self, **changes: Any) -> AttnCall:
         """Return a copy with some fields replaced."""
         other = copy.copy(self)

@@ -244,7 +244,8 @@ class Editing(Attached):
         if mask is None and self.attention.mode == "qk":
             q, k = self.attention.queries_keys(self.step, call, indices)
             return proceed(call.with_(q=_put(call.q, cond, q), k=_put(call.k, cond, k)))
-        if mask is None or call.mask is not None or not is_last(proceed):  # others may need whole grids
+        alone = call.mask is None and call.own_kernel and is_last(proceed)
+        if mask is None or not alone:  # others may need whole grids
             out = proceed(call)
             source = self.attention.attend(self.step, call, call.v[cond], indices, proceed)
             return _put(out, cond, source if mask is None else torch.where(mask[:, None, :, None], out[cond], source))
