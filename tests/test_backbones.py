@@ -182,7 +182,7 @@ def test_windows_read_where_they_lie_compiled() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 9 * 64, 16).unbind(0)
     with torch.inference_mode():
-        run = flex._compiled()
+        run = flex.compiled()
         for seed in (0, 1):
             index = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(seed)).topk(3).indices
             mask = routed_flex._block_mask(index, 64, None)

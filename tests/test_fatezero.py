@@ -26,7 +26,7 @@ from attnctl.outputs import FileExists
 from attnctl.pipelines import ddim_of, edit_video, estimate_bytes, invert
 from attnctl.pipelines.codec import encode
 from attnctl.pipelines.inversion import inverse_of
-from attnctl.processors import PAG, FateZero
+from attnctl.processors import PAG, FateZero, editing
 from attnctl.sources import Inversion, MemoryBudgetError, SourceStore, check_room
 from attnctl.specs import control_from_dict, control_to_dict
 
@@ -159,6 +159,21 @@ def test_mask_of_one_is_a_plain_run(pipe: Any) -> None:
         idle = dataclasses.replace(BASE, keys="self", stop=0.0, inversion=inversion)
         with attnctl.control(pipe, idle):
             assert torch.equal(run(pipe, inversion), plain)
+
+
+@pytest.mark.parametrize("store", ["recompute", "maps"])
+def test_mask_parts_the_queries(pipe: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone at its sites, an edit attends with each query once; that changes nothing but rounding."""
+    control, parted = dataclasses.replace(BASE, store=store, self_replace=1.0), []
+    fuse = editing.self_fuse
+    monkeypatch.setattr(editing, "self_fuse", lambda *given: parted.append(given) or fuse(*given))
+    once = edited(pipe, control)
+    count = len(parted)
+    monkeypatch.setattr(editing, "is_last", lambda proceed: False)
+    twice = edited(pipe, control)
+    assert count
+    assert len(parted) == count
+    torch.testing.assert_close(once, twice, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("store", ["recompute", "maps"])

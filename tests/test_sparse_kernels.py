@@ -75,7 +75,7 @@ def test_flex_lists_are_the_plan(n: int, bq: int, bk: int, text: int, first: boo
     for h, row in partial.nonzero().tolist():
         assert mask.kv_indices[0, h, row, 0] == nk - 1
     assert flex.block_mask(plan, 0, text, CPU)[0] is mask
-    assert (flex._tile(96), flex._tile(64), flex._tile(256), flex._tile(48)) == (32, 64, 128, 16)
+    assert (flex.tile(96), flex.tile(64), flex.tile(256), flex.tile(48)) == (32, 64, 128, 16)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -107,13 +107,13 @@ def test_flex_compiled_reads_the_lists_alone(monkeypatch: pytest.MonkeyPatch) ->
         plan = random_plan(2, 200, 64, 64, seed=seed)
         mask, _ = flex.block_mask(plan, 0, 0, CPU)
         with torch.inference_mode():
-            out = flex._compiled()(q, k, v, block_mask=mask)
+            out = flex.compiled()(q, k, v, block_mask=mask)
         assert relative(out, masked_dense(q, k, v, plan, slice(0, 200))) <= 1e-5
     apart = BlockPlan.from_mask(torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous(), 64, n_image=200)
     for x in (k, v):
         x[:, :, 64:128] = torch.nan
     with torch.inference_mode():
-        out = flex._compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, 0, CPU)[0])
+        out = flex.compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, 0, CPU)[0])
     assert torch.cat([out[:, :, :64], out[:, :, 128:]], 2).isfinite().all()
     assert counters["stats"]["unique_graphs"] == 1
 

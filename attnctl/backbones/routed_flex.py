@@ -38,10 +38,10 @@ def routed_flex(
         raise BackendError(f"backend='flex' was given, but it cannot run this call: {reason}. Leave it to 'auto'.")
     mask = _block_mask(index, tokens, real)
     if q.device.type == "cpu":
-        return flex._flex()(q, k, v, block_mask=mask, scale=scale)
-    tile = flex._tile(tokens)
+        return flex.eager()(q, k, v, block_mask=mask, scale=scale)
+    tile = flex.tile(tokens)
     options = {"BLOCK_M": tile, "BLOCK_N": tile}
-    return flex._compiled()(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
+    return flex.compiled()(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
 
 
 def _refusal(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> str:

@@ -229,11 +229,11 @@ def _text(found: Any, out: Path, model: str) -> str:
         lines.append(f"without perturbation: {found.baseline:.4f}")
     lines += [f"after round {i + 1}: {r.score:.4f}" for i, r in enumerate(found.rounds) if r.score is not None]
     strength = f"u={found.plan.u:g}, scale={found.plan.scale:g})"
-    prompt = shlex.quote(found.plan.pairs[0][0])
+    told = shlex.join(("--model", model, "--prompt", found.plan.pairs[0][0]))
     pairs = "".join(f'("{site}", {head}), ' for site, head in found.heads.pairs).rstrip()
     lines += [
         f"{found.images} images; {out}: head set, marks, heat map. To use them:",
         f'  SoftPAG(heads=HeadSet.from_pretrained("{out}"), {strength}',
-        f"  attnctl generate --model {model} --prompt {prompt} --control 'SoftPAG(heads=({pairs}), {strength}'",
+        f"  attnctl generate {told} --control 'SoftPAG(heads=({pairs}), {strength}'",
     ]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnctl.kernels.layout import repeat_heads
 from attnctl.plans.blocks import BlockPlan
 
-__all__ = ["block_mask", "declines", "missing", "run"]
+__all__ = ["block_mask", "compiled", "declines", "eager", "missing", "run", "tile"]
 
 _LEAST = 16
 _TALLEST = 128
@@ -73,10 +73,10 @@ def run(
         for x, text in ((k, k_text), (v, v_text))
     )
     if q.device.type == "cpu":
-        return _flex()(q, keys, values, block_mask=mask, scale=scale)
+        return eager()(q, keys, values, block_mask=mask, scale=scale)
     # Tiles must divide the plan's blocks; torch's own choice of them does not look at these.
-    tiles = {"BLOCK_M": _tile(plan.block_q), "BLOCK_N": _tile(plan.block_k)}
-    return _compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
+    tiles = {"BLOCK_M": tile(plan.block_q), "BLOCK_N": tile(plan.block_k)}
+    return compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
 
 
 def block_mask(plan: BlockPlan, group: int, text: int, device: torch.device) -> _Mask:
@@ -136,12 +136,13 @@ def _listed(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.sum(-1, dtype=torch.int32)[None], numbers.int()[None].contiguous()
 
 
-def _tile(block: int) -> int:
+def tile(block: int) -> int:
     """Return the largest power of two, up to 128, that divides a block."""
     return min(block & -block, _TALLEST)
 
 
-def _flex() -> Callable[..., Tensor]:
+def eager() -> Callable[..., Tensor]:
+    """Return flex_attention uncompiled, which builds whole maps."""
     from torch.nn.attention.flex_attention import flex_attention
 
     run: Callable[..., Tensor] = flex_attention
@@ -149,6 +150,7 @@ def _flex() -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
+def compiled() -> Callable[..., Tensor]:
+    """Return flex_attention compiled, once for the process."""
     # fullgraph: too many shapes are an error; without it they would fall back to whole maps, silently.
-    return torch.compile(_flex(), dynamic=False, fullgraph=True)
+    return torch.compile(eager(), dynamic=False, fullgraph=True)
