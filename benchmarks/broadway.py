@@ -1,12 +1,12 @@
 """What BroadWay costs and what it does: `python benchmarks/broadway.py cost|run|effects > benchmarks/results/....json`.
 
 cost     time of the temporal attention core at real shapes: plain, as published (FFT of whole maps), ours; one run,
-         interleaved, the least of several repeats in process time
+         interleaved, the least of several repeats in process time; with memory as the C library handles it, and kept
 run      FLOPs of SD 1.5 AnimateDiff at 512 px and 16 frames (meta device), plain and active, and what the default
          window adds to a whole run; maps of frames by frames that are made
 effects  the shipped video model: motion, direction, warp error and flicker, paired with plain, 95 % bootstrap intervals
 
-The table goes to stderr, the JSON to stdout.
+The table goes to stderr, the JSON to stdout. Videos whose marks `--log` holds already are not made again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pages import keep_freed_memory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +42,7 @@ SHAPES = (
     ((16, 16), 8, 32, 80, 15),
 )
 LIMIT, RUN_LIMIT = 1.15, 0.01
+PART = 12  # videos that are marked, and logged, together
 TUNING_SEED, REPORT_SEED = 40_000, 500_000
 
 
@@ -65,7 +67,17 @@ def official(
 
 
 def cost(repeats: int) -> dict[str, Any]:
-    """Time the core of one attention in several forms."""
+    """Time the core of one attention in several forms, with the C library's memory and with memory that is kept."""
+    result: dict[str, Any] = {"cost": core_times(repeats)}
+    if keep_freed_memory():
+        print("memory kept:", file=sys.stderr)
+        result["cost_memory_kept"] = core_times(repeats)
+    worst = {name: max(row["ratio"]["guided"] for row in table) for name, table in result.items()}
+    return result | {"worst_guided": worst, "limit": LIMIT, "passed": max(worst.values()) <= LIMIT}
+
+
+def core_times(repeats: int) -> list[dict[str, Any]]:
+    """Time every form at every shape."""
     table = []
     for grid, heads, frames, channels, tau in SHAPES:
         positions, small = 2 * grid[0] * grid[1], (grid[0] // 2, grid[1] // 2)
@@ -97,8 +109,7 @@ def cost(repeats: int) -> dict[str, Any]:
             }
         )
         print(table[-1], file=sys.stderr)
-    worst = max(row["ratio"]["guided"] for row in table)
-    return {"cost": table, "worst_guided": worst, "limit": LIMIT, "passed": worst <= LIMIT}
+    return table
 
 
 def guided(q: Tensor, k: Tensor, v: Tensor, ref: Tensor, small: tuple[int, int], layer: Layer, band: Band) -> Tensor:
@@ -170,7 +181,22 @@ def interval(values: np.ndarray, base: np.ndarray | None = None, draws: int = 10
     return [round(float(x), 4) for x in (point, low, high)]
 
 
-def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, Any]:
+def once(log: Path | None, key: list[Any], run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return what was run under a key, from the log where it is there."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log is not None and log.exists() else []
+    for line in lines:
+        entry = json.loads(line)
+        if entry["key"] == key:
+            found: list[dict[str, Any]] = entry["rows"]
+            return found
+    rows = run()
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "rows": rows}) + "\n")
+    return rows
+
+
+def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | None) -> dict[str, Any]:
     """Tune the motion knob on some prompts and report on others, paired by prompt and noise."""
     from attnctl.shapes.evaluate_video import generate_clips, mark
     from attnctl.shapes.load import WEIGHTS, load_shapes
@@ -182,12 +208,19 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, A
     scale = json.loads(told.read_text())["scale"] if told.is_file() else 3.0
 
     def rows(prompts: Sequence[str], seed: int, control: BroadWay | None) -> list[dict[str, Any]]:
-        began = time.perf_counter()
-        with attnctl.control(pipe, control) if control is not None else nullcontext():
-            videos = generate_clips(pipe, prompts, scale=scale, seed=seed, steps=steps)
-        name = control.describe() if control is not None else "plain"
+        began, name = time.perf_counter(), control.describe() if control is not None else "plain"
+        found: list[dict[str, Any]] = []
+        for first in range(0, len(prompts), PART):
+            part = prompts[first : first + PART]
+
+            def run(part: Sequence[str] = part, seed: int = seed + first) -> list[dict[str, Any]]:
+                with attnctl.control(pipe, control) if control is not None else nullcontext():
+                    videos = generate_clips(pipe, part, scale=scale, seed=seed, steps=steps)
+                return [{k: v if isinstance(v, str) else float(v) for k, v in m.items()} for m in mark(videos, part)]
+
+            found += once(log, [name, list(part), seed + first, steps, scale], run)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        return mark(videos, prompts)
+        return found
 
     def compared(plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
         moves = np.array([not r["asked"].startswith("still") for r in plain])
@@ -198,6 +231,8 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, A
             "warp_error_ratio": interval(column(other, "warp_error")[known], column(plain, "warp_error")[known]),
             "right_points": interval(100 * (column(other, "right") - column(plain, "right"))),
             "direction_points": interval(100 * (column(other, "direction") - column(plain, "direction"))),
+            "direction_share": [round(100 * float(column(t, "direction").mean()), 1) for t in (plain, other)],
+            "right_share": [round(100 * float(column(t, "right").mean()), 1) for t in (plain, other)],
             "flicker_ratio": interval(np.nan_to_num(column(other, "flicker")), np.nan_to_num(column(plain, "flicker"))),
         }
         if moves.any():
@@ -209,7 +244,7 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, A
 
     tuning = clip_prompts(11, n_tune)
     base = rows(tuning, TUNING_SEED, None)
-    candidates = [BroadWay(motion=m, stop=s) for s in (0.2, 0.4) for m in (0.5, 1.0, 2.0, 4.0)]
+    candidates = [BroadWay(motion=m, stop=s) for s in (0.2, 0.4) for m in (1.0, 2.0, 4.0)]
     table = [(c, compared(base, rows(tuning, TUNING_SEED, c))) for c in candidates]
     good = [(c, r) for c, r in table if r["direction_points"][0] >= -2 and r["warp_error_ratio"][0] <= 1.1]
     chosen, _ = max(good or table, key=lambda item: item[1].get("flow_ratio_moving", [0.0])[0])
@@ -219,7 +254,6 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None) -> dict[str, A
         "published": BroadWay(),
         "chosen": chosen,
         "self-guidance alone": BroadWay(beta=1.0, energy_floor=False, stop=chosen.stop),
-        "enhancement alone": BroadWay(alpha=0.0, beta=chosen.strength()[1], stop=chosen.stop),
     }
     figures = {name: compared(plain, rows(prompts, REPORT_SEED, c)) for name, c in runs.items()}
     for name, row in figures.items():
@@ -240,9 +274,10 @@ def main() -> int:
     parser.add_argument("study", choices=("cost", "run", "effects"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("-n", type=int, default=128, help="videos of the report")
-    parser.add_argument("--tune", type=int, default=36, help="videos of every setting tried")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tune", type=int, default=12, help="videos of every setting tried")
+    parser.add_argument("--steps", type=int, default=10, help="effects: denoising steps")
     parser.add_argument("--folder", type=Path, help="another video model")
+    parser.add_argument("--log", type=Path, help="effects: JSON lines of what was made, to go on from")
     parser.add_argument("--threads", type=int, help="1 for cost, all for effects if not given")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or (1 if options.study == "cost" else os.cpu_count() or 1))
@@ -253,7 +288,7 @@ def main() -> int:
         elif options.study == "run":
             result |= run_flops()
         else:
-            result |= effects(options.n, options.tune, options.steps, options.folder)
+            result |= effects(options.n, options.tune, options.steps, options.folder, options.log)
     print(json.dumps(result, indent=1))
     return 0 if result.get("passed", True) else 1
 

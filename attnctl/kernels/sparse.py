@@ -97,7 +97,7 @@ def _any_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
 
 
 SPARSE: dict[str, Sparse] = {
-    "gather": Sparse(_laid_out(gather.run), _anywhere, _any_call),
+    "gather": Sparse(gather.run, _anywhere, _any_call),
     "flex": Sparse(_laid_out(flex.run), flex.missing, flex.declines),
     "triton": Sparse(triton.run, triton.missing, triton.declines),
     "triton_int8": Sparse(triton.run_int8, triton.missing, triton.declines),

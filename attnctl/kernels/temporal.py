@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 MAX_POSITIONS = 65_535  # CUDA's grid bound: fused kernels refuse a larger batch
-_MAX_ELEMENTS = 2**16  # of maps at once: with their queries, keys and values they stay in a cache
+_LONG_ROW = 64
+_MAX_ELEMENTS = 2**17  # of maps at once: with their queries, keys and values they stay in a cache
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -146,10 +147,15 @@ def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) ->
 def centred_map(q: Tensor, k: Tensor, scale: float | None = None, out: Tensor | None = None) -> Tensor:
     """Compute softmax(q k^T scale) - 1 / F, [positions, heads, F, F], in float32; its rows sum to zero.
 
-    `out` is memory for it, where no gradient is asked for.
+    `out` is memory for it, where no gradient is asked for; a CPU may lay the heads out one after the other in it.
     """
     *lead, frames, channels = q.shape
     scale = channels**-0.5 if scale is None else scale
+    if out is not None and _in_place(q) and _in_place(k):
+        laid = out.view(q.shape[1], -1, frames, frames)
+        for h, own in enumerate(laid):
+            torch.baddbmm(own, q[:, h], k[:, h].transpose(1, 2), beta=0, alpha=scale, out=own)
+        return torch.softmax(laid, -1, out=laid).sub_(1 / frames).transpose(0, 1)
     rows, columns = _packed(q), _packed(k).transpose(1, 2)
     logits = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale).view(*lead, frames, frames)
     if out is None:
@@ -157,11 +163,21 @@ def centred_map(q: Tensor, k: Tensor, scale: float | None = None, out: Tensor | 
     return torch.softmax(logits, -1, out=out).sub_(1 / frames)
 
 
+def _in_place(x: Tensor) -> bool:
+    """Tell whether products read each head where the host laid it out.
+
+    On a CPU a batch of matrices with rows far apart, taken head by head, costs less than packing them and multiplying
+    once; short rows do not (measured with 40 and with 80 channels: benchmarks/broadway.py).
+    """
+    plain = x.device.type == "cpu" and x.dtype == wide_dtype(x.dtype)
+    return plain and x.stride(-1) == 1 and x.shape[-1] >= _LONG_ROW
+
+
 def _packed(x: Tensor) -> Tensor:
     """Lay queries, keys or values out head after head in float32, [n, H, F, D] -> [n H, F, D].
 
-    Batched products of small strided matrices take several times as long. A CPU first reads them in one sweep, as the
-    host laid them out: picking the heads out of its cache costs half of picking them out of memory.
+    A CPU first reads them in one sweep, as the host laid them out: picking the heads out of its cache costs half of
+    picking them out of memory.
     """
     wide = wide_dtype(x.dtype)
     if x.dtype == wide and x.device.type == "cpu" and not x.is_contiguous():
@@ -296,7 +312,8 @@ def guided_maps(
             a = _towards(a, guide[source], weight, repeat, grid[1])
         if e1 is not None:
             e2 = e1 if guide is None else _energy(a)
-            sums[row] += [e1, e2] if low is None else [e1, e2, torch.dot(a.view(-1), (a @ low).view(-1))]
+            laid = _laid(a)
+            sums[row] += [e1, e2] if low is None else [e1, e2, torch.dot(laid.view(-1), (laid @ low).view(-1))]
         pieces.append(a)
     if band is None:
         return pieces, None
@@ -328,13 +345,21 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
     for a in pieces:
         part = slice(start, start + a.shape[0])
         start = part.stop
+        laid = _laid(a)
+        turned = laid is not a
         if matrix is not None:
-            a = a @ matrix
+            laid = laid @ matrix
         elif not band.whole:
             own = gain[part] if spread else gain
-            a = a * own if band.mean_only else torch.lerp(a @ band.low(v), a, own)
-        a = a + 1 / frames if graph or band.whole else a.add_(1 / frames)
-        product = torch.bmm(a.view(-1, frames, frames), _packed(v[part]))
+            own = own.transpose(0, 1) if turned else own
+            laid = laid * own if band.mean_only else torch.lerp(laid @ band.low(v), laid, own)
+        laid = laid + 1 / frames if graph or band.whole else laid.add_(1 / frames)
+        a = laid.transpose(0, 1) if turned else laid
+        if out is not None and _in_place(v):
+            for h in range(v.shape[1]):
+                out[part, h] = torch.bmm(a[:, h], v[part, h])
+            continue
+        product = torch.bmm(a.reshape(-1, frames, frames), _packed(v[part]))
         product = product.view(*a.shape[:2], frames, -1)
         if out is None:
             outputs.append(product.to(v.dtype))
@@ -365,5 +390,10 @@ def _towards(a: Tensor, r: Tensor, alpha: float | Tensor, repeat: tuple[int, int
 
 
 def _energy(a: Tensor) -> Tensor:
-    flat = a.view(-1)
+    flat = _laid(a).view(-1)
     return torch.dot(flat, flat)
+
+
+def _laid(a: Tensor) -> Tensor:
+    """Return maps [n, H, F, F] as they lie in memory: the same, or [H, n, F, F]."""
+    return a if a.is_contiguous() else a.transpose(0, 1)

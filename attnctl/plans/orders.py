@@ -55,11 +55,11 @@ def order_ids(orders: Sequence[int | str], heads: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def permutation(grid: tuple[int, int, int], order: int) -> Tensor:
+def permutation(grid: tuple[int, int, int], order: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the tokens of a grid in an order, int64 [F H W]: new token i is old token permutation[i]."""
     n = grid[0] * grid[1] * grid[2]
     with torch.inference_mode(False):  # it is kept: a later call may differentiate
-        return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1)
+        return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1).to(device)
 
 
 @lru_cache(maxsize=256)
