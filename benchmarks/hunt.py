@@ -3,12 +3,12 @@
 Five parts, each resumable (`--part search`, `tune`, `report`, `pictures`, `savings`; all by default); at the end the
 run prints the JSON of the parts asked for on stdout; tables go to stderr.
 
-- search: every head of the model on M prompt-seed pairs (the published search at this size), and the affordable
-  search: first-step pruning, half the pairs, successive halving. The same settings, each with its own pictures.
+- search: every head of the model on M prompt-seed pairs (the published search at this size); the halved search:
+  first-step pruning, half the pairs, successive halving; the affordable search: groups of twelve heads, dealt out twice
+  for each pair, at the strength at which sets are used. Each with its own pictures.
 - tune: how many of the found heads, at which u, and the u of the best single layer, on tuning prompts. Which layer that
-  is, and plain guidance's best scale, `effects.py pag --model mmdit` has found. The affordable set takes the settings
-  that are best for the full one, so that only the heads differ.
-- report: plain, the best single layer, and both found sets on other prompts and other seeds, paired.
+  is, and plain guidance's best scale, `effects.py pag --model mmdit` has found.
+- report: plain, the best single layer, and the found sets on other prompts and other seeds, paired.
 - pictures: the first prompts of the report, side by side.
 - savings: what each saving alone does to the number of pictures and to the choice, from the marks of the full search;
   and time and FLOPs of batching and replay.
@@ -43,6 +43,7 @@ from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.scenes import pair_prompts
 
 STEPS, CFG, U, WEIGHT, K = 8, 3.0, 0.5, 2.5, 6
+GROUP = 12
 SEARCH_U = 1.0  # one head of 48 at half strength changes too little to be told from chance
 SEARCH_SEED, TUNING_SEED, REPORT_SEED = 60_000, 70_000, 800_000
 PARTS = ("search", "tune", "report", "pictures", "savings")
@@ -50,7 +51,7 @@ OPTIONS = {"max_sequence_length": 0}  # no padding: twice as fast
 
 
 def plans(pairs: int) -> dict[str, HuntPlan]:
-    """Return the two searches."""
+    """Return the searches."""
     texts = pair_prompts(21, pairs, "tuning")
     seeds = tuple((text, SEARCH_SEED + i) for i, text in enumerate(texts))
     common: dict[str, Any] = {
@@ -60,7 +61,8 @@ def plans(pairs: int) -> dict[str, HuntPlan]:
     cheap = {"prune": 1 / 3, "halving": ((half // 4, 16), (half // 2, 10))}
     return {
         "full": HuntPlan(pairs=seeds, **common),
-        "affordable": HuntPlan(pairs=seeds[:half], **common, **cheap, baseline=False),
+        "halved": HuntPlan(pairs=seeds[:half], **common, **cheap, baseline=False),
+        "affordable": HuntPlan(pairs=seeds, **common | {"u": U}, group=GROUP, repeats=2, baseline=False),
     }
 
 
@@ -81,7 +83,7 @@ class Bench:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def search(self) -> dict[str, Any]:
-        """Run both searches; times add up over interruptions."""
+        """Run the searches; times add up over interruptions."""
         found = {}
         for name, plan in self.plans.items():
             found[name] = self.kept(f"search_{name}", lambda name=name, plan=plan: self._hunt(name, plan))
@@ -117,7 +119,7 @@ class Bench:
         return marks
 
     def sets(self) -> dict[str, list[tuple[str, int]]]:
-        """Return the chosen heads of both searches, the best first."""
+        """Return the chosen heads of each search, the best first."""
         return {name: [(site, h) for site, h in found["rounds"][0]["chosen"]] for name, found in self.search().items()}
 
     def tune(self) -> dict[str, Any]:
@@ -129,9 +131,8 @@ class Bench:
             tried["layer"][f"layer6_u{u:g}"] = (SoftPAG(sites=6, u=u, scale=WEIGHT), CFG)
         sets = self.sets()
         sizes = [*((K, u) for u in (0.25, U, 1.0)), (3, U), (3, 1.0)]
-        tried["full"] = {
-            f"full_k{k}_u{u:g}": (SoftPAG(heads=sets["full"][:k], u=u, scale=WEIGHT), CFG) for k, u in sizes
-        }
+        for name, heads in sets.items():
+            tried[name] = {f"{name}_k{k}_u{u:g}": (SoftPAG(heads=heads[:k], u=u, scale=WEIGHT), CFG) for k, u in sizes}
         table, best = [], {}
         for kind, settings in tried.items():
             rights = {}
@@ -144,14 +145,11 @@ class Bench:
                 )
             label = max(rights, key=lambda name: rights[name])
             best[kind] = (label, *settings[label])
-        k, u = sizes[list(tried["full"]).index(best["full"][0])]
-        cheap = SoftPAG(heads=sets["affordable"][:k], u=u, scale=WEIGHT)
-        best["affordable"] = (f"affordable_k{k}_u{u:g}", cheap, CFG)
         self.best = best
         return {"pictures": self.n_tune, "table": table, "best": {kind: b[0] for kind, b in best.items()}}
 
     def report(self) -> dict[str, Any]:
-        """Compare the four on prompts and seeds that nothing was chosen on."""
+        """Compare them on prompts and seeds that nothing was chosen on."""
         self.tune()
         prompts = pair_prompts(23, self.n_report, "report")
         runs = {
@@ -169,8 +167,8 @@ class Bench:
             "pictures": self.n_report, "settings": {kind: b[0] for kind, b in self.best.items()},
             "right_percent": {kind: round(100 * float(r.mean()), 1) for kind, r in right.items()},
             "gain_over_plain_points": gains,
-            "over_layer_points": {kind: against(kind, "layer") for kind in ("full", "affordable")},
-            "affordable_keeps": round(gains["affordable"][0] / full, 3) if full else None,
+            "over_layer_points": {kind: against(kind, "layer") for kind in self.plans},
+            "keeps": {kind: round(gains[kind][0] / full, 3) if full else None for kind in ("halved", "affordable")},
             "cpu_seconds": {kind: marks["cpu_seconds"] for kind, marks in runs.items()},
         }  # fmt: skip
 
@@ -185,7 +183,13 @@ class Bench:
             tiles += [Image.fromarray(image) for image in images]
             right = score(images, prompts)["right"]
             frames += [(40, 160, 60) if ok else (210, 40, 40) for ok in right]
-        names = {"plain": "plain", "layer": "best layer", "full": "full search", "affordable": "affordable search"}
+        names = {
+            "plain": "plain",
+            "layer": "best layer",
+            "full": "full search",
+            "halved": "halved search",
+            "affordable": "groups",
+        }
         labels = [f"{names[kind]}: {b[0]}" for kind, b in self.best.items()]
         note = (
             "The first prompts of the report, not chosen. Green: the judge finds both objects right and nothing else."
@@ -200,7 +204,7 @@ class Bench:
         found = self.search()["full"]
         plan, pool = self.plans["full"], [(site, h) for site, h in found["pool"]]
         marks = _marks(self.work / "log_full")
-        change = {(s, h): v for s, h, v in self.search()["affordable"]["change"]}
+        change = {(s, h): v for s, h, v in self.search()["halved"]["change"]}
         mean = {h: float(np.mean(marks[h])) for h in pool}
         chosen = {(s, h) for s, h in found["rounds"][0]["chosen"]}
         base, m = found["baseline"], len(plan.pairs)

@@ -13,7 +13,8 @@ _NAMES = {
     "plain": "plain guidance",
     "layer": "best single layer",
     "full": "heads of the full search",
-    "affordable": "heads of the affordable search",
+    "halved": "heads of the halved search",
+    "affordable": "heads of the search by groups",
 }
 
 
@@ -56,7 +57,8 @@ def _report(report: dict[str, Any]) -> str:
         gains = [report[name].get(kind) for name in ("gain_over_plain_points", "over_layer_points")]
         told = ["" if g is None else f"{g[0]:+.1f} [{g[1]:+.1f}, {g[2]:+.1f}]" for g in gains]
         lines.append(f"| {_NAMES[kind]}: {report['settings'][kind]} | {share} % | {told[0]} | {told[1]} |")
-    lines.append(f"\nThe affordable set keeps {report['affordable_keeps']} of the full set's gain.")
+    told = ", ".join(f"{name}: {share}" for name, share in report["keeps"].items())
+    lines.append(f"\nShare of the full set's gain that is kept: {told}.")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ import zoo_pipelines as pipes
 
 import attnctl
 from attnctl.pipelines import HuntPlan, hunt
+from attnctl.pipelines.hunt_groups import deal, worth
 from attnctl.pipelines.hunt_plan import Head
 from attnctl.pipelines.hunt_results import Hunted
 from attnctl.pipelines.hunt_work import draw, first_change, units
@@ -106,6 +107,8 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "batch": {"replay": False, "batch": 5},
     "halving": {"halving": ((1, 6), (2, 3))},
     "prune": {"prune": 0.5, "prune_pairs": 1},
+    "groups": {"group": 4, "repeats": 3},
+    "groups, pruned, two rounds": {"group": 3, "repeats": 2, "rounds": 2, "prune": 0.25, "prune_pairs": 1},
     "restricted layers": {"sites": LAYERS[1:]},
     "restricted heads": {"heads": (*PLANTED, (LAYERS[0], 0)), "sites": None},
     "all": {"prune": 0.5, "prune_pairs": 1, "halving": ((1, 4), (2, 3)), "rounds": 2, "validate": True, "show": 1},
@@ -129,6 +132,27 @@ def test_savings_find_the_planted_head(name: str, toy: Any) -> None:
     cost = plan.estimate(found.pool)
     assert scorer.seen == cost.marked
     assert found.images == found.generated == cost.images
+
+
+def test_groups_deal_every_head_once_and_find_what_each_adds() -> None:
+    pool = tuple((f"layer.{i}", h) for i in range(5) for h in range(4))
+    plan = _plan(group=6, repeats=3)
+    rows = deal(pool, (), plan)
+    assert rows == deal(pool, (), plan)
+    assert len(rows) == plan.estimate(pool).search[0] == 4 * 3 * 4
+    for repeat in range(3):
+        for i in range(4):
+            hands = [heads for heads, pair in rows[repeat * 16 : (repeat + 1) * 16] if pair == i]
+            assert sorted(h for heads in hands for h in heads) == sorted(pool)
+            assert {len(heads) for heads in hands} == {5}
+    adds = {head: float(place) for place, head in enumerate(pool)}
+    found = worth(rows, {row: 100.0 * row[1] + sum(adds[h] for h in row[0]) for row in rows}, pool)
+    spread = np.array([[found[h], adds[h]] for h in pool])
+    assert np.corrcoef(spread.T)[0, 1] > 0.99
+    assert max(found, key=lambda h: found[h]) == pool[-1]
+    after = deal(pool[1:], pool[:1], plan)  # the next round is dealt anew
+    assert all(heads[0] == pool[0] for heads, _ in after)
+    assert [heads[1:] for heads, _ in after] != [heads for heads, _ in rows]
 
 
 def test_counts_are_those_of_the_paper() -> None:

@@ -93,6 +93,9 @@ PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "halving beyond the pairs": ({"halving": ((2, 1),)}, "below 2"),
     "halving below k": ({"halving": ((1, 0),)}, "1 \\(k\\) or more"),
     "halving with chosen heads": ({"halving": ((1, 1),), "skip_chosen": False}, "skip_chosen=True"),
+    "a group of one": ({"group": 1}, "two heads or more"),
+    "repeats of nothing": ({"repeats": 2}, "give group too"),
+    "groups and halving": ({"group": 3, "halving": ((1, 1),)}, "nothing to halve"),
     "halving as text": ({"halving": (("1", 2),)}, "halving"),
 }
 
@@ -113,6 +116,7 @@ POOLS: dict[str, tuple[dict[str, Any], str]] = {
     "too small for k": ({"k": 5}, "choose 5 heads, but the pool has 4"),
     "too small after pruning": ({"k": 3, "prune": 0.5, "prune_pairs": 1}, "pool has 2 \\(4 before pruning"),
     "too small for the rounds": ({"rounds": 5}, "choose 5 heads"),
+    "one group": ({"group": 4, "k": 1}, "undivided"),
     "unknown argument": ({"call": {"hight": 16}}, "takes no 'hight'"),
     "own argument": ({"call": {"generator": 1}}, "set by the search"),
 }

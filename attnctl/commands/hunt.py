@@ -71,6 +71,12 @@ class Hunt(Common):
     halving: bool = False
     """Successive halving over pairs: candidates that do badly on the first ones see no more."""
 
+    group: int = 0
+    """Heads that act together in a picture, told apart by least squares: far fewer pictures. 0 tries each alone."""
+
+    repeats: int = 1
+    """How often the heads are dealt out into groups for each pair."""
+
     batch: int = 1
     """Pictures in one pipeline call; candidates of one layer share calls."""
 
@@ -156,7 +162,7 @@ class Hunt(Common):
         rounds, k, u = _PRESETS[self.preset]
         fields: dict[str, Any] = {
             "rounds": rounds, "k": k, "u": u, "call": dict(parse_option(text) for text in self.option),
-            "prune": self.prune, "prune_pairs": min(2, self.pairs or 2),
+            "prune": self.prune, "prune_pairs": min(2, self.pairs or 2), "group": self.group, "repeats": self.repeats,
             "batch": self.batch, "show": self.show, "validate": self.validate,
         }  # fmt: skip
         for name in ("rounds", "k", "u", "scale", "steps", "guidance"):

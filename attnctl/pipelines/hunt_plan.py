@@ -77,6 +77,8 @@ class HuntPlan:
     prune: float = 0.0
     prune_pairs: int = 2
     halving: tuple[tuple[int, int], ...] = ()
+    group: int = 0
+    repeats: int = 1
     batch: int = 1
     replay: bool = True
     baseline: bool = True
@@ -87,7 +89,10 @@ class HuntPlan:
         object.__setattr__(self, "pairs", _checked_pairs(self.pairs))
         if self.heads is not None and not isinstance(self.heads, HeadSet):
             object.__setattr__(self, "heads", HeadSet.from_pairs(self.heads).pairs)
-        for name, least in (("rounds", 1), ("k", 1), ("steps", 1), ("batch", 1), ("prune_pairs", 1), ("show", 0)):
+        for name, least in (
+            ("rounds", 1), ("k", 1), ("steps", 1), ("batch", 1), ("prune_pairs", 1), ("show", 0), ("group", 0),
+            ("repeats", 1),
+        ):  # fmt: skip
             self._whole(name, least)
         for name in ("prune_pairs", "show"):
             if (name != "prune_pairs" or self.prune) and getattr(self, name) > len(self.pairs):
@@ -106,6 +111,18 @@ class HuntPlan:
         object.__setattr__(self, "halving", self._checked_halving())
         if self.halving and not self.skip_chosen:
             raise ConfigError("halving ranks new heads only: use it with skip_chosen=True.")
+        self._check_group()
+
+    def _check_group(self) -> None:
+        if not self.group and self.repeats > 1:
+            raise ConfigError(f"repeats={self.repeats} deals out groups of heads: give group too (12, for instance).")
+        if self.group == 1:
+            raise ConfigError("group=1 was given; a group has two heads or more. 0 tries every head alone.")
+        if self.group and (self.halving or not self.skip_chosen):
+            raise ConfigError(
+                "group marks many heads in each picture: there is nothing to halve, and no chosen head to draw again. "
+                "Use it with halving=() and skip_chosen=True."
+            )
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -199,11 +216,15 @@ class HuntPlan:
                 seen, left = upto, keep
         return [*found, (range(seen, len(self.pairs)), left)]
 
+    def groups(self, n: int) -> int:
+        """Count the groups that n heads are dealt out into: of nearly equal size, none larger than `group`."""
+        return -(-n // self.group)
+
     def estimate(self, pool: Sequence[Head]) -> Estimate:
         """Count what the search will generate.
 
         Raises:
-            ConfigError: The pool has fewer heads than the rounds choose.
+            ConfigError: The pool has fewer heads than the rounds choose, or fewer than two groups.
         """
         n, m = len(pool), len(self.pairs)
         kept = n - int(self.prune * n)
@@ -213,7 +234,15 @@ class HuntPlan:
                 f"{f' ({n} before pruning)' if kept < n else ''}: choose fewer, or widen the pool."
             )
         sizes = [kept - (self.k * r if self.skip_chosen else 0) for r in range(self.rounds)]
-        searched = tuple(sum(len(pairs) * left for pairs, left in self.stages(size)) for size in sizes)
+        if self.group and self.groups(min(sizes)) < 2:
+            raise ConfigError(
+                f"group={self.group} leaves the pool of {min(sizes)} heads undivided, so that no head can be told from "
+                f"another: give group={max(2, min(sizes) // 4)} or so."
+            )
+        if self.group:
+            searched = tuple(m * self.repeats * self.groups(size) for size in sizes)
+        else:
+            searched = tuple(sum(len(pairs) * left for pairs, left in self.stages(size)) for size in sizes)
         layers = len({site for site, _ in pool})
         chosen = self.rounds * self.k
         rows = 2 + (self.guidance > 1)
@@ -231,6 +260,8 @@ class HuntPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not self.group:  # logs of searches by single heads stay readable
+            del values["group"], values["repeats"]
         if isinstance(self.heads, HeadSet):
             values["heads"] = self.heads.to_dict()
         for name in ("sites", "call"):

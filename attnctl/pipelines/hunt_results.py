@@ -31,7 +31,8 @@ class Round:
 
     Attributes:
         chosen: The k best heads, the best first.
-        scores: Mean mark of every candidate over the pairs that it has seen.
+        scores: Mean mark of every candidate over the pairs that it has seen; with groups, the mean mark of all pictures
+            plus what the candidate adds to it.
         seen: How many pairs that were.
         score: Mean mark of all heads chosen so far, if the plan validates.
     """
@@ -97,7 +98,9 @@ class Hunted:
     def heat_map(self, round_: int = 0) -> Image.Image:
         """Draw the marks of a round, a row for each layer and a column for each head; chosen heads are framed."""
         scores = dict(self.rounds[round_].scores)
-        zero = self.baseline if self.baseline is not None and round_ == 0 else float(np.mean(list(scores.values())))
+        zero = self.baseline
+        if zero is None or round_ or self.plan.group:
+            zero = float(np.mean(list(scores.values())))
         return heat_map(self.pool, scores, self.rounds[round_].chosen, zero)
 
     def grid(self) -> Image.Image:

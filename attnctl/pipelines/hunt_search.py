@@ -15,10 +15,11 @@ from typing import Any
 
 from attnctl.errors import ConfigError
 from attnctl.pipelines.crew import Crew
+from attnctl.pipelines.hunt_groups import deal, worth
 from attnctl.pipelines.hunt_log import HuntLog, fingerprint_of, key_of
 from attnctl.pipelines.hunt_plan import Head, HuntPlan
 from attnctl.pipelines.hunt_results import Hunted, Round
-from attnctl.pipelines.hunt_work import Row, Scorer, Unit, draw, first_change, marks_of, units
+from attnctl.pipelines.hunt_work import Row, Scorer, Unit, cut, draw, first_change, marks_of, units
 from attnctl.plans import HeadSet
 from attnctl.sites import denoisers_of, find_sites
 
@@ -90,7 +91,7 @@ def seconds_of(pipe: Any, plan: HuntPlan) -> float:
     pool = plan.pool(tuple(sites.values()))
     layer = pool[len(pool) // 2][0]
     heads = [(h,) for h in pool if h[0] == layer]
-    (unit, *_) = units(heads, range(len(plan.pairs)), plan)
+    (unit, *_) = cut(deal(pool, (), plan), plan) if plan.group else units(heads, range(len(plan.pairs)), plan)
     took = []
     for steps in (2, 2, 4):  # the first run also pays for what is only done once
         began = time.perf_counter()
@@ -148,6 +149,12 @@ class _Search:
         left = [h for h in pool if h not in chosen or not plan.skip_chosen]
         scores: dict[Head, float] = {}
         seen: dict[Head, int] = {}
+        if plan.group:
+            rows = deal(left, chosen, plan)
+            self.mark_units(cut(rows, plan))
+            scores = worth(rows, self.marks, left)
+            left.sort(key=lambda h: (-scores[h], self.pool.index(h)))
+            return Round(tuple(left[: plan.k]), scores, dict.fromkeys(left, len(plan.pairs)), None)
         for pairs, n in plan.stages(len(left)):
             left = left[:n]
             self.mark([(*chosen, h) for h in left], pairs)
@@ -162,9 +169,13 @@ class _Search:
         return sum(self.marks[heads, i] for i in pairs) / len(pairs)
 
     def mark(self, candidates: Sequence[tuple[Head, ...]], pairs: range) -> None:
-        """Generate and mark whatever is not in the log, together with the other processes."""
+        """Mark candidates on pairs, but for those that are marked."""
         new = [c for c in candidates if any((c, i) not in self.marks for i in pairs)]
-        todo = [(key_of("marks", unit.rows), unit) for unit in units(new, pairs, self.plan)]
+        self.mark_units(units(new, pairs, self.plan))
+
+    def mark_units(self, work: Sequence[Unit]) -> None:
+        """Generate and mark whatever is not in the log, together with the other processes."""
+        todo = [(key_of("marks", unit.rows), unit) for unit in work]
         for key, unit in todo:
             if key in self.log.records:
                 self.learn(unit, self.log.records[key]["marks"])

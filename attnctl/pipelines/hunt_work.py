@@ -18,7 +18,7 @@ from attnctl.pipelines.hunt_rows import Candidates
 from attnctl.processors.pag import SoftPAG
 from attnctl.session import control
 
-__all__ = ["Row", "Scorer", "Unit", "draw", "first_change", "marks_of", "units"]
+__all__ = ["Row", "Scorer", "Unit", "cut", "draw", "first_change", "marks_of", "units"]
 
 Scorer: TypeAlias = Callable[[list[Any], list[str]], Any]
 """Called with images (PIL) and their prompts; returns one number for each, more being better."""
@@ -36,11 +36,16 @@ class Unit:
 
 def units(candidates: Sequence[tuple[Head, ...]], pairs: range, plan: HuntPlan) -> list[Unit]:
     """Cut the work of a stage into pipeline calls: candidates whose last head is in one layer go together."""
+    return cut([(heads, i) for heads in candidates for i in pairs], plan)
+
+
+def cut(rows: Sequence[Row], plan: HuntPlan) -> list[Unit]:
+    """Cut rows into pipeline calls; where the passes before a layer are replayed, that layer's rows go together."""
     layers: dict[str, list[Row]] = {}
-    for heads in candidates:
-        layer = heads[-1][0] if heads and plan.replay else ""
-        layers.setdefault(layer, []).extend((heads, i) for i in pairs)
-    return [Unit(tuple(rows[i : i + plan.batch])) for rows in layers.values() for i in range(0, len(rows), plan.batch)]
+    for heads, i in rows:
+        layer = heads[-1][0] if heads and plan.replay and not plan.group else ""
+        layers.setdefault(layer, []).append((heads, i))
+    return [Unit(tuple(own[i : i + plan.batch])) for own in layers.values() for i in range(0, len(own), plan.batch)]
 
 
 def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = None) -> list[Any]:
