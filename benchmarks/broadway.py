@@ -240,6 +240,10 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | No
             result["flow_ratio_moving"] = interval(flow[1][moves], flow[0][moves])
         if not moves.all():
             result["still_share"] = [float((f[~moves] < NO_MOTION).mean()) for f in flow]
+            result["still_judged"] = [
+                round(100 * float(column(t, "direction")[~moves].mean()), 1) for t in (plain, other)
+            ]
+            result["still_videos"] = int((~moves).sum())
             result["still_flow"] = [float(f[~moves].mean()) for f in flow]
         return result
 
