@@ -1,7 +1,7 @@
 """Which versions of diffusers, timm and torch attnctl runs on: `python benchmarks/host_matrix.py`.
 
     python benchmarks/host_matrix.py --list
-    python benchmarks/host_matrix.py --only diffusers-0.35.2 timm-1.0.15
+    python benchmarks/host_matrix.py --only diffusers-0.35.2 timm-1.0.30
 
 Each host gets a virtual environment of its own, removed afterwards: the package is installed in the version asked for
 with what that version pins, everything else is the environment's that runs this script. Then a part of the tests runs
@@ -73,7 +73,7 @@ HOSTS = (
         "diffusers-0.40.0", ("diffusers==0.40.0", "huggingface-hub<2", "httpx<1"), _DENOISERS,
         "asks for huggingface-hub below 2 and httpx",
     ),
-    Host("timm-1.0.15", ("timm==1.0.15",), ("swap", "backbones"), "the oldest that is supported"),
+    Host("timm-1.0.30", ("timm==1.0.30",), ("swap", "backbones"), "the oldest that is supported"),
     Host("torch-2.10.0", ("torch==2.10.0", "torchvision==0.25.0"), note="the oldest that is supported"),
 )  # fmt: skip
 
