@@ -80,7 +80,6 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("kinds of denoiser, and pipelines, of the contract suites", f"{c['denoisers']}, {c['pipelines']}"),
             ("[pairs of controls](pairs.md) together, refused with the reason, without a common model", split),
             ("random cases in every run, and at night", f"{c['property_cases']}, {c['property_cases_at_night']}"),
-            ("tests", f"{c['tests']}"),
             ("lines of Python", ", ".join(f"{k} {v}" for k, v in c["lines"].items())),
         ]
     if "package" in data:
@@ -90,6 +89,15 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("wheel, three models included", f"{p['wheel_kib']} KiB"),
             ("import, beyond torch and diffusers", f"{seconds} s of processor time"),
             ("hard dependencies", f"{p['hard_dependencies']}: {', '.join(p['dependencies'])}"),
+        ]
+    if "suite" in data:
+        t = data["suite"]
+        rows += [
+            (
+                f"all tests, in {t['processes']} processes, statements counted",
+                f"{t['passed']} passed, {t['skipped']} skipped, {t['failed']} failed in {t['seconds']} s",
+            ),
+            ("statements of the package that the tests run", f"{t['covered_percent']} % of {t['statements']}"),
         ]
     return rows
 

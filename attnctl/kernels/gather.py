@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels import sdpa
@@ -106,12 +107,12 @@ def _ways(work: tuple[Bundle, ...], height: int, n: int, order: Tensor | None) -
     `order`: Tokens in the order that the blocks are cut from; None for the model's.
     """
     rows = torch.cat([bundle.rows for bundle in work])
-    there = (rows[:, None] * height + torch.arange(height, device=rows.device)).flatten()
-    if n % height:  # rows of the last block that do not exist
-        there = there[there < n]
-    if order is not None:
-        there = order[there]
-    return there, torch.empty_like(there).scatter_(0, there, torch.arange(n, device=rows.device))
+    tokens = torch.arange(n, device=rows.device)
+    # Whole blocks are picked, then what the last, partial one lacks is cut off: it comes last, a bundle of its own.
+    missing = -n % height
+    blocks = F.pad(tokens if order is None else order, (0, missing)).view(-1, height)
+    there = blocks.index_select(0, rows).flatten()[:n]
+    return there, torch.empty_like(there).scatter_(0, there, tokens)
 
 
 def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: _Memory | None) -> Tensor:
@@ -132,37 +133,48 @@ def _compute(
     found, at = [], 0
     blocks = head.blocks()
     for bundle in work:
+        rows, count = bundle.blocks.shape
+        stop = min(n, at + rows * height)  # a partial query block is alone in its bundle
         ends = head.ends(bundle.tail)
-        count = bundle.blocks.shape[1]
         size = (count * head.block + ends[0].shape[0]) * queries.shape[-1] * queries.element_size()
         # Behind whole blocks something must be appended row by row: the copy is in one piece only for a single row.
         together = 1 if ends[0].shape[0] else min(_MOST_ROWS, max(1, _CACHE_BYTES // max(1, size)))
-        for columns in bundle.blocks.split(together):
-            keys = _copied("key blocks", blocks[0], columns, ends[0], memory)
-            values = _copied("value blocks", blocks[1], columns, ends[1], memory)
-            stop = min(n, at + len(columns) * height)  # a partial query block is alone in its bundle
-            some = queries[at:stop].unflatten(0, (len(columns), -1))
-            done = sdpa.run(some[None], keys[None], values[None], None, scale)[0].flatten(0, 1)
+        # Rows lie along the batch axis: a kernel's results are then in the order of the queries.
+        some = queries[at:stop].view(rows, 1, -1, queries.shape[-1]).split(together)
+        columns = bundle.blocks.view(-1).split(together * count) if count else [bundle.blocks.view(-1)] * len(some)
+        done = [] if out is None else out[at:stop].view(rows, 1, -1, out.shape[-1]).split(together)
+        copies = [_Copies("keys", blocks[0], ends[0], memory), _Copies("values", blocks[1], ends[1], memory)]
+        for i, part in enumerate(some):
+            keys, values = (copy.of(columns[i], len(part)) for copy in copies)
+            result = sdpa.run(part, keys, values, None, scale)
             if out is None:
-                found.append(done)
+                found.append(result.flatten(0, 2))
             else:
-                out[at:stop] = done
-            at = stop
+                done[i].copy_(result)
+        at = stop
     return torch.cat(found) if out is None else out
 
 
-def _copied(name: str, blocks: Tensor, columns: Tensor, end: Tensor, memory: _Memory | None) -> Tensor:
-    """Copy key (or value) blocks side by side and `end` behind them, [R, tokens, D]."""
-    (rows, count), width = columns.shape, end.shape[-1]
-    inside = count * blocks.shape[1] // width
-    if memory is None:
-        taken = blocks.index_select(0, columns.flatten()).view(rows, inside, width)
-        return torch.cat([taken, end.expand(rows, *end.shape)], 1) if end.shape[0] else taken
-    buffer = memory.take(name, (rows, inside + end.shape[0], width), blocks)
-    if count:
-        # In one piece: there is one row, or nothing behind the blocks.
-        place = buffer.view(-1)[: rows * inside * width].view(rows * count, blocks.shape[1])
-        torch.index_select(blocks, 0, columns.flatten(), out=place)
-    if end.shape[0]:
-        buffer[:, inside:] = end
-    return buffer
+class _Copies:
+    """Key (or value) blocks copied side by side, and `end` behind them."""
+
+    def __init__(self, name: str, blocks: Tensor, end: Tensor, memory: _Memory | None) -> None:
+        self.name, self.blocks, self.end, self.memory = name + " copied", blocks, end, memory
+        self.whole = self.place = end[:0]
+
+    def of(self, columns: Tensor, rows: int) -> Tensor:
+        """Copy the blocks of some rows, numbers [rows * C], and return them as [rows, 1, tokens, D]."""
+        count, width, after = columns.shape[0] // rows, self.end.shape[-1], self.end.shape[0]
+        inside = count * self.blocks.shape[1] // width
+        if self.memory is None:
+            taken = self.blocks.index_select(0, columns).view(rows, 1, inside, width)
+            return torch.cat([taken, self.end.expand(rows, 1, after, width)], 2) if after else taken
+        if self.whole.shape != (rows, 1, inside + after, width):
+            self.whole = self.memory.take(self.name, (rows, 1, inside + after, width), self.blocks)
+            # In one piece: there is one row, or nothing behind the blocks.
+            self.place = self.whole.view(-1)[: rows * inside * width].view(rows * count, self.blocks.shape[1])
+            # What stands behind the blocks is the same for every row of a bundle, and stays.
+            self.whole[:, :, inside:] = self.end
+        if count:
+            torch.index_select(self.blocks, 0, columns, out=self.place)
+        return self.whole

@@ -20,6 +20,7 @@ from attnctl.ui.models import Models
 __all__ = ["Fields", "ask", "following", "picture", "prompts_for", "said", "table", "ticks", "word_choices", "written"]
 
 _SHAPES = (20, 3.0)  # steps and guidance of the shipped models
+_SHAPES_VIDEO = (10, 2.0)  # a video and its twin in some fifteen seconds; the guidance that its card found best
 _PROMPTS = (
     "a red circle and a blue square on gray",
     "a green ring and a white cross on black",
@@ -52,6 +53,8 @@ class Fields:
 
     def settings(self, model: str) -> tuple[int | None, float | None]:
         """Return steps and guidance to begin with; None is the pipeline's own."""
+        if model == f"{SHIPPED}video":
+            return _SHAPES_VIDEO
         return _SHAPES if model.startswith(SHIPPED) else (None, None)
 
 

@@ -48,7 +48,8 @@ def build(models: Models, folder: Path) -> Any:
         folder: Where it may write.
     """
     with gr.Blocks(title="attnctl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"### attnctl\nAttention control, side by side. Model: `{models.images[0]}`.", elem_id="head")
+        ready = f"Pictures by `{models.images[0]}`, videos by `{models.videos[0]}`"
+        gr.Markdown(f"### attnctl\nAttention control, side by side. {ready}.", elem_id="head")
         with gr.Tab("Image", id="image"):
             image_tab(models, folder)
         with gr.Tab("Words", id="words"):
