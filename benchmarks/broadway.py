@@ -46,7 +46,36 @@ LIMIT, RUN_LIMIT = 1.15, 0.01
 MORE_MOTION, WARP_LIMIT = 1.25, 1.1
 PART = 12  # videos that are marked, and logged, together
 TUNING_SEED, REPORT_SEED = 40_000, 500_000
-CANDIDATES: tuple[tuple[BroadWay, ...], ...] = ()
+_COARSE = ("down", "mid", "up.0")
+_STEADY = {"beta": 1.0, "energy_floor": False, "start": 0.2}
+# The knob and the presets; enhancement alone by gain and window, by band, by stage; with guidance; guidance afterwards.
+CANDIDATES: tuple[tuple[BroadWay, ...], ...] = (
+    *((BroadWay(motion=m),) for m in (1.0, 2.0, 4.0)),
+    (BroadWay(motion=1.0, stop=0.4),),
+    (BroadWay.preset("videocrafter2"),),
+    *(
+        (BroadWay(alpha=0.0, beta=beta, start=start, stop=stop),)
+        for start, stop, gains in (
+            (0.0, 0.1, (6.0, 12.0)), (0.0, 0.2, (2.0, 4.0, 8.0)), (0.0, 0.4, (2.0,)), (0.0, 1.0, (1.4,)),
+            (0.1, 0.2, (6.0,)), (0.1, 0.3, (2.0, 3.0, 4.0)), (0.1, 0.4, (3.0,)), (0.1, 0.5, (2.0,)),
+            (0.1, 0.6, (2.5,)), (0.1, 0.8, (2.0,)), (0.1, 1.0, (1.6,)), (0.2, 0.4, (2.0, 4.0)), (0.2, 0.8, (2.0,)),
+            (0.3, 0.6, (2.0,)),
+        )
+        for beta in gains
+    ),
+    (BroadWay(alpha=0.0, beta=4.0, tau=3),),
+    (BroadWay(alpha=0.0, beta={"up.1": 4.0}),),
+    *((BroadWay(alpha=0.0, beta={"up.0": 4.0}, stop=stop),) for stop in (0.2, 0.5, 1.0)),
+    *((BroadWay(alpha=0.0, beta={"up.0": 10.0}, stop=stop),) for stop in (0.2, 0.5)),
+    (BroadWay(alpha=0.0, beta={"up.0": 20.0}),),
+    (BroadWay(alpha=0.0, beta={"up.0": 10.0, "up.1": 1.5}, stop=0.4),),
+    (BroadWay(alpha=0.0, beta={"up.0": 4.0, "up.1": 2.0}, start=0.1, stop=0.3),),
+    *((BroadWay(alpha=0.0, beta=4.0, sites=list(_COARSE), stop=stop),) for stop in (0.2, 0.5)),
+    (BroadWay(alpha=0.2, beta=6.0, stop=0.1),),
+    (BroadWay(alpha=0.2, beta=3.0),),
+    (BroadWay(alpha=0.2, beta=3.0, start=0.1, stop=0.5),),
+    *((BroadWay(alpha=0.0, beta=4.0), BroadWay(**_STEADY, stop=stop)) for stop in (0.6, 1.0)),
+)  # fmt: skip
 
 
 def official(
@@ -290,10 +319,10 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | No
     # What moves enough and as asked, at the least warp error; if nothing does, what moves most.
     moved = [(c, r) for c, r in aimed if r["flow_ratio_moving"][0] >= MORE_MOTION]
     chosen, _ = min(moved or [max(aimed or table, key=flow_of)], key=warp_of)
-    whole = [(c, r) for c, r in aimed if warp_of((c, r)) <= WARP_LIMIT]
+    gentle = [(c, r) for c, r in aimed if warp_of((c, r)) <= WARP_LIMIT]
     runs = {"more motion": chosen}
-    if whole:
-        runs["the most that tears nothing"] = max(whole, key=flow_of)[0]
+    if gentle:
+        runs["gentle motion"] = max(gentle, key=flow_of)[0]
     runs["self-guidance alone"] = (BroadWay(beta=1.0, energy_floor=False),)
     prompts = clip_prompts(12, n)
     plain = rows(prompts, REPORT_SEED, ())

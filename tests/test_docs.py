@@ -187,7 +187,7 @@ def test_printed_commands_are_understood(path: Path) -> None:
             assert not given or given[0] in _COMMANDS, words
             known: Collection[str] = options(given[0]) if given else ()
         elif words[0] == "pytest":
-            known = {"--hypothesis-profile"}
+            known = {"--cov", "--hypothesis-profile"}
             assert all((ROOT / w).is_file() for w in words if w.startswith("tests/")), words
         elif words[0] == "python" and words[1].endswith(".py"):
             script = (ROOT / words[1]).read_text(encoding="utf-8")
