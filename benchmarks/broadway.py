@@ -31,7 +31,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.kernels.temporal import Band, Layer, Reference, centred_map, filter_frames, guided_maps, motion_beta, weigh
+from attnctl.kernels.temporal import (
+    Band,
+    Layer,
+    Reference,
+    centred_map,
+    filter_frames,
+    guided_maps,
+    motion_beta,
+    output_like,
+    weigh,
+)
 from attnctl.processors import BroadWay
 
 # Grid of positions (of each of two rows), heads, frames, channels a head, tau.
@@ -125,7 +135,7 @@ def core_times(repeats: int) -> list[dict[str, Any]]:
             "plain": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
             "official": lambda a=(q, k, v, centred + 1 / frames, small, grid, tau): official(*a),
             "guided": lambda a=(q, k, v, centred, small, layer, band): guided(*a),
-            "reference": lambda a=(q, k, v, layer, band): weigh(guided_maps(a[0], a[1], a[3])[0], a[2], a[4], 1.5),
+            "reference": lambda a=(q, k, v, layer, band): reference(*a),
             "values": lambda q=q, k=k, v=v, b=band: F.scaled_dot_product_attention(q, k, filter_frames(v, b, 1.5)),
         }
         if band.mean_only:
@@ -146,10 +156,17 @@ def core_times(repeats: int) -> list[dict[str, Any]]:
 
 def guided(q: Tensor, k: Tensor, v: Tensor, ref: Tensor, small: tuple[int, int], layer: Layer, band: Band) -> Tensor:
     """Compute one guided and enhanced attention as attnctl does, energies included."""
-    pieces, energies = guided_maps(q, k, layer, Reference(ref, 2, small), alpha=0.6, band=band)
+    out = output_like(v)
+    pieces, energies = guided_maps(q, k, layer, Reference(ref, 2, small), alpha=0.6, band=band, out=out)
     assert energies is not None
     total = energies.sum(1)
-    return weigh(pieces, v, band, motion_beta(total[0], total[1], total[2], 1.5))
+    return weigh(pieces, v, band, motion_beta(total[0], total[1], total[2], 1.5), out)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, layer: Layer, band: Band) -> Tensor:
+    """Compute one enhanced attention whose maps guide others."""
+    out = output_like(v)
+    return weigh(guided_maps(q, k, layer, out=out)[0], v, band, 1.5, out)
 
 
 def stretched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

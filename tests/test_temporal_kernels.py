@@ -203,6 +203,27 @@ def test_pieces_change_neither_energies_nor_output(tau: int, monkeypatch: pytest
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("tau", [3, 1])
+@pytest.mark.parametrize(
+    ("channels", "dtype", "inside"),
+    [(8, torch.float64, True), (6, torch.float64, False), (80, torch.float32, True), (16, torch.bfloat16, False)],
+)
+def test_maps_may_wait_in_the_memory_of_the_output(tau: int, channels: int, dtype: torch.dtype, inside: bool) -> None:
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2 * 48, 2, 8, channels, generator=g).to(dtype) for _ in range(3))
+    maps = temporal.centred_map(*inputs(2, (4, 3), 8, seed=1)[:2])
+    layer, band = Layer(2, (8, 6), slice(1, 2)), Band.of(8, tau)
+    results = []
+    for out in (None, temporal.output_like(v)):
+        pieces, energies = guided_maps(q, k, layer, Reference(maps, 2, (4, 3)), alpha=0.6, band=band, out=out)
+        if out is not None:
+            assert (pieces[0].untyped_storage().data_ptr() == out.untyped_storage().data_ptr()) is inside
+        assert energies is not None
+        results.append(weigh(pieces, v, band, motion_beta(*energies.sum(1), 1.0), out))
+        assert out is None or results[-1] is out
+    assert torch.equal(*results)
+
+
 def test_gradients_pass_through() -> None:
     q, k, v = (t.requires_grad_() for t in inputs(2, (2, 2), 4))
     maps = temporal.centred_map(*inputs(2, (1, 1), 4, seed=1)[:2])

@@ -12,7 +12,6 @@ computed, so that one reordering brings them there and one brings the results ba
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from attnctl.kernels import sdpa
 from attnctl.kernels.lists import Bundle, bundles, ratio
+from attnctl.kernels.memory import Memory
 from attnctl.plans.blocks import BlockPlan
 from attnctl.plans.orders import permutation
 
@@ -41,7 +41,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: sli
     text = slice(0, image.start) if image.start else slice(image.stop, q.shape[2])
     n, times = image.stop - image.start, ratio(plan, group)
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    memory = None if differentiable else _Memory()
+    memory = None if differentiable else Memory()
     out = None if differentiable else v.new_empty((batch, heads, n, v.shape[-1]))
     found = []
     for h in range(heads):
@@ -63,20 +63,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: sli
             else:
                 torch.index_select(results, 0, back, out=out[b, h])
     return torch.stack(found).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out
-
-
-class _Memory:
-    """Memory for what is laid out, used again and again."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return memory of a shape, with whatever stands in it."""
-        size = math.prod(shape)
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = like.new_empty(size)
-        return self.kept[name][:size].view(shape)
 
 
 class _Head(NamedTuple):
@@ -115,7 +101,7 @@ def _ways(work: tuple[Bundle, ...], height: int, n: int, order: Tensor | None) -
     return there, torch.empty_like(there).scatter_(0, there, tokens)
 
 
-def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: _Memory | None) -> Tensor:
+def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: Memory | None) -> Tensor:
     """Return tokens [n, D] in an order, each after the other in memory."""
     if order is None:
         return x.contiguous()
@@ -125,7 +111,7 @@ def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: _Memory | None
 
 
 def _compute(
-    queries: Tensor, head: _Head, work: tuple[Bundle, ...], height: int, scale: float | None, memory: _Memory | None
+    queries: Tensor, head: _Head, work: tuple[Bundle, ...], height: int, scale: float | None, memory: Memory | None
 ) -> Tensor:
     """Compute one head's attention, in the order of its queries, [n, Dv]."""
     n = queries.shape[0]
@@ -158,7 +144,7 @@ def _compute(
 class _Copies:
     """Key (or value) blocks copied side by side, and `end` behind them."""
 
-    def __init__(self, name: str, blocks: Tensor, end: Tensor, memory: _Memory | None) -> None:
+    def __init__(self, name: str, blocks: Tensor, end: Tensor, memory: Memory | None) -> None:
         self.name, self.blocks, self.end, self.memory = name + " copied", blocks, end, memory
         self.whole = self.place = end[:0]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.kernels.layout import wide_dtype
+from attnctl.kernels.memory import Memory
 
 __all__ = [
     "MAX_POSITIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "filter_frames",
     "guided_maps",
     "motion_beta",
+    "output_like",
     "weigh",
 ]
 
@@ -270,6 +272,7 @@ def guided_maps(
     interpolation: Interpolation = "nearest",
     band: Band | None = None,
     maps: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Compute centred maps, pulled towards a reference: A + alpha (R - A), and their energies.
 
@@ -283,6 +286,8 @@ def guided_maps(
         interpolation: How the reference is enlarged.
         band: Bands to measure energies of; None measures nothing.
         maps: Maps [positions, heads, F, F] that somebody else computed, in place of those of q and k.
+        out: Memory that `weigh` will fill, from `output_like`: where a map fits into the output of its position, the
+            maps wait there, so that they ask for no memory of their own.
 
     Returns:
         Maps [n, heads, F, F] in pieces of bounded size along the positions, in order, and energies
@@ -297,12 +302,12 @@ def guided_maps(
     wide = wide_dtype(q.dtype)
     sums: dict[int, list[Tensor]] = {row: [] for row in counted}
     graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # One piece of memory for all maps: many are given back to the system and asked for again at every call.
-    room = None if graph or maps is not None else q.new_empty((*q.shape[:3], q.shape[2]), dtype=wide)
+    room = None if graph or maps is not None else _room(q, out)
     pieces: list[Tensor] = []
     for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
         if maps is None:
-            a = centred_map(q[part], k[part], scale, None if room is None else room[part])
+            own = None if room is None else room[part].flatten()[: q[part, ..., 0].numel() * q.shape[2]]
+            a = centred_map(q[part], k[part], scale, None if own is None else own.view(*q[part].shape[:3], -1))
         else:
             a = (maps[part].to(wide) - 1 / maps.shape[-1]).contiguous()
         e1 = _energy(a) if row in sums else None  # before the map is overwritten
@@ -310,10 +315,14 @@ def guided_maps(
             source = slice(part.start // (repeat[0] * repeat[1]), part.stop // (repeat[0] * repeat[1]))
             weight = alpha[part] if isinstance(alpha, Tensor) else alpha
             a = _towards(a, guide[source], weight, repeat, grid[1])
-        if e1 is not None:
-            e2 = e1 if guide is None else _energy(a)
-            laid = _laid(a)
-            sums[row] += [e1, e2] if low is None else [e1, e2, torch.dot(laid.view(-1), (laid @ low).view(-1))]
+        if e1 is not None and low is None:
+            sums[row] += [e1, e1 if guide is None else _energy(a)]
+        elif e1 is not None and low is not None:
+            # Both energies are sums over the products of key frames with one another, which one product gives.
+            flat = _laid(a).view(-1, a.shape[-1])
+            gram = flat.mT @ flat
+            e2 = gram.trace()
+            sums[row] += [e2 if guide is None else e1, e2, torch.dot(gram.view(-1), low.reshape(-1))]
         pieces.append(a)
     if band is None:
         return pieces, None
@@ -322,7 +331,28 @@ def guided_maps(
     return pieces, F.pad(energies, (0, 0, 0, 3 - kinds))
 
 
-def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> Tensor:
+def output_like(v: Tensor) -> Tensor | None:
+    """Return memory for an output [positions, heads, F, D]; None where a gradient may be asked for.
+
+    Frames lie before heads, as fused kernels lay their output out: the host joins the heads without a copy.
+    """
+    if torch.is_grad_enabled() and v.requires_grad:
+        return None
+    return v.new_empty(v.shape[0], v.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _room(q: Tensor, out: Tensor | None) -> Tensor:
+    """Return memory for maps, one row a position: a part of the output's, or else one piece for all of them.
+
+    Many pieces would be given back to the system and asked for again at every call.
+    """
+    wide = wide_dtype(q.dtype)
+    if out is not None and out.dtype == wide and out.shape[3] >= q.shape[2]:
+        return out.transpose(1, 2).flatten(1)
+    return q.new_empty((q.shape[0], q.shape[1] * q.shape[2] ** 2), dtype=wide)
+
+
+def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply values by centred maps with an enhanced high band: mu + A M v.
 
     Args:
@@ -330,6 +360,7 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
         v: Values [positions, heads, F, D].
         band: Low and high bins.
         beta: Gain: a number, a tensor without dimensions, or one for each position, [positions].
+        out: What `guided_maps` was given, to be filled.
 
     Returns:
         Output [positions, heads, F, D] in the dtype of v.
@@ -338,8 +369,9 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
     matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
     gain = torch.as_tensor(beta, device=v.device, dtype=wide_dtype(v.dtype)).view(-1, 1, 1, 1)
     graph = torch.is_grad_enabled() and (v.requires_grad or any(a.requires_grad for a in pieces))
-    # Frames before heads, as fused kernels lay their output out: the host joins the heads without a copy.
-    out = None if graph else v.new_empty(v.shape[0], frames, v.shape[1], v.shape[3]).transpose(1, 2)
+    if graph or out is None:
+        out = None if graph else output_like(v.detach())
+    memory = None if graph else Memory()
     outputs: list[Tensor] = []
     start = 0
     for a in pieces:
@@ -348,16 +380,24 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor) -> 
         laid = _laid(a)
         turned = laid is not a
         if matrix is not None:
-            laid = laid @ matrix
+            laid = _times(laid, matrix, memory)
         elif not band.whole:
             own = gain[part] if spread else gain
             own = own.transpose(0, 1) if turned else own
-            laid = laid * own if band.mean_only else torch.lerp(laid @ band.low(v), laid, own)
+            if band.mean_only:
+                laid = (
+                    laid * own
+                    if memory is None
+                    else torch.mul(laid, own, out=memory.take("filtered", laid.shape, laid))
+                )
+            else:
+                laid = torch.lerp(_times(laid, band.low(v), memory), laid, own)
         laid = laid + 1 / frames if graph or band.whole else laid.add_(1 / frames)
         a = laid.transpose(0, 1) if turned else laid
-        if out is not None and _in_place(v):
+        if memory is not None and out is not None and _in_place(v):
+            product = memory.take("product", (len(a), frames, v.shape[3]), v)
             for h in range(v.shape[1]):
-                out[part, h] = torch.bmm(a[:, h], v[part, h])
+                out[part, h] = torch.bmm(a[:, h], v[part, h], out=product)
             continue
         product = torch.bmm(a.reshape(-1, frames, frames), _packed(v[part]))
         product = product.view(*a.shape[:2], frames, -1)
@@ -387,6 +427,15 @@ def _towards(a: Tensor, r: Tensor, alpha: float | Tensor, repeat: tuple[int, int
     view = a.view(-1, down, width // across, across, *tail)
     mixed = torch.lerp(view, r.expand_as(view), alpha) if a.requires_grad else view.lerp_(r.expand_as(view), alpha)
     return mixed.view(-1, *tail)
+
+
+def _times(a: Tensor, matrix: Tensor, memory: Memory | None) -> Tensor:
+    """Multiply contiguous maps by a matrix [F, F] on the key side, into memory that the next call takes over."""
+    if memory is None:
+        return a @ matrix
+    out = memory.take("filtered", a.shape, a)
+    torch.mm(a.view(-1, a.shape[-1]), matrix, out=out.view(-1, a.shape[-1]))
+    return out
 
 
 def _energy(a: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from attnctl.families import family_of
 from attnctl.intercept import AttnCall, Proceed, is_last
 from attnctl.kernels import temporal
 from attnctl.kernels.layout import wide_dtype
-from attnctl.kernels.temporal import Band, Layer, Reference, filter_frames, guided_maps, motion_beta, weigh
+from attnctl.kernels.temporal import Band, Layer, Reference, filter_frames, guided_maps, motion_beta, output_like, weigh
 from attnctl.processors.base import Attached
 from attnctl.sites import Site, find_sites, halve, select, unet_halvings
 
@@ -92,11 +92,11 @@ class Motion(Attached):
         weight = None if control.mask is None else self._mask(call, layer)
         if name not in self.guides and name not in self.keep:
             return self._enhanced(call, proceed, band, _spread(beta, weight))
-        maps = self._maps(call, proceed)
+        maps, out = self._maps(call, proceed), output_like(call.v)
         if name in self.keep:
-            pieces, _ = guided_maps(call.q, call.k, layer, scale=call.scale, maps=maps)
+            pieces, _ = guided_maps(call.q, call.k, layer, scale=call.scale, maps=maps, out=out)
             self._store(call, Reference(torch.cat(pieces), layer.rows, layer.grid))
-            return weigh(list(pieces), call.v, band, _spread(beta, weight))
+            return weigh(pieces, call.v, band, _spread(beta, weight), out)
         pieces, energies = guided_maps(
             call.q,
             call.k,
@@ -107,8 +107,9 @@ class Motion(Attached):
             interpolation=control.interpolation,
             band=band if control.energy_floor else None,
             maps=maps,
+            out=out,
         )
-        return weigh(pieces, call.v, band, _spread(self._gain(name, energies, beta, layer), weight))
+        return weigh(pieces, call.v, band, _spread(self._gain(name, energies, beta, layer), weight), out)
 
     def _gain(self, name: str, energies: Tensor | None, beta: float, layer: Layer) -> float | Tensor:
         """Apply the energy rule; one number, or one for each position."""
