@@ -56,7 +56,7 @@ LIMIT, RUN_LIMIT = 1.15, 0.01
 MORE_MOTION, WARP_LIMIT = 1.25, 1.1
 PART = 12  # videos that are marked, and logged, together
 TUNING_SEED, REPORT_SEED = 40_000, 500_000
-_COARSE = ("down", "mid", "up.0")
+_COARSE = ["down", "mid", "up.0"]
 _STEADY = {"beta": 1.0, "energy_floor": False, "start": 0.2}
 # The knob and the presets; enhancement alone by gain and window, by band, by stage; with guidance; guidance afterwards.
 CANDIDATES: tuple[tuple[BroadWay, ...], ...] = (
@@ -80,7 +80,7 @@ CANDIDATES: tuple[tuple[BroadWay, ...], ...] = (
     (BroadWay(alpha=0.0, beta={"up.0": 20.0}),),
     (BroadWay(alpha=0.0, beta={"up.0": 10.0, "up.1": 1.5}, stop=0.4),),
     (BroadWay(alpha=0.0, beta={"up.0": 4.0, "up.1": 2.0}, start=0.1, stop=0.3),),
-    *((BroadWay(alpha=0.0, beta=4.0, sites=list(_COARSE), stop=stop),) for stop in (0.2, 0.5)),
+    *((BroadWay(alpha=0.0, beta=4.0, sites=_COARSE, stop=stop),) for stop in (0.2, 0.5)),
     (BroadWay(alpha=0.2, beta=6.0, stop=0.1),),
     (BroadWay(alpha=0.2, beta=3.0),),
     (BroadWay(alpha=0.2, beta=3.0, start=0.1, stop=0.5),),

@@ -25,6 +25,7 @@ from attnctl.commands.demo import SHEETS, Sheet
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.processors import PAG, SEG, AStar, BroadWay
 from attnctl.record import pixels_sha256, read
+from attnctl.shapes.load import WEIGHTS
 from attnctl.specs import methods, parse_control
 from attnctl.ui import actions, video_actions
 from attnctl.ui.actions import Ask
@@ -318,6 +319,19 @@ def test_every_button_has_a_name_for_programs(page: str) -> None:
     named = {t[0]: d["api_name"] for d in config["dependencies"] for t in d["targets"] if t[0] in buttons}
     assert set(named) == buttons
     assert sorted(named.values()) == ["edit", "heads", "image", "video", "words"]
+
+
+def test_the_page_names_its_models_and_begins_a_video_as_its_card_says(page: str) -> None:
+    config = json.loads(fetched(f"{page}config")[0])
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    head = next(props["value"] for props in parts.values() if props.get("elem_id") == "head")
+    assert "`shapes:text2image`" in head
+    assert "`shapes:video`" in head
+    (video,) = (d for d in config["dependencies"] if d["api_name"] == "video")
+    begins = {parts[i]["label"]: parts[i]["value"] for i in video["inputs"] if "label" in parts[i]}
+    card = json.loads((WEIGHTS / "video" / "evaluation.json").read_text(encoding="utf-8"))
+    assert begins["Steps"] == 10
+    assert begins["Guidance (CFG)"] == card["scale"]
 
 
 def test_image_by_a_program(client: Any, page: str) -> None:

@@ -356,7 +356,7 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
     """Multiply values by centred maps with an enhanced high band: mu + A M v.
 
     Args:
-        pieces: What `guided_maps` returned.
+        pieces: What `guided_maps` returned; overwritten where they wait in `out`.
         v: Values [positions, heads, F, D].
         band: Low and high bins.
         beta: Gain: a number, a tensor without dimensions, or one for each position, [positions].
@@ -369,8 +369,7 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
     matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
     gain = torch.as_tensor(beta, device=v.device, dtype=wide_dtype(v.dtype)).view(-1, 1, 1, 1)
     graph = torch.is_grad_enabled() and (v.requires_grad or any(a.requires_grad for a in pieces))
-    if graph or out is None:
-        out = None if graph else output_like(v.detach())
+    out = None if graph else output_like(v) if out is None else out
     memory = None if graph else Memory()
     outputs: list[Tensor] = []
     start = 0
@@ -384,14 +383,8 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
         elif not band.whole:
             own = gain[part] if spread else gain
             own = own.transpose(0, 1) if turned else own
-            if band.mean_only:
-                laid = (
-                    laid * own
-                    if memory is None
-                    else torch.mul(laid, own, out=memory.take("filtered", laid.shape, laid))
-                )
-            else:
-                laid = torch.lerp(_times(laid, band.low(v), memory), laid, own)
+            low = None if band.mean_only else _times(laid, band.low(v), memory)
+            laid = laid * own if low is None else torch.lerp(low, laid, own)
         laid = laid + 1 / frames if graph or band.whole else laid.add_(1 / frames)
         a = laid.transpose(0, 1) if turned else laid
         if memory is not None and out is not None and _in_place(v):
