@@ -11,17 +11,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnctl._quiet import hush_xformers
+from attnctl.data.quiet import hush_xformers
 
 if TYPE_CHECKING:
     from attnctl.backbones.swap import swap, swap_report, unswap
+    from attnctl.core.handle import Handle, control, handle_of
+    from attnctl.core.plug import attn_processors
+    from attnctl.core.sites import Site, find_sites
     from attnctl.errors import AttnctlError
     from attnctl.kernels import attention
     from attnctl.plans import HeadSet
-    from attnctl.plug import attn_processors
-    from attnctl.session import Handle, control, handle_of
     from attnctl.shapes.load import load_shapes
-    from attnctl.sites import Site, find_sites
 
 __all__ = [
     "AttnctlError",
@@ -44,14 +44,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttnctlError": "errors",
-    "Handle": "session",
+    "Handle": "core.handle",
     "HeadSet": "plans",
-    "Site": "sites",
+    "Site": "core.sites",
     "attention": "kernels",
-    "attn_processors": "plug",
-    "control": "session",
-    "find_sites": "sites",
-    "handle_of": "session",
+    "attn_processors": "core.plug",
+    "control": "core.handle",
+    "find_sites": "core.sites",
+    "handle_of": "core.handle",
     "load_shapes": "shapes.load",
     "swap": "backbones.swap",
     "swap_report": "backbones.swap",

@@ -27,8 +27,8 @@ from pag import flops, flux, meta, sd3, sd15, sdxl, small_sd15
 from torch.overrides import TorchFunctionMode
 
 import attnctl
-from attnctl.mapreader import MapReader, prepared, until_done
 from attnctl.processors import AStar, AttendExcite
+from attnctl.processors.latent.reader import MapReader, prepared, until_done
 
 WORDS = (2, 5)
 FLOP_LIMIT, MEMORY_LIMIT, WALL_LIMIT, LATENT_LIMIT = 0.50, 1 / 6, 1.4, 1e-5

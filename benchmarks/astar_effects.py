@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import attnctl
 from attnctl.processors import PAG, AStar, AttendExcite, Capture, Control, SoftPAG
-from attnctl.processors.losses import binarise, normalise, retention, segregation
-from attnctl.shapes.evaluate import generate, score
+from attnctl.processors.latent.losses import binarise, normalise, retention, segregation
 from attnctl.shapes.judge import judge
 from attnctl.shapes.scenes import SIZE, pair_prompts, parse, single_prompts
+from attnctl.shapes.training.evaluate import generate, score
 
 TUNING_SEED, REPORT_SEED, LAYOUT_SEED = 60_000, 700_000, 800_000
 BATCH = 32

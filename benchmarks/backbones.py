@@ -23,7 +23,13 @@ import timm
 import torch
 from torch import Tensor
 
-from attnctl.backbones.routing import BiLevelRoutingAttention, gather_windows, split_windows, top_windows, window_means
+from attnctl.backbones.modules.routing import (
+    BiLevelRoutingAttention,
+    gather_windows,
+    split_windows,
+    top_windows,
+    window_means,
+)
 
 MODELS = (
     "biformer_tiny",

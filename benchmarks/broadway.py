@@ -262,9 +262,9 @@ def warp_of(item: tuple[Any, dict[str, Any]]) -> float:
 
 def flow_as_asked(prompts: Sequence[str]) -> np.ndarray:
     """Measure the mean flow of clips that are drawn as the prompts ask, NaN where nothing moves."""
+    from attnctl.data.motion import measure
     from attnctl.shapes.motion import Clip, parse_clip, render_clip, sample_clip
     from attnctl.shapes.scenes import Scene
-    from attnctl.video import measure
 
     rng, flows = np.random.default_rng(0), []
     for prompt in prompts:
@@ -281,10 +281,10 @@ def flow_as_asked(prompts: Sequence[str]) -> np.ndarray:
 
 def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | None) -> dict[str, Any]:
     """Choose settings on some prompts and report on others, paired by prompt and noise."""
-    from attnctl.shapes.evaluate_video import generate_clips, mark
+    from attnctl.data.motion import NO_MOTION
     from attnctl.shapes.load import WEIGHTS, load_shapes
     from attnctl.shapes.motion import clip_prompts
-    from attnctl.video import NO_MOTION
+    from attnctl.shapes.training.evaluate_video import generate_clips, mark
 
     pipe: Any = load_shapes("video", folder=folder)
     told = (folder or WEIGHTS / "video") / "evaluation.json"

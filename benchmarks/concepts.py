@@ -32,9 +32,9 @@ from tqdm import tqdm
 import attnctl
 from attnctl.pipelines import image_maps
 from attnctl.processors import Capture
-from attnctl.shapes.evaluate import generate, wilson
 from attnctl.shapes.judge import judge
 from attnctl.shapes.scenes import SIZE, caption, parse, render, sample, single_prompts
+from attnctl.shapes.training.evaluate import generate, wilson
 
 CFG = 3.0  # the best of the model card
 SEED = 900_000

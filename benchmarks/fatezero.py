@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.fusion import Split, fold_values, frame_indices, gather_frames, self_fuse, take_queries
 from attnctl.kernels import attention
 from attnctl.pipelines import ddim_of, estimate_bytes, invert
-from attnctl.pipelines.inversion import inverse_of
+from attnctl.pipelines.editing.inversion import inverse_of
 from attnctl.processors import FateZero
+from attnctl.processors.editing.fusion import Split, fold_values, frame_indices, gather_frames, self_fuse, take_queries
 
 SOURCE, TARGET = "a red circle on gray", "a blue circle on gray"
 EDIT = FateZero(source=SOURCE, target=TARGET, cross_replace=1.0, self_replace=1.0)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.pipelines import edit_video
-from attnctl.pipelines.codec import decode, encode
+from attnctl.pipelines.editing.codec import decode, encode
 from attnctl.processors import FateZero
 from attnctl.shapes.judge import judge
 from attnctl.shapes.motion import Clip, clip_caption, render_clip, sample_clip

@@ -29,8 +29,8 @@ from contract import Replace  # noqa: E402
 from formulas import ROWS  # noqa: E402
 
 import attnctl  # noqa: E402
+from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.processors import AttnCall, Capture, Proceed  # noqa: E402
-from attnctl.provenance import versions  # noqa: E402
 
 LIMIT = 1e-5
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 import attnctl
 from attnctl import kernels
-from attnctl.fusion import CrossEdit, Split, fold_values, self_fuse, take_queries
 from attnctl.kernels.temporal import Band, Layer, guided_maps, weigh
 from attnctl.plans import BlockPlan
 from attnctl.plans.orders import permutation
-from attnctl.processors import SLG, TPG, losses
+from attnctl.processors import SLG, TPG
 from attnctl.processors.agent import agent_attention
+from attnctl.processors.editing.fusion import CrossEdit, Split, fold_values, self_fuse, take_queries
 from attnctl.processors.enhance_video import cross_frame_intensity
+from attnctl.processors.latent import losses
 from attnctl.processors.nag import normalized_guidance
 
 __all__ = ["GRID", "N_IMAGE", "ROWS", "Both", "draw", "qkv", "row", "softmax_map"]

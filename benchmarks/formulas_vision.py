@@ -11,8 +11,9 @@ from formulas import GRID, N_IMAGE, Both, draw, qkv, row
 from torch import Tensor
 
 from attnctl import kernels
-from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, linear_mixers
-from attnctl.backbones.softmax_mixers import neighborhood_mask, sigmoid_attention
+from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention
+from attnctl.backbones.mixers import linear as linear_mixers
+from attnctl.backbones.mixers.softmax import neighborhood_mask, sigmoid_attention
 
 
 @row("bi-level routing", "softmax over the tokens of routed windows")

@@ -34,13 +34,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.imaging import grid
+from attnctl.data.pictures import grid
 from attnctl.pipelines import Hunted, HuntPlan, hunt
-from attnctl.pipelines.hunt_scorers import ShapesJudge
-from attnctl.pipelines.hunt_work import draw
+from attnctl.pipelines.hunting.scorers import ShapesJudge
+from attnctl.pipelines.hunting.work import draw
 from attnctl.processors import Control, SoftPAG
-from attnctl.shapes.evaluate import generate, score
 from attnctl.shapes.scenes import pair_prompts
+from attnctl.shapes.training.evaluate import generate, score
 
 STEPS, CFG, U, WEIGHT, K = 8, 3.0, 0.5, 2.5, 6
 GROUP = 12

@@ -11,7 +11,7 @@ import numpy as np
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.processors import Control
-from attnctl.shapes.evaluate import generate, score
+from attnctl.shapes.training.evaluate import generate, score
 
 __all__ = ["MARKS", "STEPS", "interval", "run"]
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from videolike import HEADS, exact, smooth
 
 import attnctl
-from attnctl.kernels.block_mass import block_mass, choose_masks, choose_orders
-from attnctl.kernels.lists import bundles, ratio
-from attnctl.kernels.sparse import block_sparse
+from attnctl.kernels.sparse.block_mass import block_mass, choose_masks, choose_orders
+from attnctl.kernels.sparse.dispatch import block_sparse
+from attnctl.kernels.sparse.lists import bundles, ratio
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import ORDERS
 
@@ -146,7 +146,7 @@ def draw_orders(mass: Tensor, chosen: Tensor, density: float, path: Path) -> Non
     """Draw each head's blocks in the model's order, in the chosen one, and those that are kept."""
     from PIL import Image
 
-    from attnctl.imaging import grid
+    from attnctl.data.pictures import grid
 
     tiles, labels = [], []
     for h, name in enumerate(LOOKING):

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnctl
 from attnctl.errors import BackendError
-from attnctl.kernels import triton
-from attnctl.kernels.sparse import SPARSE, block_sparse
+from attnctl.kernels.sparse import triton
+from attnctl.kernels.sparse.dispatch import SPARSE, block_sparse
 from attnctl.plans import BlockPlan
 
 SIZES = {16384: (16, 32, 32), 32768: (32, 32, 32)}
@@ -156,7 +156,7 @@ def measure_gpu(repeats: int, sizes: list[int], tune: bool) -> dict[str, Any]:
     """
     if not torch.cuda.is_available():
         raise SystemExit("--gpu needs a CUDA device, and torch sees none.")
-    from attnctl.provenance import versions
+    from attnctl.data.provenance import versions
 
     card = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {

@@ -44,8 +44,8 @@ def measure_shapes(pictures: int, steps: int, scale: float, null_tokens: int) ->
     Calibrated on two tuning prompts; report prompts and other seeds for the figures. The grid is 16 x 16, the largest
     that the model takes.
     """
-    from attnctl.shapes.evaluate import generate, score, wilson
     from attnctl.shapes.scenes import pair_prompts
+    from attnctl.shapes.training.evaluate import generate, score, wilson
 
     pipe = attnctl.load_shapes("mmdit")
     pipe.set_progress_bar_config(disable=True)

@@ -43,10 +43,10 @@ import zoo_pipelines as pipes  # noqa: E402
 from contract import snapshot  # noqa: E402
 
 import attnctl  # noqa: E402
-from attnctl.pairs import rule_for  # noqa: E402
+from attnctl.core.pairs import rule_for  # noqa: E402
+from attnctl.data.provenance import versions  # noqa: E402
+from attnctl.data.specs import methods  # noqa: E402
 from attnctl.processors import PAG  # noqa: E402
-from attnctl.provenance import versions  # noqa: E402
-from attnctl.specs import methods  # noqa: E402
 
 
 def _tensor_bytes() -> int:
@@ -220,7 +220,7 @@ def counts() -> dict[str, Any]:
 IMPORT = """
 import time, torch, diffusers
 began = time.process_time()
-import attnctl, attnctl.session
+import attnctl, attnctl.core.handle
 print(time.process_time() - began)
 """
 

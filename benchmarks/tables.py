@@ -9,7 +9,7 @@ from typing import Any
 
 import host_matrix
 
-from attnctl.commands.bench import catalogue, command_of, figures_of, told
+from attnctl.app.commands.bench import catalogue, command_of, figures_of, told
 
 __all__ = ["markdown"]
 

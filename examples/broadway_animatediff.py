@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import attnctl
+from attnctl.data.motion import measure
 from attnctl.errors import AttnctlError
 from attnctl.processors import BroadWay
-from attnctl.video import measure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--shapes", action="store_true", help="use the shipped video model")

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from attnctl.commands.models import load
-from attnctl.commands.sampling import Call, sample
-from attnctl.imaging import grid
-from attnctl.record import save_image
+from attnctl.data.pictures import grid
+from attnctl.data.record import save_image
+from attnctl.data.specs import parse_control
+from attnctl.pipelines.generate import Call, sample
+from attnctl.pipelines.models import load
 from attnctl.shapes import clip_prompts, judge, judge_clip, pair_prompts, parse
-from attnctl.specs import parse_control
 
 GREEN = (30, 150, 70)
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import attnctl
-from attnctl.imaging import pair
+from attnctl.data.pictures import pair
 from attnctl.pipelines import HuntPlan, hunt
-from attnctl.pipelines.hunt_scorers import ShapesJudge, pick_score
+from attnctl.pipelines.hunting.scorers import ShapesJudge, pick_score
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--shapes", action="store_true", help="use the shipped model and its judge")

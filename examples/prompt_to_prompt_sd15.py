@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import attnctl
-from attnctl.imaging import pair
+from attnctl.data.pictures import pair
 from attnctl.processors import PromptToPrompt
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

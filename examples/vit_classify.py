@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import attnctl
-from attnctl.backbones.analysis import distance_profile, head_importance
-from attnctl.mapviews import heads_sheet
+from attnctl.backbones.look.analysis import distance_profile, head_importance
+from attnctl.data.map_pictures import heads_sheet
 from attnctl.pipelines import classify
-from attnctl.pipelines.classification import digits
+from attnctl.pipelines.vision.classification import digits
 from attnctl.processors import Capture
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

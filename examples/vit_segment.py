@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import attnctl
-from attnctl.mapviews import words_sheet
+from attnctl.data.map_pictures import words_sheet
 from attnctl.pipelines import segment
-from attnctl.pipelines.segmentation import scene_masks
+from attnctl.pipelines.vision.segmentation import scene_masks
 from attnctl.processors import Capture
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import attnctl
-from attnctl.mapviews import overlay_word, words_sheet
+from attnctl.data.map_pictures import overlay_word, words_sheet
 from attnctl.processors import Capture
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

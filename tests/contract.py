@@ -11,9 +11,9 @@ import zoo
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Site
 from attnctl.processors import PAG, Control, SoftPAG
-from attnctl.sites import Site
 
 ALL_KINDS = ("self", "cross", "joint", "dual", "temporal", "text")
 
@@ -68,7 +68,7 @@ def perturbed(model: nn.Module, guidance: PAG | SoftPAG, inputs: dict[str, Any])
 
 
 def _family(model: nn.Module) -> Any:
-    from attnctl.families import family_of
+    from attnctl.core.hosts.families import family_of
 
     return family_of(model)
 

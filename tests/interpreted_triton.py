@@ -13,8 +13,8 @@ from test_sparse import masked_dense, qkv, random_plan
 from torch import Tensor
 
 from attnctl.errors import BackendError
-from attnctl.kernels import triton
-from attnctl.kernels.sparse import block_sparse, probe_sparse
+from attnctl.kernels.sparse import triton
+from attnctl.kernels.sparse.dispatch import block_sparse, probe_sparse
 from attnctl.plans import BlockPlan
 
 torch.set_num_threads(1)

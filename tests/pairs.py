@@ -19,7 +19,8 @@ import zoo_pipelines as pipes
 from torch import Tensor
 
 import attnctl
-from attnctl.pairs import commute, rule_for
+from attnctl.core.pairs import commute, rule_for
+from attnctl.data.specs import methods
 from attnctl.pipelines import invert
 from attnctl.plans import BlockPlan
 from attnctl.processors import (
@@ -40,7 +41,6 @@ from attnctl.processors import (
     PromptToPrompt,
     SoftPAG,
 )
-from attnctl.specs import methods
 
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 STEPS = 2

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnctl
+from attnctl.data.specs import control_from_dict, control_to_dict
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import attention
 from attnctl.kernels.merging import match_tokens, merged_count, pool_cells
 from attnctl.processors import PAG, AgentAttention
 from attnctl.processors.agent import agent_attention
-from attnctl.specs import control_from_dict, control_to_dict
 
 FIXTURES = Path(__file__).parent / "fixtures" / "agentsd"
 CASES: list[dict[str, Any]] = json.loads((FIXTURES / "cases.json").read_text())["cases"]

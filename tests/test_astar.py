@@ -15,13 +15,13 @@ from test_latents import PROMPT, SITE, WORDS, controlled, sd
 from torch import Tensor
 
 import attnctl
-from attnctl import latents as engine
+from attnctl.core.hosts.words import find_words
+from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError
 from attnctl.processors import AStar, AttendExcite, LatentGuidance
-from attnctl.processors.astar import layout_masks
-from attnctl.processors.losses import binarise, focus, retention, segregation, total_variation
-from attnctl.specs import control_from_dict, control_to_dict, parse_control
-from attnctl.tokens import find_words
+from attnctl.processors.latent import engine as engine
+from attnctl.processors.latent.astar import layout_masks
+from attnctl.processors.latent.losses import binarise, focus, retention, segregation, total_variation
 
 
 def spied(control: LatentGuidance, **options: Any) -> list[tuple[Tensor, Tensor]]:
@@ -127,7 +127,7 @@ def test_refinement_stops_at_its_level_and_at_its_most() -> None:
 
 
 def test_thresholds_fall_on_the_published_steps() -> None:
-    from attnctl.state import StepState
+    from attnctl.core.call import StepState
 
     control = AttendExcite(concepts=WORDS)
     levels = {i: control.level(StepState(step=i, steps=50)) for i in range(50)}

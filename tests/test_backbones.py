@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import attnctl
 import attnctl.backbones
-from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size, routed_flex
+from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size
+from attnctl.backbones.modules import routed_flex
 from attnctl.backbones.swap import _count
 from attnctl.errors import BackendError, ConfigError, UnsupportedModelError
-from attnctl.kernels import flex
+from attnctl.kernels.sparse import flex
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vit"
 MICRO = ["biformer_micro", "agent_deit_micro", "agent_pvt_micro", "agent_swin_micro", "agent_cswin_micro"]
@@ -142,7 +143,7 @@ def test_all_windows_equal_softmax_attention() -> None:
 def test_gather_equals_expanded_gather() -> None:
     x = torch.rand(2, 9, 4, 6, requires_grad=True)
     index = torch.rand(2, 9, 9).topk(3).indices
-    got = attnctl.backbones.routing.gather_windows(x, index)
+    got = attnctl.backbones.modules.routing.gather_windows(x, index)
     want = x[:, None].expand(2, 9, 9, 4, 6).gather(2, index[..., None, None].expand(2, 9, 3, 4, 6)).flatten(2, 3)
     assert torch.equal(got, want)
     seed = torch.rand_like(got)
@@ -319,10 +320,10 @@ def test_bad_input(call: Any, said: str) -> None:
 def test_weights_of_another_variant() -> None:
     small, other = timm.create_model("biformer_micro"), timm.create_model("biformer_micro", depths=(1, 1, 2, 1))
     with pytest.raises(UnsupportedModelError, match=r"\d+ missing \(stages.2.blocks.1.*0 unexpected"):
-        attnctl.backbones.biformer.checkpoint_filter_fn(small.state_dict(), other)
+        attnctl.backbones.models.biformer.checkpoint_filter_fn(small.state_dict(), other)
     wide = timm.create_model("biformer_micro", dims=(16, 32, 48, 80))
     with pytest.raises(UnsupportedModelError, match="of another shape"):
-        attnctl.backbones.biformer.checkpoint_filter_fn(small.state_dict(), wide)
+        attnctl.backbones.models.biformer.checkpoint_filter_fn(small.state_dict(), wide)
 
 
 @pytest.mark.parametrize("name", MICRO)

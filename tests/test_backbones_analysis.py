@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import attnctl
-from attnctl.backbones.analysis import _divergence, distance_profile, head_importance
+from attnctl.backbones.look.analysis import _divergence, distance_profile, head_importance
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 3}

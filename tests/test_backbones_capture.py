@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones import any_size
-from attnctl.backbones.places import find_places
-from attnctl.backbones.probe import look
+from attnctl.backbones.look.probe import look
+from attnctl.backbones.look.sites import find_places
 from attnctl.errors import ConfigError, ConflictError, NeverApplied, SiteError, UnsupportedModelError
 from attnctl.processors import PAG, Capture
 

@@ -22,13 +22,9 @@ from attnctl.backbones import (
     BiFormer,
     BiLevelRoutingAttention,
     MapAttention,
-    agent_cswin,
-    agent_deit,
-    agent_pvt,
-    agent_swin,
-    biformer,
 )  # fmt: skip
-from attnctl.backbones.resize import fit_weight
+from attnctl.backbones.models import agent_cswin, agent_deit, agent_pvt, agent_swin, biformer
+from attnctl.backbones.modules.resize import fit_weight
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vit"
 

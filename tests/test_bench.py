@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from attnctl.cli import main
-from attnctl.commands.bench import catalogue, figures_of
+from attnctl.app.cli import main
+from attnctl.app.commands.bench import catalogue, figures_of
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 KNOWN = {b.name: b for b in catalogue(FOLDER)}

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnctl
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.data.specs import control_from_dict, control_to_dict
 from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError
-from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import temporal
 from attnctl.processors import PAG, BroadWay, SoftPAG
-from attnctl.specs import control_from_dict, control_to_dict
 
 UNETS = ("animatediff", "animatediff_xl", "svd", "unet3d", "i2vgenxl")
 FACTORISED = (*UNETS, "latte")

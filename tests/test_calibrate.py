@@ -14,7 +14,7 @@ import torch
 import zoo_pipelines
 
 import attnctl
-from attnctl.cli import main
+from attnctl.app.cli import main
 from attnctl.errors import ConfigError, PlanError
 from attnctl.pipelines import calibrate, check_plan, write_report
 from attnctl.plans import ModelPlan

@@ -16,11 +16,11 @@ import zoo_pipelines
 from PIL import Image
 
 import attnctl
-from attnctl.cli import main
-from attnctl.clips import open_clip
-from attnctl.commands.common import table, wilson
-from attnctl.commands.demo import SHEETS
-from attnctl.record import Record, pixels_sha256, read
+from attnctl.app.cli import main
+from attnctl.app.commands.common import table, wilson
+from attnctl.app.commands.demo import SHEETS
+from attnctl.data.clips import open_clip
+from attnctl.data.record import Record, pixels_sha256, read
 
 Run = Any
 
@@ -63,7 +63,7 @@ def test_help_is_no_failure(run: Run, args: tuple[str, ...]) -> None:
 def test_the_commands_import_nothing_heavy() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'cv2', 'matplotlib', 'xformers', 'PIL', 'numpy'}"
     new = "set(sys.modules) - before"
-    code = f"import sys, attnctl; before = set(sys.modules); import attnctl.cli; print(sorted({heavy} & ({new})))"
+    code = f"import sys, attnctl; before = set(sys.modules); import attnctl.app.cli; print(sorted({heavy} & ({new})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
 
@@ -396,7 +396,7 @@ def test_env_names_versions_and_kernels(run: Run) -> None:
 
 
 def test_a_closed_pipe_is_no_traceback(folder: str) -> None:
-    command = f"{sys.executable} -m attnctl.cli sites {folder} | head -1"
+    command = f"{sys.executable} -m attnctl sites {folder} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env={**os.environ})
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("depth")
@@ -484,8 +484,8 @@ def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_readme_names_every_command_family_and_method() -> None:
-    from attnctl.families import FAMILIES
-    from attnctl.specs import methods
+    from attnctl.core.hosts.families import FAMILIES
+    from attnctl.data.specs import methods
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name in (*methods(), "attnctl demo", "attnctl generate", "attnctl sites", "attnctl env"):

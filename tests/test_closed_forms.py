@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl import kernels
 from attnctl.errors import ConfigError
-from attnctl.kernels.closed_forms import SCOPES
+from attnctl.kernels.perturbation.closed_forms import SCOPES
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures" / "pag" / "headhunter_qkv"
@@ -177,7 +177,7 @@ def test_image_block_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
     whole = kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17))
     best = kernels.argmax(q, k, v, make_mask("dense"))
-    monkeypatch.setattr("attnctl.kernels.layout._MAX_ROWS", 5)
+    monkeypatch.setattr("attnctl.kernels.checks._MAX_ROWS", 5)
     assert torch.allclose(kernels.image_block(q, k, v, make_mask("dense"), image=slice(5, 17)), whole, atol=1e-6)
     assert torch.equal(kernels.argmax(q, k, v, make_mask("dense")), best)
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnctl
+from attnctl.core.hosts.words import Concept
+from attnctl.data.map_files import describe
+from attnctl.data.maps import WordMaps
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
-from attnctl.mapfile import describe
-from attnctl.maps import WordMaps
-from attnctl.processors import PAG, Capture, concepts
-from attnctl.processors.concepts import concept_outputs, concept_shares, concept_sites, embed_concepts
+from attnctl.processors import PAG, Capture
+from attnctl.processors.capture import concepts
+from attnctl.processors.capture.concepts import concept_outputs, concept_shares, concept_sites, embed_concepts
 from attnctl.shapes import load_shapes
-from attnctl.tokens import Concept
 
 NAMES = ("cat", "sky", "a red sled")
 
@@ -159,7 +160,7 @@ def test_concepts_that_are_the_prompt_are_the_text_stream_without_text() -> None
 def test_the_published_blocks_are_the_default() -> None:
     model, _ = zoo.build("flux", num_layers=19)
     sites = attnctl.find_sites(model)
-    family = attnctl.families.family_of(model)
+    family = attnctl.core.hosts.families.family_of(model)
     assert [s.name for s in concept_sites(sites, None, family)] == [
         f"transformer_blocks.{n}.attn" for n in range(15, 19)
     ]

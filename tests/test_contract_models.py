@@ -17,8 +17,8 @@ from contract import Replace, Through, assert_clean, distance, guidances, pertur
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import UnsupportedModelError
-from attnctl.intercept import AttnCall, Proceed
 from attnctl.processors import PAG
 
 METHODS = ("PAG", "SoftPAG")

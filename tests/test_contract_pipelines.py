@@ -24,8 +24,8 @@ from contract import Replace, assert_clean, distance, guidances, snapshot
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.core.hosts.families import family_of
 from attnctl.errors import AttnctlError, NeverApplied, UnsupportedModelError
-from attnctl.families import family_of
 from attnctl.processors import PAG, SoftPAG
 
 PLAIN = tuple(n for n in pipes.NAMES if n not in pipes.PAG_TWINS.values())

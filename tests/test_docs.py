@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from attnctl.cli import _COMMANDS, _parse
-from attnctl.specs import methods, parse_control, parse_option
+from attnctl.app.cli import _COMMANDS, _parse
+from attnctl.data.specs import methods, parse_control, parse_option
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -154,8 +154,8 @@ def arguments(words: list[str]) -> list[str] | None:
     """Return what is handed to attnctl, or None where something else is run."""
     if words[0] == "attnctl":
         return words[1:]
-    if "attnctl.cli" in words:
-        return words[words.index("attnctl.cli") + 1 :]
+    if "attnctl.app.cli" in words:
+        return words[words.index("attnctl.app.cli") + 1 :]
     return None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnctl.cli import main
-from attnctl.clips import FileClip, mp4_bytes
+from attnctl.app.cli import main
+from attnctl.data.clips import FileClip, mp4_bytes
 from attnctl.shapes.motion import Motion, render_clip, sample_clip
 
 WORDS = ["--source", "a red circle on gray", "--target", "a blue circle on gray"]

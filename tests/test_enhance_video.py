@@ -66,7 +66,7 @@ def test_contract(name: str) -> None:
 def test_the_output_after_its_projection_is_scaled_and_text_is_not(name: str) -> None:
     model, inputs = zoo.build(name, dtype=torch.float64)
     control = EnhanceAVideo(weight=30.0)
-    site = control.resolve(attnctl.find_sites(model), attnctl.families.family_of(model))[0]
+    site = control.resolve(attnctl.find_sites(model), attnctl.core.hosts.families.family_of(model))[0]
     found: dict[str, Any] = {}
 
     def read(key: str) -> Tensor:

@@ -178,7 +178,7 @@ def test_own_control(tmp_path: Path) -> None:
 
 
 def test_gallery(tmp_path: Path) -> None:
-    from attnctl.record import read
+    from attnctl.data.record import read
 
     text = run("gallery", tmp_path, "nag", "--steps", "2", "--rows", "1")
     assert "NAG(scale=4.0)" in text

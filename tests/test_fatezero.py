@@ -20,15 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 import attnctl
-from attnctl.clips import ClipError, FileClip, fit, mp4_bytes
+from attnctl.data.clips import ClipError, FileClip, fit, mp4_bytes
+from attnctl.data.files import FileExists
+from attnctl.data.specs import control_from_dict, control_to_dict
 from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedModelError
-from attnctl.outputs import FileExists
 from attnctl.pipelines import ddim_of, edit_video, estimate_bytes, invert
-from attnctl.pipelines.codec import encode
-from attnctl.pipelines.inversion import inverse_of
-from attnctl.processors import PAG, FateZero, editing
-from attnctl.sources import Inversion, MemoryBudgetError, SourceStore, check_room
-from attnctl.specs import control_from_dict, control_to_dict
+from attnctl.pipelines.editing.codec import encode
+from attnctl.pipelines.editing.inversion import inverse_of
+from attnctl.processors import PAG, FateZero
+from attnctl.processors.editing import engine as editing
+from attnctl.processors.editing.source import Inversion, MemoryBudgetError, SourceStore, check_room
 
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 BASE = FateZero(source=SOURCE, target=TARGET, blend_words=["bear"], blend_threshold=0.6, self_replace=0.7)
@@ -593,7 +594,7 @@ def test_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("No space left on device")
 
     store = SourceStore("qk", "disk", tmp_path)
-    monkeypatch.setattr("attnctl.sources.save_file", full)
+    monkeypatch.setattr("attnctl.processors.editing.source.save_file", full)
     with pytest.raises(MemoryBudgetError, match="No space left"):
         store.put(0, "site", {"q": torch.zeros(2)})
     assert not list(tmp_path.iterdir())

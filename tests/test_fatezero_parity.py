@@ -13,9 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from attnctl.align import equalizer_row, follow_table, refine_map, replace_matrix, window_of, word_tokens
 from attnctl.errors import ConfigError
-from attnctl.fusion import (
+from attnctl.kernels import attention
+from attnctl.processors.editing.align import (
+    equalizer_row,
+    follow_table,
+    refine_map,
+    replace_matrix,
+    window_of,
+    word_tokens,
+)
+from attnctl.processors.editing.fusion import (
     CrossEdit,
     Split,
     blend_latents,
@@ -29,7 +37,6 @@ from attnctl.fusion import (
     softmax_map,
     take_queries,
 )
-from attnctl.kernels import attention
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

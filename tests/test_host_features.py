@@ -21,8 +21,8 @@ from test_contract_pipelines import build, naive, roots
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.core.hosts.families import family_of
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
-from attnctl.families import family_of
 from attnctl.processors import PAG, AStar, Capture
 
 

@@ -21,10 +21,10 @@ import zoo_pipelines as pipes
 
 import attnctl
 from attnctl.pipelines import HuntPlan, hunt
-from attnctl.pipelines.hunt_groups import deal, worth
-from attnctl.pipelines.hunt_plan import Head
-from attnctl.pipelines.hunt_results import Hunted
-from attnctl.pipelines.hunt_work import draw, first_change, units
+from attnctl.pipelines.hunting.groups import deal, worth
+from attnctl.pipelines.hunting.plan import Head
+from attnctl.pipelines.hunting.results import Hunted
+from attnctl.pipelines.hunting.work import draw, first_change, units
 from attnctl.processors import SoftPAG
 
 LAYERS = (

@@ -22,13 +22,13 @@ from PIL import Image
 
 import attnctl
 from attnctl import HeadSet
-from attnctl.cli import main
+from attnctl.app.cli import main
+from attnctl.data.specs import parse_control
 from attnctl.errors import AttnctlError, ConfigError, PlanError, SiteError
 from attnctl.pipelines import HuntPlan, compose, halvings, hunt
-from attnctl.pipelines.hunt_log import HuntLog, LogError
-from attnctl.pipelines.hunt_scorers import BlipScore, ClipScore, ShapesJudge, harmonic, objective_of
+from attnctl.pipelines.hunting.log import HuntLog, LogError
+from attnctl.pipelines.hunting.scorers import BlipScore, ClipScore, ShapesJudge, harmonic, objective_of
 from attnctl.processors import SoftPAG
-from attnctl.specs import parse_control
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 PAIRS = (("a cat", 0), ("a dog", 1))
@@ -173,7 +173,7 @@ def test_a_full_disk_is_told_and_loses_nothing(pipe: Any, tmp_path: Path, monkey
         return real(file, data)
 
     plan = _plan(batch=1)
-    monkeypatch.setattr("attnctl.pipelines.hunt_log.os.write", write)
+    monkeypatch.setattr("attnctl.pipelines.hunting.log.os.write", write)
     with pytest.raises(LogError, match=r"No space left.*run again"):
         hunt(pipe, plan, _even, log=tmp_path, quiet=True)
     monkeypatch.undo()
@@ -469,7 +469,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     args = ["hunt", "--model", "shapes:mmdit", "--heads", "L7H0 L7H3", "--pairs", "2", "--k", "1", "--steps", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "attnctl.cli", *args, "--out", str(tmp_path / "heads"), "--json"]
+    command += ["-m", "attnctl.app.cli", *args, "--out", str(tmp_path / "heads"), "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

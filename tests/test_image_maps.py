@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.pipelines.noised import image_maps
+from attnctl.pipelines.map_images import image_maps
 from attnctl.processors import Capture
 
 
@@ -89,7 +89,7 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     pipe, _ = pipes.build("sd_img2img")
     with pytest.raises(ConfigError, match=message):
         image_maps(pipe, photo(), "a cat", **options)
-    assert attnctl.session.handle_of(pipe) is None
+    assert attnctl.core.handle.handle_of(pipe) is None
 
 
 def test_a_family_without_image_to_image_is_refused() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from attnctl.data.pictures import enlarge, grid, overlay, pair
 from attnctl.errors import ConfigError
-from attnctl.imaging import enlarge, grid, overlay, pair
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:

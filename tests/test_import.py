@@ -10,7 +10,7 @@ import logging
 logging.getLogger("xformers").setLevel(logging.ERROR)
 import time, torch, diffusers
 begin = time.process_time()
-import attnctl, attnctl.session
+import attnctl, attnctl.core.handle
 print(time.process_time() - begin)
 """
 
@@ -36,7 +36,7 @@ HEAVY = ("timm", "cv2", "matplotlib", "gradio", "tyro", "xformers.ops")
 LOADED = """
 import sys, torch, diffusers
 before = set(sys.modules)
-import attnctl, attnctl.session
+import attnctl, attnctl.core.handle
 print(sorted(name for name in {heavy} if name in sys.modules and name not in before))
 """
 

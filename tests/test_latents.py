@@ -17,11 +17,11 @@ from contract import assert_clean, snapshot
 from torch import Tensor
 
 import attnctl
-from attnctl import latents as engine
 from attnctl.errors import ConfigError, NeverApplied, SiteError, UnsupportedModelError
 from attnctl.kernels import columns
 from attnctl.processors import PAG, AStar, AttendExcite, LatentGuidance
-from attnctl.processors.losses import normalise, segregation, smooth
+from attnctl.processors.latent import engine as engine
+from attnctl.processors.latent.losses import normalise, segregation, smooth
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
 PROMPT, WORDS = "a black bear in the water", ("bear", "water")

@@ -115,8 +115,8 @@ import hashlib, json, sys, tempfile
 from pathlib import Path
 import conftest, pairs, torch, zoo
 import attnctl
-from attnctl.specs import control_to_dict, methods
-from attnctl.tokens import find_words
+from attnctl.data.specs import control_to_dict, methods
+from attnctl.core.hosts.words import find_words
 
 told = {"methods": list(methods())}
 for name in ("sd15", "sd35", "flux", "cogvideox", "animatediff"):
@@ -124,7 +124,7 @@ for name in ("sd15", "sd35", "flux", "cogvideox", "animatediff"):
     told[name] = [(s.name, s.kind, s.depth) for s in sites]
     for selector in (["up.1", "mid"], "*attn1", ["self", "joint"]):
         try:
-            told[f"{name} {selector}"] = [s.name for s in attnctl.sites.select(sites, selector)]
+            told[f"{name} {selector}"] = [s.name for s in attnctl.core.sites.select(sites, selector)]
         except attnctl.AttnctlError as error:
             told[f"{name} {selector}"] = str(error)
 host = pairs.unet()

@@ -13,12 +13,12 @@ from test_latents import PROMPT, SITE, WORDS, sd
 from torch import Tensor
 
 import attnctl
-from attnctl import latents as engine
+from attnctl.core.hosts.words import find_words
 from attnctl.errors import SiteError, UnsupportedModelError
 from attnctl.processors import LatentGuidance
-from attnctl.processors.losses import binarise, self_cross
-from attnctl.processors.refine import partners
-from attnctl.tokens import find_words
+from attnctl.processors.capture.refine import partners
+from attnctl.processors.latent import engine as engine
+from attnctl.processors.latent.losses import binarise, self_cross
 
 
 class SelfCross(LatentGuidance):

@@ -14,14 +14,14 @@ import torch
 import zoo_pipelines as pipes
 from PIL import Image
 
-from attnctl.cli import main
+from attnctl.app.cli import main
+from attnctl.core.sites import Site
+from attnctl.data.files import FileExists
+from attnctl.data.map_pictures import heads_sheet, layers_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
+from attnctl.data.map_regions import boxes, from_rle, regions, rle
+from attnctl.data.maps import WordMaps
+from attnctl.data.record import RecordError, read
 from attnctl.errors import ConfigError
-from attnctl.mapregions import boxes, from_rle, regions, rle
-from attnctl.maps import WordMaps
-from attnctl.mapviews import heads_sheet, layers_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
-from attnctl.outputs import FileExists
-from attnctl.record import RecordError, read
-from attnctl.sites import Site
 
 
 def made(keep: tuple[str, ...] = ("steps", "heads"), frames: int = 1) -> WordMaps:

@@ -16,9 +16,9 @@ from test_kernels import dense_map
 from torch import Tensor
 
 import attnctl
+from attnctl.core.hosts.families import family_of
+from attnctl.data.maps import WordMaps, normalised, otsu, resized
 from attnctl.errors import ConfigError, NeverApplied, SiteError, UnsupportedModelError
-from attnctl.families import family_of
-from attnctl.maps import WordMaps, normalised, otsu, resized
 from attnctl.processors import PAG, Capture, Control, SoftPAG
 
 PLACES = (1, 3)
@@ -408,10 +408,10 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     site = next(s for s in attnctl.find_sites(model) if s.kind == "joint")
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n_text + n_image, 128, generator=g) for _ in range(2))
-    from attnctl.intercept import AttnCall, Link
-    from attnctl.processors.recorder import Recorder
-    from attnctl.state import StepState
-    from attnctl.tokens import Concept
+    from attnctl.core.call import StepState
+    from attnctl.core.hosts.words import Concept
+    from attnctl.core.intercept import AttnCall, Link
+    from attnctl.processors.capture.recorder import Recorder
 
     state = StepState(call=1, steps=1, denoiser=model, family=family_of(model))
     state._grid, state._grid_known = (1, 64, 64), True

@@ -11,8 +11,8 @@ import torch
 import zoo_pipelines as pipes
 from PIL import Image
 
-from attnctl.cli import main
-from attnctl.maps import WordMaps
+from attnctl.app.cli import main
+from attnctl.data.maps import WordMaps
 from attnctl.pipelines import image_maps
 from attnctl.processors import Capture
 

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 IMPORTS = """
 import importlib.util, pkgutil
 import attnctl
-without = () if importlib.util.find_spec("gradio") else ("attnctl.ui.",)
+without = () if importlib.util.find_spec("gradio") else ("attnctl.app.ui.",)
 for module in pkgutil.walk_packages(attnctl.__path__, "attnctl."):
     if not module.name.startswith(without):
         importlib.import_module(module.name)
@@ -25,7 +25,7 @@ timm.create_model("biformer_micro")
 COMMANDS = """
 import sys
 from pathlib import Path
-from attnctl.cli import _COMMANDS, main
+from attnctl.app.cli import _COMMANDS, main
 
 folder = sys.argv[1]
 prompt = ["--prompt", "a red circle and a blue square on gray", "--steps", "1"]
@@ -50,9 +50,9 @@ for name in {EXTRAS!r}:
     sys.modules[name] = None  # as if it were not installed
 import attnctl
 for module in pkgutil.walk_packages(attnctl.__path__, "attnctl."):
-    if not module.name.startswith(("attnctl.ui.", "attnctl.kernels.triton")):
+    if not module.name.startswith(("attnctl.app.ui.", "attnctl.kernels.sparse.triton")):
         importlib.import_module(module.name)
-from attnctl.cli import main
+from attnctl.app.cli import main
 assert main(["--help"]) == 0
 assert main(["env"]) == 0
 folder = sys.argv[1]
@@ -85,7 +85,7 @@ def test_the_guard_hears_what_is_asked() -> None:
 
 
 def test_a_model_that_is_named_is_asked_for(tmp_path: Path) -> None:
-    done = run('from attnctl.cli import main\nassert main(["sites", "nobody/nothing"]) == 1', tmp_path)
+    done = run('from attnctl.app.cli import main\nassert main(["sites", "nobody/nothing"]) == 1', tmp_path)
     assert done.returncode == 1
     assert "huggingface.co" in done.stderr.splitlines()[-1]
     assert "Cannot load 'nobody/nothing'" in done.stderr

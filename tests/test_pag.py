@@ -10,12 +10,12 @@ import torch
 import zoo
 
 import attnctl
+from attnctl.core.call import StepState
+from attnctl.core.hosts.families import FAMILIES, family_of
+from attnctl.core.sites import find_sites
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
-from attnctl.families import FAMILIES, family_of
 from attnctl.plans import HeadSet
 from attnctl.processors import PAG, SoftPAG
-from attnctl.sites import find_sites
-from attnctl.state import StepState
 
 # Pairs (layer, head) as printed in arXiv 2506.10978.
 SD3_HEADS = ((1, 10), (11, 15), (13, 17), (0, 23), (1, 2), (0, 15), (1, 19), (18, 11), (0, 17), (2, 3))

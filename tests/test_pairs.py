@@ -16,10 +16,10 @@ import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
 
 import attnctl
+from attnctl.core.pairs import RULES, commute, rule_for
+from attnctl.data.specs import methods
 from attnctl.errors import AttnctlError, ConflictError
-from attnctl.pairs import RULES, commute, rule_for
 from attnctl.processors import Capture
-from attnctl.specs import methods
 
 DOCS = Path(__file__).parents[1] / "docs" / "pairs.md"
 

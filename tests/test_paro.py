@@ -13,9 +13,9 @@ from contract import Replace, Through, own
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import BackendError, ConfigError, PlanError
-from attnctl.intercept import AttnCall, Proceed
-from attnctl.kernels.sparse import block_sparse
+from attnctl.kernels.sparse.dispatch import block_sparse
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.processors import PAG, PARO, SoftPAG
 

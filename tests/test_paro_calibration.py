@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import attnctl
-from attnctl.kernels.block_mass import BlockMass, block_mass, choose_masks, choose_orders
-from attnctl.kernels.triton import quantised
+from attnctl.kernels.sparse.block_mass import BlockMass, block_mass, choose_masks, choose_orders
+from attnctl.kernels.sparse.triton import quantised
 from attnctl.plans import BlockPlan
 
 torch.set_num_threads(1)

@@ -15,14 +15,14 @@ from test_kernels import MASKS, dense_map, make_mask, qkv
 from torch import Tensor
 
 import attnctl
+from attnctl.core.hosts.linear import linear_attention
+from attnctl.core.sites import halve, unet_halvings
+from attnctl.data.maps import WordMaps
+from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import linear_rows, query_rows
-from attnctl.linear import linear_attention
-from attnctl.maps import WordMaps
 from attnctl.processors import PAG, Capture
-from attnctl.processors.pointrecorder import token_at
-from attnctl.sites import halve, unet_halvings
-from attnctl.specs import control_from_dict, control_to_dict, parse_control
+from attnctl.processors.capture.points import token_at
 
 POINTS = ((0.1, 0.9), (0.6, 0.2))
 

@@ -12,10 +12,10 @@ from contract import Replace, assert_clean, distance, snapshot
 from torch import Tensor
 
 import attnctl
+from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import ConfigError
-from attnctl.fusion import cross_edit, softmax_map
-from attnctl.intercept import AttnCall, Proceed
 from attnctl.processors import PromptToPrompt
+from attnctl.processors.editing.fusion import cross_edit, softmax_map
 
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 BASE = PromptToPrompt(source=SOURCE, target=TARGET, cross_replace=0.8, self_replace=0.7)

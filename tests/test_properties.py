@@ -30,14 +30,14 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import attnctl
+from attnctl.core.hosts.words import find_words
+from attnctl.core.pairs import rule_for
+from attnctl.core.sites import KINDS, select
+from attnctl.data.record import Record, RecordError, read, save_image
+from attnctl.data.specs import control_from_dict, control_to_dict, methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError, ConflictError, PlanError, SiteError
-from attnctl.pairs import rule_for
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.processors import PAG, SoftPAG
-from attnctl.record import Record, RecordError, read, save_image
-from attnctl.sites import KINDS, select
-from attnctl.specs import control_from_dict, control_to_dict, methods, parse_control
-from attnctl.tokens import find_words
 
 MORE = settings.default.max_examples // 100  # 1, or 20 at night
 

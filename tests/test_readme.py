@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnctl.cli import main
-from attnctl.clips import mp4_bytes
-from attnctl.record import read
+from attnctl.app.cli import main
+from attnctl.data.clips import mp4_bytes
+from attnctl.data.record import read
 from attnctl.shapes.motion import Motion, render_clip, sample_clip
 
 pytestmark = pytest.mark.usefixtures("unplugged")

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from attnctl import HeadSet, outputs, provenance
+from attnctl import HeadSet
+from attnctl.data import files as outputs
+from attnctl.data import provenance
+from attnctl.data.files import FileExists, below, check_free, publish, slug
+from attnctl.data.record import SCHEMA, Record, RecordError, pixels_sha256, read, save_image, sidecar
+from attnctl.data.specs import control_from_dict, control_to_dict, methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError
-from attnctl.outputs import FileExists, below, check_free, publish, slug
 from attnctl.processors import PAG, SoftPAG
-from attnctl.record import SCHEMA, Record, RecordError, pixels_sha256, read, save_image, sidecar
-from attnctl.specs import control_from_dict, control_to_dict, methods, parse_control
 
 SHA = "0" * 64
 

@@ -14,10 +14,10 @@ from test_kernels import dense_map, qkv
 from torch import Tensor
 
 import attnctl
+from attnctl.core.hosts.linear import linear_attention
 from attnctl.errors import ConfigError, SiteError
-from attnctl.linear import linear_attention
 from attnctl.processors import PAG, Capture
-from attnctl.processors.refine import Looks, partners, refined
+from attnctl.processors.capture.refine import Looks, partners, refined
 
 PLACES = (1, 3)
 

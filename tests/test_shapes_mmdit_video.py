@@ -13,22 +13,23 @@ import pytest
 import torch
 
 from attnctl.errors import ConfigError
-from attnctl.shapes import clip_prompts, load_shapes, mmdit, models, sample, sample_clip
-from attnctl.shapes import clips as world
-from attnctl.shapes import evaluate as evaluating
+from attnctl.shapes import clip_prompts, load_shapes, sample, sample_clip
 from attnctl.shapes import load as loading
-from attnctl.shapes.cards import write_mmdit_card, write_video_card
 from attnctl.shapes.data import Latents
-from attnctl.shapes.evaluate_mmdit import evaluate_mmdit
-from attnctl.shapes.evaluate_video import evaluate_video, mark, strip, totals
-from attnctl.shapes.loop import Plan, step_generator
 from attnctl.shapes.motion import clip_caption, render_clip
-from attnctl.shapes.options import load_base
 from attnctl.shapes.scenes import caption
 from attnctl.shapes.tokenizer import write_tokenizer
-from attnctl.shapes.train import main
-from attnctl.shapes.train_mmdit import export_mmdit, train_mmdit
-from attnctl.shapes.train_video import export_video, train_video
+from attnctl.shapes.training import clips as world
+from attnctl.shapes.training import evaluate as evaluating
+from attnctl.shapes.training import mmdit, models
+from attnctl.shapes.training.cards import write_mmdit_card, write_video_card
+from attnctl.shapes.training.evaluate_mmdit import evaluate_mmdit
+from attnctl.shapes.training.evaluate_video import evaluate_video, mark, strip, totals
+from attnctl.shapes.training.loop import Plan, step_generator
+from attnctl.shapes.training.options import load_base
+from attnctl.shapes.training.train import main
+from attnctl.shapes.training.train_mmdit import export_mmdit, train_mmdit
+from attnctl.shapes.training.train_video import export_video, train_video
 
 PLAN = Plan(steps=3, optimizer="muon", save_every=2, warmup=1)
 
@@ -284,13 +285,13 @@ def test_clips_are_encoded_once(tmp_path, base_folder: Path) -> None:
 @pytest.mark.parametrize("name", ["mmdit", "video"])
 def test_missing_and_damaged_weights_are_named(tmp_path, runs: dict, monkeypatch, name: str) -> None:
     monkeypatch.setattr(loading, "WEIGHTS", tmp_path / "none")
-    with pytest.raises(ConfigError, match=rf"lacks the file .*attnctl\.shapes\.train {name} --out runs/{name}"):
+    with pytest.raises(ConfigError, match=rf"lacks the file .*attnctl\.shapes\.training\.train {name} --out runs/{name}"):
         load_shapes(name)
     shutil.copytree(runs[name]["out"] / "pipeline", tmp_path / "w")
     part = "transformer" if name == "mmdit" else "motion_adapter"
     file = tmp_path / "w" / part / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=rf"{part}.*damaged.*attnctl\.shapes\.train {name}"):
+    with pytest.raises(ConfigError, match=rf"{part}.*damaged.*attnctl\.shapes\.training\.train {name}"):
         load_shapes(name, folder=tmp_path / "w")
 
 

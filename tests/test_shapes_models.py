@@ -13,16 +13,16 @@ from torch import nn
 
 from attnctl.errors import ConfigError
 from attnctl.shapes import judge, load_shapes, pair_prompts, render, sample, single_prompts
-from attnctl.shapes.card import write_card
 from attnctl.shapes.data import Latents, draw_crops, draw_images, make_cache, to_tensor
-from attnctl.shapes.evaluate import contact_sheet, generate, localisation, score, wilson
 from attnctl.shapes.load import WEIGHTS
-from attnctl.shapes.loop import Plan, average_decay, learning_rate, train
-from attnctl.shapes.models import build_tokenizer, build_unet, build_vae
-from attnctl.shapes.muon import orthogonalise
-from attnctl.shapes.options import shares
 from attnctl.shapes.scenes import caption
-from attnctl.shapes.train import Denoising, export, finish_vae, main, train_text2image, train_vae
+from attnctl.shapes.training.card import write_card
+from attnctl.shapes.training.evaluate import contact_sheet, generate, localisation, score, wilson
+from attnctl.shapes.training.loop import Plan, average_decay, learning_rate, train
+from attnctl.shapes.training.models import build_tokenizer, build_unet, build_vae
+from attnctl.shapes.training.muon import orthogonalise
+from attnctl.shapes.training.options import shares
+from attnctl.shapes.training.train import Denoising, export, finish_vae, main, train_text2image, train_vae
 
 
 class Killed(Exception):

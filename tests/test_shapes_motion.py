@@ -21,9 +21,9 @@ from attnctl.shapes import (
     render_clip,
     sample_clip,
 )
-from attnctl.shapes.judge_errors import clip_errors, main, scene_errors
-from attnctl.shapes.models import build_tokenizer
 from attnctl.shapes.motion import DIRECTIONS, FRAMES, SPEEDS, describe
+from attnctl.shapes.training.judge_errors import clip_errors, main, scene_errors
+from attnctl.shapes.training.models import build_tokenizer
 
 
 def moving(
@@ -127,7 +127,17 @@ def test_the_judge_reads_rendered_scenes_and_videos() -> None:
 
 
 def test_the_command_prints_the_judges_errors_and_nothing_else() -> None:
-    command = [sys.executable, "-m", "attnctl.shapes.judge_errors", "--scenes", "3", "--videos", "2", "--seed", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "attnctl.shapes.training.judge_errors",
+        "--scenes",
+        "3",
+        "--videos",
+        "2",
+        "--seed",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[:2] == ["scenes, clean: wrong 0 of 2 (0.00 %)", "scenes, spoilt: wrong 0 of 1 (0.00 %)"]

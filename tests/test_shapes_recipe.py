@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from attnctl.errors import ConfigError
-from attnctl.shapes import clips as world
-from attnctl.shapes import sample_clip, train_video
-from attnctl.shapes.cards import write_video_card
-from attnctl.shapes.expected import Expected
-from attnctl.shapes.loop import Plan, mend_checkpoint
+from attnctl.shapes import sample_clip
 from attnctl.shapes.motion import Motion, clip_caption
-from attnctl.shapes.options import load_base
-from attnctl.shapes.recipe import STAGES, Stage, first_unfinished
-from attnctl.shapes.train import main
+from attnctl.shapes.training import clips as world
+from attnctl.shapes.training import train_video
+from attnctl.shapes.training.cards import write_video_card
+from attnctl.shapes.training.expected import Expected
+from attnctl.shapes.training.loop import Plan, mend_checkpoint
+from attnctl.shapes.training.options import load_base
+from attnctl.shapes.training.recipe import STAGES, Stage, first_unfinished
+from attnctl.shapes.training.train import main
 
 PLAN = Plan(steps=1, optimizer="muon", save_every=1, warmup=1)
 TINY = (

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from attnctl.shapes import clips as world
 from attnctl.shapes.data import encode_captions, to_tensor
-from attnctl.shapes.expected import Expected, make_expected
-from attnctl.shapes.export import put_lineage
 from attnctl.shapes.motion import Motion, render_clip, sample_clip
-from attnctl.shapes.options import load_base
-from attnctl.shapes.words import motion_code, teach_motion
+from attnctl.shapes.training import clips as world
+from attnctl.shapes.training.expected import Expected, make_expected
+from attnctl.shapes.training.export import put_lineage
+from attnctl.shapes.training.options import load_base
+from attnctl.shapes.training.words import motion_code, teach_motion
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import attnctl
 from attnctl.errors import BackendError, PlanError
-from attnctl.kernels.lists import bundles, coarser, csr
-from attnctl.kernels.sparse import block_sparse
+from attnctl.kernels.sparse.dispatch import block_sparse
+from attnctl.kernels.sparse.lists import bundles, coarser, csr
 from attnctl.plans import BlockPlan
 from attnctl.plans.orders import ORDERS, permutation, permute_heads, restore_heads
 

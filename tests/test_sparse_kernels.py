@@ -18,8 +18,10 @@ from torch._dynamo.utils import counters
 
 import attnctl
 from attnctl.errors import BackendError
-from attnctl.kernels import flex, sparse, triton, xformers, xformers_blocks
-from attnctl.kernels.sparse import SPARSE, block_sparse, choose_sparse, probe_sparse
+from attnctl.kernels import xformers
+from attnctl.kernels.sparse import dispatch as sparse
+from attnctl.kernels.sparse import flex, triton, xformers_blocks
+from attnctl.kernels.sparse.dispatch import SPARSE, block_sparse, choose_sparse, probe_sparse
 from attnctl.plans import BlockPlan
 
 torch.set_num_threads(1)
@@ -211,7 +213,7 @@ def test_triton_compiles_for_hopper(int8: bool) -> None:
     compiler = pytest.importorskip("triton.compiler")
     from triton.backends.compiler import GPUTarget
 
-    from attnctl.kernels.triton_forward import forward
+    from attnctl.kernels.sparse.triton_forward import forward
 
     sizes = {"WIDTH": 128, "WIDTH_V": 128, "PADDED": 128, "PADDED_V": 128, "BLOCK_Q": 128, "BLOCK_K": 64}
     fixed = sizes | {"TILE_Q": 128, "TILE_K": 64, "REORDERED": True, "INT8": int8, "PRECISION": "ieee"}

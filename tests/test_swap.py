@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones import any_size
-from attnctl.backbones.linear_mixers import inline, mala, rala
-from attnctl.backbones.softmax_mixers import neighborhood_mask, sigmoid_attention
+from attnctl.backbones.mixers.linear import inline, mala, rala
+from attnctl.backbones.mixers.softmax import neighborhood_mask, sigmoid_attention
 from attnctl.backbones.swap import KINDS
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 

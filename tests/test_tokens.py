@@ -14,11 +14,11 @@ import zoo_pipelines as pipes
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from attnctl import load_shapes
+from attnctl.core.hosts.prompt import PromptWatch
+from attnctl.core.hosts.textlayout import text_parts
+from attnctl.core.hosts.words import Concept, find_words, prompt_words, weights
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.prompts import PromptWatch
 from attnctl.shapes.tokenizer import write_tokenizer
-from attnctl.textlayout import text_parts
-from attnctl.tokens import Concept, find_words, prompt_words, weights
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tiny_tokenizer"
 PROMPT = "a watercolor of a dog, and a Black bear in the water"

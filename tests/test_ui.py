@@ -19,19 +19,19 @@ import torch
 import zoo_pipelines
 from PIL import Image
 
-from attnctl.cli import main
-from attnctl.commands.common import UsageError
-from attnctl.commands.demo import SHEETS, Sheet
+from attnctl.app.cli import main
+from attnctl.app.commands.common import UsageError
+from attnctl.app.commands.demo import SHEETS, Sheet
+from attnctl.app.ui import actions, video_actions
+from attnctl.app.ui.actions import Ask
+from attnctl.app.ui.knobs import about, control_of, knobs_of, preset, selector
+from attnctl.app.ui.models import ELSEWHERE, Models
+from attnctl.app.ui.video_actions import EditAsk
+from attnctl.data.record import pixels_sha256, read
+from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.processors import PAG, SEG, AStar, BroadWay
-from attnctl.record import pixels_sha256, read
 from attnctl.shapes.load import WEIGHTS
-from attnctl.specs import methods, parse_control
-from attnctl.ui import actions, video_actions
-from attnctl.ui.actions import Ask
-from attnctl.ui.knobs import about, control_of, knobs_of, preset, selector
-from attnctl.ui.models import ELSEWHERE, Models
-from attnctl.ui.video_actions import EditAsk
 
 PROMPT = "a red circle and a blue square on gray"
 CLIP = "a red circle moving right fast on gray"
@@ -282,7 +282,7 @@ def test_bad_port(capsys: pytest.CaptureFixture[str]) -> None:
 def page(models: Models) -> Iterator[str]:
     """Serve the page."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from attnctl.ui.serve import serving
+    from attnctl.app.ui.serve import serving
 
     before = os.environ.get("GRADIO_TEMP_DIR")
     with network.guarded() as heard, serving(models) as url:

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from attnctl.data.motion import NO_MOTION, Flow, dynamic, flow, measure, temporal_flicker, warp_error
 from attnctl.errors import ConfigError
 from attnctl.shapes import Motion, render_clip, sample_clip
-from attnctl.video import NO_MOTION, Flow, dynamic, flow, measure, temporal_flicker, warp_error
 
 
 def texture() -> np.ndarray:

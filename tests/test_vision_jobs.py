@@ -12,8 +12,8 @@ from torch import nn
 
 import attnctl
 from attnctl.errors import ConfigError
-from attnctl.pipelines.fitting import fit
-from attnctl.pipelines.segmentation import CLASSES, scene_masks, segment
+from attnctl.pipelines.vision.fitting import fit
+from attnctl.pipelines.vision.segmentation import CLASSES, scene_masks, segment
 
 
 def test_scene_masks_fit_their_images() -> None:
@@ -47,7 +47,7 @@ def test_fit_learns_and_repeats() -> None:
 
 def test_classify(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    from attnctl.pipelines.classification import classify
+    from attnctl.pipelines.vision.classification import classify
 
     done = classify("biformer_micro", epochs=2, out=tmp_path, quiet=True)
     assert done.accuracy > 0.5
@@ -58,10 +58,10 @@ def test_classify(tmp_path: Path) -> None:
 def test_a_missing_package_is_said_before_the_training(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attnctl.pipelines.classification import classify
+    from attnctl.pipelines.vision.classification import classify
 
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr("attnctl.pipelines.classification.fit", None)  # it is not reached
+    monkeypatch.setattr("attnctl.pipelines.vision.classification.fit", None)  # it is not reached
     with pytest.raises(ConfigError, match=r"pip install 'attnctl\[(vision|plot)\]'"):
         classify("biformer_micro", out=tmp_path)
 

@@ -18,7 +18,7 @@ USE = """
 import json, sys
 from pathlib import Path
 import attnctl
-from attnctl.cli import main
+from attnctl.app.cli import main
 from attnctl.processors import PAG
 
 pipe = attnctl.load_shapes("text2image")

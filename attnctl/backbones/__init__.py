@@ -6,15 +6,15 @@ Importing this package registers the names with timm:
     model = timm.create_model("biformer_tiny", num_classes=10)
 """
 
-from attnctl.backbones.agent import AgentAttention2d
-from attnctl.backbones.agent_cswin import AgentCSwin
-from attnctl.backbones.agent_deit import AgentVisionTransformer
-from attnctl.backbones.agent_pvt import AgentPVT
-from attnctl.backbones.agent_swin import AgentSwinTransformer
-from attnctl.backbones.biformer import BiFormer
-from attnctl.backbones.multiaxis import MultiAxisAttention, any_size
-from attnctl.backbones.plain import MapAttention
-from attnctl.backbones.routing import BiLevelRoutingAttention
+from attnctl.backbones.models.agent_cswin import AgentCSwin
+from attnctl.backbones.models.agent_deit import AgentVisionTransformer
+from attnctl.backbones.models.agent_pvt import AgentPVT
+from attnctl.backbones.models.agent_swin import AgentSwinTransformer
+from attnctl.backbones.models.biformer import BiFormer
+from attnctl.backbones.modules.agent import AgentAttention2d
+from attnctl.backbones.modules.multiaxis import MultiAxisAttention, any_size
+from attnctl.backbones.modules.plain import MapAttention
+from attnctl.backbones.modules.routing import BiLevelRoutingAttention
 
 __all__ = [
     "AgentAttention2d",

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import Attention as TokenAttention
 from torch import Tensor, nn
 
 from attnctl.backbones.grid import GridRecorder
-from attnctl.backbones.mixers import Grid, Mixer, Slot, join_heads
-from attnctl.backbones.multiaxis import AnySizePartition
+from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads
+from attnctl.backbones.modules.multiaxis import AnySizePartition
 from attnctl.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["HOSTS", "MapHost", "MaxViTHost", "PVTHost", "SwinHost", "TokenHost", "build_host"]

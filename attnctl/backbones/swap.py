@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnctl.backbones.grid import GridRecorder, watch_grid
 from attnctl.backbones.hosts import HOSTS, build_host
-from attnctl.backbones.linear_mixers import InLineMixer, MALAMixer, RALAMixer
-from attnctl.backbones.mixers import AgentMixer, Grid, Mixer, MultiAxisMixer, RoutingMixer
-from attnctl.backbones.softmax_mixers import MoHMixer, NeighborhoodMixer, SigmoidMixer
+from attnctl.backbones.mixers.base import AgentMixer, Grid, Mixer, MultiAxisMixer, RoutingMixer
+from attnctl.backbones.mixers.linear import InLineMixer, MALAMixer, RALAMixer
+from attnctl.backbones.mixers.softmax import MoHMixer, NeighborhoodMixer, SigmoidMixer
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError, nearest
 
 __all__ = ["KINDS", "SwapReport", "swap", "swap_report", "unswap"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import sdpa
-from attnctl.kernels.layout import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
+from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
 
 __all__ = ["columns"]
 

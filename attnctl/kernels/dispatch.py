@@ -16,8 +16,8 @@ from torch import Tensor
 
 from attnctl.errors import BackendError, ConfigError, nearest
 from attnctl.kernels import math, sdpa, xformers
-from attnctl.kernels.layout import check_call
-from attnctl.kernels.sparse import block_sparse
+from attnctl.kernels.checks import check_call
+from attnctl.kernels.sparse.dispatch import block_sparse
 from attnctl.plans.blocks import BlockPlan
 
 __all__ = ["Backend", "Plain", "attention", "backends", "choose", "plain", "probe"]
@@ -63,7 +63,7 @@ def attention(
     mask: boolean (True = attend) or additive float of any dtype, broadcastable to [B, H, Nq, Nk].
     scale: factor on q k^T, 1 / sqrt(D) if None.
     plan: blocks to compute instead of the whole map (`attnctl.plans.BlockPlan`, its first step group); the backends
-        are then those of `attnctl.kernels.sparse`, and there can be no mask.
+        are then those of `attnctl.kernels.sparse.dispatch`, and there can be no mask.
     Raises: ConfigError for shapes that do not fit; PlanError for a plan of other heads or tokens; BackendError for an
         unknown backend, a forced backend that cannot run this call, or a plan together with a mask.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnctl.kernels.layout import as_bias, chunk_rows, masked_softmax, repeat_heads, rows_of, wide_dtype
+from attnctl.kernels.checks import as_bias, chunk_rows, masked_softmax, repeat_heads, rows_of, wide_dtype
 
 __all__ = ["declines", "missing", "run"]
 

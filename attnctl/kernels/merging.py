@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.errors import ConfigError
-from attnctl.kernels.layout import wide_dtype
+from attnctl.kernels.checks import wide_dtype
 
 __all__ = ["Merge", "Partners", "match_tokens", "merged_count", "pool_cells"]
 

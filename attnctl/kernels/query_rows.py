@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import ConfigError
-from attnctl.kernels.layout import as_bias, check_call, masked_softmax, repeat_heads, wide_dtype
+from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, wide_dtype
 
 __all__ = ["linear_rows", "query_rows"]
 

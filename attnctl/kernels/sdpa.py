@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.kernels.layout import repeat_heads
+from attnctl.kernels.checks import repeat_heads
 
 __all__ = ["as_called", "declines", "missing", "run"]
 

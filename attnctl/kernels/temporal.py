@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.errors import ConfigError
-from attnctl.kernels.layout import wide_dtype
+from attnctl.kernels.checks import wide_dtype
 from attnctl.kernels.memory import Memory
 
 __all__ = [

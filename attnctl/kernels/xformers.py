@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.kernels.layout import as_bias, repeat_heads
+from attnctl.kernels.checks import as_bias, repeat_heads
 
 __all__ = ["block_diagonal", "declines", "memory_efficient", "missing", "run"]
 

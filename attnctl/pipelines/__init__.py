@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnctl.pipelines.calibration import Calibration, calibrate
-    from attnctl.pipelines.calibration_report import check_plan, draw_maps, write_report
-    from attnctl.pipelines.classification import Classified, classify
+    from attnctl.pipelines.calibration.calibrate import Calibration, calibrate
+    from attnctl.pipelines.calibration.report import check_plan, draw_maps, write_report
+    from attnctl.pipelines.editing.edit import Edited, edit_video
+    from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.guider import ControlGuider
-    from attnctl.pipelines.hunt_plan import HuntPlan, halvings
-    from attnctl.pipelines.hunt_results import Hunted, compose
-    from attnctl.pipelines.hunt_search import hunt
-    from attnctl.pipelines.inversion import ddim_of, estimate_bytes, invert
-    from attnctl.pipelines.noised import image_maps
-    from attnctl.pipelines.segmentation import Segmented, segment
-    from attnctl.pipelines.video_edit import Edited, edit_video
+    from attnctl.pipelines.hunting.plan import HuntPlan, halvings
+    from attnctl.pipelines.hunting.results import Hunted, compose
+    from attnctl.pipelines.hunting.search import hunt
+    from attnctl.pipelines.map_images import image_maps
+    from attnctl.pipelines.vision.classification import Classified, classify
+    from attnctl.pipelines.vision.segmentation import Segmented, segment
 
 __all__ = [
     "Calibration",
@@ -46,27 +46,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classified": "classification",
-    "classify": "classification",
-    "Segmented": "segmentation",
-    "segment": "segmentation",
-    "Calibration": "calibration",
+    "Classified": "vision.classification",
+    "classify": "vision.classification",
+    "Segmented": "vision.segmentation",
+    "segment": "vision.segmentation",
+    "Calibration": "calibration.calibrate",
     "ControlGuider": "guider",
-    "Edited": "video_edit",
-    "calibrate": "calibration",
-    "check_plan": "calibration_report",
-    "draw_maps": "calibration_report",
-    "write_report": "calibration_report",
-    "ddim_of": "inversion",
-    "edit_video": "video_edit",
-    "estimate_bytes": "inversion",
-    "HuntPlan": "hunt_plan",
-    "Hunted": "hunt_results",
-    "compose": "hunt_results",
-    "halvings": "hunt_plan",
-    "hunt": "hunt_search",
-    "image_maps": "noised",
-    "invert": "inversion",
+    "Edited": "editing.edit",
+    "calibrate": "calibration.calibrate",
+    "check_plan": "calibration.report",
+    "draw_maps": "calibration.report",
+    "write_report": "calibration.report",
+    "ddim_of": "editing.inversion",
+    "edit_video": "editing.edit",
+    "estimate_bytes": "editing.inversion",
+    "HuntPlan": "hunting.plan",
+    "Hunted": "hunting.results",
+    "compose": "hunting.results",
+    "halvings": "hunting.plan",
+    "hunt": "hunting.search",
+    "image_maps": "map_images",
+    "invert": "editing.inversion",
 }
 
 

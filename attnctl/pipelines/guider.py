@@ -16,9 +16,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 
-from attnctl.processors.base import Control
-from attnctl.session import Handle
-from attnctl.specs import control_from_dict, control_to_dict
+from attnctl.core.control import Control
+from attnctl.core.handle import Handle
+from attnctl.data.specs import control_from_dict, control_to_dict
 
 __all__ = ["ControlGuider"]
 

@@ -1,21 +1,21 @@
 """One control a method: what each paper changes in a model's attention; and what a control of your own is made of."""
 
-from attnctl.branches import Branch
-from attnctl.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.control import Control, Guidance
+from attnctl.core.guidance import Branch
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.processors.agent import AgentAttention
-from attnctl.processors.astar import AStar
-from attnctl.processors.attend_excite import AttendExcite
-from attnctl.processors.base import Control, Guidance
 from attnctl.processors.blocks import SLG, TPG
 from attnctl.processors.broadway import BroadWay
-from attnctl.processors.capture import Capture
+from attnctl.processors.capture.capture import Capture
+from attnctl.processors.editing.fatezero import FateZero
+from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt
 from attnctl.processors.enhance_video import EnhanceAVideo
-from attnctl.processors.fatezero import FateZero
-from attnctl.processors.latent import LatentGuidance
+from attnctl.processors.latent.astar import AStar
+from attnctl.processors.latent.attend_excite import AttendExcite
+from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.nag import NAG
 from attnctl.processors.pag import PAG, SoftPAG
 from attnctl.processors.paro import PARO
-from attnctl.processors.prompt_to_prompt import PromptToPrompt
 from attnctl.processors.seg import SEG
 
 __all__ = [

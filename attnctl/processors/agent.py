@@ -20,15 +20,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attnctl.core.call import StepState
+from attnctl.core.control import Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Site, unet_halvings
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed, Wrapper
 from attnctl.kernels import plain as plain_attention
 from attnctl.kernels.dispatch import Plain
 from attnctl.kernels.merging import match_tokens, merged_count, pool_cells
-from attnctl.processors.base import Control
-from attnctl.sites import Site, unet_halvings
-from attnctl.state import StepState
 
 __all__ = ["AgentAttention", "agent_attention"]
 

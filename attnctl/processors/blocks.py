@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctl.branches import Branch
+from attnctl.core.call import StepState
+from attnctl.core.control import Guidance
+from attnctl.core.guidance import Branch
+from attnctl.core.hosts.families import Family
+from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
-from attnctl.families import Family
-from attnctl.processors.base import Guidance
-from attnctl.sites import Site, select
-from attnctl.state import StepState
 
 __all__ = ["SLG", "TPG"]
 

@@ -20,12 +20,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 
+from attnctl.core.call import StepState
+from attnctl.core.control import Attached, Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
-from attnctl.families import Family
 from attnctl.kernels.temporal import Interpolation
-from attnctl.processors.base import Attached, Control
-from attnctl.sites import Site, select
-from attnctl.state import StepState
 
 __all__ = ["Beta", "BroadWay", "HeadMatch", "decoder_stage", "reference_stage"]
 

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnctl.core.control import Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.kernels.layout import repeat_heads, wide_dtype
-from attnctl.processors.base import Control
-from attnctl.sites import Site
+from attnctl.kernels.checks import repeat_heads, wide_dtype
 
 __all__ = ["EnhanceAVideo", "cross_frame_intensity"]
 

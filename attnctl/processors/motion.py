@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnctl.core.control import Attached
+from attnctl.core.hosts.families import family_of
+from attnctl.core.intercept import AttnCall, Proceed, is_last
+from attnctl.core.sites import Site, find_sites, halve, select, unet_halvings
 from attnctl.errors import ConflictError, SiteError, UnsupportedModelError
-from attnctl.families import family_of
-from attnctl.intercept import AttnCall, Proceed, is_last
 from attnctl.kernels import temporal
-from attnctl.kernels.layout import wide_dtype
+from attnctl.kernels.checks import wide_dtype
 from attnctl.kernels.temporal import Band, Layer, Reference, filter_frames, guided_maps, motion_beta, output_like, weigh
-from attnctl.processors.base import Attached
-from attnctl.sites import Site, find_sites, halve, select, unet_halvings
 
 if TYPE_CHECKING:
     from attnctl.processors.broadway import BroadWay

@@ -18,11 +18,11 @@ from typing import ClassVar
 
 import torch
 
+from attnctl.core.control import Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Site, select
 from attnctl.errors import UnsupportedModelError
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.processors.base import Control
-from attnctl.sites import Site, select
 
 __all__ = ["NAG", "normalized_guidance"]
 

@@ -21,15 +21,15 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from attnctl.branches import Branch
+from attnctl.core.control import Guidance
+from attnctl.core.guidance import Branch
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.linear import is_linear
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import perturb
-from attnctl.linear import is_linear
 from attnctl.plans import HeadSet
-from attnctl.processors.base import Guidance
-from attnctl.sites import Site, select
 
 __all__ = ["PAG", "Heads", "Scope", "SoftPAG", "Target"]
 

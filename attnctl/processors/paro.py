@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnctl.core.call import StepState
+from attnctl.core.control import Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, nearest
-from attnctl.families import Family
-from attnctl.intercept import AttnCall, Proceed, Wrapper
-from attnctl.kernels.sparse import block_sparse, check_sparse
+from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
 from attnctl.plans import BlockPlan, ModelPlan
-from attnctl.processors.base import Control
-from attnctl.sites import Site, select
-from attnctl.state import StepState
 
 __all__ = ["PARO"]
 

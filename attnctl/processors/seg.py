@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from attnctl.branches import Branch
+from attnctl.core.control import Guidance
+from attnctl.core.guidance import Branch
+from attnctl.core.hosts.linear import is_linear
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
-from attnctl.intercept import AttnCall, Proceed
 from attnctl.kernels import blur_queries
-from attnctl.linear import is_linear
-from attnctl.processors.base import Guidance
-from attnctl.sites import Site
 
 __all__ = ["SEG"]
 

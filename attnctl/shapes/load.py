@@ -157,7 +157,7 @@ def _casts_something(record: Any) -> bool:
 
 def _check(path: Path, name: str) -> None:
     """Refuse a missing or damaged file by its name, before a library fails on it in its own words."""
-    cure = f"Reinstall attnctl, or train it anew: python -m attnctl.shapes.train {name} --out runs/{name}."
+    cure = f"Reinstall attnctl, or train it anew: python -m attnctl.shapes.training.train {name} --out runs/{name}."
     if not path.is_file():
         raise ConfigError(f"The shapes model {name!r} lacks the file {path}. {cure}")
     try:

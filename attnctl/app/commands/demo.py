@@ -1,0 +1,342 @@
+"""`attnctl demo`: the shipped models plain and under control, side by side, with the judge's marks. Offline.
+
+Every panel of a sheet uses the same prompts, seeds and noise. A new method adds a line to its sheet in `SHEETS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attnctl.app.commands import demo_video
+from attnctl.app.commands.common import Common, Result, UsageError, say, table, tally
+from attnctl.data.files import below, check_free
+
+__all__ = ["SHEETS", "Demo", "Panel", "Sheet", "nouns"]
+
+PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
+MARKS = {"present": "both colours there", "bound": "both bound", "right": "all right"}
+GREEN = (30, 150, 70)
+_VIDEO_SHARE = 16  # one video for so many images of the first sheet
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Describe one column of the demo: its label and its controls, in the short form of `--control`.
+
+    The word NOUNS in a control stands for the two nouns of each prompt.
+    """
+
+    name: str
+    controls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Describe one picture of the demo: a model and its columns, the first of which is plain.
+
+    Attributes:
+        model: A shipped model.
+        file: Name of the picture, without its ending.
+        panels: The columns.
+        share: One image in how many of the first sheet's is made; for models that take longer.
+        maps: Name of a second picture, of where the plain images attend to their nouns, or "".
+        options: Further arguments of the pipeline call.
+    """
+
+    model: str
+    file: str
+    panels: tuple[Panel, ...]
+    share: int = 1
+    maps: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+SHEETS: tuple[Sheet, ...] = (
+    Sheet(
+        "shapes:text2image",
+        "demo",
+        (
+            Panel("plain"),
+            Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
+            Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
+            Panel("A-STAR", ('AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)',)),
+            Panel("A&E", ('AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())',)),
+        ),
+        maps="demo-maps",
+    ),
+    Sheet(
+        "shapes:mmdit",
+        "demo-mmdit",
+        (
+            Panel("plain"),
+            Panel("PAG", ("PAG(scale=2.5, sites=6)",)),
+            Panel("SoftPAG", ("SoftPAG(scale=2.5, u=0.5, sites=6)",)),
+        ),
+        share=4,
+        options=(("max_sequence_length", 0),),  # no padding in the place of T5: half the time
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """Show the methods on the shipped models: grids of images, and tables of what the judge finds."""
+
+    prompts: int = 16
+    """How many prompts, two objects each."""
+
+    seeds: int = 3
+    """How many images per prompt."""
+
+    steps: int = 20
+    """Denoising steps."""
+
+    guidance: float = 3.0
+    """Classifier-free guidance scale, the same in every panel."""
+
+    rows: int = 5
+    """Rows of the grid."""
+
+    batch: int = 32
+    """Images per pipeline call."""
+
+    seed: int = 0
+    """Seed of the first image."""
+
+    out: Path = Path("out")
+    """Folder for the pictures and their records."""
+
+    force: bool = False
+    """Overwrite files that are already there."""
+
+    def run(self, command: str) -> Result:
+        """Generate, judge, draw and tabulate."""
+        for name, least in (
+            ("prompts", 1),
+            ("seeds", 1),
+            ("steps", 1),
+            ("rows", 1),
+            ("batch", 1),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} is a whole number from {least} on, got {getattr(self, name)}.")
+        names = [*(name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name), demo_video.FILE]
+        check_free([below(self.out, f"{n}{end}") for n in names for end in (".png", ".json")], force=self.force)
+
+        from attnctl.shapes import pair_prompts
+
+        asked = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
+        done = [self._sheet(sheet, asked[: max(1, len(asked) // sheet.share)], command) for sheet in SHEETS]
+        done.append(
+            demo_video.make(
+                below(self.out, f"{demo_video.FILE}.png"),
+                videos=max(1, len(asked) // _VIDEO_SHARE),
+                rows=min(self.rows, 4),
+                steps=self.steps,
+                guidance=self.guidance,
+                seed=self.seed,
+                command=command,
+                force=self.force,
+            )
+        )
+        seconds = sum(one["seconds"] for one in done)
+        say(f"{seconds:.0f} s of computing; pictures in {', '.join(p for one in done for p in one['pictures'])}")
+        data = {
+            "seconds": round(seconds, 1),
+            "prompts": self.prompts,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "sheets": done,
+        }
+        return Result(data, "\n\n".join(map(_text, done)) + f"\n\n{_NOTES}")
+
+    def _sheet(self, sheet: Sheet, asked: tuple[str, ...], command: str) -> dict[str, Any]:
+        """Make one picture, and a second one of maps where it has one."""
+        from tqdm import tqdm
+
+        from attnctl.data.record import save_image
+        from attnctl.pipelines.generate import Call
+        from attnctl.pipelines.models import load
+
+        seeds = tuple(range(self.seed, self.seed + len(asked)))
+        loaded = load(sheet.model)
+        panels = sheet.panels
+        say(f"{sheet.model}: {len(panels)} panels of {len(asked)} images, {self.steps} steps, on {loaded.pipe.device}")
+        calls = [
+            Call(
+                prompts=asked[first : first + self.batch],
+                seeds=seeds[first : first + self.batch],
+                steps=self.steps,
+                guidance=self.guidance,
+                options=dict(sheet.options),
+                command=command,
+            )
+            for first in range(0, len(asked), self.batch)
+        ]
+        started = time.perf_counter()
+        columns = []
+        with tqdm(total=len(panels) * len(calls) * self.steps, unit="step", disable=None, leave=False) as bar:
+            for panel in panels:
+                bar.set_description(panel.name)
+                asks = [replace(call, controls=_controls(panel, call.prompts)) for call in calls]
+                if not panel.controls and sheet.maps:  # the plain images of the grid also show where they attend
+                    asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))
+                columns.append(_column(loaded, asks, bar.update))
+        seconds = time.perf_counter() - started
+
+        shown = min(self.rows, self.prompts, self.batch, len(asked))
+        pictures = [below(self.out, f"{sheet.file}.png")]
+        save_image(
+            _grid(sheet, columns, asked[:shown], seeds[:shown], self, len(asked)),
+            pictures[0],
+            [replace(column["records"][0], shows=tuple(range(shown))) for column in columns],
+            force=self.force,
+        )
+        if sheet.maps:
+            pictures.append(below(self.out, f"{sheet.maps}.png"))
+            plain = columns[[panel.controls for panel in panels].index(())]
+            save_image(
+                _maps_sheet(plain, asked[:shown], seeds[:shown]),
+                pictures[1],
+                replace(plain["records"][0], shows=tuple(range(shown))),
+                force=self.force,
+            )
+        marks = [_marks(panel, column) for panel, column in zip(panels, columns, strict=True)]
+        for panel, row in zip(panels, marks, strict=True):
+            for control, names in zip(panel.controls, row["sites"], strict=True):
+                say(f"{control} acts on {', '.join(names)}")
+        return {
+            "model": sheet.model,
+            "pictures": [str(path) for path in pictures],
+            "seconds": round(seconds, 1),
+            "images_per_panel": len(asked),
+            "panels": marks,
+        }
+
+
+def _controls(panel: Panel, prompts: Sequence[str]) -> tuple[Any, ...]:
+    """Make the controls of one column for the prompts of one call."""
+    from attnctl.data.specs import parse_control
+
+    return tuple(parse_control(text.replace("NOUNS", repr(tuple(map(nouns, prompts))))) for text in panel.controls)
+
+
+def _capture(prompts: Sequence[str], steps: int) -> Any:
+    """Record the two nouns of each prompt while the image settles, in the stage where nouns find their objects."""
+    from attnctl.processors import Capture
+
+    return Capture(words=tuple(map(nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
+
+
+def nouns(prompt: str) -> tuple[str, ...]:
+    """Name the shapes of a prompt of the shapes world as words to attend to: "circle#2" for a second circle.
+
+    Raises:
+        JudgeError: it is another prompt.
+    """
+    from attnctl.shapes import parse
+
+    shapes = [thing.shape for thing in parse(prompt).things]
+    return tuple(f"{s}#{shapes[: i + 1].count(s)}" if shapes.count(s) > 1 else s for i, s in enumerate(shapes))
+
+
+def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
+    """Run all calls of one panel and judge the images."""
+    from attnctl.pipelines.generate import sample
+    from attnctl.shapes import judge
+
+    done = [sample(loaded, call, step) for call in calls]
+    images = [image for one in done for image in one.images]
+    prompts = [prompt for call in calls for prompt in call.prompts]
+    matches = [judge(image).matches(prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        "images": images,
+        "records": [one.record for one in done],
+        "maps": next((maps for one in done for maps in one.maps), None),
+        "present": [match.all_present for match in matches],
+        "bound": [all(match.bound) for match in matches],
+        "right": [match.right for match in matches],
+    }
+
+
+def _grid(
+    sheet: Sheet,
+    columns: Sequence[dict[str, Any]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    demo: Demo,
+    images: int,
+) -> Any:
+    from attnctl.data.pictures import grid
+
+    rows = len(prompts)
+    return grid(
+        [column["images"][i] for i in range(rows) for column in columns],
+        rows,
+        len(columns),
+        [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
+        ["\n".join(panel.controls) or panel.name for panel in sheet.panels],
+        footer=(
+            "Green frame: the judge finds both objects, each in its own colour and shape, and nothing else. "
+            f"The first {rows} of {images} images of {sheet.model}, not chosen; CFG {demo.guidance:g}, "
+            f"{demo.steps} steps."
+        ),
+        frames=[GREEN if column["right"][i] else None for i in range(rows) for column in columns],
+    )
+
+
+def _maps_sheet(plain: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+    from attnctl.data.map_pictures import overlay_word
+    from attnctl.data.pictures import grid
+
+    maps = plain["maps"]
+    tiles = []
+    for i, prompt in enumerate(prompts):
+        image = plain["images"][i]
+        tiles += [image, *(overlay_word(image, maps, word, i) for word in nouns(prompt))]
+    return grid(
+        tiles,
+        len(prompts),
+        3,
+        [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
+        ["plain", "first noun", "second noun"],
+        footer=(
+            "Where the image attends to the two nouns: cross-attention of the up blocks, second half of the run; "
+            "each map from dark (its lowest share of attention) to bright (its highest)."
+        ),
+    )
+
+
+def _marks(panel: Panel, column: dict[str, Any]) -> dict[str, Any]:
+    """Count each mark of a panel, with its 95 % interval."""
+    marks: dict[str, Any] = {}
+    for name in MARKS:
+        marks[name] = tally(column[name])
+    record = column["records"][0]
+    sites = [list(names) for names in record.sites]
+    return {"name": panel.name, "controls": list(record.controls), "sites": sites, **marks}
+
+
+_NOTES = (
+    "The same prompts and seeds in all rows of a table; k/n and 95 % Wilson interval.\n"
+    "bound: each object has its own colour and shape; all right: bound, and nothing else in the picture."
+)
+
+
+def _text(sheet: dict[str, Any]) -> str:
+    marks = MARKS if "images_per_panel" in sheet else demo_video.MARKS
+    heads, motion = [sheet["model"], *marks.values()], [] if "images_per_panel" in sheet else ["motion, px a frame"]
+    rows = [
+        (panel["name"], *(_share(panel[name]) for name in marks), *(f"{panel['motion']:.2f}" for _ in motion))
+        for panel in sheet["panels"]
+    ]
+    return table((*heads, *motion), rows)
+
+
+def _share(mark: dict[str, Any]) -> str:
+    return f"{mark['k']}/{mark['n']} {mark['share']:4.0%} [{mark['low']:.0%}, {mark['high']:.0%}]"

@@ -1,0 +1,245 @@
+"""`attnctl hunt`: search for the attention heads whose perturbation serves an objective."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from attnctl.app.commands.common import Common, Result, UsageError, say, table
+
+__all__ = ["Hunt"]
+
+_PRESETS = {"quality": (1, 24, 0.25), "style": (5, 3, 1.0), "shapes": (1, 6, 0.5)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hunt(Common):
+    """Search for heads (HeadHunter, arXiv 2506.10978). Run it under torchrun to share the work between processes."""
+
+    model: str = "shapes:mmdit"
+    """`shapes:mmdit` or `shapes:text2image` (shipped), a hub id, or a local folder."""
+
+    preset: Literal["quality", "style", "shapes"] = "shapes"
+    """The published searches for quality and for a style, or one for the shipped models and their judge."""
+
+    objective: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: by preset)")] = None
+    """shapes, clip, pickscore, blip, or module:function for a callable (images, prompts) of your own."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """Prompts to search on (the style preset's contents); without any, the preset's own."""
+
+    style: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
+    """The style to search for, with --preset style."""
+
+    pairs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    """Use only the first prompt-seed pairs."""
+
+    rounds: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    """Rounds; heads chosen in one act in the next."""
+
+    k: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    """Heads chosen in a round."""
+
+    u: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    """Strength of the perturbation."""
+
+    scale: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    """Guidance weight."""
+
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    """Denoising steps."""
+
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    """Classifier-free guidance scale during the search; 0 is off."""
+
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Another argument of the pipeline, such as height=512."""
+
+    sites: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SELECTOR")] = ()
+    """Restrict the pool to layers: names, globs, stages or depths; several add up."""
+
+    heads: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Restrict the pool to a saved head set, or to labels such as "L1H10 L11H15"."""
+
+    prune: float = 0.0
+    """Share of the pool to drop by the first step's change."""
+
+    halving: bool = False
+    """Successive halving over pairs: candidates that do badly on the first ones see no more."""
+
+    group: int = 0
+    """Heads that act together in a picture, told apart by least squares: far fewer pictures. 0 tries each alone."""
+
+    repeats: int = 1
+    """How often the heads are dealt out into groups for each pair."""
+
+    batch: int = 1
+    """Pictures in one pipeline call; candidates of one layer share calls."""
+
+    validate: bool = False
+    """Also mark the chosen set after every round."""
+
+    show: int = 0
+    """Pairs to draw at the end: plain, each chosen head, the whole set."""
+
+    log: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: OUT/log)")] = None
+    """Folder of the log; a search that was stopped goes on from it."""
+
+    out: Path = Path("heads")
+    """Folder for the head set, the heat map and the pictures."""
+
+    dry_run: bool = False
+    """Only say what the search would cost: images, passes, hours on this machine."""
+
+    revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
+    """The commit or branch of a hub model."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    dtype: str = "auto"
+    """auto, float32, float16, bfloat16."""
+
+    force: bool = False
+    """Replace a result that is already there."""
+
+    def run(self, command: str) -> Result:
+        """Plan, say what it costs, search, save."""
+        from attnctl.core.sites import find_sites
+        from attnctl.data.files import check_free
+        from attnctl.errors import ConfigError
+        from attnctl.pipelines.hunting.scorers import objective_of
+        from attnctl.pipelines.hunting.search import hunt, seconds_of
+        from attnctl.pipelines.models import device_and_dtype, load
+        from attnctl.pipelines.workers import Crew
+
+        check_free([self.out / "hunt_result.json"], force=self.force or self.dry_run)
+        try:
+            plan = self._plan()
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+        device, dtype = device_and_dtype(self.device, self.dtype)
+        crew = Crew(device)
+        if crew.size > 1 and device == "cuda":
+            device = f"cuda:{crew.local}"
+        loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
+        pool = plan.pool(find_sites(loaded.pipe))
+        plan = self._halved(plan, len(pool))
+        cost = plan.estimate(pool)
+        data: dict[str, Any] = {
+            "model": loaded.name, "pool": len(pool), "pairs": len(plan.pairs), "images": cost.images,
+            "images_per_round": list(cost.search), "passes": cost.passes, "processes": crew.size,
+        }  # fmt: skip
+        hours = seconds_of(loaded.pipe, plan) * cost.images / 3600 / crew.size if self.dry_run or not crew.rank else 0.0
+        data["hours"] = round(hours, 4)
+        told = (
+            f"{len(pool)} heads, {len(plan.pairs)} prompt-seed pairs, {plan.rounds} rounds of {plan.k}: {cost.images} "
+            f"images, {cost.passes} denoiser rows, about {_duration(hours)} on this machine ({crew.size} processes)"
+        )
+        if self.dry_run:
+            return Result(data, told)
+        if not crew.rank:
+            say(told)
+        name = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore")
+        found = hunt(
+            loaded.pipe, plan, objective_of(name, device), log=self.log or self.out / "log", model=loaded.name,
+            objective=name,
+        )  # fmt: skip
+        if crew.rank:
+            return Result(None, "")
+        found.save(self.out, force=self.force)
+        return Result(data | found.to_dict() | {"out": str(self.out)}, _text(found, self.out, self.model))
+
+    def _plan(self) -> Any:
+        """Build the plan that the flags describe."""
+        from attnctl.data.specs import parse_option
+        from attnctl.pipelines.hunting.plan import STYLE_CONTENTS, HuntPlan
+
+        rounds, k, u = _PRESETS[self.preset]
+        fields: dict[str, Any] = {
+            "rounds": rounds, "k": k, "u": u, "call": dict(parse_option(text) for text in self.option),
+            "prune": self.prune, "prune_pairs": min(2, self.pairs or 2), "group": self.group, "repeats": self.repeats,
+            "batch": self.batch, "show": self.show, "validate": self.validate,
+        }  # fmt: skip
+        for name in ("rounds", "k", "u", "scale", "steps", "guidance"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
+        if self.sites:
+            fields["sites"] = tuple(int(s) if s.isdigit() else s for s in self.sites)
+        if self.heads is not None:
+            fields["heads"] = _heads(self.heads)
+        if (self.preset == "style") != (self.style is not None):
+            raise UsageError("--style and --preset style belong together: give both, or neither.")
+        if self.preset == "style":
+            plan = HuntPlan.style(str(self.style), self.prompt or STYLE_CONTENTS, **fields)
+        elif self.preset == "quality":
+            if not self.prompt:
+                raise UsageError("--preset quality needs prompts: give --prompt ten times, as published.")
+            plan = HuntPlan.quality(self.prompt, **fields)
+        else:
+            plan = self._shapes(fields)
+        if self.pairs is None:
+            return plan
+        if not 1 <= self.pairs <= len(plan.pairs):
+            raise UsageError(f"--pairs {self.pairs} is out of range: this search has {len(plan.pairs)} pairs.")
+        return _changed(plan, pairs=plan.pairs[: self.pairs])
+
+    def _shapes(self, fields: dict[str, Any]) -> Any:
+        from attnctl.pipelines.hunting.plan import HuntPlan
+        from attnctl.shapes.scenes import pair_prompts
+
+        prompts = self.prompt or pair_prompts(21, 64 if self.pairs else 16, "tuning")
+        usual: dict[str, Any] = {"scale": 2.5, "steps": 10, "guidance": 3.0}
+        if self.model == "shapes:mmdit":
+            fields["call"] = {"max_sequence_length": 0} | fields["call"]
+        return HuntPlan(pairs=tuple((text, i) for i, text in enumerate(prompts)), **usual | fields)
+
+    def _halved(self, plan: Any, pool: int) -> Any:
+        from attnctl.pipelines.hunting.plan import halvings
+
+        if not self.halving:
+            return plan
+        return _changed(plan, halving=halvings(pool - int(plan.prune * pool), len(plan.pairs), plan.k))
+
+
+def _changed(plan: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(plan, **changes)
+
+
+def _heads(text: str) -> Any:
+    from attnctl.plans import HeadSet
+
+    return HeadSet.from_pretrained(text) if Path(text).exists() else HeadSet.from_labels(text)
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"
+
+
+def _text(found: Any, out: Path, model: str) -> str:
+    rows = [
+        (i + 1, f"{site} head {head}", round(r.scores[site, head], 4), r.seen[site, head])
+        for i, r in enumerate(found.rounds)
+        for site, head in r.chosen
+    ]
+    lines = [table(("round", "head", "mark", "pairs"), rows)]
+    if found.baseline is not None:
+        lines.append(f"without perturbation: {found.baseline:.4f}")
+    lines += [f"after round {i + 1}: {r.score:.4f}" for i, r in enumerate(found.rounds) if r.score is not None]
+    strength = f"u={found.plan.u:g}, scale={found.plan.scale:g})"
+    told = shlex.join(("--model", model, "--prompt", found.plan.pairs[0][0]))
+    pairs = "".join(f'("{site}", {head}), ' for site, head in found.heads.pairs).rstrip()
+    lines += [
+        f"{found.images} images; {out}: head set, marks, heat map. To use them:",
+        f'  SoftPAG(heads=HeadSet.from_pretrained("{out}"), {strength}',
+        f"  attnctl generate {told} --control 'SoftPAG(heads=({pairs}), {strength}'",
+    ]
+    return "\n".join(lines)

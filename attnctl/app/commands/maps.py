@@ -1,0 +1,270 @@
+"""`attnctl maps`: an image, and where it attended to each word of its prompt, or to what, or where it is like what."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.map_image import check_image, map_image
+from attnctl.data.files import below, check_free, publish, slug
+
+__all__ = ["Maps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maps(Common):
+    """Show where images attend to the words of the prompt, or what they are like where."""
+
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """What to show; with --image, what it shows."""
+
+    image: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """A picture that exists: it is noised and looked at once, and nothing is made. With --point or --concept it needs
+    no prompt."""
+
+    strength: Annotated[float, tyro.conf.arg(metavar="X")] = 0.3
+    """Noise level at which --image is looked at, up to 1 for noise alone."""
+
+    word: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
+    """A word or phrase of the prompt, "cat#2" for the second cat, or the place of a token; several times for several.
+    All words of the prompt if none is given."""
+
+    point: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="X,Y")] = ()
+    """Show what a place of the image attends to instead, such as 0.5,0.25 for the middle of the upper half (shares of
+    width and height); several times for several."""
+
+    concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
+    """Show where the image is like a word or phrase that need not stand in the prompt (SD3, FLUX.1, shapes:mmdit);
+    several times, the background among them: the maps are shares of all."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
+    """`shapes:text2image` (shipped), a hub id, or a local folder."""
+
+    sites: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SELECTOR")] = ()
+    """Attention layers by name, glob, stage ("mid", "up.1") or depth; all that read text if none is given."""
+
+    heads: bool = False
+    """Also draw one column for each head."""
+
+    gif: bool = False
+    """Also draw the steps as a moving picture."""
+
+    regions: bool = False
+    """Also write where each map is high (Otsu's threshold): boxes and COCO masks in pixels."""
+
+    negative_words: bool = False
+    """Show the words of the negative prompt instead."""
+
+    control: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL")] = ()
+    """A method to act meanwhile, such as 'PAG(scale=3.0, sites="mid")'."""
+
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Seed of the first image; image i has seed + i."""
+
+    num: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    """Images."""
+
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the pipeline's)")] = None
+    """Denoising steps."""
+
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the pipeline's)")] = None
+    """Classifier-free guidance scale."""
+
+    negative: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
+    """What not to show."""
+
+    height: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the pipeline's)")] = None
+    """Height in pixels."""
+
+    width: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the pipeline's)")] = None
+    """Width in pixels."""
+
+    revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
+    """The commit or branch of a hub model."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    dtype: str = "auto"
+    """auto, float32, float16, bfloat16."""
+
+    out: Path = Path("out")
+    """Folder for one folder an image."""
+
+    force: bool = False
+    """Overwrite files that are already there."""
+
+    def run(self, command: str) -> Result:
+        """Generate image by image and write its maps."""
+        if not self.prompt.strip() and (self.image is None or not (self.point or self.concept)):
+            raise UsageError("Give a --prompt that is not empty.")
+        for name, least in (("num", 1), ("seed", 0), ("steps", 1), ("height", 1), ("width", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 2**63 - 2**32:
+                raise UsageError(f"--{name} is a whole number from {least} on, got {value}.")
+        if self.negative_words and not (self.negative or "").strip():
+            raise UsageError("--negative-words shows the words of --negative: give one.")
+        if self.point and (self.word or self.negative_words):
+            raise UsageError("--point shows what places attend to: leave out --word and --negative-words.")
+        if self.concept and (self.word or self.point or self.negative_words or self.heads):
+            raise UsageError(
+                "--concept shows what the image is like: leave out --word, --point, --negative-words and --heads."
+            )
+
+        if self.image is not None:
+            check_image(self)
+
+        from attnctl.app.commands.generate import _bar
+        from attnctl.data.specs import parse_control
+        from attnctl.errors import ConfigError
+        from attnctl.pipelines.generate import Call
+        from attnctl.pipelines.models import device_and_dtype, load
+
+        try:
+            controls = tuple(parse_control(text) for text in self.control)
+            captures = self._captures()
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+        if self.image is not None:
+            one = map_image(self, captures)
+            one["words"] = _words(one.pop("maps"))
+            return Result({"model": self.model, "prompt": self.prompt, "images": [one]}, _text([one]))
+        seeds = range(self.seed, self.seed + self.num)
+        folders = [below(self.out, f"{slug(self.prompt)}-maps-{seed}") for seed in seeds]
+        left_out = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
+        names = [n for n in _FILES if left_out.get(n, True)]
+        check_free([folder / name for folder in folders for name in names], force=self.force)
+        device, dtype = device_and_dtype(self.device, self.dtype)
+        say(f"Loading {self.model} ({device}, {dtype})")
+        loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
+        started = time.perf_counter()
+        found: list[dict[str, Any]] = []
+        with _bar(loaded.pipe, self.steps, self.num) as bar:
+            for seed, folder in zip(seeds, folders, strict=True):
+                call = Call(
+                    prompts=(self.prompt,),
+                    seeds=(seed,),
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    negative=self.negative,
+                    width=self.width,
+                    height=self.height,
+                    controls=(*controls, *captures),
+                    command=command,
+                )
+                found.append(self._write(folder, loaded, call, bar.update))
+        say(f"{len(found)} image(s) in {time.perf_counter() - started:.1f} s")
+        return Result({"model": loaded.name, "prompt": self.prompt, "images": found}, _text(found))
+
+    def _captures(self) -> tuple[Any, ...]:
+        """Make what records: steps apart, and for --heads once more with the heads apart."""
+        from attnctl.processors import Capture
+
+        words = tuple(int(w) if w.isdigit() else w for w in self.word) or None
+        sites = tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
+        points, concepts = tuple(map(_point, self.point)) or None, self.concept or None
+        rows: Any = "uncond" if self.negative_words else "cond"
+        # What is looked at once has no steps to keep.
+        first: tuple[str, ...] = ("steps",) if self.image is None else ()
+        kept: tuple[Any, ...] = (first, ("heads",)) if self.heads else (first,)
+        what: dict[str, Any] = {"words": words, "points": points, "concepts": concepts}
+        return tuple(Capture(**what, sites=sites, rows=rows, keep=keep) for keep in kept)
+
+    def _write(self, folder: Path, loaded: Any, call: Any, update: Any) -> dict[str, Any]:
+        from attnctl.data.map_files import describe, save
+        from attnctl.data.map_pictures import heads_sheet, steps_gif, steps_sheet, words_sheet
+        from attnctl.data.map_regions import regions
+        from attnctl.data.record import png_bytes, save_image
+        from attnctl.pipelines.generate import sample
+
+        done = sample(loaded, call, update)
+        image, record = done.images[0], done.record
+        about = {key: record.to_dict()[key] for key in ("model", "revision", "seeds", "steps", "guidance", "negative")}
+        maps = replace(done.maps[0], about={**about, "image": "image.png"})
+        title = f"{self.negative if self.negative_words else self.prompt}  (seed {call.seeds[0]})"
+        sheets = {
+            "words.png": words_sheet(image, maps, title=title),
+            "steps.png": steps_sheet(image, maps, title=title),
+        }
+        if self.heads:
+            sheets["heads.png"] = heads_sheet(image, done.maps[1], title=title)
+        save_image(image, folder / "image.png", record, force=self.force)
+        content = {folder / name: png_bytes(sheet, record) for name, sheet in sheets.items()}
+        if self.gif:
+            content[folder / "steps.gif"] = steps_gif(image, maps)
+        if self.regions:
+            where = regions(maps, size=(image.height, image.width))
+            text = json.dumps({"height": image.height, "width": image.width, "regions": where}, indent=1) + "\n"
+            content[folder / "regions.json"] = text.encode()
+        publish(content, force=self.force)
+        save(maps, folder / "maps.safetensors", force=self.force)
+        what = describe(maps)
+        kept = {key: what[key] for key in ("grid", "normalisation", "reduce")}
+        files = ["image.png", *(path.name for path in content), "maps.safetensors"]
+        return {
+            "folder": str(folder),
+            "seed": call.seeds[0],
+            "files": files,
+            **kept,
+            "layers": [layer["name"] for layer in what["layers"]],
+            "words": _words(maps),
+        }
+
+
+_FILES = (
+    "image.png",
+    "image.json",
+    "words.png",
+    "steps.png",
+    "heads.png",
+    "steps.gif",
+    "regions.json",
+    "maps.safetensors",
+    "maps.json",
+)
+
+
+def _point(text: str) -> tuple[float, ...]:
+    """Read "x,y" or "x,y,frame"."""
+    from attnctl.errors import ConfigError
+
+    try:
+        x, y, *frame = text.split(",")
+        return (float(x), float(y), *map(int, frame))
+    except ValueError:
+        raise ConfigError(f"--point {text!r}: expected x,y as shares of the image, such as 0.5,0.25.") from None
+
+
+def _words(maps: Any) -> list[dict[str, Any]]:
+    """Say where the map of each word is highest, and how high."""
+    return [
+        {"word": word, "tokens": list(maps.tokens[0][n]), **_peak(maps[word][0])} for n, word in enumerate(maps.words)
+    ]
+
+
+def _peak(values: Any) -> dict[str, Any]:
+    """Find a map's highest value and its place, in shares of the image from the top left."""
+    h, w = values.shape
+    place = int(values.argmax())
+    return {
+        "mean": round(float(values.mean()), 6),
+        "peak": round(float(values.max()), 6),
+        "peak_x": round((place % w + 0.5) / w, 4),
+        "peak_y": round((place // w + 0.5) / h, 4),
+    }
+
+
+def _text(found: list[dict[str, Any]]) -> str:
+    rows = [
+        (one["seed"], w["word"], f"{w['mean']:.4f}", f"{w['peak']:.4f}", f"{w['peak_x']:.0%} {w['peak_y']:.0%}")
+        for one in found
+        for w in one["words"]
+    ]
+    head = ("seed", "word", "mean", "highest", "at (from left, top)")
+    return f"{table(head, rows)}\n\n" + "\n".join(f"{one['folder']}: {', '.join(one['files'])}" for one in found)

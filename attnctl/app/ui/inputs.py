@@ -1,0 +1,159 @@
+"""What all tabs share: the fields of a request, how progress and errors are shown, tables."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from attnctl.app.ui.actions import Ask, Step
+from attnctl.app.ui.models import Models
+from attnctl.core.hosts.words import prompt_words
+from attnctl.data.specs import parse_control
+from attnctl.errors import AttnctlError
+from attnctl.pipelines.models import SHIPPED
+
+__all__ = ["Fields", "ask", "following", "picture", "prompts_for", "said", "table", "ticks", "word_choices", "written"]
+
+_SHAPES = (20, 3.0)  # steps and guidance of the shipped models
+_SHAPES_VIDEO = (10, 2.0)  # a video and its twin in some fifteen seconds; the guidance that its card found best
+_PROMPTS = (
+    "a red circle and a blue square on gray",
+    "a green ring and a white cross on black",
+    "a yellow triangle and a purple circle on brown",
+)
+_ELSEWHERE = ("a photo of a cat and a dog", "an astronaut riding a horse")
+
+
+class Fields:
+    """Hold the fields of a request: model, prompt, seed, steps, guidance.
+
+    Args:
+        models: Names of the models to choose from; the first is chosen.
+        prompt: The prompt to begin with.
+    """
+
+    def __init__(self, models: Sequence[str], prompt: str, *, seed: int = 0) -> None:
+        many, guidance = self.settings(models[0])
+        self.model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
+        self.prompt = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=4)
+        with gr.Row():
+            self.seed = gr.Number(seed, label="Seed", precision=0, minimum=0, min_width=70)
+            self.steps = gr.Number(many, label="Steps", precision=0, minimum=1, min_width=70)
+            self.guidance = gr.Number(guidance, label="Guidance (CFG)", step=0.5, min_width=70)
+
+    @property
+    def all(self) -> list[Any]:
+        """List the components, in the order of `ask`."""
+        return [self.model, self.prompt, self.seed, self.steps, self.guidance]
+
+    def settings(self, model: str) -> tuple[int | None, float | None]:
+        """Return steps and guidance to begin with; None is the pipeline's own."""
+        if model == f"{SHIPPED}video":
+            return _SHAPES_VIDEO
+        return _SHAPES if model.startswith(SHIPPED) else (None, None)
+
+
+def prompts_for(model: str) -> tuple[str, ...]:
+    """Return prompts to begin with."""
+    return _PROMPTS if model.startswith(SHIPPED) else _ELSEWHERE
+
+
+def ask(
+    model: str,
+    prompt: str,
+    seed: float | None,
+    steps: float | None,
+    guidance: float | None,
+    negative: str | None = None,
+) -> Ask:
+    """Read the fields."""
+    return Ask(
+        model=model,
+        prompt=prompt or "",
+        seed=0 if seed is None else int(seed),
+        steps=None if steps is None else int(steps),
+        guidance=None if guidance is None else float(guidance),
+        negative=negative or "",
+    )
+
+
+def written(text: str | None) -> list[Any]:
+    """Read controls in their short form, one a line."""
+    return [parse_control(line) for line in (text or "").splitlines() if line.strip()]
+
+
+def ticks(progress: Any, models: Models, asked: Ask, runs: int = 1) -> Step:
+    """Return what moves the page's bar by one step of so many runs."""
+    import inspect
+
+    steps = asked.steps
+    if steps is None:
+        call = inspect.signature(type(models.get(asked.model).pipe).__call__).parameters
+        steps = call["num_inference_steps"].default
+    return following(progress, runs * steps if isinstance(steps, int) else None)
+
+
+def following(progress: Any, total: int | None) -> Step:
+    """Return what moves the page's bar by one of `total` steps."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress((min(done, total or done), total), desc="computing", unit="steps")
+
+    progress((0, total), desc="computing", unit="steps")
+    return step
+
+
+def said(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Show errors as messages in the page: what attnctl raises in its own words, never a stack trace."""
+
+    @functools.wraps(action)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return action(*args, **kwargs)
+        except AttnctlError as error:
+            raise gr.Error(" ".join(str(error).split()), title="That cannot be", print_exception=False) from None
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)  # for the terminal of whoever started the page
+            message = f"Unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+            raise gr.Error(message, title="attnctl failed", print_exception=False) from None
+
+    return run
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def picture(label: str, name: str, *, height: int | None = None, pixels: bool = False) -> Any:
+    """Make a place for a picture; its file is handed on as it is, so that it keeps its record.
+
+    Args:
+        label: What stands in its corner.
+        name: Its name in the page.
+        height: Pixels that it is enlarged to; None for sheets, which are as high as they are, below their label.
+        pixels: Enlarge small pictures without smoothing.
+    """
+    return gr.Image(
+        label=label,
+        type="filepath",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id=name,
+        height=height,
+        elem_classes=["fill" if height else "sheet", *(["pixels"] if pixels else [])],
+    )
+
+
+def word_choices(prompt: str, chosen: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """List the words of a prompt, and those of `chosen` that are among them; its last words if none is."""
+    words = list(prompt_words(prompt))
+    return words, [word for word in chosen if word in words]

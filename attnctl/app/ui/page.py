@@ -1,0 +1,61 @@
+"""The page: its tabs and how it looks. Nothing in it comes from another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from attnctl.app.ui.models import Models
+from attnctl.app.ui.tab_image import image_tab
+from attnctl.app.ui.tab_maps import heads_tab, words_tab
+from attnctl.app.ui.tab_video import video_tab
+
+__all__ = ["CSS", "build", "theme"]
+
+CSS = """
+.gradio-container { max-width: 1240px !important; }
+.fill button, .fill .image-frame, .fill img { width: 100% !important; height: 100% !important; object-fit: contain; }
+.pixels img { image-rendering: pixelated; }
+.sheet .image-container { padding-top: 30px; }
+.sheet img { width: 100%; }
+.mono textarea { font-family: monospace; font-size: 12px; white-space: pre; overflow-x: auto; }
+.about { padding: 8px 12px 4px !important; font-size: 13px; background: var(--block-background-fill) !important; }
+.marks table { width: 100%; font-size: 13px; }
+.marks th, .marks td { border-color: var(--border-color-primary) !important; padding: 4px 8px !important; }
+.marks th, .marks td:first-child { white-space: nowrap; }
+#head p { margin: 0; }
+"""
+
+
+def theme() -> Any:
+    """Return a theme whose letters are those of the reader's own system."""
+    return gr.themes.Default(
+        primary_hue="indigo",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+        spacing_size="sm",
+        text_size="md",
+    )
+
+
+def build(models: Models, folder: Path) -> Any:
+    """Lay out the page.
+
+    Args:
+        models: What it can run.
+        folder: Where it may write.
+    """
+    with gr.Blocks(title="attnctl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        ready = f"Pictures by `{models.images[0]}`, videos by `{models.videos[0]}`"
+        gr.Markdown(f"### attnctl\nAttention control, side by side. {ready}.", elem_id="head")
+        with gr.Tab("Image", id="image"):
+            image_tab(models, folder)
+        with gr.Tab("Words", id="words"):
+            words_tab(models, folder)
+        with gr.Tab("Heads", id="heads"):
+            heads_tab(models, folder)
+        with gr.Tab("Video", id="video"):
+            video_tab(models, folder)
+    return page

@@ -1,0 +1,189 @@
+"""The tab "Video": a video plain and with more motion, and an uploaded one edited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import gradio as gr
+
+from attnctl.app.ui import actions, video_actions
+from attnctl.app.ui.inputs import Fields, ask, following, picture, said, table, ticks, written
+from attnctl.app.ui.models import Models
+from attnctl.app.ui.video_actions import EditAsk
+from attnctl.pipelines.models import SHIPPED
+from attnctl.processors import BroadWay
+
+__all__ = ["video_tab"]
+
+_PROMPTS = ("a red circle moving right fast on gray", "a blue square moving up slow on white")
+_ELSEWHERE = ("a horse galloping along the beach", "a paper boat on a river")
+_WORDS = ("a red circle on gray", "a blue circle on gray")
+_STEPS = 10
+_ALONE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+
+
+def video_tab(models: Models, folder: Path) -> None:
+    """Lay out the tab: two tabs in it."""
+    with gr.Tab("Generate", id="video-make"):
+        _make_tab(models, folder)
+    with gr.Tab("Edit", id="video-edit"):
+        _edit_tab(models, folder)
+
+
+def _make_tab(models: Models, folder: Path) -> None:
+    prompts = _PROMPTS if models.videos[0].startswith(SHIPPED) else _ELSEWHERE
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=320):
+            fields = Fields(models.videos, prompts[0])
+            motion = gr.Slider(
+                0,
+                4,
+                value=1.0,
+                step=0.1,
+                label="motion",
+                info="BroadWay; 0 changes nothing, 1 is the published setting",
+            )
+            with gr.Accordion("More", open=False):
+                more = gr.Textbox(
+                    "",
+                    label="Further controls, one a line, as --control takes them",
+                    placeholder="EnhanceAVideo(weight=4.0)",
+                    lines=2,
+                )
+            go = gr.Button("Generate video", variant="primary", elem_id="video-go")
+            gr.Examples([[p] for p in prompts], [fields.prompt], label="Click an example")
+        with gr.Column(scale=6, min_width=400):
+            with gr.Row():
+                plain, controlled = _player("Plain", "video-plain"), _player("Controlled", "video-controlled")
+            marks = gr.Markdown(
+                "Press *Generate video*: the same noise becomes a video twice.",
+                elem_id="video-marks",
+                elem_classes=["marks"],
+            )
+            frames = picture("Frames", "video-frames")
+            files = gr.File(label="Files with their record", interactive=False, visible=False)
+            with gr.Accordion("Report: what acted where", open=False):
+                report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
+            with gr.Accordion("The same from the command line", open=False):
+                command = gr.Code(language="shell", show_label=False, interactive=False)
+
+    @said
+    def video(
+        model: str,
+        prompt: str,
+        seed: float,
+        steps: float,
+        guidance: float,
+        motion: float,
+        controls: str,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, ...]:
+        """Make a video plain and with more motion: both MP4s, frames of both, the table, files, report, commands."""
+        asked = ask(model, prompt, seed, steps, guidance)
+        acting = [BroadWay(motion=motion)] if motion else []
+        acting += written(controls)
+        done = actions.compare(models, asked, acting, ticks(progress, models, asked, 2 if acting else 1))
+        films = [video_actions.preview(folder, run.videos[0]) for _, run, _ in done.runs]
+        strips = [actions.keep(folder, f"{name} {prompt}", run) for name, run, _ in done.runs]
+        mp4s = [video_actions.film(folder, f"{n} {prompt}", run.videos[0], run.record) for n, run, _ in done.runs]
+        missing = [None] * (2 - len(films))
+        return (
+            *films,
+            *missing,
+            actions.keep_bytes(folder, "frames.png", video_actions.frames_sheet(done)),
+            table(*video_actions.video_marks(done, prompt)),
+            gr.update(value=[f for f in (*mp4s, *strips) if f], visible=True),
+            done.report,
+            done.commands,
+        )
+
+    outputs = [plain, controlled, frames, marks, files, report, command]
+    go.click(
+        video, [*fields.all, motion, more], outputs, api_name="video", show_progress_on=[plain, controlled], **_ALONE
+    )
+
+
+def _edit_tab(models: Models, folder: Path) -> None:
+    small = models.edits[0].startswith(SHIPPED)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=320):
+            model = gr.Dropdown(list(models.edits), value=models.edits[0], label="Model", visible=len(models.edits) > 1)
+            clip = gr.Video(label="Video", sources=["upload"], height=220, elem_id="edit-video")
+            source = gr.Textbox(_WORDS[0] if small else "", label="What it shows")
+            target = gr.Textbox(_WORDS[1] if small else "", label="What it shall show")
+            with gr.Row():
+                frames = gr.Number(8, label="Frames", precision=0, minimum=1, min_width=70)
+                steps = gr.Number(_STEPS if small else 50, label="Steps", precision=0, minimum=1, min_width=70)
+                guidance = gr.Number(4.0 if small else 7.5, label="Guidance (CFG)", step=0.5, min_width=70)
+            with gr.Accordion("More", open=False):
+                mode = gr.Radio(["refine", "replace"], value="refine", label="How the prompts are matched")
+                cross = gr.Slider(0, 1, value=0.8, step=0.05, label="cross_replace")
+                own = gr.Slider(0, 1, value=0.8, step=0.05, label="self_replace")
+                blend = gr.Textbox(
+                    "", label="Keep the source outside of", placeholder="words of the source, such as circle"
+                )
+                size = gr.Number(64 if small else 512, label="Shorter side, pixels", precision=0, minimum=8)
+            go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
+            sample = video_actions.sample_clip(folder)
+            if sample is not None:
+                gr.Examples(
+                    [[sample, *_WORDS]], [clip, source, target], label="Click an example", elem_id="edit-examples"
+                )
+        with gr.Column(scale=6, min_width=400):
+            with gr.Row():
+                before, after = _player("Before", "edit-before"), _player("After", "edit-after")
+            strip = picture("Before and after", "edit-strip")
+            files = gr.File(label="The edit and its record", interactive=False, visible=False)
+            with gr.Accordion("Report: what acted where", open=False):
+                report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
+            with gr.Accordion("The same from the command line", open=False):
+                command = gr.Code(language="shell", show_label=False, interactive=False)
+
+    @said
+    def edit(
+        model: str,
+        video: str | None,
+        source: str,
+        target: str,
+        frames: int,
+        steps: int,
+        guidance: float,
+        mode: str,
+        cross_replace: float,
+        self_replace: float,
+        blend: str,
+        size: int,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, ...]:
+        """Edit a video with a prompt: before and after as MP4, the strip, files, report, command."""
+        asked = EditAsk(
+            model=model,
+            video=video,
+            source=source,
+            target=target,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            mode=cast(Any, mode),
+            cross_replace=cross_replace,
+            self_replace=self_replace,
+            blend=blend,
+            size=size,
+        )
+        done = video_actions.edit(models, asked, folder, following(progress, asked.ticks))
+        shown = gr.update(value=list(done.files), visible=bool(done.files))
+        return done.before, done.after, done.strip, shown, done.report, done.command
+
+    go.click(
+        edit,
+        [model, clip, source, target, frames, steps, guidance, mode, cross, own, blend, size],
+        [before, after, strip, files, report, command],
+        api_name="edit",
+        show_progress_on=[before, after],
+        **_ALONE,
+    )
+
+
+def _player(label: str, name: str) -> Any:
+    return gr.Video(label=label, interactive=False, autoplay=True, loop=True, buttons=["download"], elem_id=name)

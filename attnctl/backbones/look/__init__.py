@@ -1,0 +1,1 @@
+"""Looking inside backbones: sites, maps, what heads do."""

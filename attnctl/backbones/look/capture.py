@@ -1,0 +1,231 @@
+"""`Capture` on backbones: what class tokens, places of the image or all of them attend to, as maps over the image.
+
+    with attnctl.control(vit, Capture(words=("class",), keep=("heads",))) as handle:
+        vit(images)
+        handle.maps["class"]  # [images, h, w]
+
+A `WordMaps` comes back, as from a pipeline, with one layer an attention module; each forward pass is a new run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnctl.backbones.grid import GridRecorder, watch_grid
+from attnctl.backbones.look.probe import Look, look
+from attnctl.backbones.look.sites import Place, find_places, owner_of, sites_of
+from attnctl.core.control import Control
+from attnctl.core.handle import Handle
+from attnctl.core.sites import select
+from attnctl.data.maps import WordMaps, reduced
+from attnctl.errors import ConfigError, ConflictError, NeverApplied, UnsupportedModelError, nearest
+from attnctl.processors.capture.capture import Capture
+from attnctl.processors.capture.points import point_label, token_at
+
+__all__ = ["BackboneHandle", "GridWatch"]
+
+Grid = tuple[int, int]
+
+
+class GridWatch:
+    """Tells the token grid of every place: from its patch embedding, or square."""
+
+    def __init__(self, model: nn.Module, places: Sequence[Place], undo: contextlib.ExitStack) -> None:
+        self._owners = {p.name: owner_of(model, p.name) for p in places}
+        self._recorders: dict[nn.Module, GridRecorder] = {}
+        for owner in self._owners.values():
+            if owner not in self._recorders and hasattr(owner, "patch_embed"):
+                self._recorders[owner], hook = watch_grid(owner)
+                undo.callback(hook.remove)
+
+    def __call__(self, place: Place, tokens: int) -> Grid:
+        """Return (height, width) of a sequence. Raises: UnsupportedModelError where nothing tells."""
+        owner, n = self._owners[place.name], tokens - place.prefix
+        live = self._recorders[owner].grid if owner in self._recorders else None
+        grid = live or getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+        side = round(n**0.5)
+        for known in (grid, (side, side)):
+            if known is not None and known[0] * known[1] == n:
+                return int(known[0]), int(known[1])
+        raise UnsupportedModelError(f"Nothing tells how the {n} tokens of {place.name} lie on the image.")
+
+
+class BackboneHandle(Handle):
+    """A `Capture` attached to a backbone: run the model, read `maps`, and detach."""
+
+    def __init__(self, model: nn.Module, controls: Sequence[Control]) -> None:
+        self.controls = tuple(controls)
+        self.backend = "auto"
+        self.prompts = None
+        self._model = model
+        self._enabled, self._attached = True, False
+        self._undo = contextlib.ExitStack()
+        self._latents = None
+        self._watched = []
+        self._capture = _checked(self.controls)
+        if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
+            raise UnsupportedModelError(
+                f"This {type(model).__name__} is compiled, and a compiled graph cannot be looked into. Give the model "
+                "from before torch.compile: it shares its weights with the compiled one."
+            )
+        every = {p.name: p for p in find_places(model)}
+        self._sites = sites_of(model)
+        chosen = self._sites
+        if self._capture.sites is not None:
+            chosen = select(self._sites, self._capture.sites, kinds=("self",), what="Capture")
+        self._places = [every[s.name] for s in chosen]
+        self._asks = _questions(self._capture, self._places, model)
+        self._layers: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def attach(self) -> Handle:
+        """Install the hooks; undo everything if any part fails."""
+        taken = [h for h in self._model._forward_pre_hooks.values() if isinstance(getattr(h, "__self__", None), Handle)]
+        if taken:
+            raise ConflictError("This model is under control already: detach that handle first.")
+        with contextlib.ExitStack() as undo:
+            self._grid = GridWatch(self._model, self._places, undo)
+            undo.callback(self._model.register_forward_pre_hook(self._begin).remove)
+            for place in self._places:
+                hook = place.module.register_forward_hook(_Seen(self, place), with_kwargs=True)
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
+        self._attached = True
+        return self
+
+    @property
+    def sites(self) -> tuple[Any, ...]:
+        """Return the sites that are recorded."""
+        names = {p.name for p in self._places}
+        return tuple(s for s in self._sites if s.name in names)
+
+    def result(self, capture: Capture) -> WordMaps:
+        """Return the maps of the last forward pass.
+
+        Raises: ConfigError if another Capture was attached, NeverApplied before the first pass.
+        """
+        if capture is not self._capture:
+            raise ConfigError(f"{capture!r} is not a Capture that this handle has attached.")
+        if not self._layers:
+            raise NeverApplied("Capture has recorded nothing yet: run the model with the handle enabled.")
+        images = next(iter(self._layers.values())).shape[0]
+        return WordMaps(
+            words=tuple(self._asks),
+            layers=dict(self._layers),
+            sites=tuple(s for s in self.sites if s.name in self._layers),
+            steps=(0,),
+            prompts=("",) * images,
+            tokens=(tuple((n,) for n in range(len(self._asks))),) * images,
+            heads=None if capture.heads is None else tuple(capture.heads),
+            reduce="mean" if capture.reduce == "none" else capture.reduce,  # type: ignore[arg-type]
+            keep=tuple(capture.keep),
+            of="points",
+            about={"model": type(self._model).__name__},
+        )
+
+    def report(self) -> str:
+        """Say in words what is recorded where."""
+        return f"Capture of {', '.join(self._asks)} at {len(self._places)} sites of {type(self._model).__name__}:\n" + (
+            "\n".join(f"  {p.name}: {p.heads} heads" for p in self._places)
+        )
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if self.enabled:
+            self._layers, self._bytes = {}, 0
+
+    def seen(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record one call of one place."""
+        if not self.enabled or torch.jit.is_tracing():
+            return
+        capture, x = self._capture, args[0]
+        grid = (0, 0) if x.ndim == 4 or len(args) > 1 else self._grid(place, x.shape[1])
+        with look(place, args, kwargs, grid) as asked:
+            rows = torch.stack([asked.rows(_weights(ask, asked)) for ask in self._asks.values()], dim=1)
+            h, w = asked.key_grid
+        maps = rows[..., : h * w].unflatten(-1, (1, h, w)).unsqueeze(2)  # [B, labels, steps, heads, frames, h, w]
+        if capture.heads is not None:
+            past = [n for n in capture.heads if n >= place.heads]
+            if past:
+                raise ConfigError(f"Capture: heads={past} do not exist in {place.name}, which has {place.heads} heads.")
+            maps = maps[:, :, :, list(capture.heads)]
+        if "heads" not in capture.keep:
+            maps = reduced(maps, 3, "mean" if capture.reduce == "none" else capture.reduce).unsqueeze(3)  # type: ignore[arg-type]
+        if capture.store == "float16":
+            maps = maps.half()
+        if capture.device is not None:
+            maps = maps.to(capture.device)
+        self._bytes += maps.numel() * maps.element_size()
+        if self._bytes > capture.budget:
+            raise ConfigError(
+                f"Capture: the maps take more than budget={capture.budget} bytes by {place.name}: record fewer sites "
+                "or images, reduce the heads, or raise the budget."
+            )
+        self._layers[place.name] = maps
+
+
+class _Seen:
+    """Hears one place's calls. A copy of the model hears nothing: it would record into this one's maps."""
+
+    def __init__(self, handle: BackboneHandle, place: Place) -> None:
+        self._heard = (handle, place)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return lambda *_: None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        handle, place = self._heard
+        if module is place.module:
+            handle.seen(place, args, kwargs)
+
+
+def _checked(controls: Sequence[Any]) -> Capture:
+    if len(controls) != 1 or not isinstance(controls[0], Capture):
+        raise UnsupportedModelError(
+            "Image backbones take one Capture and nothing else: the other controls steer denoisers. "
+            "attnctl.swap changes the attention of a backbone."
+        )
+    capture = controls[0]
+    for name, plain in (("start", 0.0), ("stop", 1.0), ("rows", "cond"), ("prompt", None), ("refine", 0)):
+        if getattr(capture, name) != plain:
+            raise ConfigError(f"Capture: {name} is for denoising runs; an image backbone has none. Leave it out.")
+    if capture.reduce == "ema":
+        raise ConfigError('Capture: reduce="ema" runs over denoising steps; an image backbone has one: choose "mean".')
+    if capture.points is not None and any(len(p) > 2 for p in capture.points):
+        raise ConfigError("Capture: points of an image are (x, y); a frame belongs to videos.")
+    return capture
+
+
+def _questions(capture: Capture, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+    """Map each label to what it asks: a point, the number of a prefix token, or None for the mean over the image."""
+    if capture.points is not None:
+        return {point_label(p): p for p in capture.points}
+    owner = owner_of(model, places[0].name)
+    first = ["class"] if getattr(owner, "cls_token", None) is not None else []
+    names = (first + [f"register{n}" for n in range(1, 100)])[: min(p.prefix for p in places)]
+    known: dict[str, Any] = {name: n for n, name in enumerate(names)} | {"mean": None}
+    for word in capture.words or ():
+        if word not in known:
+            raise ConfigError(
+                f"Capture: {word!r} is no token of this backbone; these are: {', '.join(known)}."
+                f"{nearest(str(word), known)} For places of the image give points."
+            )
+    return {word: known[word] for word in capture.words or list(known)[:1]}
+
+
+def _weights(question: Any, asked: Look) -> Tensor:
+    """Weigh the queries for a question."""
+    h, w = asked.grid
+    weights = torch.zeros(h * w + asked.prefix)
+    if question is None:
+        weights[: h * w] = 1 / (h * w)
+    elif isinstance(question, int):
+        weights[h * w + question] = 1
+    else:
+        row, column = token_at(question, h, w)
+        weights[row * w + column] = 1
+    return weights

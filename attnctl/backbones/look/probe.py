@@ -1,0 +1,169 @@
+"""Looking into a backbone's attention without touching it: which values reach which place, head by head.
+
+Attention is linear in its values: out = A v. One backward pass from a query's output to the values, with queries and
+keys held constant, is that query's row of A, exactly. So one reader serves softmax attention over the map, in windows,
+on grids or over reduced keys, routed attention, agents, and every swapped form. Depthwise branches on the values are no
+attention and are left out. The module runs a second time for it: what the model computes stays bit for bit as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnctl.backbones.look.sites import Place
+
+__all__ = ["Look", "look"]
+
+Grid = tuple[int, int]
+# Depthwise branches beside attention: their output does not count.
+_BRANCHES = ("lepe", "dwc", "get_v")
+
+
+class _Reached(Exception):
+    """Ends the second run of a module where enough was seen."""
+
+
+@dataclass
+class Look:
+    """One call of one attention, ready to be asked.
+
+    heads: H. mixed: the result before the output projection, [B, queries, C]. leaf: the values, [B, keys, C].
+    query_at, key_at: where each query and key lies: row by row in its grid, from h * w on prefix tokens, -1 padding.
+    grid, key_grid: (height, width) in tokens of queries and keys. prefix: class and register tokens.
+    """
+
+    heads: int
+    mixed: Tensor
+    leaf: Tensor
+    query_at: Tensor
+    key_at: Tensor
+    grid: Grid
+    key_grid: Grid
+    prefix: int
+
+    def rows(self, weights: Tensor) -> Tensor:
+        """Compute what the queries attend to, summed with weights.
+
+        Shapes: weights [h * w + prefix], one a query token -> [B, H, keys + prefix], the key grid row by row.
+        """
+        d = self.mixed.shape[-1] // self.heads
+        weights = weights.to(self.mixed)
+        each = torch.where(self.query_at >= 0, weights[self.query_at.clamp(min=0)], 0.0) / d
+        cotangent = each[None, :, None].expand_as(self.mixed)
+        (grad,) = torch.autograd.grad(self.mixed, self.leaf, cotangent, retain_graph=True)
+        by_key = grad.float().unflatten(-1, (self.heads, -1)).sum(-1).transpose(1, 2)
+        n = self.key_grid[0] * self.key_grid[1] + self.prefix
+        rows = by_key.new_zeros(*by_key.shape[:2], n + 1)
+        return rows.index_add_(2, torch.where(self.key_at >= 0, self.key_at, n), by_key)[..., :n]
+
+    def one(self, query: int) -> Tensor:
+        """Compute what one query token attends to, [B, H, keys + prefix]."""
+        weights = torch.zeros(self.grid[0] * self.grid[1] + self.prefix)
+        weights[query] = 1
+        return self.rows(weights)
+
+
+@contextmanager
+def look(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid) -> Iterator[Look]:
+    """Run an attention once more on the inputs of a call, and yield what can be asked of it.
+
+    grid: (height, width) in tokens, where the input is a sequence that does not tell.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(_restore, {m: m.training for m in place.module.modules()})
+        for module in place.module.modules():
+            module.training = False  # no dropout of attention weights
+            if _leaf_name(place.module, module) in _BRANCHES:
+                stack.callback(module.register_forward_hook(lambda _, __, y: y.detach()).remove)
+        x = args[0].detach().clone()
+        if place.norm is not None:
+            x = place.norm(x).detach()
+        if x.ndim == 4:
+            grid = (x.shape[1], x.shape[2])
+        elif len(args) > 1 and args[1] is not None:
+            grid = (int(args[1][0]), int(args[1][1]))
+        at = _layout(place, x, grid)
+        seen: dict[str, Tensor] = {}
+
+        def values(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+            seen["leaf"], whole = _with_leaf(y.detach(), place, x.shape[0])
+            return whole
+
+        def mixed(_: nn.Module, inputs: Any) -> None:
+            seen["mixed"] = inputs[0]
+            raise _Reached
+
+        hooks = place.values.register_forward_hook(values), place.out.register_forward_pre_hook(mixed)
+        with hooks[0], hooks[1], contextlib.suppress(_Reached):
+            place.enter(x, *args[1:], **kwargs)
+        out, leaf = seen["mixed"].flatten(0, -2).unflatten(0, (x.shape[0], -1)), seen["leaf"]
+        query_at = at if out.shape[1] == len(at) else _padded(grid, seen["mixed"].shape[1:3]).to(x.device)
+        key_at, key_grid = at, grid
+        if leaf.shape[1] != len(at):
+            key_at, key_grid = torch.arange(leaf.shape[1], device=x.device), _reduced(leaf.shape[1], grid)
+        yield Look(place.heads, out, leaf, query_at, key_at, grid, key_grid, place.prefix)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _leaf_name(parent: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in parent.named_modules() if m is module).rpartition(".")[2]
+
+
+def _layout(place: Place, x: Tensor, grid: Grid) -> Tensor:
+    """Tell where the tokens lie that reach the projection, by sending their numbers instead of features."""
+    h, w = grid
+    if not place.windowed:
+        n = h * w
+        first = torch.arange(n, n + place.prefix, device=x.device)
+        return torch.cat([first, torch.arange(n, device=x.device)])
+    seen: list[Tensor] = []
+
+    def arrived(_: nn.Module, inputs: Any) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    numbers = torch.arange(1, h * w + 1, device=x.device, dtype=torch.float32).reshape(1, h, w, 1)
+    with place.values.register_forward_pre_hook(arrived), contextlib.suppress(_Reached):
+        place.enter(numbers)
+    return seen[0].flatten().round().long() - 1  # padding is zero
+
+
+def _padded(grid: Grid, size: Sequence[int]) -> Tensor:
+    """Number the tokens of a grid that was padded at the bottom and right to a size."""
+    (h, w), (ph, pw) = grid, size
+    numbers = torch.arange(1, h * w + 1).reshape(h, w)
+    return nn.functional.pad(numbers, [0, pw - w, 0, ph - h]).flatten() - 1
+
+
+def _with_leaf(y: Tensor, place: Place, batch: int) -> tuple[Tensor, Tensor]:
+    """Cut the values out of a projection's output [..., channels] and put them back as a leaf [batch, keys, C]."""
+    if place.by_head:
+        q, k, v = y.unflatten(-1, (place.heads, 3, -1)).unbind(-2)
+        leaf = v.flatten(-2).flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
+        return leaf, torch.stack([q, k, leaf.reshape(v.shape)], dim=-2).flatten(-3)
+    rest, v = y.split([y.shape[-1] - place.width, place.width], dim=-1)
+    leaf = v.flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
+    return leaf, torch.cat([rest, leaf.reshape(v.shape)], dim=-1)
+
+
+def _reduced(count: int, grid: Grid) -> Grid:
+    """Tell the grid of keys that were reduced to fewer than the map has."""
+    for r in range(1, max(grid) + 1):
+        for h, w in ((grid[0] // r, grid[1] // r), (-(-grid[0] // r), -(-grid[1] // r))):
+            if h * w == count:
+                return h, w
+    side = round(count**0.5)
+    return (side, side) if side * side == count else (1, count)

@@ -1,0 +1,1 @@
+"""Token mixers that take the place of softmax attention."""

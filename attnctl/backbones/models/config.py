@@ -1,0 +1,117 @@
+"""timm's configuration records, checks of per-stage lists, and the report on weights that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from torch import Tensor, nn
+
+from attnctl.backbones.modules.resize import fit_weight
+from attnctl.errors import ConfigError, UnsupportedModelError
+
+__all__ = ["builder", "cfg", "exactly", "load_filter", "size_cfgs", "stage_types"]
+
+
+def cfg(**kwargs: Any) -> dict[str, Any]:
+    """Build timm's record for a model without published weights in its hub."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def size_cfgs(family: str, sizes: Iterable[str], **common: Any) -> Any:
+    """Build timm's records for the sizes of a family, and for its micro model on 32 px images."""
+    micro = common | {"input_size": (3, 32, 32)}
+    if common.get("pool_size", True) is not None:
+        micro["pool_size"] = (1, 1)
+    records = {f"{family}_{size}.untrained": cfg(**common) for size in sizes}
+    return generate_default_cfgs(records | {f"{family}_micro.untrained": cfg(**micro)})
+
+
+def builder(model: type[nn.Module], checkpoint_filter_fn: Callable[..., Any], **features: Any) -> Callable[..., Any]:
+    """Return what builds a model of a class: from a variant's name, `pretrained`, and its arguments.
+
+    features: how timm takes features from it, the four stages if none are given.
+    """
+    wanted = features or {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+
+    def create(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        return build_model_with_cfg(
+            model, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(wanted), **kwargs
+        )
+
+    return create
+
+
+def exactly(count: int, **lists: Sized) -> None:
+    """Check that every per-stage list has one entry a stage. Raises: ConfigError naming the list."""
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ConfigError(f"{name}={values} was given with {len(values)} entries; expected one a stage: {count}.")
+
+
+def stage_types(attn_type: str, depths: tuple[int, ...]) -> list[list[str]]:
+    """Spell out the kind of every block: "AAAB" names a kind a stage, "AAMB2" gives a stage M 2 blocks of A, then B.
+
+    Raises: ConfigError for another number of letters, unknown letters, an M without its count.
+    """
+    letters, count = attn_type[: len(depths)], attn_type[len(depths) :]
+    known = len(letters) == len(depths) and set(letters) <= set("ABM")
+    if not known or bool(count) != ("M" in letters) or (count and not count.isdigit()):
+        raise ConfigError(
+            f"attn_type={attn_type!r} was given; expected {len(depths)} letters of A (agent), B (the host's own) "
+            "or M (A first, then B), and after an M how many blocks are A, as in 'AAMB2'."
+        )
+    kinds = []
+    for letter, depth in zip(letters, depths, strict=True):
+        agents = {"A": depth, "B": 0, "M": min(depth, int(count or 0))}[letter]
+        kinds.append(["A"] * agents + ["B"] * (depth - agents))
+    return kinds
+
+
+def load_filter(
+    state: Mapping[str, Any], model: nn.Module, resize: bool = False, head: str = "head"
+) -> dict[str, Tensor]:
+    """Refuse weights of another variant, naming what is missing, unexpected and of another shape.
+
+    resize: fit axis biases, positions and relative position tables of another image size first.
+    A classifier of another size is left to timm, which drops it. Raises: UnsupportedModelError.
+    """
+    want = model.state_dict()
+    if resize:
+        state = {k: fit_weight(k, v, want[k]) if k in want else v for k, v in state.items()}
+    keys = {k for k in want if not k.startswith(head)}
+    have = {k for k in state if not k.startswith(head)}
+    missing, unexpected = sorted(keys - have), sorted(have - keys)
+    shapes = [
+        f"{k}: {tuple(state[k].shape)} instead of {tuple(want[k].shape)}"
+        for k in sorted(keys & have)
+        if torch.is_tensor(state[k]) and state[k].shape != want[k].shape
+    ]
+    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if missing or unexpected or shapes:
+        raise UnsupportedModelError(
+            f"The weights are of another variant than this {type(model).__name__}: "
+            f"{_some('missing', missing)}; {_some('unexpected', unexpected)}; {_some('of another shape', shapes)}. "
+            "Create the model with the name and the options that the weights were trained with."
+        )
+    return dict(state)
+
+
+def _some(what: str, names: Iterable[str], n: int = 4) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:n]) + (", ..." if len(listed) > n else "")
+    return f"{len(listed)} {what}" + (f" ({shown})" if listed else "")

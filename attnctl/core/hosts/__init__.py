@@ -1,0 +1,1 @@
+"""Every fact about diffusers: families, rows, schedulers, prompts, words, caches, processors."""

@@ -1,0 +1,146 @@
+"""Which rows of a denoiser call carry the prompt.
+
+Pipelines batch the negative prompt before the prompt ([uncond, cond]), call the denoiser once for each (cond first in
+all that diffusers ships), or use no negative prompt. Nothing announces which; attnctl reads it off the first call (the
+two halves of a batched call hold equal latents) and checks it when the scheduler receives the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+from attnctl.core.call import Rows, main_input, row_count
+from attnctl.errors import ConfigError, UnsupportedModelError
+
+__all__ = ["Layout", "RowReader"]
+
+Layout = Literal["auto", "cond", "uncond_first", "sequential"]
+
+
+class RowReader:
+    """Tells the rows of each call of one run.
+
+    Args:
+        pipe: The pipeline, or None for a bare model, all of whose rows then count as prompt rows.
+        layout: "auto" to find out; "cond" (every row carries the prompt), "uncond_first" (batched halves) or
+            "sequential" (prompt call, then negative call) to be told.
+    """
+
+    def __init__(self, pipe: Any, layout: Layout) -> None:
+        if layout not in get_args(Layout):
+            raise ConfigError(f"layout={layout!r} is unknown. Choose one of {', '.join(get_args(Layout))}.")
+        self.pipe, self.layout = pipe, layout
+        self.calls = 0
+        self._scaled: torch.Tensor | None = None
+        self._first: Any = None
+        self._read: Rows | None = None
+        self._known: dict[tuple[int, bool | None], bool] = {}
+
+    def new_run(self) -> None:
+        """Forget what was read of the last run."""
+        self.calls, self._scaled, self._first, self._read = 0, None, None, None
+        self._known = {}
+
+    def scaled(self, sample: torch.Tensor) -> None:
+        """Note the latents that a pipeline scales, before it adds masks or image latents to them.
+
+        A ControlNet in guess mode has the prompt's rows scaled once more, by themselves; the denoiser's are more.
+        """
+        if self._scaled is None or sample.shape[0] >= self._scaled.shape[0]:
+            self._scaled = sample
+
+    def read(self, bound: Mapping[str, Any], cond_first: bool = False) -> Rows:
+        """Tell the rows of a call.
+
+        Raises:
+            UnsupportedModelError: The pipeline calls the denoiser in a way that attnctl cannot tell apart.
+        """
+        total = row_count(bound)
+        call, self.calls = self.calls, self.calls + 1
+        if "skip_layers" in bound and bound["skip_layers"] is not None:
+            return Rows(total, slice(0, 0), role="extra")  # SD3's own skip-layer guidance: not ours to guide
+        if self.pipe is None:
+            return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
+        if call == 0:
+            self._first = main_input(bound)
+            self._read = self._first_rows(bound, total, cond_first)
+            return self._read
+        if self._read is not None and self._read.role == "all" and self.layout != "cond":
+            first = self._first
+            same = isinstance(first, list) or main_input(bound).shape == first.shape
+            if call == 1 and same:
+                return Rows(total, slice(0, 0), slice(0, total), role="uncond")
+        raise UnsupportedModelError(
+            f"{type(self.pipe).__name__} called its denoiser {call + 1} times in one step with {total} rows: this is "
+            "neither a batched nor a sequential pair of negative prompt and prompt. "
+            'Pass control(..., layout="cond") if every row carries the prompt.'
+        )
+
+    def _first_rows(self, bound: Mapping[str, Any], total: int, cond_first: bool) -> Rows:
+        if self.layout in ("cond", "sequential"):
+            return Rows.all(total)
+        if self.layout == "uncond_first":
+            return self._told_halves(total)
+        flag = self._cfg_flag()
+        key = (total, flag)
+        if key not in self._known:
+            self._known[key] = flag is not False and total % 2 == 0 and self._halves_equal(bound, total)
+        return Rows.halves(total, cond_first) if self._known[key] else Rows.all(total)
+
+    @staticmethod
+    def _told_halves(total: int) -> Rows:
+        if total % 2:
+            raise UnsupportedModelError(
+                f'layout="uncond_first" needs an even number of rows; the denoiser was called with {total}.'
+            )
+        return Rows.halves(total)
+
+    def _cfg_flag(self) -> bool | None:
+        """Return whether the pipeline says that it uses classifier-free guidance, or None if it does not say."""
+        try:
+            flag = self.pipe.do_classifier_free_guidance
+        except AttributeError:  # no such property, or one whose inputs are not set yet
+            return None
+        return flag if isinstance(flag, bool) else None
+
+    def _halves_equal(self, bound: Mapping[str, Any], total: int) -> bool:
+        x = main_input(bound) if self._scaled is None else self._scaled
+        half = total // 2
+        if isinstance(x, (list, tuple)):
+            return all(torch.equal(a, b) for a, b in zip(x[:half], x[half:], strict=True))
+        # Video UNets may fold frames into rows before scaling.
+        return x.shape[0] % 2 == 0 and torch.equal(*x.chunk(2))
+
+    def check_step(self, sample: Any) -> None:
+        """Compare the rows read with the latents that the scheduler updates.
+
+        Raises:
+            UnsupportedModelError: The number of rows does not fit what was read.
+        """
+        rows, first, self._scaled = self._read, self._first, None
+        self.calls, self._first = 0, None
+        if rows is None or first is None or self.pipe is None or not isinstance(sample, torch.Tensor):
+            return
+        if isinstance(first, (list, tuple)):
+            ratio = len(first) / sample.shape[0]
+        elif first.ndim == sample.ndim:
+            ratio = first.shape[0] / sample.shape[0]
+        else:
+            ratio = first.numel() / sample.numel()
+        expected = 2 if rows.role == "both" else 1
+        if ratio == expected:
+            return
+        name = type(self.pipe).__name__
+        if expected == 2 and ratio == 1:
+            raise UnsupportedModelError(
+                f"{name}: the two halves of a batch hold equal latents, which looks like negative prompt and prompt, "
+                'but they are two images. Pass control(..., layout="cond"), or give the images different latents.'
+            )
+        raise UnsupportedModelError(
+            f"{name} called its denoiser with {ratio:g} rows for each image: an unknown row layout (attnctl knows "
+            "prompt only, negative prompt then prompt in one batch, and one call for each). If the first half is the "
+            'negative prompt, pass control(..., layout="uncond_first").'
+        )

@@ -1,0 +1,1 @@
+"""Perturbed attention in closed form, without a map."""

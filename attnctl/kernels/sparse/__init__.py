@@ -1,0 +1,1 @@
+"""Block-sparse attention: one function, several kernels."""

@@ -1,0 +1,166 @@
+"""Block-sparse attention by gathering: any device, any size, differentiable, and the fastest on a CPU.
+
+The key blocks that a query block needs are copied side by side, and torch's dense kernel runs on the copy. Copies are
+kept about as large as a core's cache: larger ones are slower, since they are written to memory and read back. Nothing
+is padded and nothing is masked: query blocks with equally many key blocks run together, and what is left of the last
+block, like the text, stands at the end of the copy.
+
+One head is laid out at a time, in memory that the next one takes over: for all heads together it would be new memory,
+and a CPU spends longer on getting its pages than on filling them. Queries are laid out in the order in which they are
+computed, so that one reordering brings them there and one brings the results back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnctl.kernels import sdpa
+from attnctl.kernels.memory import Memory
+from attnctl.kernels.sparse.lists import Bundle, bundles, ratio
+from attnctl.plans.blocks import BlockPlan
+from attnctl.plans.orders import permutation
+
+__all__ = ["run"]
+
+_CACHE_BYTES = 1 << 20
+_MOST_ROWS = 4
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: slice, scale: float | None) -> Tensor:
+    """Compute the image rows of block-sparse attention.
+
+    Shapes: q [B, H, N, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv], in the model's order; image: the n tokens of the grid,
+    the others are text -> [B, H, n, Dv].
+    """
+    batch, heads = q.shape[:2]
+    shared = heads // k.shape[1]
+    text = slice(0, image.start) if image.start else slice(image.stop, q.shape[2])
+    n, times = image.stop - image.start, ratio(plan, group)
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    memory = None if differentiable else Memory()
+    out = None if differentiable else v.new_empty((batch, heads, n, v.shape[-1]))
+    found = []
+    for h in range(heads):
+        work = bundles(plan, group, h, times, q.device)
+        order = permutation(plan.grid, plan.order[h], q.device) if plan.grid and any(plan.order) else None
+        there, back = _ways(work, times * plan.block_q, n, order)
+        for b in range(batch):
+            kv = b, h // shared
+            head = _Head(
+                _laid_out("keys", k[kv][image], order, memory),
+                _laid_out("values", v[kv][image], order, memory),
+                (k[kv][text], v[kv][text]),
+                plan.block_k,
+            )
+            queries = _laid_out("queries", q[b, h, image], there, memory)
+            results = _compute(queries, head, work, times * plan.block_q, scale, memory)
+            if out is None:
+                found.append(results.index_select(0, back))
+            else:
+                torch.index_select(results, 0, back, out=out[b, h])
+    return torch.stack(found).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out
+
+
+class _Head(NamedTuple):
+    """Keys and values of one head: image tokens in the head's order, text tokens, tokens in a block."""
+
+    keys: Tensor
+    values: Tensor
+    text: tuple[Tensor, Tensor]
+    block: int
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Return whole blocks of keys and of values, each as one row."""
+        whole = self.keys.shape[0] // self.block
+        keys, values = (x[: whole * self.block].reshape(whole, self.block * x.shape[1]) for x in self[:2])
+        return keys, values
+
+    def ends(self, tail: bool) -> tuple[Tensor, Tensor]:
+        """Return what follows the blocks: the text, and before it the last, partial block where `tail`."""
+        if not tail:
+            return self.text
+        first = self.keys.shape[0] // self.block * self.block
+        return torch.cat([self.keys[first:], self.text[0]]), torch.cat([self.values[first:], self.text[1]])
+
+
+def _ways(work: tuple[Bundle, ...], height: int, n: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens in the order in which they are computed, and where each token's result then stands: [n] both.
+
+    `order`: Tokens in the order that the blocks are cut from; None for the model's.
+    """
+    rows = torch.cat([bundle.rows for bundle in work])
+    tokens = torch.arange(n, device=rows.device)
+    # Whole blocks are picked, then what the last, partial one lacks is cut off: it comes last, a bundle of its own.
+    missing = -n % height
+    blocks = F.pad(tokens if order is None else order, (0, missing)).view(-1, height)
+    there = blocks.index_select(0, rows).flatten()[:n]
+    return there, torch.empty_like(there).scatter_(0, there, tokens)
+
+
+def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: Memory | None) -> Tensor:
+    """Return tokens [n, D] in an order, each after the other in memory."""
+    if order is None:
+        return x.contiguous()
+    if memory is None:
+        return x.index_select(0, order)
+    return torch.index_select(x, 0, order, out=memory.take(name, x.shape, x))
+
+
+def _compute(
+    queries: Tensor, head: _Head, work: tuple[Bundle, ...], height: int, scale: float | None, memory: Memory | None
+) -> Tensor:
+    """Compute one head's attention, in the order of its queries, [n, Dv]."""
+    n = queries.shape[0]
+    out = None if memory is None else memory.take("results", (n, head.values.shape[-1]), head.values)
+    found, at = [], 0
+    blocks = head.blocks()
+    for bundle in work:
+        rows, count = bundle.blocks.shape
+        stop = min(n, at + rows * height)  # a partial query block is alone in its bundle
+        ends = head.ends(bundle.tail)
+        size = (count * head.block + ends[0].shape[0]) * queries.shape[-1] * queries.element_size()
+        # Behind whole blocks something must be appended row by row: the copy is in one piece only for a single row.
+        together = 1 if ends[0].shape[0] else min(_MOST_ROWS, max(1, _CACHE_BYTES // max(1, size)))
+        # Rows lie along the batch axis: a kernel's results are then in the order of the queries.
+        some = queries[at:stop].view(rows, 1, -1, queries.shape[-1]).split(together)
+        columns = bundle.blocks.view(-1).split(together * count) if count else [bundle.blocks.view(-1)] * len(some)
+        done = [] if out is None else out[at:stop].view(rows, 1, -1, out.shape[-1]).split(together)
+        copies = [_Copies("keys", blocks[0], ends[0], memory), _Copies("values", blocks[1], ends[1], memory)]
+        for i, part in enumerate(some):
+            keys, values = (copy.of(columns[i], len(part)) for copy in copies)
+            result = sdpa.run(part, keys, values, None, scale)
+            if out is None:
+                found.append(result.flatten(0, 2))
+            else:
+                done[i].copy_(result)
+        at = stop
+    return torch.cat(found) if out is None else out
+
+
+class _Copies:
+    """Key (or value) blocks copied side by side, and `end` behind them."""
+
+    def __init__(self, name: str, blocks: Tensor, end: Tensor, memory: Memory | None) -> None:
+        self.name, self.blocks, self.end, self.memory = name + " copied", blocks, end, memory
+        self.whole = self.place = end[:0]
+
+    def of(self, columns: Tensor, rows: int) -> Tensor:
+        """Copy the blocks of some rows, numbers [rows * C], and return them as [rows, 1, tokens, D]."""
+        count, width, after = columns.shape[0] // rows, self.end.shape[-1], self.end.shape[0]
+        inside = count * self.blocks.shape[1] // width
+        if self.memory is None:
+            taken = self.blocks.index_select(0, columns).view(rows, 1, inside, width)
+            return torch.cat([taken, self.end.expand(rows, 1, after, width)], 2) if after else taken
+        if self.whole.shape != (rows, 1, inside + after, width):
+            self.whole = self.memory.take(self.name, (rows, 1, inside + after, width), self.blocks)
+            # In one piece: there is one row, or nothing behind the blocks.
+            self.place = self.whole.view(-1)[: rows * inside * width].view(rows * count, self.blocks.shape[1])
+            # What stands behind the blocks is the same for every row of a bundle, and stays.
+            self.whole[:, :, inside:] = self.end
+        if count:
+            torch.index_select(self.blocks, 0, columns, out=self.place)
+        return self.whole

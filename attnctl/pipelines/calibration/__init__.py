@@ -1,0 +1,1 @@
+"""Calibrating block-sparse attention."""

@@ -1,0 +1,230 @@
+"""Look at a model's attention while it runs, and add up the blocks: what a calibration measures.
+
+No map is ever built: `attnctl.kernels.sparse.block_mass` takes a few rows at a time. What each prompt gave is a file,
+so that an interrupted calibration goes on, and several processes can share the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attnctl.core.control import Control
+from attnctl.core.handle import control
+from attnctl.core.hosts.families import Family
+from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.sites import Selector, Site, select
+from attnctl.errors import ConfigError, PlanError
+from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
+
+__all__ = ["Settings", "Sums", "over_prompts", "processes", "runner"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Hold what a calibration was asked for."""
+
+    density: float
+    block_q: int
+    block_k: int
+    groups: int
+    metric: str
+    eps: float
+    sigma: float
+    alpha: float
+    budget: str
+
+
+@dataclass
+class Sums:
+    """Sums of one attention over the calls so far."""
+
+    call: dict[str, Any]
+    calls: dict[int, int] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    marks: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, group: int, found: BlockMass) -> None:
+        self.calls[group] = self.calls.get(group, 0) + 1
+        self.mass[group] = self.mass.get(group, 0) + found.mass.cpu()
+        for name, value in (("sparse", found.sparse), ("uneven", found.uneven)):
+            if value is not None:
+                self.marks[name] = self.marks.get(name, 0) + value.cpu()
+
+    def average(self) -> BlockMass:
+        """Average over the calls."""
+        calls = sum(self.calls.values())
+        whole = sum(self.mass.values()) / calls
+        marks = [self.marks[m] / calls if m in self.marks else None for m in ("sparse", "uneven")]
+        assert isinstance(whole, Tensor)
+        return BlockMass(whole, *marks)
+
+    def by_group(self) -> list[Tensor]:
+        """Average over the calls of each part of the run."""
+        return [self.mass[g] / self.calls[g] for g in sorted(self.mass)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look(Control):
+    """Watch the attention of a run and add up its blocks; nothing is changed."""
+
+    settings: Settings
+    sums: dict[str, Sums]
+    groups: int
+    unknown: set[str]
+    orders: Mapping[str, Sequence[int]] | None = None
+
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        return select(sites, [k for k in self.kinds if any(s.kind == k for s in sites)] or "self", what="calibrate")
+
+    def needs_steps(self) -> bool:
+        return self.groups > 1
+
+    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
+        s = self.settings
+
+        def watch(call: AttnCall, proceed: Proceed) -> Tensor:
+            grid = call.grid
+            if grid is None:
+                self.unknown.add(call.site.name)
+            elif call.q.shape[2] == call.k.shape[2]:
+                image = call.image or slice(0, call.q.shape[2])
+                group = call.state.step * self.groups // max(call.state.steps or 1, 1) if self.groups > 1 else 0
+                chosen = None if self.orders is None else [[o] for o in self.orders[call.site.name]]
+                with torch.no_grad():
+                    found = block_mass(
+                        call.q, call.k, grid, s.block_q, s.block_k, image=image, scale=call.scale, orders=chosen,
+                        eps=s.eps if s.metric != "mass" and chosen is None else None, sigma=s.sigma,
+                    )  # fmt: skip
+                facts = {
+                    "grid": list(grid), "n_text": call.q.shape[2] - (image.stop - image.start),
+                    "text_first": image.start > 0 or call.image is None,
+                }  # fmt: skip
+                held = self.sums.setdefault(call.site.name, Sums(facts))
+                if held.call["grid"] != facts["grid"]:
+                    raise ConfigError(
+                        f"{call.site.name} saw the grids {held.call['grid']} and {facts['grid']}: calibrate one "
+                        "resolution at a time."
+                    )
+                held.add(min(group, self.groups - 1), found)
+            return proceed(call)
+
+        return watch
+
+
+def runner(
+    pipe: Any,
+    settings: Settings,
+    sites: Selector | None,
+    groups: int,
+    orders: Mapping[str, Sequence[int]] | None,
+    arguments: dict[str, Any],
+) -> Callable[[str | Mapping[str, Any], int], dict[str, Sums]]:
+    """Return what runs one prompt and returns its sums."""
+
+    def run(prompt: str | Mapping[str, Any], seed: int) -> dict[str, Sums]:
+        sums: dict[str, Sums] = {}
+        unknown: set[str] = set()
+        told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **told}
+        watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
+        with control(pipe, watch):
+            pipe(**options)
+        if unknown:
+            warnings.warn(
+                f"attnctl: the token grid of {len(unknown)} sites is not known ({sorted(unknown)[0]}, ...): they get "
+                "no plan and stay dense.",
+                stacklevel=4,
+            )
+        return sums
+
+    return run
+
+
+def over_prompts(
+    run: Callable[[str | Mapping[str, Any], int], dict[str, Sums]],
+    prompts: Sequence[str | Mapping[str, Any]],
+    seed: int,
+    store: Path | None,
+    name: str,
+    quiet: bool,
+) -> dict[str, Sums]:
+    """Run every prompt once, here or in another process, and add up."""
+    from tqdm import tqdm
+
+    rank, world, wait = processes() if store is not None else (0, 1, lambda: None)
+    held: dict[int, dict[str, Sums]] = {}
+    for i in tqdm(range(rank, len(prompts), world), desc=f"calibrate {name}", disable=True if quiet else None):
+        path = None if store is None else store / f"{name}-{i}.safetensors"
+        if path is not None and path.exists():
+            continue
+        held[i] = run(prompts[i], seed + i)
+        if path is not None:
+            _write(path, held[i])
+    wait()
+    total: dict[str, Sums] = {}
+    for i in range(len(prompts)):
+        part = _read(store / f"{name}-{i}.safetensors") if store is not None else held[i]
+        for site, sums in part.items():
+            into = total.setdefault(site, Sums(sums.call))
+            for group, mass in sums.mass.items():
+                into.calls[group] = into.calls.get(group, 0) + sums.calls[group]
+                into.mass[group] = into.mass.get(group, 0) + mass
+            for mark, value in sums.marks.items():
+                into.marks[mark] = into.marks.get(mark, 0) + value
+    return total
+
+
+def processes() -> tuple[int, int, Callable[[], None]]:
+    """Return which of how many processes this is, and what waits for all of them."""
+    from attnctl.pipelines.workers import Crew
+
+    crew = Crew()
+    return crew.rank, crew.size, crew.wait
+
+
+def _write(path: Path, sums: dict[str, Sums]) -> None:
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for i, (name, held) in enumerate(sums.items()):
+        facts[name] = {"i": i, "calls": held.calls, "call": held.call}
+        tensors |= {f"{i}/mass/{g}": m.contiguous() for g, m in held.mass.items()}
+        tensors |= {f"{i}/{mark}/0": m.contiguous() for mark, m in held.marks.items()}
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors or {"none": torch.zeros(1)}, fresh, metadata={"sites": json.dumps(facts)})
+    os.replace(fresh, path)
+
+
+def _read(path: Path) -> dict[str, Sums]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {})["sites"])
+        tensors = load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise PlanError(f"{path} cannot be read ({error}): delete it and run the calibration again.") from None
+    found = {}
+    for name, fact in facts.items():
+        held = Sums(fact["call"], {int(group): n for group, n in fact["calls"].items()})
+        for key, tensor in tensors.items():
+            i, kind, group = key.split("/") if "/" in key else ("", "", "")
+            if i == str(fact["i"]):
+                if kind == "mass":
+                    held.mass[int(group)] = tensor
+                else:
+                    held.marks[kind] = tensor
+        found[name] = held
+    return found

@@ -1,0 +1,1 @@
+"""Editing videos and images with a text prompt."""

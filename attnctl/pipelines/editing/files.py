@@ -1,0 +1,186 @@
+"""What an edit writes: windows that are done, the clip, its record, and a strip of before and after."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from attnctl.data.clips import FileClip, mp4_bytes
+from attnctl.data.files import check_free, publish
+from attnctl.data.pictures import grid
+from attnctl.data.provenance import hardware, versions
+from attnctl.data.specs import control_to_dict
+from attnctl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from attnctl.pipelines.editing.edit import Job
+
+__all__ = ["Parts", "make_strip", "output_files", "parts_of", "record_of", "write"]
+
+_STRIP = 8  # frames shown before and after
+_MARK = "attnctl-edit"  # PNG text that holds the record
+
+
+class Parts:
+    """Windows that are done: in memory, or in a folder beside the output."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _path(self, first: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{first:06d}.safetensors"
+
+    def has(self, first: int) -> bool:
+        return first in self.kept or (self.folder is not None and self._path(first).exists())
+
+    def put(self, first: int, before: np.ndarray, after: np.ndarray) -> None:
+        if self.folder is None:
+            self.kept[first] = before, after
+            return
+        draft = self._path(first).with_suffix(".tmp")
+        save_file({"before": np.ascontiguousarray(before), "after": after}, draft)
+        draft.replace(self._path(first))
+
+    def get(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.folder is None:
+            return self.kept[first]
+        with safe_open(self._path(first), "numpy") as file:
+            return file.get_tensor("before"), file.get_tensor("after")
+
+    def frames(self, job: Job) -> Iterator[np.ndarray]:
+        """Yield the edited frames, one window in memory at a time."""
+        for first in job.windows:
+            yield from self.get(first)[1]
+
+    def whole(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """Return all frames, before and after."""
+        pairs = [self.get(first) for first in job.windows]
+        return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
+
+    def digest(self, job: Job) -> str:
+        """Hash the edited frames."""
+        found = hashlib.sha256()
+        for frame in self.frames(job):
+            found.update(frame.tobytes())
+        return found.hexdigest()
+
+
+@contextlib.contextmanager
+def parts_of(files: list[Path], record: dict[str, Any]) -> Iterator[Parts]:
+    """Give a place for windows that are done: what an earlier run of the same job left is taken up again."""
+    if not files:
+        yield Parts(None)
+        return
+    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    folder = files[0].parent / f".{files[0].name}.{mark}.parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield Parts(folder)
+    # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
+    for left in folder.parent.iterdir():
+        if left.name.startswith(f".{files[0].name}.") and left.name.endswith(".parts"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def output_files(out: str | Path | None, frames: int, force: bool) -> list[Path]:
+    """Return the files that will be written, the result first; refuse early what is there already."""
+    if out is None:
+        return []
+    path = Path(out)
+    if path.suffix.lower() == ".png" and frames != 1:
+        raise ConfigError(f"{path.name} holds one frame, and the edit has {frames}: give an .mp4 or a folder.")
+    if path.suffix.lower() not in (".mp4", ".png", ""):
+        raise ConfigError(f"{path.name}: an edit is written as .mp4, as a .png (one frame), or into a folder.")
+    if path.suffix.lower() == ".mp4":
+        mp4_bytes([np.zeros((16, 16, 3), np.uint8)], 8.0)  # PyAV missing is said now, not after the work
+    files = [path, path.with_suffix(".json"), path.with_name(f"{path.stem}-strip.png")]
+    check_free(files, force=force)
+    return files
+
+
+def write(
+    files: list[Path], parts: Parts, job: Job, fps: float, record: dict[str, Any], strip: Image.Image, force: bool
+) -> None:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    path, beside, picture = files
+    made = {beside: json.dumps(record, indent=2, allow_nan=False).encode() + b"\n", picture: _png(strip, text)}
+    if path.suffix.lower() == ".mp4":
+        made = {path: mp4_bytes(parts.frames(job), fps, text), **made}
+    elif path.suffix.lower() == ".png":
+        made = {path: _png(Image.fromarray(next(parts.frames(job))), text), **made}
+    else:
+        for i, frame in enumerate(parts.frames(job)):
+            made[path / f"{i:05d}.png"] = _png(Image.fromarray(frame), text)
+    publish(made, force=force)
+    if path.is_dir():
+        _remove_older(path, len(job.chosen))
+
+
+def _remove_older(folder: Path, count: int) -> None:
+    """Remove the frames that a longer edit left in a folder: they would pass for the end of this one."""
+    for left in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        ours = False
+        with contextlib.suppress(OSError), Image.open(left) as image:
+            ours = _MARK in image.info
+        if ours and int(left.stem) >= count:
+            left.unlink()
+
+
+def _png(image: Image.Image, text: str) -> bytes:
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text(_MARK, text, zip=True)
+    image.save(buffer, "png", pnginfo=info)
+    return buffer.getvalue()
+
+
+def make_strip(parts: Parts, job: Job) -> Image.Image:
+    """Lay some frames of the source over the same frames of the edit."""
+    n = len(job.chosen)
+    shown = sorted({round(i * (n - 1) / max(1, min(n, _STRIP) - 1)) for i in range(min(n, _STRIP))})
+    pairs = [(i, parts.get(i // job.window * job.window)) for i in shown]
+    images: list[Image.Image | None] = [
+        Image.fromarray(pair[side][i % job.window]) for side in (0, 1) for i, pair in pairs
+    ]
+    labels = [f"before\n{job.edit.source}", f"after\n{job.edit.target}"]
+    return grid(images, 2, len(shown), labels, [f"frame {job.chosen[i]}" for i in shown], tile=96)
+
+
+def record_of(pipe: Any, job: Job, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
+    """Say how the edit is made; machine paths stay out of it."""
+    device = str(next(pipe.unet.parameters()).device)
+    sample = job.read([0]) if len(job.chosen) == 1 else job.read([0, len(job.chosen) - 1])
+    return {
+        "schema": 1,
+        "kind": "edit",
+        "input": job.clip.path.name if isinstance(job.clip, FileClip) else "frames",
+        "input_ends_sha256": hashlib.sha256(sample.tobytes()).hexdigest(),
+        "frames": [job.chosen.start, len(job.chosen), job.chosen.step],
+        "width": job.width,
+        "height": job.height,
+        "fps": fps,
+        "control": control_to_dict(job.edit),
+        "steps": job.steps,
+        **call,
+        "window": job.window,
+        "store_bytes": job.bytes,
+        "model": model or str(getattr(pipe, "name_or_path", "") or type(pipe).__name__).rsplit("/", 1)[-1],
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(job.ddim).__name__,
+        "scheduler_replaced": None if job.ddim is pipe.scheduler else type(pipe.scheduler).__name__,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "device": device,
+        "hardware": hardware(device),
+        "versions": versions(),
+    }

@@ -1,0 +1,1 @@
+"""HeadHunter: the search for heads that serve an aim."""

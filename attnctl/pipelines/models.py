@@ -1,0 +1,168 @@
+"""Models by name: "shapes:text2image", a hub id, or a local folder. Safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnctl.data.provenance import fingerprint
+from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError
+
+__all__ = ["SHIPPED", "Loaded", "device_and_dtype", "load", "load_denoiser"]
+
+SHIPPED = "shapes:"
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Hold a pipeline with the name and the revision that a record keeps."""
+
+    pipe: Any
+    name: str
+    revision: str | None
+
+
+def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+    """Choose where and how precisely to compute: the accelerator in half precision if there is one.
+
+    Raises:
+        ConfigError: the device is not there, or the precision is unknown.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise ConfigError(f"Unknown device {device!r}; expected auto, cpu, cuda, cuda:1, mps or xpu.")
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"There is no device {device!r} here; torch sees {torch.cuda.device_count()} of them.")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "float16"
+    if dtype not in _DTYPES:
+        raise ConfigError(f"Unknown dtype {dtype!r}; expected auto, {', '.join(_DTYPES)}.")
+    return device, dtype
+
+
+def load(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Loaded:
+    """Load a pipeline.
+
+    Raises:
+        AttnctlError: it cannot be had; the message says why.
+    """
+    import torch
+
+    if name.startswith(SHIPPED):
+        import attnctl
+
+        world = name.removeprefix(SHIPPED)
+        if revision is not None:
+            raise ConfigError(f"{name} is part of attnctl and has no revision; got {revision!r}.")
+        with _calm():
+            pipe = attnctl.load_shapes(world, device=device, dtype=getattr(torch, dtype))
+        return Loaded(pipe, name, _shipped_fingerprint(world))
+
+    from diffusers import DiffusionPipeline
+
+    with _explained(name), _calm():
+        folder = Path(name)
+        if folder.is_dir() and revision is not None:
+            raise ConfigError(f"{name} is a local folder and has no revision; got {revision!r}.")
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+    return Loaded(pipe.to(device), *_identity(name, folder))
+
+
+def load_denoiser(name: str, *, revision: str | None = None) -> Any:
+    """Build a model's denoiser without its weights, from its configuration alone.
+
+    Raises:
+        AttnctlError: it cannot be had; the message says why.
+    """
+    if name.startswith(SHIPPED):
+        return load(name).pipe
+
+    import diffusers
+    import torch
+
+    with _explained(name):
+        parts = json.loads(_config_file(name, "model_index.json", revision).read_text(encoding="utf-8"))
+        part = next((p for p in ("unet", "transformer") if isinstance(parts.get(p), list)), None)
+        if part is None:
+            found = ", ".join(k for k in parts if not k.startswith("_"))
+            raise UnsupportedModelError(f"{name} has no `unet` and no `transformer`; its parts are {found}.")
+        library, class_name = parts[part]
+        cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+        if cls is None or not hasattr(cls, "from_config"):
+            raise UnsupportedModelError(
+                f"The {part} of {name} is {library}.{class_name}, which diffusers does not have."
+            )
+        config = json.loads(_config_file(name, f"{part}/config.json", revision).read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            return cls.from_config(config)
+
+
+def _config_file(name: str, path: str, revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name) / path
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, path, revision=revision))
+
+
+def _identity(name: str, folder: Path) -> tuple[str, str | None]:
+    """Return the name and the revision that a record keeps: never where a folder lies on this machine."""
+    if Path(name).is_dir():
+        return Path(name).resolve().name, fingerprint(folder)
+    return name, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+def _shipped_fingerprint(world: str) -> str | None:
+    spec = importlib.util.find_spec("attnctl.shapes")
+    folders = [Path(p) / "weights" / world for p in (spec.submodule_search_locations or ())] if spec else []
+    return next((fingerprint(folder) for folder in folders if folder.is_dir()), None)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Keep loading quiet: no deprecation notices for the library's own calls, no bars where nobody watches."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    hushed = [] if sys.stderr.isatty() else [lib for lib in libraries if lib.is_progress_bar_enabled()]
+    for library in hushed:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library in hushed:
+            library.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the many errors of loading into one that says what was asked for."""
+    try:
+        yield
+    except AttnctlError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:600]
+        raise UnsupportedModelError(
+            f"Cannot load {name!r}: {reason or type(error).__name__} Expected 'shapes:text2image', a hub id "
+            "such as 'stabilityai/stable-diffusion-xl-base-1.0', or a local folder with a model_index.json."
+        ) from error

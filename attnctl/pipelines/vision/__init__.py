@@ -1,0 +1,1 @@
+"""Training backbones for classification and segmentation."""

@@ -1,0 +1,73 @@
+"""One training loop for the vision jobs: AdamW, one cycle, a progress bar, a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnctl.data.pictures import blank_figure
+from attnctl.errors import ConfigError
+
+__all__ = ["draw_curve", "fit"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    epochs: int = 10,
+    batch: int = 64,
+    lr: float = 3e-3,
+    weight_decay: float = 0.02,
+    seed: int = 0,
+    quiet: bool = False,
+) -> list[float]:
+    """Train a model and return the mean loss of every epoch.
+
+    images: [n, C, H, W]; targets: [n, ...]. The order of the samples is a function of the seed, and no global random
+    state is drawn from but for dropout. Raises: ConfigError for an empty plan or counts that differ.
+    """
+    from tqdm import tqdm
+
+    if epochs < 1 or batch < 1 or len(images) != len(targets) or len(images) < batch:
+        raise ConfigError(
+            f"epochs={epochs}, batch={batch}, {len(images)} images and {len(targets)} targets were given; expected "
+            "positive counts, one target an image, and at least one full batch."
+        )
+    order = torch.Generator().manual_seed(seed)
+    steps = len(images) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.2)
+    model.train()
+    curve = []
+    bar = tqdm(range(epochs), disable=quiet or None, desc="train", unit="epoch")
+    for _ in bar:
+        total = torch.zeros((), device=images.device)
+        for chosen in torch.randperm(len(images), generator=order)[: steps * batch].split(batch):
+            error = loss(model(images[chosen]), targets[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            error.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += error.detach()
+        curve.append(float(total) / steps)
+        bar.set_postfix(loss=f"{curve[-1]:.3f}")
+    model.eval()
+    return curve
+
+
+def draw_curve(curve: list[float], path: Path) -> None:
+    """Save the training curve as a picture. Raises: ConfigError without matplotlib."""
+    figure = blank_figure(5, 3)
+    axes = figure.subplots()
+    axes.plot(range(1, len(curve) + 1), curve)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    figure.savefig(path)

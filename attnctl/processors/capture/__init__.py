@@ -1,0 +1,1 @@
+"""Word maps, and maps of points and concepts."""

@@ -1,0 +1,249 @@
+"""Maps of concepts: where an image is like a word that need not stand in its prompt.
+
+"ConceptAttention: Diffusion Transformers Learn Highly Interpretable Features" (arXiv 2502.04320). Beside image x and
+text, a stream of concept tokens c goes through the double blocks of a diffusion transformer. It is made as the text is,
+by the text's weights and modulation, and reads image and concepts; nothing reads it, so the image stays as it is:
+
+    o_c = softmax(q_c [k_c; k_x]^T / sqrt(d)) [v_c; v_x]      c <- the block's text half of c and o_c
+    map = softmax over concepts of <o_x, o_c>                 o_x: the image's own attention outputs, heads joined
+
+No block is written again here: the model's own block runs once more, on the concepts in place of the text and a single
+image token in place of the image, whose keys and values in the attention are those of the real image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnctl.core.call import StepState, bind_call, take_rows
+from attnctl.core.control import Passes
+from attnctl.core.hosts.families import Family, Grid
+from attnctl.core.hosts.textlayout import text_parts
+from attnctl.core.hosts.words import Concept, find_words
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Selector, Site, select
+from attnctl.data.maps import Of
+from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.kernels import attention
+from attnctl.kernels.checks import wide_dtype
+from attnctl.processors.capture.recorder import Recorder
+
+if TYPE_CHECKING:
+    from attnctl.processors.capture.capture import Capture
+
+__all__ = ["ConceptRecorder", "concept_outputs", "concept_path", "concept_shares", "concept_sites", "embed_concepts"]
+
+
+def concept_outputs(
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, scale: float | None = None
+) -> Tensor:
+    """Let concepts attend to themselves and the image: softmax(q [k; k_x]^T scale) [v; v_x].
+
+    Shapes: q, k, v [B, H, C, D]; image_k, image_v [B, H, N, D] -> [B, H, C, D].
+    """
+    return attention(q, torch.cat([k, image_k], 2), torch.cat([v, image_v], 2), scale=scale)
+
+
+def concept_shares(image: Tensor, concepts: Tensor) -> Tensor:
+    """Compute softmax over the concepts of <o_x, o_c>, heads joined, in float32 (float64 stays).
+
+    Shapes: attention outputs image [B, H, N, D], concepts [B, H, C, D] -> [B, N, C], which sums to 1 over C.
+    """
+    wide = wide_dtype(image.dtype)
+    return torch.einsum("bhnd,bhcd->bnc", image.to(wide), concepts.to(wide)).softmax(-1)
+
+
+def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Family) -> tuple[Site, ...]:
+    """Choose the double blocks whose maps are recorded; the published ones where no selector is given.
+
+    Raises:
+        UnsupportedModelError: The family keeps no text stream that is known here.
+        SiteError: The selector matches no double block.
+    """
+    if family.concepts is None or family.concepts.span is None:
+        raise UnsupportedModelError(
+            "Capture: concepts follow the text stream of a transformer's double blocks, as in SD3 and FLUX.1; "
+            f"{family.name} models have none that is known here. Use words=..., which every family takes."
+        )
+    double = _double(sites)
+    if selector is not None:
+        return select(double, selector, kinds=("joint",), what="Capture of concepts")
+    low, high = (int(f * len(double) + 1e-9) for f in family.concepts.span)
+    return double[min(low, len(double) - 1) : max(high, low + 1)]
+
+
+def concept_path(sites: Sequence[Site], chosen: Sequence[Site]) -> tuple[Site, ...]:
+    """Return the double blocks that concepts go through to reach the last of the chosen ones."""
+    return tuple(s for s in _double(sites) if s.depth <= chosen[-1].depth)
+
+
+def _double(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return the joint attention that projects image and text apart."""
+    own = [s for s in sites if s.kind == "joint" and getattr(s.module, "add_k_proj", None) is not None]
+    return tuple(own)
+
+
+@torch.no_grad()
+def embed_concepts(pipe: Any, concepts: Sequence[str]) -> tuple[Tensor, tuple[Concept, ...]]:
+    """Encode each concept as a prompt of its own: one vector each, the mean over its tokens, and these tokens.
+
+    Where several encoders put their tokens one behind the other (SD3), those of the last count, which is T5 if it is
+    there.
+
+    Returns:
+        [concepts, channels], as the denoiser's text input has them, and the places of each in its own prompt.
+
+    Raises:
+        ConfigError: A concept has no token, or too many.
+        UnsupportedModelError: The pipeline's tokenizers or text encoders are not known.
+    """
+    last = max(part.offset for part in text_parts(pipe))
+    found = []
+    for concept in concepts:
+        (whole,) = find_words(pipe, concept, [concept])
+        places = tuple(p for p in whole.positions if p >= last)
+        found.append(Concept(concept, places, whole.tokens[-len(places) :]))
+    told = inspect.signature(type(pipe).encode_prompt).parameters
+    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in told}
+    options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in told else {}
+    states = pipe.encode_prompt(prompt=list(concepts), device=pipe._execution_device, **options)[0]
+    return torch.stack([s[list(c.positions)].mean(0) for s, c in zip(states, found, strict=True)]), tuple(found)
+
+
+class ConceptRecorder(Recorder):
+    """Collects concept maps of one denoiser during one run.
+
+    Args:
+        capture: What to record.
+        path: The double blocks that the concepts go through.
+        sites: Those of them to record.
+        pipe: The pipeline, whose text encoders embed the concepts.
+        denoiser: The denoiser.
+    """
+
+    of: Of = "concepts"
+
+    def __init__(
+        self, capture: Capture, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
+    ) -> None:
+        if pipe is None:
+            raise ConfigError(
+                "Capture: concepts are embedded by the pipeline's text encoders: control the pipeline, not the bare "
+                "denoiser."
+            )
+        super().__init__(capture, sites, pipe)
+        assert capture.concepts is not None
+        self.denoiser: Any = denoiser
+        self.recorded = {site.name for site in sites}
+        self.blocks: dict[str, Any] = {s.name: denoiser.get_submodule(s.name.rpartition(".")[0]) for s in path}
+        self.embedded, self.own = embed_concepts(pipe, capture.concepts)
+
+    def before(self, passes: Passes) -> None:
+        """Note where to run the concepts' blocks; refuse what they cannot run in."""
+        if any(block._compiled_call_impl is not None for block in self.blocks.values()):
+            raise UnsupportedModelError(
+                "Capture: concepts run through the blocks beside the image, which compiled blocks do not let them. "
+                "Attach the capture to a pipeline that is not compiled."
+            )
+        if hook := next((name for block in self.blocks.values() for name in _hooks(block)), None):
+            raise UnsupportedModelError(
+                f"Capture: concepts run through the blocks beside the image, and the hook {hook!r} of diffusers (a "
+                "cache, group offloading) would take them for it. Switch it off, as with transformer.disable_cache()."
+            )
+        self._passes = passes
+        super().before(passes)
+
+    def _find(self, state: StepState, count: int) -> None:
+        """Name the concepts, the same for each row."""
+        self.labels = tuple(concept.word for concept in self.own)
+        self.concepts = [{concept.word: concept for concept in self.own}] * count
+        self.prompts = ("",) * count
+        if state.prompts is not None and len(state.prompts.prompts) * state.prompts.images == count:
+            self.prompts = tuple(text for text in state.prompts.prompts for _ in range(state.prompts.images))
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        """Leave the call as it is, take the concepts through its block, and record their maps."""
+        out = proceed(call)
+        state = call.state
+        rows = self._rows(state.rows)
+        if rows is None or state.phase != "base" or call.index != 0:
+            return out
+        done = state.scratch.setdefault((id(self), "done"), set())
+        # Gradient checkpointing computes an attention a second time.
+        if call.site.name not in done:
+            done.add(call.site.name)
+            with torch.no_grad():
+                attended = self._carry(call, rows)
+                if call.site.name in self.recorded:
+                    self._outputs = out[rows], attended
+                    try:
+                        self._add(call, rows)
+                    finally:
+                        del self._outputs
+        return out
+
+    def _carry(self, call: AttnCall, rows: slice) -> Tensor:
+        """Take the concepts through a block; return their attention's outputs [b, H, C, D]."""
+        name, state = call.site.name, call.state
+        block = self.blocks[name]
+        if call.mask is not None or call.image is None or call.block_call is None:
+            raise UnsupportedModelError(
+                f"Capture: {name} was called with an attention mask or an unknown order of tokens, of which concepts "
+                "cannot tell what they may read."
+            )
+        arguments, options = call.block_call
+        told = take_rows(bind_call(block, arguments, options), rows, state.rows.total)
+        image, text = told["hidden_states"], told["encoder_hidden_states"]
+        at = call.image
+        image_k, image_v = (x[rows][:, :, at] for x in (call.k, call.v))
+        outputs: list[Tensor] = []
+
+        def among(inner: AttnCall, proceed: Proceed) -> Tensor:
+            if inner.index != 0:
+                return proceed(inner)
+            assert inner.text is not None
+            q, k, v = (x[:, :, inner.text] for x in (inner.q, inner.k, inner.v))
+            outputs.append(concept_outputs(q, k, v, image_k, image_v, inner.scale))
+            whole = torch.zeros_like(inner.q)
+            whole[:, :, inner.text] = outputs[0]
+            return whole
+
+        with self._passes.aside({name: among}):
+            key = (id(self), "concepts")
+            if key not in state.scratch:
+                made = self.denoiser.context_embedder.forward(self.embedded.to(text.device, _text_dtype(self.denoiser)))
+                state.scratch[key] = made.to(text.dtype).expand(len(image), -1, -1)
+            told |= {"hidden_states": image[:, :1], "encoder_hidden_states": state.scratch[key]}
+            if told.get("image_rotary_emb") is not None:
+                told["image_rotary_emb"] = _rotary(told["image_rotary_emb"], len(self.own), text.shape[1])
+            state.scratch[key] = block.forward(**told)[0]
+        return outputs[0]
+
+    def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
+        """Compute [images, concepts, 1, h * w] and the grid of one call."""
+        assert call.image is not None
+        image, grid = self._image(call, call.image)
+        outputs = [x if self.capture.heads is None else x[:, list(self.capture.heads)] for x in self._outputs]
+        return concept_shares(outputs[0][:, :, image], outputs[1]).transpose(1, 2).unsqueeze(2), grid
+
+
+def _hooks(block: torch.nn.Module) -> list[str]:
+    """Name diffusers' hooks in a block that keep something from one call to the next."""
+    found = [getattr(vars(m).get("_diffusers_hook"), "hooks", {}) for m in block.modules()]
+    return [name for hooks in found for name in hooks if name != "layerwise_casting"]
+
+
+def _text_dtype(denoiser: Any) -> torch.dtype:
+    """Return the type of the layer that takes the text in."""
+    return next(denoiser.context_embedder.parameters()).dtype
+
+
+def _rotary(tables: tuple[Tensor, Tensor], concepts: int, text: int) -> tuple[Tensor, ...]:
+    """Cut FLUX's tables [text + image, D] to concepts, which stand where all text stands, and one image token."""
+    rows = [0] * concepts + [text]
+    return tuple(t[rows] for t in tables)

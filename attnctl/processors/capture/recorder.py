@@ -1,0 +1,305 @@
+"""What a `Capture` keeps while it is attached: running sums of word maps, one a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnctl.core.call import Rows, StepState
+from attnctl.core.control import Attached, Passes
+from attnctl.core.hosts.families import Grid
+from attnctl.core.hosts.words import Concept, weights
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Site
+from attnctl.data.maps import Of, WordMaps, reduced
+from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
+from attnctl.kernels import columns
+from attnctl.processors.capture.words import WordFinder
+
+if TYPE_CHECKING:
+    from attnctl.processors.capture.capture import Capture
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class _Layer:
+    """The maps of one site so far."""
+
+    site: Site
+    parts: list[Tensor]
+    """[images, words, heads, frames, h, w]: the running total, or one tensor a step."""
+    count: int
+    call: int
+
+
+class Recorder(Attached):
+    """Collects the word maps of one denoiser during one run.
+
+    Args:
+        capture: What to record.
+        sites: Where.
+        pipe: The pipeline, whose tokenizers find the words; None for a bare denoiser.
+    """
+
+    observes = True
+    of: Of = "words"
+    """What the maps are of."""
+
+    def __init__(self, capture: Capture, sites: Sequence[Site], pipe: Any) -> None:
+        self.capture, self.pipe = capture, pipe
+        self.sites = tuple(sites)
+        self._check_heads()
+        self.begin_run()
+
+    def _check_heads(self) -> None:
+        if self.capture.heads is None:
+            return
+        for site in self.sites:
+            if max(self.capture.heads) >= site.heads:
+                raise ConfigError(
+                    f"Capture: heads={self.capture.heads} do not all exist in {site.name}, which has {site.heads} "
+                    f"(0 to {site.heads - 1})."
+                )
+
+    def begin_run(self) -> None:
+        """Forget the maps of the last run."""
+        self.layers: dict[str, _Layer] = {}
+        self.steps: list[int] = []
+        self.bytes = 0
+        self.prompts: tuple[str, ...] = ()
+        self.labels: tuple[str, ...] = ()
+        self.concepts: list[dict[str, Concept]] = []
+        self._weights: dict[tuple[Any, ...], Tensor] = {}
+
+    # Words --------------------------------------------------------------------------------------------------
+
+    def before(self, passes: Passes) -> None:
+        """Find the words of the call's prompt, once a run."""
+        state = passes.state
+        rows = self._rows(state.rows)
+        if rows is None:
+            return
+        count = rows.stop - rows.start
+        if not self.concepts:
+            self._find(state, count)
+        elif len(self.concepts) != count:
+            raise UnsupportedModelError(
+                f"Capture: the denoiser was called with {count} rows of the prompt, and with {len(self.concepts)} "
+                "before, in one run: maps of both cannot be added up."
+            )
+
+    def _rows(self, rows: Rows) -> slice | None:
+        """Return the rows to record in this call, or None for none of them."""
+        if rows.role == "extra":
+            return None
+        if self.capture.rows == "uncond":
+            return rows.uncond
+        return rows.cond if rows.prompts else None
+
+    def _find(self, state: StepState, count: int) -> None:
+        """Note prompts and concepts of each row."""
+        self.labels, self.concepts, self.prompts = WordFinder(self.capture, self.pipe).find(state, count)
+
+    def _columns(self, call: AttnCall, keys: int, first: int, last: int, repeat: int) -> Tensor:
+        """Make the weights for one call's keys: the same for all rows, or each row's own."""
+        key = (keys, first, last, repeat, call.q.device)
+        if key not in self._weights:
+            made = []
+            for concepts in self.concepts:
+                w = torch.zeros(keys, len(self.labels))
+                known = [n for n, label in enumerate(self.labels) if label in concepts]
+                w[first:last, known] = weights([concepts[self.labels[n]] for n in known], last - first)
+                made.append(w)
+            same = all(c is self.concepts[0] for c in self.concepts)
+            w = made[0] if same else torch.stack(made).repeat_interleave(repeat, dim=0)
+            self._weights[key] = w.to(call.q.device)
+        return self._weights[key]
+
+    # Maps ---------------------------------------------------------------------------------------------------
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        """Leave the call as it is, and record its maps."""
+        out = proceed(call)
+        state = call.state
+        rows = self._rows(state.rows)
+        if rows is not None and state.phase == "base" and call.index == _text_index(call.site):
+            layer = self.layers.get(call.site.name)
+            # Gradient checkpointing computes an attention a second time.
+            if layer is None or layer.call < state.call:
+                with torch.no_grad():
+                    self._add(call, rows)
+        return out
+
+    def _add(self, call: AttnCall, rows: slice) -> None:
+        name, state = call.site.name, call.state
+        maps, grid = self._maps(call, rows)
+        if "heads" not in self.capture.keep:
+            maps = reduced(maps, 2, _how(self.capture)).unsqueeze(2)
+        maps = maps.unflatten(-1, grid)
+        if self.capture.device is not None:
+            maps = maps.to(self.capture.device)
+        if state.step not in self.steps:
+            self.steps.append(state.step)
+        layer, separate = self.layers.get(name), "steps" in self.capture.keep
+        if layer is None:
+            site = replace(call.site, grid=grid, module=None)
+            self._claim(maps, (state.steps or 1) if separate else 1, name)
+            self.layers[name] = _Layer(site, [self._stored(maps)], 1, state.call)
+            return
+        if layer.site.grid != grid:
+            raise UnsupportedModelError(
+                f"Capture: {name} changed its grid from {layer.site.grid} to {grid} in one run."
+            )
+        if separate:
+            if state.steps is None:
+                self._claim(maps, 1, name)
+            layer.parts.append(self._stored(maps))
+        elif self.capture.reduce == "max":
+            layer.parts[0] = torch.maximum(layer.parts[0], self._stored(maps))
+        elif self.capture.reduce == "ema":
+            layer.parts[0].lerp_(self._stored(maps), 1 - self.capture.decay)
+        else:
+            layer.parts[0] += maps
+        layer.count, layer.call = layer.count + 1, state.call
+
+    def _stored(self, maps: Tensor) -> Tensor:
+        return maps.to(torch.float16 if self.capture.store == "float16" else torch.float32).contiguous()
+
+    def _claim(self, maps: Tensor, times: int, name: str) -> None:
+        """Count the bytes that a layer will take against the budget."""
+        each = 2 if self.capture.store == "float16" else 4
+        self.bytes += maps.numel() * each * times
+        if self.bytes > self.capture.budget:
+            raise ConfigError(
+                f"Capture: the maps would take more than budget={self.capture.budget} bytes: {self.bytes} with {name}, "
+                f"which is layer {len(self.layers) + 1} of {len(self.sites)}. Record fewer words, sites or steps, "
+                'leave out keep=, or use store="float16", or raise the budget.'
+            )
+
+    def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
+        """Compute [images, words, heads, frames * h * w] and the grid of one call."""
+        maps, m, grid = self._probabilities(call, rows)
+        return maps.unflatten(0, (-1, m)).permute(0, 4, 2, 1, 3).flatten(-2), (m * grid[0], grid[1], grid[2])
+
+    def _probabilities(self, call: AttnCall, rows: slice) -> tuple[Tensor, int, Grid]:
+        """Compute [images * m, heads, image tokens, words], the m frames folded into rows, and the grid of one part."""
+        q, k, mask, m = self._cut(call, rows)
+        image, first, last = self._tokens(call)
+        image, grid = self._image(call, image)
+        w = self._columns(call, k.shape[2], first, last, m)
+        return columns(q, k, w, mask=mask, scale=call.scale, rows=image), m, grid
+
+    def _cut(self, call: AttnCall, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Take the rows and heads to record out of a call's queries, keys and mask; and count the parts of a row."""
+        q, k, mask, total = call.q, call.k, call.mask, call.state.rows.total
+        if q.shape[0] % total:
+            raise UnsupportedModelError(
+                f"Capture: {call.site.name} attends with {q.shape[0]} rows where the denoiser was called with {total}: "
+                "its rows cannot be told apart."
+            )
+        m = q.shape[0] // total  # frames folded into rows
+        cut = slice(rows.start * m, rows.stop * m)
+        q, k = q[cut], k[cut]
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[cut]
+        if self.capture.heads is not None:
+            groups = q.shape[1] // k.shape[1]
+            mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(self.capture.heads)]
+            q, k = q[:, list(self.capture.heads)], k[:, [h // groups for h in self.capture.heads]]
+        return q, k, mask, m
+
+    def _image(self, call: AttnCall, image: slice) -> tuple[slice, Grid]:
+        """Return the image tokens that lie on the image, and how they lie."""
+        n, grid = image.stop - image.start, call.grid
+        if grid is None and call.state.grid is not None and _size(call.state.grid) < n:
+            grid = call.state.grid  # padding tokens behind the image's own
+            image = slice(image.start, image.start + _size(grid))
+        if grid is None:
+            raise UnsupportedModelError(
+                f"Capture: nothing tells how the {n} image tokens of {call.site.name} lie on the image."
+            )
+        return image, grid
+
+    def _tokens(self, call: AttnCall) -> tuple[slice, int, int]:
+        """Return the image's query rows, and the first and the end of the text among the keys."""
+        if call.site.kind == "cross":
+            return slice(0, call.q.shape[2]), 0, call.k.shape[2]
+        if call.image is None or call.text is None:
+            raise UnsupportedModelError(
+                f"Capture: nothing tells image from text tokens in {call.site.name}, whose attention is joint."
+            )
+        return call.image, call.text.start, call.text.stop
+
+    # Reading ------------------------------------------------------------------------------------------------
+
+    def maps(self) -> WordMaps:
+        """Return what was recorded in the last run.
+
+        Raises:
+            NeverApplied: Nothing was.
+            UnsupportedModelError: A map holds a value that is not a finite number.
+        """
+        if not self.layers:
+            raise NeverApplied(
+                "Capture has recorded nothing yet: run the pipeline first, with a step inside its start and stop"
+                + (
+                    ' and with a negative prompt that guidance uses (rows="uncond").'
+                    if self.capture.rows != "cond"
+                    else "."
+                )
+            )
+        order = [site.name for site in self.sites if site.name in self.layers]
+        layers = {name: self._layer(self.layers[name]) for name in order}
+        tokens = tuple(tuple(c[label].positions if label in c else () for label in self.labels) for c in self.concepts)
+        return WordMaps(
+            words=self.labels,
+            layers=layers,
+            sites=tuple(self.layers[name].site for name in order),
+            steps=tuple(self.steps),
+            prompts=self.prompts,
+            tokens=tokens,
+            heads=None if self.capture.heads is None else tuple(self.capture.heads),
+            rows=self.capture.rows,
+            reduce=_how(self.capture),
+            keep=tuple(self.capture.keep),
+            of=self.of,
+            about={} if self.capture.reduce != "ema" else {"steps_reduced": f"ema, decay {self.capture.decay:g}"},
+        )
+
+    def _layer(self, layer: _Layer) -> Tensor:
+        """Return [images, words, steps, heads, frames, h, w], NaN for the words that an image's prompt lacks."""
+        if "steps" in self.capture.keep:
+            out = torch.stack(layer.parts, dim=2)
+        else:
+            whole = layer.parts[0] / layer.count if self.capture.reduce == "mean" else layer.parts[0].clone()
+            out = whole.unsqueeze(2)
+        if not torch.isfinite(out).all():
+            raise UnsupportedModelError(
+                f"Capture: the maps of {layer.site.name} hold values that are not finite numbers: attention gave them "
+                "there, as where float16 overflows. Run the model in bfloat16 or float32, or choose other sites."
+            )
+        for n, concepts in enumerate(self.concepts):
+            lacks = [i for i, label in enumerate(self.labels) if label not in concepts]
+            if lacks:
+                out[n, lacks] = torch.nan
+        return out
+
+
+def _how(capture: Capture) -> Any:
+    return "mean" if capture.reduce in ("none", "ema") else capture.reduce
+
+
+def _size(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2]
+
+
+def _text_index(site: Site) -> int:
+    """Return which attention of a processor reads the text: Wan's image-to-video reads its image first."""
+    module: Any = site.module
+    first = type(module).__name__.startswith("Wan") and getattr(module, "add_k_proj", None) is not None
+    return 1 if first else 0

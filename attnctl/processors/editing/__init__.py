@@ -1,0 +1,1 @@
+"""Controls that edit with the attention of a source."""

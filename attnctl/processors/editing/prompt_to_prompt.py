@@ -1,0 +1,179 @@
+"""Prompt-to-prompt: two images of one noise, the second of a changed prompt, with the first one's attention.
+
+"Prompt-to-Prompt Image Editing with Cross Attention Control", arXiv 2208.01626. Source and target are generated
+together, `pipe([source, target], latents=...)` with equal latents, and at every step the target's row takes from the
+source's row of the same batch
+
+    cross    columns of the source's map for the words that both prompts share, in the steps of `cross_replace`
+    self     the source's whole map, times the target's values, in the steps of `self_replace`
+
+and with blend words, from a fifth of the run on, the source's latents wherever neither image attends to them (there
+called local blend). Unlike `FateZero` nothing is inverted and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnctl.core.control import Attached, Passes
+from attnctl.core.hosts.families import family_of
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Site, find_sites, image_level_grid
+from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.kernels import columns
+from attnctl.processors.editing.align import window_of
+from attnctl.processors.editing.fusion import blend_latents, blend_mask, fold_values
+from attnctl.processors.editing.prompts import WordEdit
+from attnctl.processors.editing.source import token_weights
+
+__all__ = ["PromptToPrompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptToPrompt(WordEdit):
+    """Generate an image and its edit together (arXiv 2208.01626).
+
+    Run `pipe([source, target], latents=noise.repeat(2, 1, 1, 1))`: the first image is the source's own, bit for bit,
+    the second the edit. Self-attention is taken over at `factor` and coarser, cross-attention everywhere.
+
+    Attributes:
+        blend_window: Window of the run in which the latents outside the blend words are the source's.
+
+    Example:
+        >>> PromptToPrompt(source="a red car", target="a blue car").describe()
+        "PromptToPrompt(source='a red car', target='a blue car')"
+    """
+
+    blend_window: tuple[float, float] = (0.2, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window_of(self.blend_window, f"{self._label}: blend_window")
+
+    def needs_prompt(self) -> bool:
+        return True
+
+    def groups(self, sites: Sequence[Site], family: Any) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        fused, masks = super().groups(sites, family)
+        if self.sites is None:
+            own = {s.name for s in fused} | {s.name for s in sites if s.kind == "cross"}
+            fused = tuple(s for s in sites if s.name in own)
+        return fused, masks
+
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+        return _Pair(self, denoiser, pipe)
+
+
+class _Pair(Attached):
+    """Prompt-to-prompt at work: the rows of a source and of its edit in one batch."""
+
+    def __init__(self, control: PromptToPrompt, denoiser: torch.nn.Module, pipe: Any) -> None:
+        if control.source == control.target and not control.equalizer:
+            warnings.warn(
+                f"PromptToPrompt: source and target are both {control.target!r}: the edit repeats its source.",
+                stacklevel=2,
+            )
+        self.control, self.plan = control, control.plan(pipe)
+        fused, masks = control.groups(find_sites(denoiser), family_of(denoiser))
+        self.fused = frozenset(s.name for s in fused)
+        self.masking = frozenset(s.name for s in masks)
+        self.changes_latents = control.blend_words is not None
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        self.follow: Tensor | None = None
+        self.steps = self.step = 0
+        self.sums: dict[str, Tensor] = {}
+        self.grid: tuple[int, int, int] | None = None
+
+    def before(self, passes: Passes) -> None:
+        state = passes.state
+        if self.follow is None:
+            self._check_run(passes)
+        self.step, self.grid = state.step, state.grid
+
+    def _check_run(self, passes: Passes) -> None:
+        state, control = passes.state, self.control
+        told = None if state.prompts is None else state.prompts.prompts
+        if (
+            state.rows.prompts != 2
+            or state.rows.role not in ("both", "all")
+            or told
+            not in (
+                None,
+                (control.source, control.target),
+            )
+        ):
+            given = f"{state.rows.prompts} prompt rows" if told is None else f"the prompts {list(told)}"
+            raise ConfigError(
+                f"PromptToPrompt edits one image beside its source: run pipe([{control.source!r}, {control.target!r}], "
+                f"latents=noise.repeat(2, 1, 1, 1)), one image a prompt; the run has {given}."
+            )
+        x = state.bound["sample"][state.rows.cond]
+        if not torch.equal(x[0], x[1]):
+            raise ConfigError(
+                "PromptToPrompt: source and target begin with different noise. Give latents=noise.repeat(2, 1, 1, 1), "
+                "or two generators of one seed."
+            )
+        self.steps = int(state.steps or 0)
+        follow = self.plan.follow(self.steps)
+        self.crossing = [bool(row.any()) for row in follow]
+        self.follow, self.how = follow.to(x.device), self.plan.how.to(x)
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        if call.index > 0:
+            return proceed(call)
+        cond = call.state.rows.cond
+        source, target = (slice(cond.start + i, cond.start + i + 1) for i in (0, 1))
+        if call.site.name in self.masking and call.state.phase == "base" and self.changes_latents:
+            self._sum(call, source, target)
+        if call.site.name not in self.fused:
+            return proceed(call)
+        if call.site.kind == "self":
+            if self.step not in self.control.self_window(self.steps):
+                return proceed(call)
+            return proceed(call.with_(q=_with(call.q, target, call.q[source]), k=_with(call.k, target, call.k[source])))
+        if not self.crossing[self.step]:
+            return proceed(call)
+        if call.mask is not None or call.k.shape[2] != self.plan.length:
+            raise UnsupportedModelError(
+                f"{call.site.name} masks its text, or sees {call.k.shape[2]} tokens instead of {self.plan.length}: "
+                "such prompts cannot be edited."
+            )
+        assert self.follow is not None
+        from_source, from_edit = fold_values(call.v[target], self.how, self.follow[self.step])
+        out = proceed(call.with_(v=_with(call.v, target, from_edit)))
+        taken = proceed(call.with_(q=call.q[source], k=call.k[source], v=from_source))
+        return _with(out, target, out[target] + taken)
+
+    def _sum(self, call: AttnCall, source: slice, target: slice) -> None:
+        """Add up the attention to the blend words over steps, layers and heads."""
+        for side, rows, tokens in (("source", source, self.plan.blend), ("target", target, self.plan.blend_target)):
+            if tokens:
+                weights = token_weights(tokens, call.k)
+                found = columns(call.q[rows], call.k[rows], weights, scale=call.scale)[..., 0].mean(1)
+                self.sums[side] = self.sums[side] + found if side in self.sums else found
+
+    def stepped(self, step: int, latents: Tensor) -> Tensor:
+        start, end = self.control.blend_window
+        if not int(start * self.steps) < step + 1 <= int(end * self.steps) or self.grid is None or not self.sums:
+            return latents
+        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+        mask = torch.zeros(1, *size, dtype=torch.bool, device=latents.device)
+        for total in self.sums.values():
+            level = image_level_grid(self.grid, total.shape[1])
+            if level is None:
+                raise UnsupportedModelError(f"PromptToPrompt cannot tell the grid of {total.shape[1]} tokens.")
+            mask = mask | blend_mask(total, level[1:], size, self.control.blend_threshold)
+        return torch.cat([latents[:1], blend_latents(latents[1:2], latents[:1], mask)])
+
+
+def _with(x: Tensor, rows: slice, part: Tensor) -> Tensor:
+    """Return x with some rows replaced."""
+    return torch.cat([x[: rows.start], part, x[rows.stop :]])

@@ -1,0 +1,1 @@
+"""Controls that move the latents by gradients."""

@@ -1,0 +1,246 @@
+"""What latent guidance is: a loss on concept maps whose gradient moves the latents before a step.
+
+    z' = z - alpha_i transform(grad_z L(maps(z)))
+
+`LatentGuidance` is an open base: a method is a subclass with a `loss`. The engine (`attnctl.processors.latent.engine`)
+runs the denoiser on the prompt rows as far as the last map that is needed, and hands z' to the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from attnctl.core.call import StepState
+from attnctl.core.control import Control
+from attnctl.core.hosts.families import Family
+from attnctl.core.sites import Site, select
+from attnctl.errors import ConfigError, SiteError
+from attnctl.processors.capture.refine import partners
+from attnctl.processors.latent.losses import MapNorm, normalise, smooth, token_softmax
+
+__all__ = ["GradTransform", "LatentGuidance", "Schedule", "Update", "guide_sites", "step_sizes", "transformed"]
+
+GradTransform = Literal["none", "l2", "sign"]
+Schedule = Literal["sqrt", "constant"]
+Update = Literal["latents", "velocity"]
+
+
+def step_sizes(size: float, step: int, steps: int, schedule: Schedule = "sqrt") -> float:
+    """Compute alpha of step i of n: size * sqrt(linspace(1, 0.5, n)[i]), Attend-and-Excite's schedule, or constant."""
+    if schedule == "constant" or steps == 1:
+        return size
+    return size * math.sqrt(1.0 - 0.5 * step / (steps - 1))
+
+
+def transformed(grad: Tensor, how: GradTransform) -> Tensor:
+    """Scale a gradient: as it is, to length 1 a sample ("l2"), or to its signs; [B, ...] -> the same."""
+    if how == "sign":
+        return grad.sign()
+    if how == "l2":
+        length = grad.flatten(1).norm(dim=1).reshape(-1, *[1] * (grad.ndim - 1))
+        return grad / torch.where(length > 0, length, torch.ones_like(length))
+    return grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGuidance(Control):
+    """Base of controls that move the latents down the gradient of a loss on concept maps.
+
+    Subclasses define `loss`, and may keep something from one step to the next with `remember`. One that sets `looks`
+    is given the image's own attention as well.
+
+    Attributes:
+        concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of
+            tuples gives each prompt of a batch its own, equally many.
+        prompt: The prompt, or one for each image, for calls that pass embeddings instead of text.
+        step_size: alpha_0; 0 switches the control off.
+        schedule: "sqrt": alpha falls to alpha_0 sqrt(1/2) along the run, as in Attend-and-Excite; or "constant".
+        grad_transform: "none", "l2" (gradient of length 1 a sample, so that alpha is a distance) or "sign".
+        update: "latents": z' = z - alpha grad L before the step. "velocity", for flow matching alone: the latents stay,
+            and the prediction becomes v' = v + alpha sigma^2 grad L, with the noise level sigma in [0, 1] (FOCUS,
+            arXiv 2510.02315: lambda sigma (1 - t) grad L, t from 0 at noise to 1, off a velocity that points to the
+            image; diffusers' points to the noise).
+        iterations: Gradient steps before each denoising step; 1 with update="velocity".
+        map_norm: "none" (probabilities), "max", "minmax", or "ae" (softmax(100 A) over the text tokens).
+        smoothing: Width of the 3 x 3 blur of the maps; 0 for none.
+        early_exit: Stop the forward after the last map that is needed (exact); off for debugging.
+        checkpoint: Trade time for memory by gradient checkpointing inside the guidance forward.
+    """
+
+    concepts: tuple[Any, ...] = ()
+    prompt: str | tuple[str, ...] | None = None
+    step_size: float = 20.0
+    schedule: Schedule = "sqrt"
+    grad_transform: GradTransform = "none"
+    update: Update = "latents"
+    iterations: int = 1
+    map_norm: MapNorm = "max"
+    smoothing: float = 0.5
+    early_exit: bool = True
+    checkpoint: bool = False
+
+    kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
+    looks: ClassVar[bool] = False
+    """Whether `loss` finds in memory["looks"] how image tokens attend to each other, [B, h w, h w]: each row sums to 1,
+    the mean over heads of the layers that are read (of the self-attention before it in each block with cross-attention,
+    of the image's part in joint attention), part of the graph. An N x N map of each head is held meanwhile: for small
+    grids, all of one size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("step_size", 0.0, math.inf)
+        self._check_number("smoothing", 0.0, math.inf)
+        self._check_choice("schedule", Schedule)
+        self._check_choice("grad_transform", GradTransform)
+        self._check_choice("map_norm", MapNorm)
+        self._check_choice("update", Update)
+        self._check_count("iterations", 1)
+        if self.update == "velocity" and (self.iterations > 1 or self.max_refine > 0):
+            raise ConfigError(
+                f'{self._label}: update="velocity" leaves the latents where they are, so nothing can be repeated: set '
+                "iterations=1" + (" and refine_steps=0." if self.max_refine else ".")
+            )
+        object.__setattr__(self, "concepts", _checked_concepts(self._label, self.concepts))
+        if isinstance(self.prompt, list):
+            object.__setattr__(self, "prompt", tuple(self.prompt))
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{self._label}: {name}={value!r} must be a whole number, {least} or more.")
+
+    @property
+    def nested(self) -> bool:
+        """Tell whether each prompt has concepts of its own."""
+        return isinstance(self.concepts[0], tuple)
+
+    @property
+    def count(self) -> int:
+        """Return the number of concepts of one prompt."""
+        return len(self.concepts[0]) if self.nested else len(self.concepts)
+
+    def needs_steps(self) -> bool:
+        return True
+
+    def needs_prompt(self) -> bool:
+        return self.prompt is None
+
+    def acts(self, state: StepState) -> bool:
+        """Tell whether the latents are to be moved before the current step."""
+        return self.step_size > 0 and self.in_window(state)
+
+    def alpha(self, state: StepState) -> float:
+        """Compute the step size of the current step."""
+        return step_sizes(self.step_size, state.step, state.steps or 1, self.schedule)
+
+    def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
+        """Compute the loss of each sample.
+
+        Args:
+            maps: [B, C, h, w] concept maps, normalised and blurred, part of the graph. A video has one sample a frame.
+            memory: What `remember` kept in this run; empty at its first step.
+
+        Returns:
+            [B]. It must depend on the maps: for a constant, return `maps.sum((1, 2, 3)) * 0`.
+        """
+        raise NotImplementedError(f"{self._label} defines no loss")
+
+    def remember(self, maps: Tensor, memory: dict[str, Any]) -> None:
+        """Keep something of this step's maps (before the first update, detached) for the next step."""
+
+    def level(self, state: StepState) -> float | None:
+        """Return the loss to reach by repeated updates before the current step, or None for no refinement."""
+        return None
+
+    @property
+    def max_refine(self) -> int:
+        """Return the most updates of one refinement."""
+        return 0
+
+    def concept_maps(self, attention: Tensor, weights: Tensor) -> Tensor:
+        """Normalise, blur and average attention to text into concept maps.
+
+        Args:
+            attention: [B, C, h, w], a probability map for each concept; with `map_norm="ae"` [B, T, h, w], one for each
+                text token.
+            weights: [B, T, C], the share of each token in each concept.
+
+        Returns:
+            [B, C, h, w] in float32 (float64 stays).
+        """
+        if self.map_norm == "ae":
+            attention = torch.einsum("bthw,btc->bchw", token_softmax(attention), weights.to(attention))
+        maps = smooth(attention, self.smoothing) if self.smoothing else attention
+        return normalise(maps, self.map_norm)
+
+    def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        chosen = super().resolve(sites, family)
+        if not self.looks:
+            return chosen
+        names = {s.name for s in (*chosen, *partners(chosen, sites, self._label).values())}
+        return tuple(s for s in sites if s.name in names)
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        return guide_sites(self._label, sites, family)
+
+    def default_source(self, family: Family) -> str | None:
+        return family.guide.source if family.guide else None
+
+
+def guide_sites(label: str, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+    """Choose the layers whose text maps a publication guides by, in one family.
+
+    Raises:
+        SiteError: The family has no such publication, or the model no cross- or joint attention.
+    """
+    reads = [s for s in sites if s.kind in LatentGuidance.kinds]
+    if not reads:
+        found = ", ".join(sorted({s.kind for s in sites}))
+        raise SiteError(
+            f"{label} reads how image tokens attend to words, but this {family.name} model has no cross- or joint "
+            f"attention (only {found})."
+        )
+    guide = family.guide
+    if guide is None:
+        shown = ", ".join([s.name for s in reads[:3]] + (["...", reads[-1].name] if len(reads) > 4 else []))
+        raise SiteError(
+            f"{label}: no publication names layers to guide by in {family.name} models, so `sites` must be given. "
+            f"Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
+        )
+    if guide.sites is not None:
+        reads = list(select(reads, guide.sites, kinds=LatentGuidance.kinds, what=label))
+    if guide.span is not None:
+        low, high = (int(f * len(reads) + 1e-9) for f in guide.span)
+        return tuple(reads[low : max(high, low + 1)])
+    if guide.reduction is None:
+        return tuple(reads)
+    # A UNet's layers at 1/4 of the latents' side (16 x 16 in SD at 512 px), or at the nearest finer level that it has.
+    finest = max((s.grid for s in sites if s.grid is not None), default=None, key=lambda g: g[1] * g[2])
+    levels = {s.grid[1] * s.grid[2] for s in reads if s.grid is not None}
+    if finest is None or not levels:
+        raise SiteError(f"{label}: the model does not tell the size of its latents, so `sites` must be given.")
+    wanted = math.ceil(finest[1] / guide.reduction) * math.ceil(finest[2] / guide.reduction)
+    level = min((n for n in levels if n >= wanted), default=max(levels))
+    return tuple(s for s in reads if s.grid is not None and s.grid[1] * s.grid[2] == level)
+
+
+def _checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
+    if isinstance(concepts, (str, int)) or not isinstance(concepts, (tuple, list)) or not concepts:
+        raise ConfigError(f"{label}: concepts={concepts!r}: give words of the prompt, such as concepts=('cat', 'dog').")
+    if all(isinstance(part, (tuple, list)) for part in concepts):
+        parts = tuple(_checked_concepts(label, part) for part in concepts)
+        if any(isinstance(word, tuple) for part in parts for word in part) or len({len(part) for part in parts}) > 1:
+            raise ConfigError(f"{label}: concepts={concepts!r}: give every prompt of the batch equally many words.")
+        return parts
+    for word in concepts:
+        if isinstance(word, bool) or not isinstance(word, (str, int)):
+            raise ConfigError(f"{label}: {word!r} is neither a word of the prompt nor the place of a token.")
+        if list(concepts).count(word) > 1:
+            raise ConfigError(f"{label}: {word!r} is given twice. Name each concept once ('cat#2' is a second cat).")
+    return tuple(concepts)

@@ -1,0 +1,211 @@
+"""Reading attention to words in a forward that runs with gradients and stops after the last map that is needed.
+
+Only the sites that are read compute maps; every other site runs the host's own fused attention. Nothing after the last
+site contributes to a loss on the maps, so leaving there changes neither loss nor gradient, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attnctl.core.guidance import Checkpointing
+from attnctl.core.hosts.families import Grid
+from attnctl.core.hosts.linear import linear_attention
+from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.errors import UnsupportedModelError
+from attnctl.kernels import columns, linear_rows, query_rows
+from attnctl.kernels.checks import rows_of
+
+__all__ = ["MapReader", "exit_refusal", "prepared", "until_done", "usable"]
+
+
+class _Done(BaseException):
+    """Leaves a guidance forward whose maps are all there; not an Exception, so that no host swallows it."""
+
+    def __init__(self, reader: MapReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+
+class MapReader:
+    """Reads image-to-text attention at some sites of one guidance forward, and ends it after the last.
+
+    Args:
+        names: The sites to read. The last one is known by counting, not by its place in a list.
+        share: Gives, for a number of text tokens, the columns to read: [rows, T, C], the share of each token.
+        early_exit: Whether to leave the forward when no site remains.
+        looks: Whether to read how image tokens attend to each other too, at self- and joint-attention sites.
+    """
+
+    def __init__(
+        self, names: Sequence[str], share: Callable[[int], Tensor], early_exit: bool, looks: bool = False
+    ) -> None:
+        self.share, self.early_exit, self.looks = share, early_exit, looks
+        self.remaining = set(names)
+        self.reading = True
+        self.total: dict[Grid, Tensor] = {}
+        self.heads = 0
+        self.seen: dict[tuple[int, ...], Tensor] = {}
+        self.seen_heads = 0
+
+    def __call__(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        """Read one attention call, then let it run or leave the forward."""
+        if call.index or (self.reading and call.site.name not in self.remaining):
+            return proceed(call)
+        read = None if call.site.kind == "self" else self.read(call)
+        seen = self.look(call) if self.looks and call.site.kind != "cross" else None
+        if self.reading:  # a checkpointed block runs again during backward, and must then compute the same
+            if read is not None:
+                maps, grid = read
+                self.total[grid] = maps if grid not in self.total else self.total[grid] + maps
+                self.heads += call.q.shape[1]
+            if seen is not None:
+                size = tuple(seen.shape)
+                self.seen[size] = seen if size not in self.seen else self.seen[size] + seen
+                self.seen_heads += call.q.shape[1]
+            self.remaining.discard(call.site.name)
+            if self.early_exit and not self.remaining:
+                raise _Done(self)
+        return proceed(call)
+
+    def read(self, call: AttnCall) -> tuple[Tensor, Grid]:
+        """Compute the columns of one call summed over heads: [rows, N, C], and the grid of the N tokens."""
+        if call.grid is None:
+            raise UnsupportedModelError(f"{call.site.name}: the token grid is not known here, so maps have no shape.")
+        if call.site.kind == "joint" and (call.text is None or call.image is None):
+            raise UnsupportedModelError(f"{call.site.name}: text and image tokens cannot be told apart in this call.")
+        keys = call.k.shape[2]
+        text = call.text or slice(0, keys)
+        share = self.share(text.stop - text.start).to(call.q.device)
+        share = share.repeat_interleave(call.q.shape[0] // share.shape[0], 0)
+        share = F.pad(share, (0, 0, text.start, keys - text.stop))
+        return columns(call.q, call.k, share, mask=call.mask, scale=call.scale, rows=call.image).sum(1), call.grid
+
+    def look(self, call: AttnCall) -> Tensor:
+        """Compute how image tokens attend to each other in one call, summed over heads: [rows, N, N], row sums H."""
+        image = slice(0, call.q.shape[2]) if call.image is None else call.image
+        q, k = call.q[:, :, image], call.k if call.image is None else call.k[:, :, image]
+        if k.shape[2] != q.shape[2]:
+            raise UnsupportedModelError(
+                f"{call.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]}: not to each other alone."
+            )
+        places = range(q.shape[2])
+        if call.kernel is linear_attention:
+            return linear_rows(q, k, places).sum(1)
+        mask = call.mask
+        if mask is not None and call.image is not None:
+            mask = rows_of(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), image)
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
+        return query_rows(q, k, places, mask=mask, scale=call.scale).sum(1)
+
+    def attention(self, samples: int) -> Tensor:
+        """Average what image tokens pay to each other over heads and layers: [samples, h w, h w].
+
+        Raises:
+            UnsupportedModelError: The layers have several grids, or attend over several frames.
+        """
+        grids = sorted({grid[1:] for grid in self.total})
+        if len(self.seen) != 1 or len(grids) != 1 or next(iter(self.seen))[:2] != (samples, math.prod(grids[0])):
+            shown = ", ".join(f"{h} x {w}" for h, w in grids)
+            raise UnsupportedModelError(
+                "A loss on how image tokens attend to each other needs layers of one grid, and of one frame each; "
+                f"these have {shown}. Choose sites of one size."
+            )
+        return next(iter(self.seen.values())) / self.seen_heads
+
+    def maps(self) -> Tensor:
+        """Average over heads and layers: [samples, C, h, w], at the finest grid read; a frame is a sample."""
+        parts = []
+        for (frames, h, w), total in self.total.items():
+            part = total.unflatten(1, (frames, h, w)).flatten(0, 1) if frames > 1 else total.unflatten(1, (h, w))
+            parts.append(part.permute(0, 3, 1, 2))
+        size = max((p.shape[-2:] for p in parts), key=lambda s: s[0] * s[1])
+        parts = [
+            p if p.shape[-2:] == size else F.interpolate(p, size, mode="bilinear", align_corners=False) for p in parts
+        ]
+        return sum(parts[1:], start=parts[0]) / self.heads
+
+
+@contextlib.contextmanager
+def until_done(reader: MapReader) -> Iterator[None]:
+    """Run a forward until a reader has all its maps."""
+    try:
+        yield
+    except _Done as done:
+        if done.reader is not reader:
+            raise
+
+
+def exit_refusal(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> str | None:
+    """Say why a forward of this denoiser must not be left half way, or return None."""
+    for module in denoiser.modules():
+        if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
+            return "diffusers hooks (caches, group offloading) need every block to run"
+        if module is not denoiser and "_hf_hook" in vars(module):
+            return "accelerate hooks on blocks would leave weights on the device"
+    for value in bound.values():
+        if isinstance(value, dict) and value.get("scale") not in (None, 1, 1.0):
+            return "older hosts undo a LoRA scale only at the end of the forward"
+    return None
+
+
+@contextlib.contextmanager
+def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[[], Any]) -> Iterator[None]:
+    """Freeze parameters, set compiled blocks aside and switch checkpointing on; give everything back afterwards.
+
+    Gradients go to the latents alone: a parameter that required one would have its layer's input kept. Blocks that are
+    checkpointed, by `checkpointing` or by the user, run again during backward under what `remember` noted.
+    """
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    held: list[tuple[torch.nn.Module, str, Any]] = []
+    again: Checkpointing | None = None
+
+    def put(module: torch.nn.Module, name: str, value: Any) -> None:
+        held.append((module, name, vars(module).get(name, _MISSING)))
+        vars(module)[name] = value
+
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        for module in denoiser.modules():
+            if module._compiled_call_impl is not None:  # a compiled block would be compiled again, for this alone
+                put(module, "_compiled_call_impl", None)
+            if checkpointing and hasattr(module, "gradient_checkpointing"):
+                put(module, "gradient_checkpointing", True)
+                put(module, "_gradient_checkpointing_func", _checkpoint)
+        again = Checkpointing(denoiser, remember)
+        yield
+    finally:
+        if again is not None:
+            again.release()
+        for module, name, value in reversed(held):
+            if value is _MISSING:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
+        for p in trained:
+            p.requires_grad_(True)
+
+
+_MISSING = object()
+
+
+def _checkpoint(block: Any, *args: Any) -> Any:
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+def usable(value: Any) -> Any:
+    """Copy inference tensors, which autograd cannot save, in nested arguments; leave everything else."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {k: usable(v) for k, v in value.items()}
+    return type(value)(usable(v) for v in value) if type(value) in (list, tuple) else value
