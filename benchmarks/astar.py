@@ -44,8 +44,8 @@ def guided(model: torch.nn.Module, inputs: dict[str, Any], sites: Any = None, **
             w.family = dataclasses.replace(w.family, grid=lambda model, bound: (1, 64, 64))
         names = [site.name for site in w.resolved[0]]
         reader = MapReader(names, lambda n: torch.zeros(1, n, 2, device="meta"), control.early_exit)
-        with torch.enable_grad(), prepared(model, control.checkpoint, w.remember), until_done(reader):
-            w.side_pass("latents", inputs, dict.fromkeys(names, reader))
+        with torch.enable_grad(), prepared(model, control.checkpoint, w.snapshot), until_done(reader):
+            w.extra_pass("latents", inputs, dict.fromkeys(names, reader))
     return reader
 
 

@@ -127,12 +127,12 @@ def test_refinement_stops_at_its_level_and_at_its_most() -> None:
 
 
 def test_thresholds_fall_on_the_published_steps() -> None:
-    from attnctl.core.call import StepState
+    from attnctl.core.call import CallState
 
     control = AttendExcite(concepts=WORDS)
-    levels = {i: control.level(StepState(step=i, steps=50)) for i in range(50)}
+    levels = {i: control.level(CallState(step=i, steps=50)) for i in range(50)}
     assert {i: level for i, level in levels.items() if level is not None} == pytest.approx({0: 0.95, 10: 0.5, 20: 0.2})
-    assert [i for i in range(50) if control.acts(StepState(step=i, steps=50))] == list(range(25))
+    assert [i for i in range(50) if control.acts(CallState(step=i, steps=50))] == list(range(25))
 
 
 def test_other_losses_plug_in() -> None:

@@ -408,17 +408,17 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     site = next(s for s in attnctl.find_sites(model) if s.kind == "joint")
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n_text + n_image, 128, generator=g) for _ in range(2))
-    from attnctl.core.call import StepState
+    from attnctl.core.call import CallState
     from attnctl.core.hosts.words import Concept
-    from attnctl.core.intercept import AttnCall, Link
+    from attnctl.core.intercept import AttnCall, SiteHook
     from attnctl.processors.capture.recorder import Recorder
 
-    state = StepState(call=1, steps=1, denoiser=model, family=family_of(model))
+    state = CallState(call=1, steps=1, denoiser=model, family=family_of(model))
     state._grid, state._grid_known = (1, 64, 64), True
     own = Recorder(Capture(words=(1,)), [site], None)
     own.labels, own.concepts = ("1",), [{"1": Concept("1", (1,))}]
     tokens = slice(n_text, n_text + n_image), slice(0, n_text)
-    call = AttnCall(q, k, k, None, None, Link(site, state), 0, tokens, lambda *a, **k: q)
+    call = AttnCall(q, k, k, None, None, SiteHook(site, state), 0, tokens, lambda *a, **k: q)
     with Largest() as seen:
         own.wrap(call, lambda call: call.q)
     assert seen.elements <= 2 * q.numel() < (n_text + n_image) * n_image // 8

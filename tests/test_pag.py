@@ -10,7 +10,7 @@ import torch
 import zoo
 
 import attnctl
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.hosts.families import FAMILIES, family_of
 from attnctl.core.sites import find_sites
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
@@ -22,9 +22,9 @@ SD3_HEADS = ((1, 10), (11, 15), (13, 17), (0, 23), (1, 2), (0, 15), (1, 19), (18
 FLUX_HEADS = ((51, 23), (52, 22), (38, 18), (43, 17), (34, 0), (52, 6))
 
 
-def at(step: int, steps: int = 10, timestep: float | None = None) -> StepState:
+def at(step: int, steps: int = 10, timestep: float | None = None) -> CallState:
     """Describe a step."""
-    return StepState(step=step, steps=steps, timestep=timestep)
+    return CallState(step=step, steps=steps, timestep=timestep)
 
 
 def call(model: Any, inputs: dict[str, Any], *controls: Any) -> torch.Tensor:

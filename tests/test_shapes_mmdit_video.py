@@ -285,7 +285,9 @@ def test_clips_are_encoded_once(tmp_path, base_folder: Path) -> None:
 @pytest.mark.parametrize("name", ["mmdit", "video"])
 def test_missing_and_damaged_weights_are_named(tmp_path, runs: dict, monkeypatch, name: str) -> None:
     monkeypatch.setattr(loading, "WEIGHTS", tmp_path / "none")
-    with pytest.raises(ConfigError, match=rf"lacks the file .*attnctl\.shapes\.training\.train {name} --out runs/{name}"):
+    with pytest.raises(
+        ConfigError, match=rf"lacks the file .*attnctl\.shapes\.training\.train {name} --out runs/{name}"
+    ):
         load_shapes(name)
     shutil.copytree(runs[name]["out"] / "pipeline", tmp_path / "w")
     part = "transformer" if name == "mmdit" else "motion_adapter"

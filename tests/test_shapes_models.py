@@ -268,7 +268,7 @@ def test_damaged_weight_files_are_named(tmp_path, shipped: Path, damage: str) ->
     file.unlink()
     if damage != "missing":
         file.write_bytes({"truncated": data[:-100], "header": data[:50], "empty": b"", "json": b"{"}[damage])
-    with pytest.raises(ConfigError, match=r"unet.*attnctl\.shapes\.train") as error:
+    with pytest.raises(ConfigError, match=r"unet.*attnctl\.shapes\.training\.train") as error:
         load_shapes(folder=tmp_path / "w")
     assert str(file) in str(error.value)
 

@@ -1,6 +1,6 @@
 """What the current denoiser call is: its step, its rows, its token grid.
 
-One plain `StepState` per denoiser is written by the session's hooks and read by controls. It is an ordinary shared
+One plain `CallState` per denoiser is written by the session's hooks and read by controls. It is an ordinary shared
 object on purpose: gradient checkpointing recomputes attention in autograd's own threads, where context variables and
 thread locals are empty.
 """
@@ -18,7 +18,7 @@ from attnctl.core.hosts.families import Family, Grid
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["Rows", "StepState", "bind_call", "main_input", "main_name", "row_count", "take_rows"]
+__all__ = ["CallState", "Rows", "bind_call", "main_input", "main_name", "row_count", "take_rows"]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
 _SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
@@ -62,7 +62,7 @@ class Rows:
 
 
 @dataclass
-class StepState:
+class CallState:
     """The current denoiser call, as controls see it.
 
     Attributes:

@@ -16,26 +16,26 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, SiteError
 
-__all__ = ["AdaptiveForm", "Attached", "Combine", "Control", "Guidance", "Passes"]
+__all__ = ["AdaptiveForm", "Combine", "Control", "Guidance", "LiveControl", "LiveDenoiser"]
 
 Combine = Literal["auto", "add", "rescale_safe"]
 AdaptiveForm = Literal["knob", "timestep"]
 
 
-class Passes(Protocol):
+class LiveDenoiser(Protocol):
     """One denoiser under control, as an attached control sees it."""
 
     pipe: Any
-    state: StepState
+    state: CallState
 
-    def side_pass(
+    def extra_pass(
         self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
     ) -> Any:
         """Run the denoiser once more with other inputs and wrappers, and without guidance.
@@ -50,7 +50,7 @@ class Passes(Protocol):
             The prediction, or None with `last`.
         """
 
-    def aside(self, wrappers: Mapping[str, Wrapper]) -> contextlib.AbstractContextManager[None]:
+    def beside(self, wrappers: Mapping[str, Wrapper]) -> contextlib.AbstractContextManager[None]:
         """Let modules of the denoiser run beside the pass that is under way, as if it did not notice.
 
         Args:
@@ -58,7 +58,7 @@ class Passes(Protocol):
         """
 
 
-class Attached:
+class LiveControl:
     """What a control keeps while it is attached to one denoiser: stored attention, say. It may change; controls do not.
 
     Attributes:
@@ -72,7 +72,7 @@ class Attached:
     def begin_run(self) -> None:
         """Forget the last run."""
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         """Run ahead of each base pass in the control's window."""
 
     def wrap(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Control:
         """Name the publication that the default sites come from."""
         return None
 
-    def in_window(self, state: StepState) -> bool:
+    def in_window(self, state: CallState) -> bool:
         """Tell whether the current step lies in [start, stop)."""
         return self.start <= state.progress < self.stop
 
@@ -159,7 +159,7 @@ class Control:
         return self.start > 0.0 or self.stop < 1.0
 
     def needs_prompt(self) -> bool:
-        """Tell whether `StepState.prompts` must be filled."""
+        """Tell whether `CallState.prompts` must be filled."""
         return False
 
     def wants_block_input(self) -> bool:
@@ -170,7 +170,7 @@ class Control:
         """Return what wraps the kernel at this control's sites in the base pass, or None."""
         return None
 
-    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached | None:
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl | None:
         """Return what this control keeps while it is attached to a denoiser, or None where `wrapper` says it all."""
         return None
 
@@ -214,7 +214,7 @@ class Guidance(Control):
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ConfigError(f"{self._label}: every={self.every!r} must be a whole number of steps, 1 or more.")
 
-    def weight(self, state: StepState) -> float:
+    def weight(self, state: CallState) -> float:
         """Compute the guidance weight of the current step; 0.0 means that no pass is needed."""
         if self.scale == 0 or not self.in_window(state):
             return 0.0

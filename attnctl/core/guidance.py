@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import Rows, StepState, cut_tensor
+from attnctl.core.call import CallState, Rows, cut_tensor
 from attnctl.core.intercept import Wrapper
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
@@ -57,7 +57,7 @@ class Branch:
     sites: tuple[Site, ...] = ()
     perturb: Wrapper | None = None
     blocks: Mapping[torch.nn.Module, BlockOverride] = field(default_factory=dict)
-    begin: Callable[[StepState], None] | None = None
+    begin: Callable[[CallState], None] | None = None
 
     @property
     def targets(self) -> tuple[torch.nn.Module, ...]:
@@ -430,7 +430,7 @@ def _take(output: Any, rows: Rows) -> Any:
     return output
 
 
-def check_reached(places: Iterable[tuple[str, bool]], state: StepState, what: str) -> None:
+def check_reached(places: Iterable[tuple[str, bool]], state: CallState, what: str) -> None:
     """Raise if a controlled pass left a selected attention site or block out.
 
     Raises:

@@ -19,10 +19,10 @@ from attnctl.core.call import bind_call
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import latents_of, with_latents
 from attnctl.core.hosts.prompt import PromptWatch
-from attnctl.core.hosts.rows import Layout, RowReader
+from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.scheduler import unwatch_scheduler, watch_scheduler
-from attnctl.core.intercept import Link, attach_processor, detach_processor, release_processor
-from attnctl.core.passes import Watched, resolve
+from attnctl.core.intercept import SiteHook, attach_processor, detach_processor, release_processor
+from attnctl.core.passes import ControlledDenoiser, resolve
 from attnctl.core.sites import Site, denoisers_of, is_backbone
 from attnctl.data.maps import WordMaps, joined
 from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError
@@ -54,7 +54,7 @@ class Handle:
         self._attached = False
         self._pipe = None if isinstance(target, torch.nn.Module) else target
         self._scheduler: Any = None
-        self._reader = RowReader(self._pipe, layout)
+        self._reader = RowLayout(self._pipe, layout)
         self._layout = layout
         self._warned: set[str] = set()
         check_controls(controls)
@@ -85,7 +85,7 @@ class Handle:
             raise
         return self
 
-    def _attach_denoiser(self, watched: Watched) -> None:
+    def _attach_denoiser(self, watched: ControlledDenoiser) -> None:
         self._undo.callback(self._release_made, watched)
         for link in watched.links.values():
             watched.made.append(attach_processor(link.site, link))
@@ -94,7 +94,7 @@ class Handle:
         self._undo.callback(pre.remove)
         post = watched.module.register_forward_hook(_Hook(self, watched).after, with_kwargs=True)
         self._undo.callback(post.remove)
-        self._undo.callback(watched.quiet)
+        self._undo.callback(watched.stop)
 
     def _attach_scheduler(self) -> None:
         scheduler = getattr(self._pipe, "scheduler", None)
@@ -114,7 +114,7 @@ class Handle:
         if latest is not None and getattr(latest, "_attnctl", None) is None:
             unwatch_scheduler(latest)  # made of a watched class, and given to the pipeline after the last run
 
-    def _release_processor(self, watched: Watched, link: Link) -> None:
+    def _release_processor(self, watched: ControlledDenoiser, link: SiteHook) -> None:
         if not detach_processor(link.site, link):
             warnings.warn(
                 f"attnctl: the processor of {link.site.name} was replaced after control() attached; it is left as it "
@@ -122,7 +122,7 @@ class Handle:
                 stacklevel=4,
             )
 
-    def _release_made(self, watched: Watched) -> None:
+    def _release_made(self, watched: ControlledDenoiser) -> None:
         for processor in watched.made:  # a model that fused its projections keeps the old ones for later
             release_processor(processor)
         watched.made.clear()
@@ -273,8 +273,8 @@ class Handle:
 
     # What the denoiser's hooks do ----------------------------------------------------------------------------
 
-    def _before(self, w: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        w.quiet()
+    def _before(self, w: ControlledDenoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        w.stop()
         if not self._enabled or w.running:
             return None
         self._heal(w)
@@ -289,7 +289,7 @@ class Handle:
             w.begin_pass(self._replay)
         return None if changed is None else ((), changed)
 
-    def _moved(self, w: Watched) -> dict[str, Any] | None:
+    def _moved(self, w: ControlledDenoiser) -> dict[str, Any] | None:
         """Let the controls move the latents; return the arguments with which the call shall go on, if they did."""
         if self.prompts is not None:
             self.prompts.close()
@@ -302,7 +302,7 @@ class Handle:
             w.state.rows = rows
         return changed
 
-    def _after(self, w: Watched, output: Any) -> Any:
+    def _after(self, w: ControlledDenoiser, output: Any) -> Any:
         if not self._enabled or w.running or w.state.denoiser is None:
             return None
         guided = w.end_pass(output)
@@ -311,7 +311,7 @@ class Handle:
         pushed = self._latents.pushed(w, output if guided is None else guided)
         return guided if pushed is None else pushed
 
-    def _time(self, w: Watched) -> None:
+    def _time(self, w: ControlledDenoiser) -> None:
         """Fill in the length of the run and the timestep, once a run."""
         self._attach_scheduler()
         state = w.state
@@ -334,7 +334,7 @@ class Handle:
             index = min(len(timesteps) - state.steps + state.step, len(timesteps) - 1)
             state.timestep = float(timesteps[index])
 
-    def _heal(self, w: Watched) -> None:
+    def _heal(self, w: ControlledDenoiser) -> None:
         """Put links back where another tool has replaced a controlled processor."""
         for name, link in w.links.items():
             module: Any = link.site.module
@@ -349,7 +349,7 @@ class Handle:
                     stacklevel=2,
                 )
 
-    def _warn_bare(self, w: Watched, rows: Any) -> None:
+    def _warn_bare(self, w: ControlledDenoiser, rows: Any) -> None:
         bare = self._pipe is None and self._layout == "auto" and rows.total % 2 == 0
         if bare and w.branches and "layout" not in self._warned:
             self._warned.add("layout")
@@ -364,7 +364,7 @@ class Handle:
 class _Hook:
     """Binds a handle and a denoiser to torch's hook signatures."""
 
-    def __init__(self, handle: Handle | None, watched: Watched | None) -> None:
+    def __init__(self, handle: Handle | None, watched: ControlledDenoiser | None) -> None:
         self.handle, self.watched = handle, watched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import is_linear, run_linear
 from attnctl.core.sites import Site, image_level_grid
@@ -30,8 +30,8 @@ from attnctl.kernels import attention, sdpa
 
 __all__ = [
     "AttnCall",
-    "Link",
     "Proceed",
+    "SiteHook",
     "Wrapper",
     "attach_processor",
     "controlled",
@@ -72,7 +72,7 @@ class AttnCall:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        link: Link,
+        link: SiteHook,
         index: int,
         tokens: tuple[slice | None, slice | None],
         kernel: Callable[..., torch.Tensor],
@@ -128,14 +128,14 @@ class AttnCall:
         return self.kernel(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
 
 
-class Link:
+class SiteHook:
     """What ties one processor to the session: its site and what to do there in the current pass.
 
     `wrappers` is None while the site is left alone; a tuple (outermost first) while it is controlled. It changes only
     between passes, so that a compiled block sees few distinct values. `reached` tells that a controlled pass came by.
     """
 
-    def __init__(self, site: Site, state: StepState, backend: str = "auto") -> None:
+    def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
         self.site = site
         self.state = state
         self.kernel = attention if backend == "auto" else functools.partial(attention, backend=backend)
@@ -147,9 +147,9 @@ class Link:
         self.fixed = False
         """Belongs to a processor that was handed out, not to a session."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
         # No session writes to the links of a copied pipeline: they must not act while the original's do.
-        return self if self.fixed else Link(replace(self.site, module=None), StepState())
+        return self if self.fixed else SiteHook(replace(self.site, module=None), CallState())
 
     @property
     def observed(self) -> bool:
@@ -189,7 +189,7 @@ def is_last(proceed: Proceed) -> bool:
 class _Intercept(TorchFunctionMode):
     """Send scaled_dot_product_attention to a link; everything else passes."""
 
-    def __init__(self, link: Link, hidden: Any, encoder: Any) -> None:
+    def __init__(self, link: SiteHook, hidden: Any, encoder: Any) -> None:
         super().__init__()
         self.link, self.hidden, self.encoder = link, hidden, encoder
         self.index = 0
@@ -228,7 +228,7 @@ class _Intercept(TorchFunctionMode):
         return self.link.run(call)
 
 
-def _token_slices(link: Link, n: int, hidden: int | None, encoder: int | None) -> tuple[slice | None, slice | None]:
+def _token_slices(link: SiteHook, n: int, hidden: int | None, encoder: int | None) -> tuple[slice | None, slice | None]:
     """Tell image from text tokens in a joint sequence of n tokens."""
     family = link.state.family
     if link.site.kind != "joint" or family is None or family.text is None:
@@ -267,7 +267,7 @@ def _make_controlled(cls: Any) -> type:
     linear, native = is_linear(cls), _native()  # looked up here: torch.compile warns of caches that it traces
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        link: Link | None = self._attnctl
+        link: SiteHook | None = self._attnctl
         if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
         hidden: Any = args[0] if args else kwargs.get("hidden_states")
@@ -316,7 +316,7 @@ def _native() -> Any:
     return AttentionBackendName.NATIVE
 
 
-def attach_processor(site: Site, link: Link) -> Any:
+def attach_processor(site: Site, link: SiteHook) -> Any:
     """Put a module's processor under control and return the controlled processor.
 
     Raises:
@@ -344,7 +344,7 @@ def attach_processor(site: Site, link: Link) -> Any:
     return new
 
 
-def detach_processor(site: Site, link: Link) -> bool:
+def detach_processor(site: Site, link: SiteHook) -> bool:
     """Give a module its own processor back; return False if another tool has put its own there meanwhile."""
     module: Any = site.module
     current = module.processor

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import Rows, StepState, row_count, take_rows
-from attnctl.core.control import Attached, Control, Guidance
+from attnctl.core.call import CallState, Rows, row_count, take_rows
+from attnctl.core.control import Control, Guidance, LiveControl
 from attnctl.core.guidance import (
     Branch,
     Checkpointing,
@@ -31,12 +31,12 @@ from attnctl.core.guidance import (
     with_main_output,
 )
 from attnctl.core.hosts.families import Family, family_of
-from attnctl.core.intercept import Link, Wrapper
+from attnctl.core.intercept import SiteHook, Wrapper
 from attnctl.core.pairs import check_pairs
 from attnctl.core.sites import Site, find_sites
 from attnctl.errors import ConfigError
 
-__all__ = ["Watched", "resolve"]
+__all__ = ["ControlledDenoiser", "resolve"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Memory:
 
 
 @dataclass
-class Watched:
+class ControlledDenoiser:
     """One denoiser under control."""
 
     module: torch.nn.Module
@@ -59,12 +59,12 @@ class Watched:
     pipe: Any = None
     running: bool = False
     """Whether a perturbed pass is under way, whose own hooks must do nothing."""
-    state: StepState = field(default_factory=StepState)
-    links: dict[str, Link] = field(default_factory=dict)
+    state: CallState = field(default_factory=CallState)
+    links: dict[str, SiteHook] = field(default_factory=dict)
     made: list[Any] = field(default_factory=list)
     """Every processor that was put under control, those that a host set aside included."""
     base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
-    attached: list[tuple[Control, Attached]] = field(default_factory=list)
+    attached: list[tuple[Control, LiveControl]] = field(default_factory=list)
     """Controls that keep something of their own while they are attached."""
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
     memory: dict[Any, _Memory] = field(default_factory=dict)
@@ -76,14 +76,14 @@ class Watched:
     forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
     """Forwards that the current pass replaces."""
     passes: int = 0
-    listeners: list[tuple[Control, torch.nn.Module, Link]] = field(default_factory=list)
+    listeners: list[tuple[Control, torch.nn.Module, SiteHook]] = field(default_factory=list)
     """Blocks whose input a control wants to see, with the link that it goes to."""
     listening: list[Any] = field(default_factory=list)
     """Handles of the hooks that the current call put on them."""
     began: set[Any] = field(default_factory=set)
     """Branches that have run in this run."""
 
-    def remember(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    def snapshot(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         """Note what the current pass does; the result does the same again, whenever it is entered."""
         wrappers = [(link, link.wrappers) for link in self.links.values()]
         state, forwards = dict(vars(self.state)), dict(self.forwards)
@@ -116,7 +116,7 @@ class Watched:
     def begin_pass(self, replay: bool) -> None:
         """Switch on what acts in the base pass of the call that `state` describes, and watch what can be replayed."""
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
-            self.checkpointing = Checkpointing(self.module, self.remember)
+            self.checkpointing = Checkpointing(self.module, self.snapshot)
         for c, own in self.attached:
             if c.in_window(self.state):
                 own.before(self)
@@ -150,7 +150,7 @@ class Watched:
             check_reached(controlled, self.state, "the base pass")
             return self.guide(output)
         finally:
-            self.quiet()
+            self.stop()
             self.state.end_call()
 
     def guide(self, output: Any) -> Any:
@@ -233,10 +233,10 @@ class Watched:
         self.passes += 1
         return main_output(output)
 
-    def side_pass(
+    def extra_pass(
         self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
     ) -> Any:
-        """Run the denoiser with other inputs and wrappers: see `processors.base.Passes`."""
+        """Run the denoiser with other inputs and wrappers: see `core.control.LiveDenoiser`."""
         state, held = self.state, dict(vars(self.state))
         links = {name: link.wrappers for name, link in self.links.items()}
         token, handle = object(), None
@@ -262,8 +262,8 @@ class Watched:
         return None if last is not None else cut.output
 
     @contextlib.contextmanager
-    def aside(self, wrappers: Mapping[str, Wrapper]) -> Iterator[None]:
-        """Let modules run beside the pass that is under way: see `processors.base.Passes`."""
+    def beside(self, wrappers: Mapping[str, Wrapper]) -> Iterator[None]:
+        """Let modules run beside the pass that is under way: see `core.control.LiveDenoiser`."""
         links = {name: link.wrappers for name, link in self.links.items()}
         pause = contextlib.nullcontext() if self.prefix is None else self.prefix.paused()
         try:
@@ -319,7 +319,7 @@ class Watched:
             raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
         return float(scale)
 
-    def quiet(self) -> None:
+    def stop(self) -> None:
         """Leave every link inactive and no watcher on any module."""
         if self.running:
             return
@@ -371,7 +371,7 @@ def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torc
     return noted
 
 
-def _listen(link: Link) -> Callable[..., None]:
+def _listen(link: SiteHook) -> Callable[..., None]:
     """Make a hook that hands a block's arguments to the link of an attention inside it."""
 
     def seen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -380,16 +380,18 @@ def _listen(link: Link) -> Callable[..., None]:
     return seen
 
 
-def resolve(module: torch.nn.Module, controls: Sequence[Control], backend: str = "auto", pipe: Any = None) -> Watched:
+def resolve(
+    module: torch.nn.Module, controls: Sequence[Control], backend: str = "auto", pipe: Any = None
+) -> ControlledDenoiser:
     """Find out everything about a denoiser before anything is touched."""
     family = family_of(module)
     sites = find_sites(module)
     resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
     check_pairs(controls, resolved)
-    watched = Watched(module, family, sites, resolved, pipe)
+    watched = ControlledDenoiser(module, family, sites, resolved, pipe)
     for i, c in enumerate(controls):
         for site in watched.resolved[i]:
-            link = watched.links.setdefault(site.name, Link(site, watched.state, backend))
+            link = watched.links.setdefault(site.name, SiteHook(site, watched.state, backend))
             if c.wants_block_input():
                 watched.listeners.append((c, module.get_submodule(site.name.rpartition(".")[0]), link))
         own = c.attached(watched.resolved[i], module, pipe)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Crew"]
+__all__ = ["Workers"]
 
 
-class Crew:
+class Workers:
     """Tell which of the processes this one is, and let them tell each other what they found.
 
     Args:

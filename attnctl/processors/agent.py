@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper
@@ -148,7 +148,7 @@ class AgentAttention(Control):
     def default_source(self, family: Family) -> str | None:
         return f"AgentSD, arXiv 2312.08874: self-attention at most {self.max_downsample} times below the latents"
 
-    def in_window(self, state: StepState) -> bool:
+    def in_window(self, state: CallState) -> bool:
         return (self.ratio > 0 or state.progress < self.agents_stop) and super().in_window(state)
 
     def needs_steps(self) -> bool:

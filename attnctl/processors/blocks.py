@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
@@ -97,7 +97,7 @@ class TPG(_BlockGuidance):
         generator = torch.Generator().manual_seed(self.seed)
         makers = {m: _shuffle(generator) for m in blocks}
 
-        def begin(state: StepState) -> None:
+        def begin(state: CallState) -> None:
             generator.manual_seed(self.seed + 10_007 * state.step)  # a run draws the same whatever ran before it
 
         return Branch(("shuffle", self.seed, tuple(blocks.values())), blocks=makers, begin=begin)

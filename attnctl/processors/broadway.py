@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 
-from attnctl.core.call import StepState
-from attnctl.core.control import Attached, Control
+from attnctl.core.call import CallState
+from attnctl.core.control import Control, LiveControl
 from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
@@ -119,14 +119,14 @@ class BroadWay(Control):
             return self.alpha, self.beta
         return 0.6 * min(self.motion, 1.0), 1 + self.motion / 2
 
-    def beta_at(self, value: float | Sequence[float], state: StepState) -> float:
+    def beta_at(self, value: float | Sequence[float], state: CallState) -> float:
         """Return the gain at the current step: a course of several numbers spans the window."""
         if isinstance(value, Sequence):
             done = (state.progress - self.start) / max(self.stop - self.start, 1e-9)
             value = float(np.interp(done, np.linspace(0, 1, len(value)), value))
         return max(value, 1.0) if self.energy_floor else float(value)
 
-    def in_window(self, state: StepState) -> bool:
+    def in_window(self, state: CallState) -> bool:
         return not self._neutral and super().in_window(state)
 
     @property
@@ -172,7 +172,7 @@ class BroadWay(Control):
             return "BroadWay, arXiv 2410.06241: temporal attention of the last three decoder stages"
         return "BroadWay, arXiv 2410.06241, for AnimateDiff; carried over to this family by attnctl"
 
-    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         from attnctl.processors.motion import Motion
 
         return Motion(self, sites, denoiser)

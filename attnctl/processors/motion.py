@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.core.control import Attached
+from attnctl.core.control import LiveControl
 from attnctl.core.hosts.families import family_of
 from attnctl.core.intercept import AttnCall, Proceed, is_last
 from attnctl.core.sites import Site, find_sites, halve, select, unet_halvings
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Motion"]
 
 
-class Motion(Attached):
+class Motion(LiveControl):
     """BroadWay on one denoiser.
 
     Attributes:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper
@@ -109,7 +109,7 @@ class PARO(Control):
     def needs_steps(self) -> bool:
         return super().needs_steps() or self.dense_steps > 0 or any(p.groups > 1 for p in self._by_site.values())
 
-    def in_window(self, state: StepState) -> bool:
+    def in_window(self, state: CallState) -> bool:
         return super().in_window(state) and state.step >= self.dense_steps
 
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:

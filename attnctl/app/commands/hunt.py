@@ -115,7 +115,7 @@ class Hunt(Common):
         from attnctl.pipelines.hunting.scorers import objective_of
         from attnctl.pipelines.hunting.search import hunt, seconds_of
         from attnctl.pipelines.models import device_and_dtype, load
-        from attnctl.pipelines.workers import Crew
+        from attnctl.pipelines.workers import Workers
 
         check_free([self.out / "hunt_result.json"], force=self.force or self.dry_run)
         try:
@@ -123,7 +123,7 @@ class Hunt(Common):
         except ConfigError as error:
             raise UsageError(str(error)) from None
         device, dtype = device_and_dtype(self.device, self.dtype)
-        crew = Crew(device)
+        crew = Workers(device)
         if crew.size > 1 and device == "cuda":
             device = f"cuda:{crew.local}"
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)

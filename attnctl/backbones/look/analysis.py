@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.look.capture import GridWatch
-from attnctl.backbones.look.probe import Look, look
-from attnctl.backbones.look.sites import Place, find_places, sites_of
+from attnctl.backbones.look.probe import AttentionProbe, look
+from attnctl.backbones.look.sites import BackboneSite, find_places, sites_of
 from attnctl.core.sites import Selector, select
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
@@ -162,7 +162,7 @@ def distance_profile(
         undo.enter_context(_still(model))
         grid_of = GridWatch(model, places, undo)
 
-        def measure(place: Place) -> Any:
+        def measure(place: BackboneSite) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
                 x = args[0]
                 grid = (0, 0) if x.ndim == 4 or len(args) > 1 else grid_of(place, x.shape[1])
@@ -178,7 +178,7 @@ def distance_profile(
     return AttentionDistance(pixels=pixels, hops=hops)
 
 
-def _spread(asked: Look, size: tuple[int, int], queries: int) -> tuple[Tensor, Tensor]:
+def _spread(asked: AttentionProbe, size: tuple[int, int], queries: int) -> tuple[Tensor, Tensor]:
     """Average distances in pixels [H], and the cumulative share by neighbourhood [H, hops]."""
     (h, w), (kh, kw) = asked.grid, asked.key_grid
     side = max(1, int(queries**0.5)) if h * w > queries else max(h, w)
@@ -199,7 +199,7 @@ def _spread(asked: Look, size: tuple[int, int], queries: int) -> tuple[Tensor, T
     return (total / count).float(), (near / count).cumsum(-1).float()
 
 
-def _chosen(model: nn.Module, sites: Selector | None) -> list[Place]:
+def _chosen(model: nn.Module, sites: Selector | None) -> list[BackboneSite]:
     every = find_places(model)
     if sites is None:
         return list(every)
@@ -226,7 +226,7 @@ def _answers(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _without(place: Place, head: int) -> Any:
+def _without(place: BackboneSite, head: int) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         mixed = args[0].unflatten(-1, (place.heads, -1))
         keep = torch.ones(place.heads, 1, dtype=mixed.dtype, device=mixed.device)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.grid import GridRecorder, watch_grid
-from attnctl.backbones.look.probe import Look, look
-from attnctl.backbones.look.sites import Place, find_places, owner_of, sites_of
+from attnctl.backbones.look.probe import AttentionProbe, look
+from attnctl.backbones.look.sites import BackboneSite, find_places, owner_of, sites_of
 from attnctl.core.control import Control
 from attnctl.core.handle import Handle
 from attnctl.core.sites import select
@@ -35,7 +35,7 @@ Grid = tuple[int, int]
 class GridWatch:
     """Tells the token grid of every place: from its patch embedding, or square."""
 
-    def __init__(self, model: nn.Module, places: Sequence[Place], undo: contextlib.ExitStack) -> None:
+    def __init__(self, model: nn.Module, places: Sequence[BackboneSite], undo: contextlib.ExitStack) -> None:
         self._owners = {p.name: owner_of(model, p.name) for p in places}
         self._recorders: dict[nn.Module, GridRecorder] = {}
         for owner in self._owners.values():
@@ -43,7 +43,7 @@ class GridWatch:
                 self._recorders[owner], hook = watch_grid(owner)
                 undo.callback(hook.remove)
 
-    def __call__(self, place: Place, tokens: int) -> Grid:
+    def __call__(self, place: BackboneSite, tokens: int) -> Grid:
         """Return (height, width) of a sequence. Raises: UnsupportedModelError where nothing tells."""
         owner, n = self._owners[place.name], tokens - place.prefix
         live = self._recorders[owner].grid if owner in self._recorders else None
@@ -138,7 +138,7 @@ class BackboneHandle(Handle):
         if self.enabled:
             self._layers, self._bytes = {}, 0
 
-    def seen(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def seen(self, place: BackboneSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record one call of one place."""
         if not self.enabled or torch.jit.is_tracing():
             return
@@ -171,7 +171,7 @@ class BackboneHandle(Handle):
 class _Seen:
     """Hears one place's calls. A copy of the model hears nothing: it would record into this one's maps."""
 
-    def __init__(self, handle: BackboneHandle, place: Place) -> None:
+    def __init__(self, handle: BackboneHandle, place: BackboneSite) -> None:
         self._heard = (handle, place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -200,7 +200,7 @@ def _checked(controls: Sequence[Any]) -> Capture:
     return capture
 
 
-def _questions(capture: Capture, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+def _questions(capture: Capture, places: Sequence[BackboneSite], model: nn.Module) -> dict[str, Any]:
     """Map each label to what it asks: a point, the number of a prefix token, or None for the mean over the image."""
     if capture.points is not None:
         return {point_label(p): p for p in capture.points}
@@ -217,7 +217,7 @@ def _questions(capture: Capture, places: Sequence[Place], model: nn.Module) -> d
     return {word: known[word] for word in capture.words or list(known)[:1]}
 
 
-def _weights(question: Any, asked: Look) -> Tensor:
+def _weights(question: Any, asked: AttentionProbe) -> Tensor:
     """Weigh the queries for a question."""
     h, w = asked.grid
     weights = torch.zeros(h * w + asked.prefix)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.look.sites import Place
+from attnctl.backbones.look.sites import BackboneSite
 
-__all__ = ["Look", "look"]
+__all__ = ["AttentionProbe", "look"]
 
 Grid = tuple[int, int]
 # Depthwise branches beside attention: their output does not count.
@@ -31,7 +31,7 @@ class _Reached(Exception):
 
 
 @dataclass
-class Look:
+class AttentionProbe:
     """One call of one attention, ready to be asked.
 
     heads: H. mixed: the result before the output projection, [B, queries, C]. leaf: the values, [B, keys, C].
@@ -71,7 +71,7 @@ class Look:
 
 
 @contextmanager
-def look(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid) -> Iterator[Look]:
+def look(place: BackboneSite, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid) -> Iterator[AttentionProbe]:
     """Run an attention once more on the inputs of a call, and yield what can be asked of it.
 
     grid: (height, width) in tokens, where the input is a sequence that does not tell.
@@ -110,7 +110,7 @@ def look(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid
         key_at, key_grid = at, grid
         if leaf.shape[1] != len(at):
             key_at, key_grid = torch.arange(leaf.shape[1], device=x.device), _reduced(leaf.shape[1], grid)
-        yield Look(place.heads, out, leaf, query_at, key_at, grid, key_grid, place.prefix)
+        yield AttentionProbe(place.heads, out, leaf, query_at, key_at, grid, key_grid, place.prefix)
 
 
 def _restore(modes: dict[nn.Module, bool]) -> None:
@@ -122,7 +122,7 @@ def _leaf_name(parent: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in parent.named_modules() if m is module).rpartition(".")[2]
 
 
-def _layout(place: Place, x: Tensor, grid: Grid) -> Tensor:
+def _layout(place: BackboneSite, x: Tensor, grid: Grid) -> Tensor:
     """Tell where the tokens lie that reach the projection, by sending their numbers instead of features."""
     h, w = grid
     if not place.windowed:
@@ -148,7 +148,7 @@ def _padded(grid: Grid, size: Sequence[int]) -> Tensor:
     return nn.functional.pad(numbers, [0, pw - w, 0, ph - h]).flatten() - 1
 
 
-def _with_leaf(y: Tensor, place: Place, batch: int) -> tuple[Tensor, Tensor]:
+def _with_leaf(y: Tensor, place: BackboneSite, batch: int) -> tuple[Tensor, Tensor]:
     """Cut the values out of a projection's output [..., channels] and put them back as a leaf [batch, keys, C]."""
     if place.by_head:
         q, k, v = y.unflatten(-1, (place.heads, 3, -1)).unbind(-2)

@@ -23,11 +23,11 @@ from attnctl.backbones.modules.routing import BiLevelRoutingAttention
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["Place", "find_places", "sites_of"]
+__all__ = ["BackboneSite", "find_places", "sites_of"]
 
 
 @dataclass(frozen=True)
-class Place:
+class BackboneSite:
     """One attention of a backbone.
 
     Attributes:
@@ -57,12 +57,12 @@ class Place:
     prefix: int = 0
 
 
-def find_places(model: nn.Module) -> tuple[Place, ...]:
+def find_places(model: nn.Module) -> tuple[BackboneSite, ...]:
     """List the attention of a backbone in execution order.
 
     Raises: UnsupportedModelError for a model with none that can be read.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, BackboneSite] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{seen}.") for seen in found):
             continue
@@ -96,35 +96,35 @@ def sites_of(model: nn.Module) -> tuple[Site, ...]:
     )
 
 
-def _place(name: str, module: nn.Module, prefix: int) -> Place | None:
+def _place(name: str, module: nn.Module, prefix: int) -> BackboneSite | None:
     m: Any = module
     kind = type(module)  # a class test on `m` itself would type it as a bare module
     if issubclass(kind, (TokenAttention, TokenHost)):
         out = getattr(m, "norm", None) or m.proj
-        return Place(name, m, m.forward, m.qkv, m.qkv.out_features // 3, out, m.num_heads, prefix=prefix)
+        return BackboneSite(name, m, m.forward, m.qkv, m.qkv.out_features // 3, out, m.num_heads, prefix=prefix)
     if issubclass(kind, (PVTAttention, PVTHost, ReducedAttention)):
-        return Place(name, m, m.forward, m.kv, m.kv.out_features // 2, m.proj, m.num_heads)
+        return BackboneSite(name, m, m.forward, m.kv, m.kv.out_features // 2, m.proj, m.num_heads)
     if issubclass(kind, AgentAttention2d):
         values = m.kv if m.split_qkv else m.qkv
-        return Place(name, m, m.forward, values, m.dim, m.proj, m.num_heads, prefix=m.prefix)
+        return BackboneSite(name, m, m.forward, values, m.dim, m.proj, m.num_heads, prefix=m.prefix)
     if issubclass(kind, BiLevelRoutingAttention):
-        return Place(name, m, m.forward, m.qkv, m.dim, m.wo, m.num_heads, windowed=True)
+        return BackboneSite(name, m, m.forward, m.qkv, m.dim, m.wo, m.num_heads, windowed=True)
     if issubclass(kind, (MapAttention, MultiAxisAttention)):
         n = getattr(m, "prefix", 0)
-        return Place(name, m, m.forward, m.qkv, m.qkv.out_features // 3, m.proj, m.num_heads, prefix=n)
+        return BackboneSite(name, m, m.forward, m.qkv, m.qkv.out_features // 3, m.proj, m.num_heads, prefix=n)
     if issubclass(kind, CSwinBlock):
         heads = sum(int(a.num_heads) for a in m.attns)
-        return Place(name, m, m.forward, m.qkv, m.qkv.out_features // 3, m.proj, heads)
+        return BackboneSite(name, m, m.forward, m.qkv, m.qkv.out_features // 3, m.proj, heads)
     if issubclass(kind, MapHost):
         width = m.qkv.out_features // 3
-        return Place(name, m, m.forward, m.qkv, width, m.proj, m.num_heads, by_head=m.head_first)
+        return BackboneSite(name, m, m.forward, m.qkv, width, m.proj, m.num_heads, by_head=m.head_first)
     enter = _entrance(kind, m)
     if enter is None:
         return None
     a: Any = m.attn
     by_head = bool(getattr(a, "head_first", False))
     width = a.qkv.out_features // 3
-    return Place(name, m, enter, a.qkv, width, a.proj, a.num_heads, norm=m.norm1, windowed=True, by_head=by_head)
+    return BackboneSite(name, m, enter, a.qkv, width, a.proj, a.num_heads, norm=m.norm1, windowed=True, by_head=by_head)
 
 
 def _entrance(kind: type[nn.Module], m: Any) -> Callable[..., Any] | None:

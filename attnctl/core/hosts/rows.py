@@ -15,12 +15,12 @@ import torch
 from attnctl.core.call import Rows, main_input, row_count
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["Layout", "RowReader"]
+__all__ = ["Layout", "RowLayout"]
 
 Layout = Literal["auto", "cond", "uncond_first", "sequential"]
 
 
-class RowReader:
+class RowLayout:
     """Tells the rows of each call of one run.
 
     Args:

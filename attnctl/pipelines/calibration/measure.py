@@ -189,9 +189,9 @@ def over_prompts(
 
 def processes() -> tuple[int, int, Callable[[], None]]:
     """Return which of how many processes this is, and what waits for all of them."""
-    from attnctl.pipelines.workers import Crew
+    from attnctl.pipelines.workers import Workers
 
-    crew = Crew()
+    crew = Workers()
     return crew.rank, crew.size, crew.wait
 
 

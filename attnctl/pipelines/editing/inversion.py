@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.control import Attached, Control, Passes
+from attnctl.core.control import Control, LiveControl, LiveDenoiser
 from attnctl.core.handle import control as attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper
@@ -144,11 +144,11 @@ class _Record(Control):
     def resolve(self, sites: Sequence[Any], family: Any) -> tuple[Any, ...]:
         return self.edit.resolve(sites, family)
 
-    def attached(self, sites: Any, denoiser: torch.nn.Module, pipe: Any) -> Attached:
+    def attached(self, sites: Any, denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         return _Recorder(self, denoiser, pipe)
 
 
-class _Recorder(Attached):
+class _Recorder(LiveControl):
     def __init__(self, control: _Record, denoiser: torch.nn.Module, pipe: Any) -> None:
         self.inversion = control.inversion
         self.source = SourcePass(control.edit, denoiser, pipe)
@@ -161,7 +161,7 @@ class _Recorder(Attached):
     def begin_run(self) -> None:
         self.inversion.latents.clear()
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         state, inversion = passes.state, self.inversion
         inversion.latents.append(state.bound["sample"])
         if not inversion.inputs:

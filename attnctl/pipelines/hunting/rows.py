@@ -21,11 +21,11 @@ from attnctl.core.sites import Site
 from attnctl.errors import SiteError, UnsupportedModelError
 from attnctl.kernels.checks import repeat_heads
 
-__all__ = ["Candidates"]
+__all__ = ["RowHeads"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates(Guidance):
+class RowHeads(Guidance):
     """Perturb other heads in every prompt row.
 
     Attributes:

@@ -20,7 +20,7 @@ from attnctl.pipelines.hunting.log import HuntLog, fingerprint_of, key_of
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
 from attnctl.pipelines.hunting.results import Hunted, Round
 from attnctl.pipelines.hunting.work import Row, Scorer, Unit, cut, draw, first_change, marks_of, units
-from attnctl.pipelines.workers import Crew
+from attnctl.pipelines.workers import Workers
 from attnctl.plans import HeadSet
 
 __all__ = ["hunt", "seconds_of"]
@@ -75,7 +75,7 @@ def hunt(
         "plan": plan.to_dict(), "objective": name, "model": model, "pool": [list(h) for h in pool],
         "fingerprint": fingerprint_of(denoiser),
     }  # fmt: skip
-    crew = Crew(next(denoiser.parameters()).device.type)
+    crew = Workers(next(denoiser.parameters()).device.type)
     held = HuntLog(None if log is None else Path(log), about, crew.rank)
     try:
         held.merge(crew.share, everything=True)
@@ -105,7 +105,14 @@ class _Search:
     """One process's part in a search."""
 
     def __init__(
-        self, pipe: Any, plan: HuntPlan, scorer: Scorer, pool: tuple[Head, ...], log: HuntLog, crew: Crew, quiet: bool
+        self,
+        pipe: Any,
+        plan: HuntPlan,
+        scorer: Scorer,
+        pool: tuple[Head, ...],
+        log: HuntLog,
+        crew: Workers,
+        quiet: bool,
     ) -> None:
         self.pipe, self.plan, self.scorer, self.pool = pipe, plan, scorer, pool
         self.log, self.crew = log, crew

@@ -15,7 +15,7 @@ from attnctl.core.handle import control
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
-from attnctl.pipelines.hunting.rows import Candidates
+from attnctl.pipelines.hunting.rows import RowHeads
 from attnctl.processors.pag import SoftPAG
 
 __all__ = ["Row", "Scorer", "Unit", "cut", "draw", "first_change", "marks_of", "units"]
@@ -58,7 +58,7 @@ def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = Non
     heads = tuple(h for h, _ in rows)
     with without_bar(pipe), torch.no_grad():
         if any(heads):
-            with control(pipe, Candidates(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
+            with control(pipe, RowHeads(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
                 images = getattr(pipe(**options), "images", None)
         else:
             images = getattr(pipe(**options), "images", None)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from attnctl.core.control import Attached, Control
+from attnctl.core.control import Control, LiveControl
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.sites import Site, find_sites, select
 from attnctl.data.maps import Reduce
@@ -226,7 +226,7 @@ class Capture(Control):
     def wants_block_input(self) -> bool:
         return self.concepts is not None
 
-    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         if self.concepts is not None:
             chosen = concept_sites(find_sites(denoiser), self.sites, family_of(denoiser))
             return ConceptRecorder(self, sites, chosen, pipe, denoiser)

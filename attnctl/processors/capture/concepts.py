@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import StepState, bind_call, take_rows
-from attnctl.core.control import Passes
+from attnctl.core.call import CallState, bind_call, take_rows
+from attnctl.core.control import LiveDenoiser
 from attnctl.core.hosts.families import Family, Grid
 from attnctl.core.hosts.textlayout import text_parts
 from attnctl.core.hosts.words import Concept, find_words
@@ -143,7 +143,7 @@ class ConceptRecorder(Recorder):
         self.blocks: dict[str, Any] = {s.name: denoiser.get_submodule(s.name.rpartition(".")[0]) for s in path}
         self.embedded, self.own = embed_concepts(pipe, capture.concepts)
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         """Note where to run the concepts' blocks; refuse what they cannot run in."""
         if any(block._compiled_call_impl is not None for block in self.blocks.values()):
             raise UnsupportedModelError(
@@ -158,7 +158,7 @@ class ConceptRecorder(Recorder):
         self._passes = passes
         super().before(passes)
 
-    def _find(self, state: StepState, count: int) -> None:
+    def _find(self, state: CallState, count: int) -> None:
         """Name the concepts, the same for each row."""
         self.labels = tuple(concept.word for concept in self.own)
         self.concepts = [{concept.word: concept for concept in self.own}] * count
@@ -213,7 +213,7 @@ class ConceptRecorder(Recorder):
             whole[:, :, inner.text] = outputs[0]
             return whole
 
-        with self._passes.aside({name: among}):
+        with self._passes.beside({name: among}):
             key = (id(self), "concepts")
             if key not in state.scratch:
                 made = self.denoiser.context_embedder.forward(self.embedded.to(text.device, _text_dtype(self.denoiser)))

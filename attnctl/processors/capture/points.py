@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.words import Concept
@@ -40,7 +40,7 @@ class PointRecorder(Recorder):
         assert self.capture.points is not None
         return tuple(self.capture.points)
 
-    def _find(self, state: StepState, count: int) -> None:
+    def _find(self, state: CallState, count: int) -> None:
         """Name the points, the same for each row."""
         self.labels = tuple(map(point_label, self.points))
         self.concepts = [{label: Concept(label, (n,)) for n, label in enumerate(self.labels)}] * count

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import Rows, StepState
-from attnctl.core.control import Attached, Passes
+from attnctl.core.call import CallState, Rows
+from attnctl.core.control import LiveControl, LiveDenoiser
 from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.words import Concept, weights
 from attnctl.core.intercept import AttnCall, Proceed
@@ -37,7 +37,7 @@ class _Layer:
     call: int
 
 
-class Recorder(Attached):
+class Recorder(LiveControl):
     """Collects the word maps of one denoiser during one run.
 
     Args:
@@ -78,7 +78,7 @@ class Recorder(Attached):
 
     # Words --------------------------------------------------------------------------------------------------
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         """Find the words of the call's prompt, once a run."""
         state = passes.state
         rows = self._rows(state.rows)
@@ -101,7 +101,7 @@ class Recorder(Attached):
             return rows.uncond
         return rows.cond if rows.prompts else None
 
-    def _find(self, state: StepState, count: int) -> None:
+    def _find(self, state: CallState, count: int) -> None:
         """Note prompts and concepts of each row."""
         self.labels, self.concepts, self.prompts = WordFinder(self.capture, self.pipe).find(state, count)
 

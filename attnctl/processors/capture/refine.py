@@ -27,11 +27,11 @@ from attnctl.processors.capture.recorder import Recorder
 if TYPE_CHECKING:
     from attnctl.processors.capture.capture import Capture
 
-__all__ = ["Looks", "RefiningRecorder", "partners", "refined"]
+__all__ = ["RefiningRecorder", "SelfAttention", "partners", "refined"]
 
 
 @dataclass(frozen=True)
-class Looks:
+class SelfAttention:
     """One self-attention: q [B, H, N, D], k [B, Hk, N, D], its mask and scale, and whether it is linear."""
 
     q: Tensor
@@ -48,7 +48,7 @@ class Looks:
         return linear_attention(self.q.float(), self.k.float(), spread).mean(1)
 
 
-def refined(maps: Tensor, looks: Looks, times: int) -> Tensor:
+def refined(maps: Tensor, looks: SelfAttention, times: int) -> Tensor:
     """Apply self-attention to maps `times` times: S^k A, in float32.
 
     Shapes: maps [B, H, N, C] (H heads of the text attention, not mixed) -> the same. Values stay within the range of
@@ -115,7 +115,7 @@ class RefiningRecorder(Recorder):
             if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
                 mask = mask[cut]
             linear = call.kernel is linear_attention
-            looks = Looks(call.q[cut].detach(), call.k[cut].detach(), mask, call.scale, linear)
+            looks = SelfAttention(call.q[cut].detach(), call.k[cut].detach(), mask, call.scale, linear)
             call.state.scratch[id(self), call.site.name] = looks
         return out
 
@@ -138,5 +138,5 @@ class RefiningRecorder(Recorder):
                 mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
                 mask = rows_of(mask[cut] if mask.shape[0] > 1 else mask, image)
                 mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
-            looks = Looks(q, k, mask, call.scale)
+            looks = SelfAttention(q, k, mask, call.scale)
         return refined(maps, looks, self.capture.refine), m, grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.hosts.words import Concept, find_words, prompt_words
 from attnctl.errors import ConfigError, UnsupportedModelError
 
@@ -28,7 +28,7 @@ class WordFinder:
     def __init__(self, capture: Capture, pipe: Any) -> None:
         self.capture, self.pipe = capture, pipe
 
-    def find(self, state: StepState, count: int) -> Found:
+    def find(self, state: CallState, count: int) -> Found:
         """Return the labels of all words, each row's concepts by label, and each row's prompt.
 
         Raises:
@@ -62,7 +62,7 @@ class WordFinder:
         concepts = [concepts for concepts in found for _ in range(each)]
         return labels, concepts, tuple(text for text in texts for _ in range(each))
 
-    def _texts(self, state: StepState) -> tuple[tuple[str, ...] | None, int]:
+    def _texts(self, state: CallState) -> tuple[tuple[str, ...] | None, int]:
         given, told = self.capture.prompt, state.prompts
         if given is not None:
             return ((given,) if isinstance(given, str) else tuple(given)), 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnctl.core.control import Attached, Passes
+from attnctl.core.control import LiveControl, LiveDenoiser
 from attnctl.core.hosts.families import family_of
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper, is_last
 from attnctl.core.sites import Site, find_sites, image_level_grid
@@ -88,7 +88,7 @@ class SourcePass:
         return write
 
 
-class Editing(Attached):
+class Editing(LiveControl):
     """FateZero at work on one denoiser."""
 
     def __init__(self, control: FateZero, denoiser: torch.nn.Module, pipe: Any) -> None:
@@ -147,7 +147,7 @@ class Editing(Attached):
         self.splits: dict[int, Split] = {}
         self.summed: Tensor | None = None
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         state, k = passes.state, passes.state.step
         if not self.checked:
             self._check_run(passes)
@@ -164,7 +164,7 @@ class Editing(Attached):
                 inputs = {**self.inversion.inputs, "timestep": state.bound["timestep"]}
                 inputs["sample"] = self.inversion.latents[s].to(device)
                 wrappers = {n: wrap for n, wrap in wrappers.items() if n not in behind}
-                passes.side_pass("source", inputs, wrappers, last=sites[-1])
+                passes.extra_pass("source", inputs, wrappers, last=sites[-1])
         self.fused = frozenset(site.name for site in sites if site.kind == "self") if fused else frozenset()
         self.crossing = cross
         self.w = self.follow[k].to(device) if cross else None
@@ -172,7 +172,7 @@ class Editing(Attached):
         self.grid, self.masks, self.splits = state.grid, {}, {}
         self.mask_columns = self._columns(s, device) if mask else None
 
-    def _check_run(self, passes: Passes) -> None:
+    def _check_run(self, passes: LiveDenoiser) -> None:
         """Refuse a run that does not fit the inversion; once a run, since it may wait for the device."""
         state, inversion = passes.state, self.inversion
         if state.steps != self.steps:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnctl.core.control import Attached
+from attnctl.core.control import LiveControl
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
 from attnctl.processors.editing.align import window_of
@@ -111,5 +111,5 @@ class FateZero(WordEdit):
         start, end = self.blend_window
         return self.blend_latents and int(start * steps) < step + 1 < int(end * steps)
 
-    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         return Editing(self, denoiser, pipe)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.control import Attached, Passes
+from attnctl.core.control import LiveControl, LiveDenoiser
 from attnctl.core.hosts.families import family_of
 from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Site, find_sites, image_level_grid
@@ -66,11 +66,11 @@ class PromptToPrompt(WordEdit):
             fused = tuple(s for s in sites if s.name in own)
         return fused, masks
 
-    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> Attached:
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         return _Pair(self, denoiser, pipe)
 
 
-class _Pair(Attached):
+class _Pair(LiveControl):
     """Prompt-to-prompt at work: the rows of a source and of its edit in one batch."""
 
     def __init__(self, control: PromptToPrompt, denoiser: torch.nn.Module, pipe: Any) -> None:
@@ -92,13 +92,13 @@ class _Pair(Attached):
         self.sums: dict[str, Tensor] = {}
         self.grid: tuple[int, int, int] | None = None
 
-    def before(self, passes: Passes) -> None:
+    def before(self, passes: LiveDenoiser) -> None:
         state = passes.state
         if self.follow is None:
             self._check_run(passes)
         self.step, self.grid = state.step, state.grid
 
-    def _check_run(self, passes: Passes) -> None:
+    def _check_run(self, passes: LiveDenoiser) -> None:
         state, control = passes.state, self.control
         told = None if state.prompts is None else state.prompts.prompts
         if (

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.errors import ConfigError
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import Binarise, binarise, retention, segregation
@@ -78,7 +78,7 @@ class AStar(LatentGuidance):
                 stacklevel=3,
             )
 
-    def acts(self, state: StepState) -> bool:
+    def acts(self, state: CallState) -> bool:
         return super().acts(state) and (self.seg > 0 or self.ret > 0)
 
     def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
@@ -97,7 +97,7 @@ class AStar(LatentGuidance):
             total = total + self.ret * retention(maps[:, free], before[:, free])
         return total
 
-    def remember(self, maps: Tensor, memory: dict[str, Any]) -> None:
+    def snapshot(self, maps: Tensor, memory: dict[str, Any]) -> None:
         memory["active"] = binarise(maps, self.binarise)
 
     def describe(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.errors import ConfigError
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import MapNorm, attend_excite
@@ -58,7 +58,7 @@ class AttendExcite(LatentGuidance):
     def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
         return attend_excite(maps)
 
-    def level(self, state: StepState) -> float | None:
+    def level(self, state: CallState) -> float | None:
         n = state.steps or 1
         here = [1 - least for at, least in self.thresholds if state.step == math.ceil(at * n - 1e-9)]
         return max(min(here), 0.0) if here and self.refine_steps else None

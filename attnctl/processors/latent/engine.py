@@ -27,7 +27,7 @@ from attnctl.core.call import main_input, main_name, take_rows
 from attnctl.core.guidance import combine, main_output, with_main_output
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.hosts.words import Concept, find_words, weights
-from attnctl.core.passes import Watched
+from attnctl.core.passes import ControlledDenoiser
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.processors.latent.guidance import LatentGuidance, transformed
 from attnctl.processors.latent.reader import MapReader, exit_refusal, prepared, until_done, usable
@@ -104,7 +104,7 @@ class LatentEngine:
             return new
         return sample + (new - old).to(sample)
 
-    def before(self, w: Watched, call: PromptCall | None) -> dict[str, Any] | None:
+    def before(self, w: ControlledDenoiser, call: PromptCall | None) -> dict[str, Any] | None:
         """Move the latents before the denoiser runs; return the changed arguments, or None for no change."""
         state = w.state
         if not self._read:
@@ -114,7 +114,9 @@ class LatentEngine:
                 self._move(w, call, active)
         return None if self._moved is None else self._with_latents(w, self._moved[1])
 
-    def _move(self, w: Watched, call: PromptCall | None, active: Sequence[tuple[int, LatentGuidance]]) -> None:
+    def _move(
+        self, w: ControlledDenoiser, call: PromptCall | None, active: Sequence[tuple[int, LatentGuidance]]
+    ) -> None:
         rows, main = w.state.rows, main_input(w.state.bound)
         if not isinstance(main, Tensor):
             raise UnsupportedModelError(f"{w.family.name} models take latents as a list, which attnctl cannot move.")
@@ -133,7 +135,7 @@ class LatentEngine:
         if new is not old:
             self._moved = old, new
 
-    def _noise_level(self, w: Watched, c: LatentGuidance) -> Tensor:
+    def _noise_level(self, w: ControlledDenoiser, c: LatentGuidance) -> Tensor:
         """Return the scheduler's sigma of the current step, in [0, 1]."""
         scheduler: Any = self.pipe.scheduler
         config, name = scheduler.config, type(scheduler).__name__
@@ -147,7 +149,7 @@ class LatentEngine:
         first = len(timesteps) - (w.state.steps or len(timesteps))  # image to image starts late in the list
         return scheduler.sigmas[min(first + w.state.step, len(timesteps) - 1)].to(torch.float32)
 
-    def pushed(self, w: Watched, output: Any) -> Any:
+    def pushed(self, w: ControlledDenoiser, output: Any) -> Any:
         """Add what `update="velocity"` asks for to a prediction; None where that is nothing."""
         push, rows = self._push, w.state.rows
         if push is None or rows.role == "extra":
@@ -160,7 +162,7 @@ class LatentEngine:
             )
         return with_main_output(output, combine(pred, push.to(pred.device), rows, None))
 
-    def _with_latents(self, w: Watched, new: Tensor) -> dict[str, Any]:
+    def _with_latents(self, w: ControlledDenoiser, new: Tensor) -> dict[str, Any]:
         rows, bound = w.state.rows, dict(w.state.bound)
         name = main_name(bound)
         latents = torch.cat([new, new]) if rows.role == "both" else new
@@ -188,7 +190,7 @@ class LatentEngine:
         grad = grad.to(torch.promote_types(grad.dtype, z.dtype))
         return grad if self._scale is None else self._scale(grad)
 
-    def _shares(self, w: Watched, c: LatentGuidance, call: PromptCall | None) -> Callable[[int], Tensor]:
+    def _shares(self, w: ControlledDenoiser, c: LatentGuidance, call: PromptCall | None) -> Callable[[int], Tensor]:
         def shares(n_text: int) -> Tensor:
             key = (c.concepts, c.prompt, n_text)
             if key not in self.shares:
@@ -197,7 +199,7 @@ class LatentEngine:
 
         return shares
 
-    def _find(self, w: Watched, c: LatentGuidance, call: PromptCall | None) -> list[Any]:
+    def _find(self, w: ControlledDenoiser, c: LatentGuidance, call: PromptCall | None) -> list[Any]:
         """Find a control's concepts in the prompt of each sample."""
         n = w.state.rows.prompts
         if c.prompt is not None:
@@ -236,7 +238,12 @@ class _Update:
     """The gradient steps of one control before one denoising step."""
 
     def __init__(
-        self, engine: LatentEngine, w: Watched, index: int, control: LatentGuidance, shares: Callable[[int], Tensor]
+        self,
+        engine: LatentEngine,
+        w: ControlledDenoiser,
+        index: int,
+        control: LatentGuidance,
+        shares: Callable[[int], Tensor],
     ) -> None:
         self.engine, self.w, self.control, self.shares = engine, w, control, shares
         self.sites, self.memory = w.resolved[index], engine.memory[index]
@@ -257,7 +264,7 @@ class _Update:
                     z, grad = self.refine(z, loss, grad, alpha, level)
             z = self.moved(z, grad, alpha)
         assert first is not None
-        c.remember(first, self.memory)
+        c.snapshot(first, self.memory)
         return z
 
     def push(self, z: Tensor) -> Tensor:
@@ -265,7 +272,7 @@ class _Update:
         c = self.control
         _, grad, maps = self.gradient(z)
         self.engine.updates += 1
-        c.remember(maps, self.memory)
+        c.snapshot(maps, self.memory)
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return c.alpha(self.w.state) * transformed(wide, c.grad_transform)
 
@@ -296,12 +303,12 @@ class _Update:
         name, template = main_name(self.bound), main_input(self.bound)
         scaled = self.engine.input(z, template)
         self.engine.forwards += 1
-        with torch.inference_mode(False), torch.enable_grad(), prepared(w.module, c.checkpoint, w.remember):
+        with torch.inference_mode(False), torch.enable_grad(), prepared(w.module, c.checkpoint, w.snapshot):
             kwargs = usable(self.bound)
             # Scaling is a factor: its own adjoint, applied to the gradient below.
             kwargs[name] = leaf = scaled.detach().clone().requires_grad_()
             with until_done(reader):
-                w.side_pass("latents", kwargs, {site.name: reader for site in self.sites})
+                w.extra_pass("latents", kwargs, {site.name: reader for site in self.sites})
             reader.reading = False
             attention = reader.maps()
             tokens = self.shares(attention.shape[1]) if every else attention.new_empty(0)

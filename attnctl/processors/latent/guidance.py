@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnctl.core.call import StepState
+from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Site, select
@@ -131,11 +131,11 @@ class LatentGuidance(Control):
     def needs_prompt(self) -> bool:
         return self.prompt is None
 
-    def acts(self, state: StepState) -> bool:
+    def acts(self, state: CallState) -> bool:
         """Tell whether the latents are to be moved before the current step."""
         return self.step_size > 0 and self.in_window(state)
 
-    def alpha(self, state: StepState) -> float:
+    def alpha(self, state: CallState) -> float:
         """Compute the step size of the current step."""
         return step_sizes(self.step_size, state.step, state.steps or 1, self.schedule)
 
@@ -151,10 +151,10 @@ class LatentGuidance(Control):
         """
         raise NotImplementedError(f"{self._label} defines no loss")
 
-    def remember(self, maps: Tensor, memory: dict[str, Any]) -> None:
+    def snapshot(self, maps: Tensor, memory: dict[str, Any]) -> None:
         """Keep something of this step's maps (before the first update, detached) for the next step."""
 
-    def level(self, state: StepState) -> float | None:
+    def level(self, state: CallState) -> float | None:
         """Return the loss to reach by repeated updates before the current step, or None for no refinement."""
         return None
 

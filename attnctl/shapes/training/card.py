@@ -31,7 +31,8 @@ pipe("a red circle and a blue square on gray", num_inference_steps=20, guidance_
 _TAIL = """
 ## Training
 `python -m attnctl.shapes.training.train text2image`: autoencoder (64x64x3 to 16x16x4), then text encoder and UNet
-together on cached latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as float16.
+together on cached latents, v-prediction, cosine noise, a tenth of the prompts empty; averaged weights, stored as
+float16.
 No scene has three objects. Held out: {held} occur as single objects only, never beside
 another. The loss of every fiftieth step is in `training.jsonl`.
 

@@ -39,8 +39,8 @@ _MMDIT_TAIL = """
 ## Training
 `python -m attnctl.shapes.training.train mmdit`: transformer and text encoder together on cached latents; the text
 encoder starts from text2image's. Rectified flow, logit-normal noise levels, a tenth of the prompts empty; averaged
-weights, stored as float16. No scene has three objects. Held out: {held} occur as single objects only, never beside another. The
-loss of every fiftieth step is in `training.jsonl`.
+weights, stored as float16. No scene has three objects. Held out: {held} occur as single objects only, never beside
+another. The loss of every fiftieth step is in `training.jsonl`.
 
 {runs}
 
@@ -94,7 +94,8 @@ and changes of pace were never trained. Prompts outside the world's words are le
 
 _ONE_BY_ONE = """`python -m attnctl.shapes.training.train video` makes a model of this kind in one command that a kill
 does not set back, in stages that each start from the one before (`attnctl/shapes/training/recipe.py` lists them).
-These weights were made by such runs one by one, with `--start`; the table says what each was told, which is not always what the stages are."""
+These weights were made by such runs one by one, with `--start`; the table says what each was told, which is not
+always what the stages are."""
 _AT_ONCE = """`python -m attnctl.shapes.training.train video` made this model in one command that a kill does not
 set back, in stages that each start from the one before: {}."""
 
