@@ -31,17 +31,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.kernels.temporal import (
-    Band,
-    Layer,
-    Reference,
-    centred_map,
-    filter_frames,
-    guided_maps,
-    motion_beta,
-    output_like,
-    weigh,
-)
+from attnctl.kernels.bands import Band, filter_frames, motion_beta
+from attnctl.kernels.temporal import Layer, Reference, centred_map, guided_maps, output_like, weigh
 from attnctl.processors import BroadWay
 
 # Grid of positions (of each of two rows), heads, frames, channels a head, tau.

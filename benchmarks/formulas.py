@@ -13,7 +13,8 @@ from torch import Tensor
 
 import attnctl
 from attnctl import kernels
-from attnctl.kernels.temporal import Band, Layer, guided_maps, weigh
+from attnctl.kernels.bands import Band
+from attnctl.kernels.temporal import Layer, guided_maps, weigh
 from attnctl.plans import BlockPlan
 from attnctl.plans.orders import permutation
 from attnctl.processors import SLG, TPG

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import columns
-from attnctl.kernels.columns import _FEW_KEYS
+from attnctl.kernels.maps import _FEW_KEYS
 
 LONG = _FEW_KEYS + 22
 

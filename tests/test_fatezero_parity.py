@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import attention
+from attnctl.kernels.maps import softmax_map
 from attnctl.processors.editing.align import (
     equalizer_row,
     follow_table,
@@ -34,7 +35,6 @@ from attnctl.processors.editing.fusion import (
     gather_frames,
     mask_score,
     self_fuse,
-    softmax_map,
     take_queries,
 )
 

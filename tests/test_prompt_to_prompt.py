@@ -14,8 +14,9 @@ from torch import Tensor
 import attnctl
 from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import ConfigError
+from attnctl.kernels.maps import softmax_map
 from attnctl.processors import PromptToPrompt
-from attnctl.processors.editing.fusion import cross_edit, softmax_map
+from attnctl.processors.editing.fusion import cross_edit
 
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 BASE = PromptToPrompt(source=SOURCE, target=TARGET, cross_replace=0.8, self_replace=0.7)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import attention, temporal
-from attnctl.kernels.temporal import Band, Layer, Reference, filter_frames, guided_maps, motion_beta, weigh
+from attnctl.kernels.bands import Band, filter_frames, motion_beta
+from attnctl.kernels.temporal import Layer, Reference, guided_maps, weigh
 
 FIXTURES = Path(__file__).parent / "fixtures" / "broadway"
 CASES: list[dict[str, Any]] = json.loads((FIXTURES / "cases.json").read_text())["cases"]

@@ -1,7 +1,7 @@
 """Attention kernels: one function, several backends, and closed forms that avoid every N x N tensor."""
 
-from attnctl.kernels.columns import columns
 from attnctl.kernels.dispatch import Backend, Plain, attention, backends, choose, plain, probe
+from attnctl.kernels.maps import columns, linear_rows, query_rows
 from attnctl.kernels.perturbation.closed_forms import (
     argmax,
     blur_queries,
@@ -13,7 +13,6 @@ from attnctl.kernels.perturbation.closed_forms import (
     temperature,
     uniform,
 )
-from attnctl.kernels.query_rows import linear_rows, query_rows
 
 __all__ = [
     "Backend",

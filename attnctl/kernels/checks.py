@@ -1,4 +1,4 @@
-"""Shapes shared by every kernel: checks, grouped heads, masks.
+"""What every kernel shares: checks of shapes, grouped heads, masks, memory.
 
 Tensors are [B, H, N, D] throughout; a mask is boolean (True = attend) or an additive float bias and
 broadcasts to [B, H, Nq, Nk].
@@ -6,12 +6,15 @@ broadcasts to [B, H, Nq, Nk].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from attnctl.errors import ConfigError
 
 __all__ = [
+    "Memory",
     "as_bias",
     "check_call",
     "check_mask",
@@ -110,3 +113,20 @@ def token_slice(part: slice, n: int, name: str) -> slice:
             f"{name}={part} was given for {n} tokens; expected slice(first, end), 0 <= first < end <= {n}."
         )
     return slice(start, stop)
+
+
+class Memory:
+    """Hold one piece of memory under each name, used again and again within one call.
+
+    A CPU spends longer on getting new pages from the system, and on giving them back, than on filling them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory of a shape, in the dtype and on the device of `like`, with whatever stands in it."""
+        size = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = like.new_empty(size)
+        return self._kept[name][:size].view(shape)

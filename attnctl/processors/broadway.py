@@ -6,7 +6,7 @@ called BroadWay). In the first fifth of the run every temporal map A of the deco
     A_g = A + alpha (R - A)                  temporal self-guidance: R is the map of the lowest decoder block
     A'  = A_g with its high band times max(beta, sqrt((E1 - E2_low) / E2_high))      Fourier motion enhancement
 
-E1 and E2 being the energies of A and A_g over the prompt's rows. `kernels.temporal` says why no FFT is needed, and no
+E1 and E2 being the energies of A and A_g over the prompt's rows. `kernels.bands` says why no FFT is needed, and no
 map either where alpha is 0. Only the formulas are published: what they leave open is said at each field.
 """
 

@@ -16,8 +16,9 @@ from attnctl.core.intercept import AttnCall, Proceed, is_last
 from attnctl.core.sites import Site, find_sites, halve, select, unet_halvings
 from attnctl.errors import ConflictError, SiteError, UnsupportedModelError
 from attnctl.kernels import temporal
+from attnctl.kernels.bands import Band, filter_frames, motion_beta
 from attnctl.kernels.checks import wide_dtype
-from attnctl.kernels.temporal import Band, Layer, Reference, filter_frames, guided_maps, motion_beta, output_like, weigh
+from attnctl.kernels.temporal import Layer, Reference, guided_maps, output_like, weigh
 
 if TYPE_CHECKING:
     from attnctl.processors.broadway import BroadWay

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels import sdpa
-from attnctl.kernels.memory import Memory
+from attnctl.kernels.checks import Memory
 from attnctl.kernels.sparse.lists import Bundle, bundles, ratio
 from attnctl.plans.blocks import BlockPlan
 from attnctl.plans.orders import permutation

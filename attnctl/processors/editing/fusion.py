@@ -34,7 +34,6 @@ __all__ = [
     "gather_frames",
     "mask_score",
     "self_fuse",
-    "softmax_map",
     "take_queries",
 ]
 
@@ -90,15 +89,6 @@ def gather_frames(x: Tensor, indices: Sequence[Sequence[int]]) -> Tensor:
     frames = x.unflatten(0, (-1, f))
     parts = [frames[:, [row[c] for row in indices]] for c in range(len(indices[0]))]
     return torch.cat(parts, dim=3).flatten(0, 1)
-
-
-def softmax_map(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
-    """Compute the explicit map softmax(q k^T scale + mask) in float32, [B, H, Nq, Nk], in the dtype of q."""
-    wide = wide_dtype(q.dtype)
-    logits = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1).to(q.dtype)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from torch import Tensor
 from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.kernels import columns
-from attnctl.processors.editing.fusion import Keys, gather_frames, softmax_map, take_queries
+from attnctl.kernels.maps import softmax_map
+from attnctl.processors.editing.fusion import Keys, gather_frames, take_queries
 
 __all__ = [
     "Inversion",

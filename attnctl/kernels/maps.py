@@ -1,13 +1,17 @@
-"""Columns of an attention map: how much of each query's attention a weighted set of keys receives.
+"""Parts of an attention map, exactly and with gradients, without the map of queries by keys.
 
-    softmax(q k^T scale + mask) @ weights
+    columns      softmax(q k^T scale + mask) @ weights
+    query_rows   softmax(q_p k^T scale + mask)          for the queries p that are asked for
+    softmax_map  softmax(q k^T scale + mask)            the whole map, for the small ones of cross-attention
 
-is attention itself with the weights in place of the values: one-hot columns give single keys, means of one-hot
-columns give words of several tokens. A fused kernel computes it exactly, heads apart and with gradients, and no map of
-queries by keys is ever held. Where there are few keys, as in cross-attention, the map is small and written out.
+Columns are attention itself with the weights in place of the values: one-hot columns give single keys, means of one-hot
+columns give words of several tokens. A fused kernel computes them, heads apart, and holds no map; where there are few
+keys, as in cross-attention, the map is small and written out. Rows hold a map of P queries by N keys.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ from attnctl.errors import ConfigError
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
 
-__all__ = ["columns"]
+__all__ = ["columns", "linear_rows", "query_rows", "softmax_map"]
 
 # Up to this many keys a map has no more elements than queries of a usual head dimension.
 _FEW_KEYS = 128
@@ -83,3 +87,49 @@ def _fused(q: Tensor, k: Tensor, w: Tensor, bias: Tensor | None, scale: float) -
 
 def _padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def query_rows(
+    q: Tensor, k: Tensor, places: Sequence[int], *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute the rows `places` of softmax(q k^T scale + mask), exactly and differentiably.
+
+    Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D], Hk divides H -> [B, H, P, Nk], in float32, or float64 where q has it.
+    mask: boolean (True = attend) or additive float, broadcastable to [B, H, Nq, Nk]. scale: 1 / sqrt(D) if None.
+    Raises: ConfigError for shapes that do not fit together, or a place beyond the queries.
+    """
+    mask = check_call(q, k, k, mask)
+    index = _index(q, places)
+    wide = wide_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q[:, :, index].to(wide) * scale) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
+    if mask is None:
+        return logits.softmax(dim=-1)
+    own = mask if mask.shape[-2] == 1 else mask[:, :, index]
+    return masked_softmax(logits + as_bias(own, wide))
+
+
+def linear_rows(q: Tensor, k: Tensor, places: Sequence[int]) -> Tensor:
+    """Compute rows of the map behind ReLU linear attention, relu(q) relu(k)^T with rows that sum to one.
+
+    Shapes: q, k [B, H, N, D] -> [B, H, P, N]; a query without a positive product looks nowhere.
+    """
+    check_call(q, k, k)
+    products = q[:, :, _index(q, places)].relu().float() @ k.relu().float().transpose(-2, -1)
+    return products / (products.sum(-1, keepdim=True) + 1e-15)
+
+
+def _index(q: Tensor, places: Sequence[int]) -> Tensor:
+    n = q.shape[2]
+    if not places or not all(0 <= p < n for p in places):
+        raise ConfigError(f"places={tuple(places)}: give one query or more, each from 0 to {n - 1}.")
+    return torch.tensor(list(places), device=q.device)
+
+
+def softmax_map(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """Compute the explicit map softmax(q k^T scale + mask) in float32, [B, H, Nq, Nk], in the dtype of q."""
+    wide = wide_dtype(q.dtype)
+    logits = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1).to(q.dtype)
