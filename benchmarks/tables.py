@@ -29,7 +29,7 @@ TESTED = """\
 What has no figure is a test: methods against recordings of the authors' code (`pytest tests/test_pag_parity.py
 tests/test_fatezero_parity.py tests/test_backbones_parity.py` and the others named after methods), two hundred runs
 without growth and two hash seeds (`pytest tests/test_leaks.py`), that no selected site is passed over in silence
-(`pytest tests/test_contract_pipelines.py -k skips_attention`), and that nothing is fetched unasked (`pytest
+(`pytest tests/test_contract_tools.py -k skips_attention`), and that nothing is fetched unasked (`pytest
 tests/test_network.py tests/test_examples.py`)."""
 FIDELITY = """\
 ### Fidelity

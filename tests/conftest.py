@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 # Before the first import of torch and the hubs, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,3 +41,44 @@ def unplugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with network.guarded() as heard:
         yield
     assert not heard
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Compute without gradients."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def eight_frames(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> Iterator[None]:
+    """Build videos of 8 frames, long enough for a band of frequencies, and expect the warnings of BroadWay."""
+    import zoo
+
+    monkeypatch.setattr(zoo, "FRAMES", 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="attnctl: .* (mixes the frames|enhances only)")
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Save a tiny random Stable Diffusion pipeline."""
+    import zoo_pipelines
+
+    path = tmp_path_factory.mktemp("models") / "tiny-sd"
+    zoo_pipelines.build("sd")[0].save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command and return its exit code, stdout and stderr."""
+    from attnctl.app.cli import main
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return call

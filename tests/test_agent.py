@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,13 @@ from attnctl.kernels.merging import match_tokens, merged_count, pool_cells
 from attnctl.processors import PAG, AgentAttention
 from attnctl.processors.agent import agent_attention
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 FIXTURES = Path(__file__).parent / "fixtures" / "agentsd"
 CASES: list[dict[str, Any]] = json.loads((FIXTURES / "cases.json").read_text())["cases"]
 CORE = [c for c in CASES if c["case"].startswith(("core", "fallback"))]
 MERGE = [c for c in CASES if c["case"].startswith("merge")]
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def heads_of(x: Tensor, weight: Tensor, heads: int) -> Tensor:

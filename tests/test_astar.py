@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo_pipelines as pipes
-from test_latents import PROMPT, SITE, WORDS, controlled, sd
+from latent_runs import PROMPT, SITE, WORDS, controlled, sd
 from torch import Tensor
 
 import attnctl

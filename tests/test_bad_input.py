@@ -6,17 +6,15 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import zoo
 import zoo_pipelines as pipes
-from contract import Through, assert_clean, snapshot
-from diffusers.models import attention_processor as ap
+from contract import assert_clean, snapshot
 from torch import nn
 
 import attnctl
@@ -31,13 +29,10 @@ from attnctl.errors import (
 )
 from attnctl.processors import PAG, SoftPAG
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -227,148 +222,6 @@ def test_a_bare_model_does_not_tell_its_rows_or_timestep() -> None:
         pytest.raises(UnsupportedModelError, match=r"even number of rows.*3"),
     ):
         zoo.call(model, zoo.build("sd15", batch=3)[1])
-
-
-# Models and processors
-
-
-def test_a_processor_that_another_tool_put_there_stays() -> None:
-    pipe, kwargs = pipes.build("sd")
-    plain = pipes.run(pipe, kwargs)
-    handle = attnctl.control(pipe, PAG(sites="mid"))
-    module: Any = pipe.unet.get_submodule(MID)
-    theirs = module.processor = ap.AttnProcessor2_0()
-    with pytest.warns(UserWarning, match=f"{re.escape(MID)} was replaced"):
-        handle.detach()
-    assert module.processor is theirs
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
-    with attnctl.control(pipe, PAG(sites="mid")):
-        guided = pipes.run(pipe, kwargs)
-        theirs = module.processor = ap.AttnProcessor2_0()
-        with pytest.warns(UserWarning, match="attached to the new one"):
-            assert torch.equal(pipes.run(pipe, kwargs), guided)
-    assert module.processor is theirs
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
-
-
-@pytest.mark.parametrize(
-    "make", [ap.AttnProcessor, lambda: ap.SlicedAttnProcessor(1), ap.XFormersAttnProcessor], ids=["old", "sliced", "xf"]
-)
-def test_processors_that_do_not_call_sdpa_are_replaced_meanwhile(make: Callable[[], Any]) -> None:
-    model, inputs = zoo.build("sd15", dtype=torch.float64)
-    with attnctl.control(model, PAG(sites="mid"), layout="cond"):
-        guided = zoo.call(model, inputs)
-    module: Any = model.get_submodule(MID)
-    theirs = module.processor = make()
-    before = snapshot(model)
-    with attnctl.control(model, PAG(sites="mid"), layout="cond"):
-        torch.testing.assert_close(zoo.call(model, inputs), guided)
-    assert module.processor is theirs
-    assert_clean(before, model)
-
-
-def test_processors_that_cannot_be_intercepted() -> None:
-    model, inputs = zoo.build("sd15")
-    plain = zoo.call(model, inputs)
-    module: Any = model.get_submodule(MID)
-    original = module.processor
-    module.scale_qk, module.processor = False, ap.AttnProcessor()
-    before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match="scale_qk=False"):
-        attnctl.control(model, PAG(sites="*attn1"))
-    assert_clean(before, model)
-    module.scale_qk, module.processor = True, ap.PAGIdentitySelfAttnProcessor2_0()
-    before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"PAG pipeline.*set_attn_processor"):
-        attnctl.control(model, PAG(sites="*attn1"))
-    assert_clean(before, model)
-    module.processor = original
-    original._parallel_config = object()
-    before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"parallelism.*disable"):
-        attnctl.control(model, PAG(sites="*attn1"))
-    assert_clean(before, model)
-    del original._parallel_config
-    assert torch.equal(zoo.call(model, inputs), plain)
-
-
-def test_processors_by_hand_and_control_do_not_mix() -> None:
-    model, inputs = zoo.build("sd15")
-    plain = zoo.call(model, inputs)
-    held = dict(model.attn_processors)
-    model.set_attn_processor(attnctl.attn_processors(model, PAG(sites="mid")))
-    perturbed = zoo.call(model, inputs)
-    before = snapshot(model)
-    with pytest.raises(ConflictError, match=r"attn_processors.*set_attn_processor"):
-        attnctl.control(model, PAG(sites="*attn1"))
-    assert_clean_but_for_processors(before, snapshot(model))
-    assert torch.equal(zoo.call(model, inputs), perturbed)
-    model.set_attn_processor(held)
-    assert torch.equal(zoo.call(model, inputs), plain)
-
-
-def assert_clean_but_for_processors(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Compare snapshots of a model that carries controlled processors on purpose."""
-    assert before.keys() == after.keys()
-    assert [k for k in before if before[k] is not after[k]] == []
-
-
-def test_an_ip_adapter_cannot_be_handed_out() -> None:
-    pipe, _ = pipes.build("sd")
-    pipes.load_ip_adapter(pipe)
-    before = snapshot(pipe.unet)
-    with pytest.raises(UnsupportedModelError, match=r"weights live in the model.*control"):
-        attnctl.attn_processors(pipe.unet, Through())
-    assert_clean(before, pipe.unet)
-
-
-def test_dropout_in_attention_is_refused() -> None:
-    model, inputs = zoo.build("hunyuandit")
-    before = snapshot(model)
-
-    class Dropping(type(model.get_submodule("blocks.1.attn1").processor)):  # type: ignore[misc]
-        def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-            q = hidden_states[:, None]
-            return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.1)[:, 0]
-
-    module: Any = model.get_submodule("blocks.1.attn1")
-    held, module.processor = module.processor, Dropping()
-    with (
-        attnctl.control(model, PAG(sites="blocks.1.attn1"), layout="cond"),
-        pytest.raises(UnsupportedModelError, match=r"drops attention weights.*eval\(\)"),
-    ):
-        zoo.call(model, inputs)
-    module.processor = held
-    assert_clean(before, model)
-
-
-# Pipelines whose rows are unknown
-
-
-def test_three_rows_an_image_are_an_unknown_layout() -> None:
-    unet, _ = zoo.build("sd15", 1, in_channels=8)
-    parts = pipes.Parts(batch=1, dtype=torch.float32, seed=0)
-    pipe = pipes.quiet(
-        diffusers.StableDiffusionInstructPix2PixPipeline(
-            vae=parts.vae(),
-            unet=unet,
-            scheduler=pipes._ddim(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **parts.text(),
-        )
-    )
-    kwargs = {"prompt": "a cat", "image": parts.picture(1, 3, 32, 24), "image_guidance_scale": 1.5}
-    plain = pipes.run(pipe, kwargs)
-    before = snapshot(pipe.unet, pipe.scheduler)
-    with (
-        attnctl.control(pipe, PAG(sites="mid")),
-        pytest.raises(UnsupportedModelError, match=r"(?s)Pix2Pix.*3 rows for each image.*unknown row layout"),
-    ):
-        pipes.run(pipe, kwargs)
-    assert_clean(before, pipe.unet, pipe.scheduler)
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
 
 
 # Plans

@@ -1,18 +1,31 @@
-"""The closed forms of the PAG family, each against its dense float64 map and against HeadHunter's code."""
+"""The closed forms of the PAG family, each against its dense float64 map."""
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dense_maps import (
+    LAYOUTS,
+    MASKS,
+    N_IMAGE,
+    N_TEXT,
+    TARGETS,
+    N,
+    bias,
+    block_map,
+    logits_of,
+    make_mask,
+    naive_perturb,
+    offered,
+    qkv,
+    target_map,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,96 +34,6 @@ from attnctl.errors import ConfigError
 from attnctl.kernels.perturbation.closed_forms import SCOPES
 
 torch.set_num_threads(1)
-FIXTURES = Path(__file__).parent / "fixtures" / "pag" / "headhunter_qkv"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
-N_IMAGE, N_TEXT = 12, 5
-N = N_IMAGE + N_TEXT
-LAYOUTS = {
-    "image_first": (slice(0, N_IMAGE), slice(N_IMAGE, N)),
-    "text_first": (slice(N_TEXT, N), slice(0, N_TEXT)),
-    "image_only": (slice(0, N), None),
-}
-TARGETS = ("identity", "uniform", "query_mean", "argmax", "temperature")
-MASKS = ("none", "keys", "keys_float", "dense", "heads")
-
-
-def qkv(b=2, h=4, n=N, d=8, hk=None, dtype=torch.float32, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(b, x, n, d, generator=g) for x in (h, hk or h, hk or h))
-    return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
-
-
-def make_mask(kind: str, b: int = 2, h: int = 4, n: int = N) -> Tensor | None:
-    g = torch.Generator().manual_seed(7)
-    keys = torch.rand(b, 1, 1, n, generator=g) < 0.7
-    keys[..., 0] = True
-    match kind:
-        case "none":
-            return None
-        case "keys":
-            return keys
-        case "keys_float":
-            return (~keys).float() * -10000.0
-        case "dense":
-            return (torch.rand(b, 1, n, n, generator=g) < 0.6) | torch.eye(n, dtype=torch.bool)
-        case "heads":
-            return torch.randn(b, h, 1, n, generator=g)
-    raise AssertionError(kind)
-
-
-# ---- the definitions, written out as maps in float64
-
-
-def bias(mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return torch.zeros(1, 1, 1, 1).double()
-    return (
-        torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.double()
-    )
-
-
-def logits_of(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
-    return q.double() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def target_map(name: str, q: Tensor, k: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:
-    logits = logits_of(q, k)
-    match name:
-        case "identity":
-            return torch.eye(q.shape[2]).double().expand_as(logits)
-        case "uniform":
-            return (torch.zeros_like(logits) + bias(mask)).softmax(-1)
-        case "query_mean":
-            mean = q[..., rows, :].double().mean(2, keepdim=True).expand(-1, -1, q.shape[2], -1)
-            return (logits_of(mean, k) + bias(mask)).softmax(-1)
-        case "argmax":
-            best = (logits + bias(mask)).argmax(-1)
-            return torch.nn.functional.one_hot(best, k.shape[2]).double()
-        case "temperature":
-            return (logits * 0.4 + bias(mask)).softmax(-1)
-    raise AssertionError(name)
-
-
-def block_map(q: Tensor, k: Tensor, mask: Tensor | None, image: slice) -> Tensor:
-    logits = logits_of(q, k) + bias(mask)
-    n = image.stop - image.start
-    logits[..., image, image] = logits[..., image, image].masked_fill(~torch.eye(n, dtype=torch.bool), -torch.inf)
-    return logits.softmax(-1).nan_to_num(0.0)
-
-
-def naive_perturb(q, k, v, *, target, u, heads, scope, image, text, mask) -> Tensor:
-    """(1-u) A + u T on the selected heads and rows, then times v: nothing but the definition."""
-    a = (logits_of(q, k) + bias(mask)).softmax(-1)
-    taken = {"all": slice(None), "text": text}.get(scope, image)
-    goal = block_map(q, k, mask, image) if scope == "image_block" else target_map(target, q, k, mask, taken)
-    for i, h in enumerate(heads):
-        a[:, h, taken] = torch.lerp(a[:, h, taken], goal[:, h, taken], float(u[i] if isinstance(u, tuple) else u))
-    return a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).double()
-
-
-def offered(target: str) -> object:
-    return partial(kernels.temperature, x=0.4) if target == "temperature" else target
 
 
 # ---- every target, scope, mask, head selection
@@ -209,45 +132,6 @@ def test_half_precision(dtype: torch.dtype, atol: float, target: str) -> None:
         out = kernels.perturb(q, k, v, target=offered(target), **call)
         assert out.dtype == dtype
         assert (out - naive_perturb(q, k, v, target=target, **call)).abs().max() <= atol
-
-
-# ---- parity with the reference code
-
-
-def fixture_cases() -> list[dict]:
-    known = ("identity", "uniform", "seg", "argmax", "temp", "logit_II_identity")
-    return [c for c in INDEX["cases"] if c["name"].startswith(known)]
-
-
-@pytest.mark.parametrize("case", fixture_cases(), ids=lambda c: f"{c['file']}-{c['name']}")
-def test_headhunter_parity(case: dict) -> None:
-    t, layout = load_file(FIXTURES / f"{case['file']}.safetensors"), INDEX["layouts"][case["file"]]
-    n, m = layout["N"], layout["T"]
-    text_first = layout["order"] == "text_then_image"
-    image, text = (slice(m, m + n), slice(0, m)) if text_first else (slice(0, n), slice(n, n + m))
-    kind, _, strength = case["name"].partition("_u") if "_u" in case["name"] else (case["name"], "", "1")
-    how: dict = {
-        "u": float(strength.split("_")[0]),
-        "heads": tuple(case["heads"]),
-        "image": image,
-        "text": text,
-    }
-    if kind.startswith("temp"):
-        how["target"] = partial(kernels.temperature, x=float(kind.removeprefix("temp")))
-    elif kind.startswith("seg"):
-        how |= {"target": "query_mean", "scope": {"all": "all", "img": "image", "txt": "text"}[kind[4:]]}
-    elif kind == "logit_II_identity":
-        how["scope"] = "image_block"
-    else:
-        how["target"] = kind
-    plain = kernels.attention(t["q"], t["k"], t["v"])
-    out, want = kernels.perturb(t["q"], t["k"], t["v"], **how), t[f"out.{case['name']}"]
-    assert (out - want).abs().max() <= 2e-5
-    assert (plain - want).norm() / plain.norm() > 0.05, "a no-op must not pass"
-
-
-def test_every_parity_case_is_found() -> None:
-    assert len(fixture_cases()) == 46
 
 
 # ---- properties

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import contract
@@ -20,6 +19,8 @@ import attnctl
 from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.errors import UnsupportedModelError
 from attnctl.processors import PAG
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 METHODS = ("PAG", "SoftPAG")
 EXACT = {name: 1e-12 if name not in contract.SINGLE_INSIDE else 1e-5 for name in zoo.NAMES}
@@ -52,12 +53,6 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
 def name(request: pytest.FixtureRequest) -> str:
     """Name one denoiser."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("method", METHODS)

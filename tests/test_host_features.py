@@ -1,13 +1,11 @@
-"""What hosts can do beside a plain call: guess mode, skipped layers, offloading, caches, old processors, quantised
-layers. Guidance stays what its definition says, or is refused in words; nothing is left behind."""
+"""What hosts can do beside a plain call: guess mode, skipped layers, denoisers that take turns, schedulers, settings.
+Guidance stays what its definition says, or is refused in words; nothing is left behind."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import types
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -15,21 +13,16 @@ import pytest
 import torch
 import zoo
 import zoo_pipelines as pipes
-from contract import Replace, Through, assert_clean, distance, perturbed, snapshot
-from diffusers.models import attention_processor as ap
-from test_contract_pipelines import build, naive, roots
-from torch import Tensor, nn
+from contract import Replace, assert_clean, distance, snapshot
+from naive_guidance import build, naive, roots
+from torch import nn
 
 import attnctl
 from attnctl.core.hosts.families import family_of
-from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
+from attnctl.errors import ConfigError
 from attnctl.processors import PAG, AStar, Capture
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # Calls that are more than one pair of prompt and negative prompt
@@ -294,260 +287,3 @@ def test_under_autocast() -> None:
         assert torch.equal(pipes.run(pipe, kwargs), plain)
     assert distance(guided, by_hand) < 0.05
     assert distance(guided, by_hand) < 0.2 * distance(guided, plain)
-
-
-# Offloading and caches
-
-
-@pytest.mark.parametrize("recipe", ["sd3", "wan"])
-def test_group_offloading(recipe: str) -> None:
-    pipe, kwargs, guidance = build(recipe)
-    model: Any = pipes.denoiser(pipe)
-    with attnctl.control(pipe, guidance):
-        guided = pipes.run(pipe, kwargs)
-    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
-    plain = pipes.run(pipe, kwargs)
-    before = snapshot(*roots(pipe))
-    with attnctl.control(pipe, guidance) as handle:
-        assert distance(pipes.run(pipe, kwargs), guided) <= 1e-12
-        assert handle.passes == 3
-        assert "group offloading" in handle.report()
-    assert before.keys() == snapshot(*roots(pipe)).keys()
-    assert distance(pipes.run(pipe, kwargs), plain) <= 1e-12
-
-
-def test_maps_and_latent_guidance_under_offloading() -> None:
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_module
-
-    pipe, kwargs, _ = build("sd")
-    controls = Capture(words=("cat",)), AStar(concepts=("a", "cat"), step_size=5.0)
-    found = []
-    for offloaded in (False, True):
-        if offloaded:
-            cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
-        with attnctl.control(pipe, *controls) as handle:
-            found.append((pipes.run(pipe, kwargs), handle.maps["cat"]))
-    remove_hook_from_module(pipe.unet, recurse=True)
-    for got, want in zip(found[1], found[0], strict=True):
-        assert distance(got, want) <= 1e-12
-
-
-def broadcast(pipe: Any, **options: Any) -> diffusers.PyramidAttentionBroadcastConfig:
-    """Make a configuration that is in force at all timesteps."""
-    ranges = {f"{kind}_attention_timestep_skip_range": (-1, 1001) for kind in ("spatial", "cross")}
-    return diffusers.PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500, **ranges | options)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options"),
-    [
-        ("wan", {"spatial_attention_block_skip_range": 2}),
-        ("wan", {"cross_attention_block_skip_range": 2}),  # not even where the guidance perturbs
-        ("cogvideox", {"spatial_attention_block_skip_range": 3}),
-    ],
-)
-def test_a_cache_that_passes_would_share_is_refused(recipe: str, options: dict[str, Any]) -> None:
-    pipe, kwargs, guidance = build(recipe)
-    model: Any = pipes.denoiser(pipe)
-    plain = pipes.run(pipe, kwargs)
-    model.enable_cache(broadcast(pipe, **options))
-    before = snapshot(*roots(pipe))
-    with (
-        attnctl.control(pipe, guidance),
-        pytest.raises(UnsupportedModelError, match=r"PyramidAttentionBroadcastHook.*one state.*disable_cache\(\)"),
-    ):
-        pipes.run(pipe, kwargs)
-    assert before.keys() == snapshot(*roots(pipe)).keys()
-    model.disable_cache()
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
-
-
-@pytest.mark.parametrize("kind", ["MagCacheConfig", "TaylorSeerCacheConfig"])
-@pytest.mark.parametrize("recipe", ["flux", "wan"])
-def test_other_caches_with_contexts_keep_the_passes_apart(recipe: str, kind: str) -> None:
-    cls = getattr(diffusers, kind, None)
-    if cls is None:
-        pytest.skip(f"this host has no {kind}")
-    options: dict[str, Any] = {
-        "MagCacheConfig": {"num_inference_steps": 4, "mag_ratios": [1.0] * 4, "threshold": 10.0},
-        "TaylorSeerCacheConfig": {"disable_cache_before_step": 2, "taylor_factors_dtype": torch.float64}
-        | ({"cache_identifiers": [r"blocks\.\d+\.attn[12]"]} if recipe == "wan" else {}),
-    }[kind]
-    pipe, kwargs, guidance = build(recipe)
-    kwargs |= {"num_inference_steps": 4}
-    guidance = PAG(scale=2.5, sites=guidance.sites, scope="all")
-    layout = "sequential" if recipe == "wan" else "cond"
-    by_hand = naive(pipe, kwargs, guidance, layout=layout, cache=cls(**options))
-    model: Any = pipes.denoiser(pipe)
-    everywhere = pipes.run(pipe, kwargs)
-    model.enable_cache(cls(**options))
-    plain = pipes.run(pipe, kwargs)
-    assert not torch.equal(plain, everywhere)  # the cache does something
-    with attnctl.control(pipe, guidance) as handle:
-        guided = pipes.run(pipe, kwargs)
-        assert handle.passes == 4
-    assert distance(guided, by_hand) <= 1e-12
-    assert distance(guided, plain) > 1e-3
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
-
-
-def test_latent_guidance_does_not_read_a_shared_cache() -> None:
-    pipe, kwargs, _ = build("cogvideox")
-    pipe.transformer.enable_cache(broadcast(pipe, spatial_attention_block_skip_range=2))
-    with (
-        attnctl.control(pipe, AStar(concepts=(1, 2), sites="transformer_blocks.1")),
-        pytest.raises(UnsupportedModelError, match="one state for all passes"),
-    ):
-        pipes.run(pipe, kwargs)
-
-
-def test_an_inactive_control_leaves_a_shared_cache_alone() -> None:
-    pipe, kwargs, guidance = build("cogvideox")
-    pipe.transformer.enable_cache(broadcast(pipe, spatial_attention_block_skip_range=2))
-    cached = pipes.run(pipe, kwargs)
-    pipe.transformer._reset_stateful_cache()
-    off = PAG(sites=guidance.sites, scale=0.0)
-    with attnctl.control(pipe, off, Through(start=1.0)):
-        assert torch.equal(pipes.run(pipe, kwargs), cached)
-
-
-def test_maps_that_a_cache_would_skip_are_an_error() -> None:
-    pipe, kwargs, _ = build("cogvideox")
-    pipe.transformer.enable_cache(broadcast(pipe, spatial_attention_block_skip_range=2))
-    with attnctl.control(pipe, Capture(words=(1,))), pytest.raises(NeverApplied, match="cache"):
-        pipes.run(pipe, kwargs)
-
-
-def test_a_cache_that_drops_the_negative_prompt_is_refused() -> None:
-    pipe, kwargs, guidance = build("cogvideox", torch.float32)
-    config = diffusers.FasterCacheConfig(
-        spatial_attention_block_identifiers=("transformer_blocks",),
-        attention_weight_callback=lambda _: 0.3,
-        tensor_format="BFCHW",
-        current_timestep_callback=lambda: 500,
-    )
-    pipe.transformer.enable_cache(config)
-    for control in (Through(), Capture(words=(1,)), guidance):
-        with attnctl.control(pipe, control), pytest.raises(UnsupportedModelError, match="FasterCache"):
-            pipes.run(pipe, kwargs)
-        pipe.transformer._reset_stateful_cache()
-
-
-# Processors that do not call SDPA
-
-
-def test_an_old_ip_adapter_processor_is_replaced_meanwhile() -> None:
-    pipe, kwargs, _ = build("sd")
-    kwargs |= pipes.load_ip_adapter(pipe)
-    for module in pipe.unet.modules():
-        new = getattr(module, "processor", None)
-        if isinstance(new, ap.IPAdapterAttnProcessor2_0):
-            old = ap.IPAdapterAttnProcessor(new.hidden_size, new.cross_attention_dim, new.num_tokens, new.scale)
-            old.load_state_dict(new.state_dict())
-            module.processor = old.double()
-    plain = pipes.run(pipe, kwargs)
-    before = snapshot(*roots(pipe))
-    through = Through()
-    with attnctl.control(pipe, through):
-        assert distance(pipes.run(pipe, kwargs), plain) <= 1e-12
-    assert {call.index for call in through.seen if call.site.kind == "cross"} == {0, 1}
-    assert_clean(before, *roots(pipe))
-    assert torch.equal(pipes.run(pipe, kwargs), plain)
-
-
-def test_an_xformers_processor_of_joint_attention_is_replaced_meanwhile() -> None:
-    model, inputs = zoo.build("sd3", dtype=torch.float64)
-    site = "transformer_blocks.2.attn"
-    guidance = PAG(sites=site)
-    with attnctl.control(model, guidance, layout="cond"):
-        guided = zoo.call(model, inputs)
-    module: Any = model.get_submodule(site)
-    theirs = module.processor = ap.XFormersJointAttnProcessor()
-    before = snapshot(model)
-    with attnctl.control(model, Replace(sites=site, function=lambda call, proceed: proceed(call)), layout="cond"):
-        zoo.call(model, inputs)
-    assert module.processor is theirs
-    assert_clean(before, model)
-    module.processor = ap.JointAttnProcessor2_0()
-    with attnctl.control(model, guidance, layout="cond"):
-        assert torch.equal(zoo.call(model, inputs), guided)
-
-
-@pytest.mark.parametrize(
-    "make", [ap.AttnAddedKVProcessor, lambda: ap.SlicedAttnAddedKVProcessor(1)], ids=["old", "sliced"]
-)
-def test_attention_with_added_keys_passes_through(make: Any) -> None:
-    settings: dict[str, Any] = {
-        "down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": ("UpBlock2D", "SimpleCrossAttnUpBlock2D"),
-        "block_out_channels": (16, 32),
-        "attention_head_dim": 8,
-    }
-    model, inputs = zoo.build("sd15", dtype=torch.float64, **settings)
-    model.set_attn_processor(make())
-    plain = zoo.call(model, inputs)
-    before = snapshot(model)
-    through = Through()
-    with attnctl.control(model, through, layout="cond"):
-        assert distance(zoo.call(model, inputs), plain) <= 1e-6  # the old ones take their softmax in float32
-    assert {call.site.name for call in through.seen} == {s.name for s in attnctl.find_sites(model)}
-    assert_clean(before, model)
-    assert torch.equal(zoo.call(model, inputs), plain)
-
-
-# Quantised, traced, exported
-
-
-class Int8Linear(nn.Module):
-    """A linear layer of int8 weights, without a parameter, as quantisers leave them."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("weight", (layer.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply."""
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
-
-
-def quantise(model: nn.Module) -> None:
-    """Replace every linear layer inside attention."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and (".attn" in name or name.startswith("attn")):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear(module))
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "pixart", "wan"])
-def test_quantised_attention_is_controlled_like_any_other(name: str) -> None:
-    model, inputs = zoo.build(name, dtype=torch.float64)
-    quantise(model)
-    plain = zoo.call(model, inputs)
-    own = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
-    guidance = PAG(scale=2.0, sites=own[len(own) // 2], scope="all")
-    p = perturbed(model, guidance, inputs)
-    before = snapshot(model)
-    with attnctl.control(model, guidance, layout="cond") as handle:
-        for _ in range(2):
-            assert distance(zoo.call(model, inputs), plain + 2.0 * (plain - p)) <= 1e-12
-        assert handle.passes == 2
-    assert_clean(before, model)
-    assert distance(p, plain) > 1e-3
-
-
-def test_what_cannot_be_hooked_is_refused() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
-        traced = torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
-    for target in (traced, types.SimpleNamespace(unet=traced)):
-        with pytest.raises(UnsupportedModelError, match=r"TorchScript.*Load it as is"):
-            attnctl.control(target, PAG(sites="mid"))
-    exported = types.SimpleNamespace(unet=object())  # as a pipeline of ONNX models holds one
-    with pytest.raises(UnsupportedModelError, match="no `unet` or `transformer` that is a torch module"):
-        attnctl.control(exported, PAG(sites="mid"))

@@ -3,100 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import zoo
 import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
+from latent_runs import PROMPT, SITE, STEPS, WORDS, astar, by_hand, controlled, sd
 from torch import Tensor
 
 import attnctl
 from attnctl.errors import ConfigError, NeverApplied, SiteError, UnsupportedModelError
-from attnctl.kernels import columns
-from attnctl.processors import PAG, AStar, AttendExcite, LatentGuidance
+from attnctl.processors import PAG, AStar, AttendExcite
 from attnctl.processors.latent import engine as engine
 from attnctl.processors.latent.losses import normalise, segregation, smooth
-
-SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
-PROMPT, WORDS = "a black bear in the water", ("bear", "water")
-STEPS = 4
-
-
-def astar(**options: Any) -> AStar:
-    """Make a control that acts strongly on the tiny UNet."""
-    return AStar(**{"concepts": WORDS, "sites": SITE, "ret": 0.0, "step_size": 30.0} | options)
-
-
-def sd(dtype: torch.dtype = torch.float32, batch: int = 1, scheduler: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Build the tiny Stable Diffusion pipeline, with another scheduler if one is named."""
-    pipe, kwargs = pipes.build("sd", dtype, batch)
-    kwargs["prompt"] = PROMPT if batch == 1 else [PROMPT] * batch
-    if scheduler is not None:
-        options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
-    return pipe, kwargs
-
-
-class Read(diffusers.models.attention_processor.AttnProcessor2_0):
-    """Compute plain attention and keep the columns of two tokens."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = weights
-        self.maps: Tensor | None = None
-
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any) -> Tensor:
-        """Attend."""
-        heads = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
-        q, k = heads(attn.to_q(hidden_states)), heads(attn.to_k(encoder_hidden_states))
-        self.maps = columns(q, k, self.weights).sum(1) / attn.heads
-        return super().__call__(attn, hidden_states, encoder_hidden_states, **rest)
-
-
-def by_hand(pipe: Any, kwargs: dict[str, Any], later: Callable[[int], bool], size: float = 30.0) -> Tensor:
-    """Sample with the update written into the loop: full forward, autograd through the scaling."""
-    cond, uncond = pipe.encode_prompt(kwargs["prompt"], "cpu", 1, True, kwargs["negative_prompt"])
-    ids = pipe.tokenizer(PROMPT).input_ids
-    weights = torch.zeros(cond.shape[1], 2)
-    for c, word in enumerate(WORDS):
-        tokens = pipe.tokenizer(word, add_special_tokens=False).input_ids
-        at = next(i for i in range(len(ids)) if ids[i : i + len(tokens)] == tokens)
-        weights[at : at + len(tokens), c] = 1 / len(tokens)
-    generator = torch.Generator().manual_seed(0)
-    pipe.scheduler.set_timesteps(STEPS)
-    timesteps = pipe.scheduler.timesteps
-    shape = (1, 4, kwargs["height"] // 2, kwargs["width"] // 2)
-    z = torch.randn(shape, generator=generator, dtype=cond.dtype) * pipe.scheduler.init_noise_sigma
-    attn = pipe.unet.get_submodule(SITE)
-    for i, t in enumerate(timesteps):
-        if not later(i):
-            plain, attn.processor = attn.processor, Read(weights)
-            with torch.enable_grad():
-                leaf = z.detach().clone().requires_grad_()
-                pipe.unet(pipe.scheduler.scale_model_input(leaf, t), t, cond)
-                h, w = shape[2] // 2, shape[3] // 2
-                maps = attn.processor.maps.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-                loss = segregation(normalise(smooth(maps), "max"))
-                (grad,) = torch.autograd.grad(loss.sum(), leaf)
-            attn.processor = plain
-            n = len(timesteps)
-            z = (z - size * (1 - 0.5 * i / (n - 1)) ** 0.5 * grad).detach()
-        x = pipe.scheduler.scale_model_input(torch.cat([z, z]), t)
-        u, c = pipe.unet(x, t, torch.cat([uncond, cond])).sample.chunk(2)
-        z = pipe.scheduler.step(u + 5.0 * (c - u), t, z).prev_sample
-    return z
-
-
-def controlled(pipe: Any, kwargs: dict[str, Any], control: LatentGuidance, **options: Any) -> Tensor:
-    """Run a pipeline under one control."""
-    with attnctl.control(pipe, control):
-        return pipes.run(pipe, kwargs, num_inference_steps=STEPS, **options)
 
 
 @torch.no_grad()
@@ -226,83 +148,6 @@ def test_only_flow_matching_has_a_velocity() -> None:
         AttendExcite(concepts=WORDS, update="velocity")
     with pytest.raises(ConfigError, match="update='speed' is unknown"):
         astar(update="speed")
-
-
-# Early exit --------------------------------------------------------------------------------------------------------
-
-FAMILIES = {"sd": WORDS, "sd2": WORDS, "sdxl": (1, 3), "sd3": (1, 3), "sd35": (1, 3), "flux": (1, 3)}
-
-
-def of_family(name: str) -> tuple[Any, dict[str, Any]]:
-    """Build a pipeline of one family; SD2 and SD3.5 are SD and SD3 with other denoisers."""
-    pipe, kwargs = pipes.build({"sd2": "sd", "sd35": "sd3"}.get(name, name))
-    if name == "sd2":
-        pipe.unet = zoo.build("sd2", 1)[0]
-    elif name == "sd35":
-        pipe.transformer = zoo.build("sd35", 1)[0]
-    return pipe, kwargs | ({"prompt": PROMPT} if name in ("sd", "sd2") else {})
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_early_exit_changes_no_bit_of_the_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, kwargs = of_family(name)
-    grads: list[Tensor] = []
-    compute = engine._Update.gradient
-
-    def spy(self: Any, z: Tensor) -> Any:
-        result = compute(self, z)
-        grads.append(result[1])
-        return result
-
-    monkeypatch.setattr(engine._Update, "gradient", spy)
-    if "unet" in pipe.components:
-        last = pipe.unet.up_blocks[-1]
-    else:
-        last = pipe.transformer.single_transformer_blocks[-1] if name == "flux" else pipe.transformer.proj_out
-    ran: list[int] = []
-    hook = last.register_forward_pre_hook(lambda *_: ran.append(1))
-    found, counts = [], []
-    for option in ({}, {"early_exit": False}, {"checkpoint": True}):
-        grads.clear()
-        ran.clear()
-        out = controlled(pipe, kwargs, AStar(concepts=FAMILIES[name], **option))
-        found.append((out, torch.stack(grads)))
-        counts.append(len(ran))
-    hook.remove()
-    assert found[0][1].any()
-    for out, grad in found[1:]:
-        assert torch.equal(out, found[0][0])
-        assert torch.equal(grad, found[0][1])
-    assert counts[0] < counts[1]  # the guidance forwards did not come so far
-
-
-def test_every_needed_site_is_waited_for() -> None:
-    # attn_processors lists the mid block last, but it runs before the up blocks.
-    pipe, kwargs = sd()
-    sites = ["mid_block.attentions.0.transformer_blocks.0.attn2", SITE]
-    a = controlled(pipe, kwargs, astar(sites=sites))
-    b = controlled(pipe, kwargs, astar(sites=sites, early_exit=False))
-    assert torch.equal(a, b)
-
-
-def test_no_more_rows_and_passes_than_needed() -> None:
-    pipe, kwargs = sd(batch=2)
-    rows: list[int] = []
-    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
-    with attnctl.control(pipe, astar(stop=0.5)) as handle:
-        pipes.run(pipe, kwargs, num_inference_steps=STEPS)
-        assert handle.guidance_forwards == 2
-    hook.remove()
-    assert rows == [2, 4, 2, 4, 4, 4]
-
-
-def test_guidance_of_the_real_sd15_keeps_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    benchmark = importlib.import_module("astar")
-    (row,) = benchmark.count(1)
-    assert row["share"] <= 0.50  # of the FLOPs of a forward
-    assert benchmark.memory()["ratio"] <= 1 / 6  # of what diffusers' own pipeline keeps for its backward
 
 
 # Inactive, exceptions, flags ---------------------------------------------------------------------------------------

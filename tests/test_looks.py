@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
-from test_latents import PROMPT, SITE, WORDS, sd
+from latent_runs import PROMPT, SITE, WORDS, sd
 from torch import Tensor
 
 import attnctl

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo_pipelines as pipes
 from PIL import Image
 
 from attnctl.app.cli import main
@@ -213,13 +212,6 @@ def test_layers_with_different_heads_share_no_columns() -> None:
 
 
 # attnctl maps ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny-sd"
-    pipes.build("sd")[0].save_pretrained(path)
-    return str(path)
 
 
 def call(folder: str, out: Path, *more: object) -> int:

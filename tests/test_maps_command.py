@@ -17,13 +17,6 @@ from attnctl.pipelines import image_maps
 from attnctl.processors import Capture
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny-sd"
-    pipes.build("sd")[0].save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     path = tmp_path / "a photo.png"

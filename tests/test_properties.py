@@ -27,15 +27,15 @@ from contract import assert_clean, snapshot
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sequences import ACTIONS, HOSTS, attach, disturb, plain_results
 from transformers import CLIPTokenizer
 
 import attnctl
 from attnctl.core.hosts.words import find_words
-from attnctl.core.pairs import rule_for
 from attnctl.core.sites import KINDS, select
 from attnctl.data.record import Record, RecordError, read, save_image
 from attnctl.data.specs import control_from_dict, control_to_dict, methods, parse_control
-from attnctl.errors import AttnctlError, ConfigError, ConflictError, PlanError, SiteError
+from attnctl.errors import AttnctlError, ConfigError, PlanError, SiteError
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.processors import PAG, SoftPAG
 
@@ -57,44 +57,11 @@ def _clear(error: AttnctlError) -> None:
 # Sequences
 
 
-class Boom(BaseException):
-    """What a run raises: nothing that a handler of exceptions would catch."""
-
-
-HOSTS = ("unet", "joint")
-NAMES = {
-    "unet": ("PAG", "SoftPAG", "SLG", "TPG", "NAG", "Capture", "PARO", "AgentAttention"),
-    "joint": ("PAG", "SEG", "SLG", "BroadWay", "Capture", "EnhanceAVideo", "PARO"),
-}
-CHOICES = st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True)
-ACTIONS = st.one_of(
-    st.tuples(st.just("attach"), CHOICES),
-    st.tuples(st.just("attach"), CHOICES),
-    st.tuples(st.just("run"), st.none()),
-    st.tuples(st.just("raise in attention"), st.integers(0, 20)),
-    st.tuples(st.just("raise in a callback"), st.integers(0, 1)),
-    st.tuples(st.just("detach in a callback"), st.none()),
-    st.tuples(st.just("toggle in a callback"), st.booleans()),
-    st.tuples(st.just("toggle"), st.booleans()),
-    st.tuples(st.just("refused"), st.none()),
-    st.tuples(st.just("copy"), st.none()),
-    st.tuples(st.just("forget"), st.none()),
-    st.tuples(st.just("detach"), st.none()),
-)
-
-
-@functools.cache
-def _known(host: str) -> dict[tuple[str, ...], torch.Tensor]:
-    """Remember the result of each set of controls."""
-    made = pairs.HOSTS[host]()
-    return {(): made.plain(())}
-
-
 @cases(14)
 @given(host=st.sampled_from(HOSTS), actions=st.lists(ACTIONS, min_size=2, max_size=6))
 @torch.no_grad()
 def test_any_sequence_ends_clean(host: str, actions: list[tuple[str, Any]]) -> None:
-    made, known = pairs.HOSTS[host](), _known(host)
+    made, known = pairs.HOSTS[host](), plain_results(host)
     model = pipes.denoiser(made.pipe)
     before = snapshot(model, made.pipe.scheduler)
     names: tuple[str, ...] = ()
@@ -103,7 +70,7 @@ def test_any_sequence_ends_clean(host: str, actions: list[tuple[str, Any]]) -> N
         for action, value in actions:
             handle = attnctl.handle_of(made.pipe)
             if action == "attach":
-                names = _attach(made, host, value, names, handle)
+                names = attach(made, host, value, names, handle)
             elif action == "run":
                 acts = names if handle is not None and handle.enabled else ()
                 result = pairs.run(made, (), editing=False)
@@ -115,7 +82,7 @@ def test_any_sequence_ends_clean(host: str, actions: list[tuple[str, Any]]) -> N
                 del handle
                 gc.collect()  # controls stay although nobody holds the handle
             elif handle is not None:
-                _disturb(made, action, value, handle)
+                disturb(made, action, value, handle)
             if attnctl.handle_of(made.pipe) is None:
                 names = ()
     left = attnctl.handle_of(made.pipe)
@@ -123,60 +90,6 @@ def test_any_sequence_ends_clean(host: str, actions: list[tuple[str, Any]]) -> N
         left.detach()
     assert_clean(before, model, made.pipe.scheduler)
     assert torch.equal(pairs.run(made, (), editing=False), known[()])
-
-
-def _attach(made: pairs.Host, host: str, value: list[int], names: tuple[str, ...], handle: Any) -> tuple[str, ...]:
-    """Attach some controls, unless others are there or they refuse each other."""
-    chosen = tuple(dict.fromkeys(NAMES[host][i % len(NAMES[host])] for i in value))
-    controls = [made.first[n] for n in chosen]
-    apart = any(rule_for(type(a), type(b)) for i, a in enumerate(controls) for b in controls[:i])
-    if handle is not None or apart:
-        with pytest.raises(ConflictError):
-            attnctl.control(made.pipe, *controls)
-        return names
-    attnctl.control(made.pipe, *controls)
-    return chosen
-
-
-def _disturb(made: pairs.Host, action: str, value: Any, handle: Any) -> None:
-    """Do one thing to a pipeline under control."""
-    if action == "raise in attention":
-        model = pipes.denoiser(made.pipe)
-        sites = attnctl.find_sites(model)
-        module: Any = sites[value % len(sites)].module
-
-        def stop(*_: Any) -> None:
-            raise Boom
-
-        hook = module.register_forward_hook(stop)
-        try:
-            with pytest.raises(Boom):
-                pairs.run(made, (), editing=False)
-        finally:
-            hook.remove()
-    elif action.endswith("in a callback"):
-
-        def meanwhile(pipe: Any, step: int, time: Any, values: Any) -> Any:
-            if action.startswith("raise") and step == value:
-                raise Boom
-            if action.startswith("detach"):
-                handle.detach()
-            if action.startswith("toggle") and handle.attached:
-                handle.enabled = value
-            return values
-
-        kwargs = {k: v for k, v in made.kwargs.items() if k != "editing"}
-        try:
-            pipes.run(made.pipe, kwargs, callback_on_step_end=meanwhile)
-        except Boom:
-            assert action.startswith("raise")
-    elif action == "toggle":
-        handle.enabled = value
-    elif action == "refused":
-        with pytest.raises(SiteError):
-            attnctl.find_sites(made.pipe) and select(attnctl.find_sites(made.pipe), 10**6)
-    else:
-        handle.detach()
 
 
 # Files that somebody else has written

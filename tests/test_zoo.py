@@ -13,6 +13,8 @@ import zoo_pipelines as pipes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 class Uniform(TorchFunctionMode):
     """Replace every attention map by the uniform one and keep the entropy of the true maps."""
@@ -40,12 +42,6 @@ class Uniform(TorchFunctionMode):
 def name(request: pytest.FixtureRequest) -> str:
     """Name one denoiser."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def test_every_way_of_guidance_is_known() -> None:
