@@ -16,8 +16,9 @@ from attnctl.data.quiet import hush_xformers
 if TYPE_CHECKING:
     from attnctl.backbones.swap import swap, swap_report, unswap
     from attnctl.core.handle import Handle, control, handle_of
+    from attnctl.core.hosts.listing import find_sites
     from attnctl.core.plug import attn_processors
-    from attnctl.core.sites import Site, find_sites
+    from attnctl.core.sites import Site
     from attnctl.errors import AttnctlError
     from attnctl.kernels import attention
     from attnctl.plans import HeadSet
@@ -50,7 +51,7 @@ _HOMES = {
     "attention": "kernels",
     "attn_processors": "core.plug",
     "control": "core.handle",
-    "find_sites": "core.sites",
+    "find_sites": "core.hosts.listing",
     "handle_of": "core.handle",
     "load_shapes": "shapes.load",
     "swap": "backbones.swap",

@@ -12,7 +12,7 @@ import zoo
 import attnctl
 from attnctl.core.call import CallState
 from attnctl.core.hosts.families import FAMILIES, family_of
-from attnctl.core.sites import find_sites
+from attnctl.core.hosts.listing import find_sites
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.plans import HeadSet
 from attnctl.processors import PAG, SoftPAG

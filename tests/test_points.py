@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.hosts.linear import linear_attention
-from attnctl.core.sites import halve, unet_halvings
+from attnctl.core.hosts.listing import halve, unet_halvings
 from attnctl.data.maps import WordMaps
 from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.families import Family, Grid
+from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.prompt import PromptCall
+from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 
 __all__ = ["CallState", "Rows", "bind_call", "main_input", "main_name", "row_count", "take_rows"]

@@ -18,12 +18,13 @@ import torch
 from attnctl.core.call import bind_call
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import latents_of, with_latents
+from attnctl.core.hosts.listing import denoisers_of, is_backbone
 from attnctl.core.hosts.prompt import PromptWatch
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.scheduler import unwatch_scheduler, watch_scheduler
 from attnctl.core.intercept import SiteHook, attach_processor, detach_processor, release_processor
 from attnctl.core.passes import ControlledDenoiser, resolve
-from attnctl.core.sites import Site, denoisers_of, is_backbone
+from attnctl.core.sites import Site
 from attnctl.data.maps import WordMaps, joined
 from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError
 from attnctl.kernels import backends

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnctl.core.call import CallState
-from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import is_linear, run_linear
-from attnctl.core.sites import Site, image_level_grid
+from attnctl.core.hosts.listing import image_level_grid
+from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConflictError, UnsupportedModelError
 from attnctl.kernels import attention, sdpa
 

@@ -31,9 +31,10 @@ from attnctl.core.guidance import (
     with_main_output,
 )
 from attnctl.core.hosts.families import Family, family_of
+from attnctl.core.hosts.listing import find_sites
 from attnctl.core.intercept import SiteHook, Wrapper
 from attnctl.core.pairs import check_pairs
-from attnctl.core.sites import Site, find_sites
+from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
 
 __all__ = ["ControlledDenoiser", "resolve"]

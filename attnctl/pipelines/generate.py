@@ -226,7 +226,7 @@ def _progress(pipe: Any, options: dict[str, Any], step: Callable[[], object]) ->
 def _site_names(pipe: Any, controls: tuple[Any, ...]) -> tuple[tuple[str, ...], ...]:
     """Name the sites of each control, over all denoisers of the pipeline."""
     from attnctl.core.hosts.families import family_of
-    from attnctl.core.sites import denoisers_of, find_sites
+    from attnctl.core.hosts.listing import denoisers_of, find_sites
 
     models = denoisers_of(pipe).values() if controls else ()
     found = [(find_sites(model), family_of(model)) for model in models]

@@ -23,8 +23,9 @@ from torch import Tensor
 from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.listing import unet_halvings
 from attnctl.core.intercept import AttnCall, Proceed, Wrapper
-from attnctl.core.sites import Site, unet_halvings
+from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import plain as plain_attention
 from attnctl.kernels.dispatch import Plain

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from attnctl.core.control import LiveControl
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.listing import find_sites, halve, unet_halvings
 from attnctl.core.intercept import AttnCall, Proceed, is_last
-from attnctl.core.sites import Site, find_sites, halve, select, unet_halvings
+from attnctl.core.sites import Site, select
 from attnctl.errors import ConflictError, SiteError, UnsupportedModelError
 from attnctl.kernels import temporal
 from attnctl.kernels.bands import Band, filter_frames, motion_beta

@@ -109,7 +109,7 @@ class Hunt(Common):
 
     def run(self, command: str) -> Result:
         """Plan, say what it costs, search, save."""
-        from attnctl.core.sites import find_sites
+        from attnctl.core.hosts.listing import find_sites
         from attnctl.data.files import check_free
         from attnctl.errors import ConfigError
         from attnctl.pipelines.hunting.scorers import objective_of

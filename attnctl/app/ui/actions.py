@@ -206,7 +206,7 @@ _MOST_TILES = 400
 
 def _check_size(models: Models, ask: Ask, control: Any) -> None:
     from attnctl.core.hosts.families import family_of
-    from attnctl.core.sites import denoisers_of, find_sites
+    from attnctl.core.hosts.listing import denoisers_of, find_sites
 
     model = next(iter(denoisers_of(models.get(ask.model).pipe).values()))
     sites = control.resolve(find_sites(model), family_of(model))

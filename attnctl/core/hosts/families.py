@@ -15,10 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["FAMILIES", "GENERIC", "Default", "Family", "Grid", "family_of"]
+from attnctl.core.sites import Grid
 
-Grid = tuple[int, int, int]
-"""Frames, rows, columns of the token grid."""
+__all__ = ["FAMILIES", "GENERIC", "Default", "Family", "family_of", "kind_of"]
 
 Bound = Mapping[str, Any]
 """Arguments of one denoiser call by parameter name."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attnctl.core.sites import denoisers_of
+from attnctl.core.hosts.listing import denoisers_of
 from attnctl.errors import UnsupportedModelError
 
 __all__ = ["TextPart", "is_known", "text_parts"]

@@ -24,7 +24,7 @@ from PIL import Image
 
 from attnctl.core.handle import control as attach
 from attnctl.core.hosts.families import family_of
-from attnctl.core.sites import find_sites
+from attnctl.core.hosts.listing import find_sites
 from attnctl.data.clips import Clip, fit, open_clip
 from attnctl.errors import ConfigError
 from attnctl.pipelines.editing.codec import check_pipeline, decode, encode, latent_factor

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnctl.core.sites import denoisers_of, find_sites
+from attnctl.core.hosts.listing import denoisers_of, find_sites
 from attnctl.errors import ConfigError
 from attnctl.pipelines.hunting.groups import deal, worth
 from attnctl.pipelines.hunting.log import HuntLog, fingerprint_of, key_of

@@ -15,7 +15,8 @@ import torch
 
 from attnctl.core.control import Control, LiveControl
 from attnctl.core.hosts.families import Family, family_of
-from attnctl.core.sites import Site, find_sites, select
+from attnctl.core.hosts.listing import find_sites
+from attnctl.core.sites import Site, select
 from attnctl.data.maps import Reduce
 from attnctl.errors import ConfigError, SiteError
 from attnctl.processors.capture.concepts import ConceptRecorder, concept_path, concept_sites

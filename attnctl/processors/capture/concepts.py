@@ -22,11 +22,11 @@ from torch import Tensor
 
 from attnctl.core.call import CallState, bind_call, take_rows
 from attnctl.core.control import LiveDenoiser
-from attnctl.core.hosts.families import Family, Grid
+from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.textlayout import text_parts
 from attnctl.core.hosts.words import Concept, find_words
 from attnctl.core.intercept import AttnCall, Proceed
-from attnctl.core.sites import Selector, Site, select
+from attnctl.core.sites import Grid, Selector, Site, select
 from attnctl.data.maps import Of
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import attention

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import CallState
-from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import linear_attention
+from attnctl.core.hosts.listing import halve, unet_halvings
 from attnctl.core.hosts.words import Concept
 from attnctl.core.intercept import AttnCall
-from attnctl.core.sites import halve, unet_halvings
+from attnctl.core.sites import Grid
 from attnctl.data.maps import Of
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import linear_rows, query_rows

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from attnctl.core.call import CallState, Rows
 from attnctl.core.control import LiveControl, LiveDenoiser
-from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.words import Concept, weights
 from attnctl.core.intercept import AttnCall, Proceed
-from attnctl.core.sites import Site
+from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
 from attnctl.kernels import columns

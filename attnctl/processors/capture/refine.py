@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.intercept import AttnCall, Proceed
-from attnctl.core.sites import Site
+from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import columns
 from attnctl.kernels.checks import rows_of

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from attnctl.core.control import LiveControl, LiveDenoiser
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.listing import find_sites, image_level_grid
 from attnctl.core.intercept import AttnCall, Proceed
-from attnctl.core.sites import Site, find_sites, image_level_grid
+from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import columns
 from attnctl.processors.editing.align import window_of

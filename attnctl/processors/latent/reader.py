@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnctl.core.guidance import Checkpointing
-from attnctl.core.hosts.families import Grid
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import columns, linear_rows, query_rows
 from attnctl.kernels.checks import rows_of

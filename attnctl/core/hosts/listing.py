@@ -1,0 +1,157 @@
+"""Where a denoiser attends: the list of its attention sites, in execution order."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from attnctl.core.hosts.families import Family, family_of, kind_of
+from attnctl.core.sites import Grid, Site
+from attnctl.errors import UnsupportedModelError
+
+__all__ = ["denoisers_of", "find_sites", "halve", "image_level_grid", "is_backbone", "unet_halvings"]
+
+_UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
+
+
+def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
+    """Name the denoisers of a pipeline ("unet", "transformer", "transformer_2"), or of a bare model ("")."""
+    if isinstance(target, torch.nn.Module):
+        return {"": target}
+    found = {n: getattr(target, n, None) for n in ("unet", "transformer", "transformer_2")}
+    modules = {n: m for n, m in found.items() if isinstance(m, torch.nn.Module)}
+    if not modules:
+        raise UnsupportedModelError(
+            f"{type(target).__name__} has no `unet` or `transformer` that is a torch module. "
+            "Pass a diffusers pipeline that denoises with attention, or the denoiser itself."
+        )
+    return modules
+
+
+def find_sites(target: Any) -> tuple[Site, ...]:
+    """List the attention sites of a pipeline, denoiser or timm backbone in execution order.
+
+    Example:
+        >>> from diffusers import UNet2DConditionModel
+        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
+        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4)
+        >>> [site.kind for site in find_sites(unet)][:2]
+        ['self', 'cross']
+
+    Raises:
+        UnsupportedModelError: The object holds no denoiser, or the denoiser no attention with a processor.
+    """
+    if is_backbone(target):
+        from attnctl.backbones.look.sites import sites_of  # here: it needs timm, and this module
+
+        return sites_of(target)
+    return _sites_of(next(iter(denoisers_of(target).values())))
+
+
+def is_backbone(target: Any) -> bool:
+    """Tell whether a model is an image model of timm, or holds one."""
+    homes = ("timm.models.", "attnctl.backbones.")
+    return isinstance(target, torch.nn.Module) and any(type(m).__module__.startswith(homes) for m in target.modules())
+
+
+def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # a compiled module lists the sites of what it compiled
+    family = family_of(denoiser)
+    found = [(n, m) for n, m in denoiser.named_modules() if _is_attention(m)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__} has no attention module with a `processor`: nothing to control."
+        )
+    order = {n: i for i, (n, _) in enumerate(found)}
+    found.sort(key=lambda item: _execution_key(item[0], order[item[0]]))
+    if (first := family.first) is not None:
+        found.sort(key=lambda item: re.search(first, item[0]) is None)
+    sites: list[Site] = []
+    for name, module in found:
+        kind = kind_of(family, name, module)
+        parallel = kind == "dual" and sites and sites[-1].kind == "joint"
+        depth = (sites[-1].depth if parallel else sites[-1].depth + 1) if sites else 0
+        heads = _heads(module)
+        width = _width(module)
+        grid = _default_grid(family, denoiser, name) if kind in ("self", "cross") else None
+        sites.append(Site(name, kind, heads, width // heads, depth, grid, module=module))
+    return tuple(sites)
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    return hasattr(module, "processor") and any(hasattr(module, n) for n in ("to_q", "to_qkv", "to_qkv_mlp_proj"))
+
+
+def _heads(module: torch.nn.Module) -> int:
+    heads: Any = getattr(module, "heads", None) or getattr(module, "num_heads", 1)
+    return int(heads)
+
+
+def _width(module: torch.nn.Module) -> int:
+    inner: Any = getattr(module, "inner_dim", None)
+    if inner is None:
+        inner = getattr(getattr(module, "to_q", None), "out_features", None)
+    return _heads(module) if inner is None else int(inner)
+
+
+def _execution_key(name: str, registered: int) -> tuple[Any, ...]:
+    """Order sites as they run: UNets register their mid block last, Latte its temporal blocks after the spatial."""
+    parts = name.split(".")
+    if parts[0] in _UNET_STAGES:
+        stage = _UNET_STAGES.index(parts[0])
+        numbers = [int(p) for p in parts if p.isdigit()]
+        if parts[0] in ("down_blocks", "up_blocks"):
+            block, *numbers = numbers
+        else:
+            block = 0
+        layer = numbers[0] if numbers else 0
+        # In one layer of a video UNet the spatial attention runs before the temporal one.
+        temporal = any(p in ("temp_attentions", "motion_modules") for p in parts)
+        return (stage, block, layer, temporal, registered)
+    if parts[0] in ("transformer_blocks", "temporal_transformer_blocks") and len(parts) > 1:
+        return (0, int(parts[1]), int(parts[0].startswith("temporal")), 0, registered)
+    return (0 if parts[0] != "single_transformer_blocks" else 1, registered, 0, 0, registered)
+
+
+def image_level_grid(grid: Grid, tokens: int) -> Grid | None:
+    """Halve a UNet's grid (rounding up, as its stride-2 convolutions do) until it holds `tokens` tokens."""
+    frames, h, w = grid
+    while h * w > tokens and (h > 1 or w > 1):
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return (frames, h, w) if h * w == tokens else None
+
+
+def unet_halvings(name: str, levels: int) -> int | None:
+    """Count how often the grid is halved at a UNet's site; None outside its stages."""
+    stage, *rest = name.split(".")
+    if stage in ("transformer_in", "image_latents_temporal_encoder"):
+        return 0
+    if stage == "mid_block":
+        return levels - 1
+    if stage not in ("down_blocks", "up_blocks"):
+        return None
+    index = int(rest[0])
+    return index if stage == "down_blocks" else levels - 1 - index
+
+
+def halve(h: int, w: int, times: int) -> tuple[int, int]:
+    """Halve a grid, rounding up."""
+    for _ in range(times):
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return h, w
+
+
+def _default_grid(family: Family, denoiser: torch.nn.Module, name: str) -> Grid | None:
+    config: Any = getattr(denoiser, "config", None)
+    size = getattr(config, "sample_size", None)
+    if size is None or len(family.classes) == 0:
+        return None
+    h, w = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    if family.unet:
+        halvings = unet_halvings(name, len(config.block_out_channels))
+        return None if halvings is None else (1, *halve(h, w, halvings))
+    p = getattr(config, "patch_size", 1)
+    return (1, h // p, w // p) if isinstance(p, int) else None
