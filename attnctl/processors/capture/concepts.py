@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,8 @@ from attnctl.data.maps import Of
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import attention
 from attnctl.kernels.checks import wide_dtype
+from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.recorder import Recorder
-
-if TYPE_CHECKING:
-    from attnctl.processors.capture.capture import Capture
 
 __all__ = ["ConceptRecorder", "concept_outputs", "concept_path", "concept_shares", "concept_sites", "embed_concepts"]
 
@@ -129,7 +127,7 @@ class ConceptRecorder(Recorder):
     of: Of = "concepts"
 
     def __init__(
-        self, capture: Capture, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
+        self, capture: CaptureFields, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
     ) -> None:
         if pipe is None:
             raise ConfigError(

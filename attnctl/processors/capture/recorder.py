@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
 from attnctl.kernels import columns
+from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.words import WordFinder
-
-if TYPE_CHECKING:
-    from attnctl.processors.capture.capture import Capture
 
 __all__ = ["Recorder"]
 
@@ -49,7 +47,7 @@ class Recorder(LiveControl):
     of: Of = "words"
     """What the maps are of."""
 
-    def __init__(self, capture: Capture, sites: Sequence[Site], pipe: Any) -> None:
+    def __init__(self, capture: CaptureFields, sites: Sequence[Site], pipe: Any) -> None:
         self.capture, self.pipe = capture, pipe
         self.sites = tuple(sites)
         self._check_heads()
@@ -289,7 +287,7 @@ class Recorder(LiveControl):
         return out
 
 
-def _how(capture: Capture) -> Any:
+def _how(capture: CaptureFields) -> Any:
     return "mean" if capture.reduce in ("none", "ema") else capture.reduce
 
 

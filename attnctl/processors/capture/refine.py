@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -21,10 +21,8 @@ from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import columns
 from attnctl.kernels.checks import rows_of
+from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.recorder import Recorder
-
-if TYPE_CHECKING:
-    from attnctl.processors.capture.capture import Capture
 
 __all__ = ["RefiningRecorder", "SelfAttention", "partners", "refined"]
 
@@ -95,7 +93,7 @@ def partners(chosen: Sequence[Site], sites: Sequence[Site], what: str = "Capture
 class RefiningRecorder(Recorder):
     """Collects word maps, each refined by the self-attention of its block."""
 
-    def __init__(self, capture: Capture, sites: Sequence[Site], pipe: Any) -> None:
+    def __init__(self, capture: CaptureFields, sites: Sequence[Site], pipe: Any) -> None:
         text = [s for s in sites if s.kind in capture.kinds]
         self.before_text = {name: s.name for name, s in partners(text, sites).items()}
         super().__init__(capture, text, pipe)

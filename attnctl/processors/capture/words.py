@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from attnctl.core.call import CallState
 from attnctl.core.hosts.words import Concept, find_words, prompt_words
 from attnctl.errors import ConfigError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from attnctl.processors.capture.capture import Capture
+from attnctl.processors.capture.fields import CaptureFields
 
 __all__ = ["Found", "WordFinder"]
 
@@ -25,7 +23,7 @@ class WordFinder:
         pipe: The pipeline, whose tokenizers find the words; None for a bare denoiser.
     """
 
-    def __init__(self, capture: Capture, pipe: Any) -> None:
+    def __init__(self, capture: CaptureFields, pipe: Any) -> None:
         self.capture, self.pipe = capture, pipe
 
     def find(self, state: CallState, count: int) -> Found:

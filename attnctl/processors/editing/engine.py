@@ -8,7 +8,7 @@ and only as far as the last layer that is asked for; its queries and keys live u
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,7 @@ from attnctl.processors.editing.fusion import (
     take_queries,
 )
 from attnctl.processors.editing.source import SourceAttention, SourceStore, token_weights
-
-if TYPE_CHECKING:
-    from attnctl.processors.editing.fatezero import FateZero
+from attnctl.processors.editing.source_edit import SourceEdit
 
 __all__ = ["Editing", "SourcePass"]
 
@@ -46,7 +44,7 @@ class SourcePass:
         pipe: Its pipeline.
     """
 
-    def __init__(self, control: FateZero, denoiser: torch.nn.Module, pipe: Any) -> None:
+    def __init__(self, control: SourceEdit, denoiser: torch.nn.Module, pipe: Any) -> None:
         self.control = control
         self.plan = control.plan(pipe)
         sites, family = find_sites(denoiser), family_of(denoiser)
@@ -92,7 +90,7 @@ class SourcePass:
 class Editing(LiveControl):
     """FateZero at work on one denoiser."""
 
-    def __init__(self, control: FateZero, denoiser: torch.nn.Module, pipe: Any) -> None:
+    def __init__(self, control: SourceEdit, denoiser: torch.nn.Module, pipe: Any) -> None:
         if control.inversion is None:
             raise ConfigError(
                 "FateZero has no inversion to edit. Call attnctl.pipelines.edit_video, which inverts and edits; or "
