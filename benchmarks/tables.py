@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md out of the recorded results: `python benchmarks/tables.py > docs/benchmarks.md`."""
+"""Write the page of benchmarks from recorded results: `python benchmarks/tables.py > docs/results/benchmarks.md`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD = """\
 
 Every figure is printed by the command beside it, in a clone of the repository; `attnctl bench` runs them all, and
 `attnctl bench --show` prints the first table. The results lie in `benchmarks/results`, and the pages of the methods
-say what they mean. This page is written by `python benchmarks/tables.py > docs/benchmarks.md`.
+say what they mean. This page is written by `python benchmarks/tables.py > docs/results/benchmarks.md`.
 
 ## Methods
 
@@ -78,7 +78,10 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
         split = f"{c['pairs_together']}, {c['pairs_refused']}, {c['pairs_without_common_model']} of {c['pairs']}"
         rows += [
             ("kinds of denoiser, and pipelines, of the contract suites", f"{c['denoisers']}, {c['pipelines']}"),
-            ("[pairs of controls](pairs.md) together, refused with the reason, without a common model", split),
+            (
+                "[pairs of controls](../reference/pairs.md) together, refused with the reason, without a common model",
+                split,
+            ),
             ("random cases in every run, and at night", f"{c['property_cases']}, {c['property_cases_at_night']}"),
             ("lines of Python", ", ".join(f"{k} {v}" for k, v in c["lines"].items())),
         ]

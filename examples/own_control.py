@@ -2,7 +2,7 @@
 
     python examples/own_control.py --shapes        # offline, with the model that attnctl ships
 
-docs/extending.md explains it line by line.
+docs/tutorial/own_control.md explains it line by line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every pair of controls: tiny pipelines that take them, and the table in docs/pairs.md.
+"""Every pair of controls: tiny pipelines that take them, and the table in docs/reference/pairs.md.
 
-python tests/pairs.py > docs/pairs.md
+python tests/pairs.py > docs/reference/pairs.md
 """
 
 from __future__ import annotations
@@ -262,7 +262,8 @@ def markdown() -> str:
         "",
         f"{len(known)} methods make {len(PAIRS)} pairs, a method beside itself included: {len(allowed)} act together, "
         f"{len(refused)} are refused when they are attached, {len(apart)} have no kind of model in common. "
-        "`tests/test_pairs.py` runs each of them. This page is written by `python tests/pairs.py > docs/pairs.md`.",
+        "`tests/test_pairs.py` runs each of them. This page is written by "
+        "`python tests/pairs.py > docs/reference/pairs.md`.",
         "",
         "Controls act together when they are given to one call: `attnctl.control(pipe, PAG(), AStar(...))`. Guidance "
         "adds up, a method that only looks (`Capture`) sees what the model asks for before others rewrite it, and "

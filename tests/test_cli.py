@@ -208,10 +208,10 @@ def test_the_demo_prints_tables(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "records.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs/reference/records.md").read_text(encoding="utf-8")
     script = text.split("## From a script")[1].split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(compile(script, "docs/records.md", "exec"), {})
+    exec(compile(script, "docs/reference/records.md", "exec"), {})
     (record,) = read("out/circle.png")
     assert record.seeds == (7,)
 

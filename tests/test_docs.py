@@ -103,7 +103,7 @@ def test_pictures_are_small_and_used() -> None:
 
 @pytest.mark.parametrize("page", METHODS)
 def test_method_pages_share_their_sections(page: str) -> None:
-    text = FENCE.sub("", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    text = FENCE.sub("", (DOCS / f"reference/methods/{page}.md").read_text(encoding="utf-8"))
     assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)) == SECTIONS
     assert re.search(r"\d{4}\.\d{5}|[Nn]o picture", text)
 
@@ -134,7 +134,7 @@ def test_shown_scripts_exist() -> None:
 
 
 def test_the_template_is_the_example() -> None:
-    _, code = FENCE.findall((DOCS / "extending.md").read_text(encoding="utf-8"))[0]
+    _, code = FENCE.findall((DOCS / "tutorial/own_control.md").read_text(encoding="utf-8"))[0]
     assert code.strip() in (ROOT / "examples" / "own_control.py").read_text(encoding="utf-8")
 
 
@@ -154,8 +154,8 @@ def arguments(words: list[str]) -> list[str] | None:
     """Return what is handed to attnctl, or None where something else is run."""
     if words[0] == "attnctl":
         return words[1:]
-    if "attnctl.app.cli" in words:
-        return words[words.index("attnctl.app.cli") + 1 :]
+    if words[0] in ("python", "torchrun", "accelerate") and "attnctl" in words:  # -m attnctl
+        return words[words.index("attnctl") + 1 :]
     return None
 
 
@@ -201,11 +201,13 @@ def test_printed_commands_are_understood(path: Path) -> None:
 
 
 def test_the_page_of_commands_tells_of_each_and_of_its_own_options() -> None:
-    sections = re.split(r"^## attnctl ", (DOCS / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## attnctl ", text, flags=re.MULTILINE)[1:]
     assert {section.split()[0] for section in sections} == set(_COMMANDS)
     for section in sections:
         command = section.split()[0]
-        told = re.sub(r"`(?!attnctl )[\w./ -]+\.cli [^`]*`", "", section)  # other programs have options of their own
+        # Other programs, such as torchrun, have options of their own.
+        told = re.sub(r"`(?!attnctl )[\w./ -]+ -m\s+attnctl [^`]*`", "", section)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= options(command), command
 
 
@@ -228,7 +230,8 @@ def test_python_blocks_use_names_and_fields_that_exist(path: Path) -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    shown = {n for p in (DOCS / "api").glob("*.md") for n in re.findall(r"^::: (\S+)$", p.read_text(), re.MULTILINE)}
+    pages = (DOCS / "reference" / "api").glob("*.md")
+    shown = {n for p in pages for n in re.findall(r"^::: (\S+)$", p.read_text(), re.MULTILINE)}
     for module in PUBLIC:
         names = {f"{module}.{n}" for n in importlib.import_module(module).__all__ if not n.startswith("__")}
         assert names <= shown, sorted(names - shown)
@@ -249,5 +252,5 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     for page in leaves(config()["nav"]):
         html = (tmp_path / "site" / page).with_suffix(".html").read_text(encoding="utf-8")
         assert "</html>" in html
-    reference = (tmp_path / "site" / "api" / "processors.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site" / "reference" / "api" / "processors.html").read_text(encoding="utf-8")
     assert "attnctl.processors.PAG" in reference

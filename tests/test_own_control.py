@@ -1,4 +1,4 @@
-"""The template of docs/extending.md: a control outside the package does what one inside does."""
+"""The template of docs/tutorial/own_control.md: a control outside the package does what one inside does."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_it_refuses_what_it_cannot_do(value: float) -> None:
 
 
 def test_the_shorter_one_of_the_page_works_as_printed() -> None:
-    page = (SCRIPT.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    page = (SCRIPT.parents[1] / "docs/tutorial/own_control.md").read_text(encoding="utf-8")
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Sharper" in c)
     names: dict[str, Any] = {"__name__": "sharper"}
     exec(compile(code, "extending.md", "exec", dont_inherit=True), names)

@@ -21,7 +21,7 @@ from attnctl.data.specs import methods
 from attnctl.errors import AttnctlError, ConflictError
 from attnctl.processors import Capture
 
-DOCS = Path(__file__).parents[1] / "docs" / "pairs.md"
+DOCS = Path(__file__).parents[1] / "docs/reference/pairs.md"
 
 
 @pytest.fixture(autouse=True)
@@ -100,4 +100,4 @@ def test_every_method_is_paired() -> None:
 
 
 def test_the_table_is_current() -> None:
-    assert DOCS.read_text(encoding="utf-8") == pairs.markdown(), "run: python tests/pairs.py > docs/pairs.md"
+    assert DOCS.read_text(encoding="utf-8") == pairs.markdown(), "run: python tests/pairs.py > docs/reference/pairs.md"
