@@ -11,7 +11,7 @@ import zoo
 import zoo_pipelines as pipes
 from torch import Tensor, nn
 
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 
 FRAMES = 8
 

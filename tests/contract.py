@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.processors import PAG, Control, SoftPAG
 

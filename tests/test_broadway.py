@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.kernels import temporal
 from attnctl.processors import BroadWay
 

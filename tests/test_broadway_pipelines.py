@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.processors import PAG, BroadWay
 
 pytestmark = pytest.mark.usefixtures("eight_frames")

@@ -16,7 +16,7 @@ from contract import Replace, Through, assert_clean, distance, guidances, pertur
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.errors import UnsupportedModelError
 from attnctl.processors import PAG
 

@@ -13,7 +13,7 @@ from contract import Replace, Through, own
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.errors import BackendError, ConfigError, PlanError
 from attnctl.kernels.sparse.dispatch import block_sparse
 from attnctl.plans import BlockPlan, ModelPlan

@@ -12,7 +12,7 @@ from contract import Replace, assert_clean, distance, snapshot
 from torch import Tensor
 
 import attnctl
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.errors import ConfigError
 from attnctl.kernels.maps import softmax_map
 from attnctl.processors import PromptToPrompt

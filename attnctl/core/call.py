@@ -1,31 +1,26 @@
-"""What the current denoiser call is: its step, its rows, its token grid.
+"""One denoiser call (its step, its rows, its token grid), and one attention call inside it.
 
-One plain `CallState` per denoiser is written by the session's hooks and read by controls. It is an ordinary shared
+One plain `CallState` per denoiser is written by the handle's hooks and read by controls. It is an ordinary shared
 object on purpose: gradient checkpointing recomputes attention in autograd's own threads, where context variables and
 thread locals are empty.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+import copy
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.listing import image_level_grid
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.sites import Grid
-from attnctl.errors import UnsupportedModelError
 
-__all__ = ["CallState", "Rows", "bind_call", "main_input", "main_name", "row_count", "take_rows"]
-
-# Arguments that all rows share even when their first axis happens to be as long as the batch.
-_SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
-# Arguments that are Python lists with one entry a row.
-_ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
-_MAIN = ("sample", "hidden_states", "x")
+__all__ = ["AttnCall", "CallState", "Proceed", "Rows", "Wrapper", "is_last", "run_wrappers"]
 
 
 @dataclass(frozen=True)
@@ -137,72 +132,102 @@ class CallState:
         return self._image_tokens
 
 
-def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name a call's arguments by the parameters of the denoiser's own forward."""
-    bound = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs)
-    arguments = dict(bound.arguments)
-    arguments.pop("self", None)
-    extra = arguments.pop("kwargs", None)
-    if isinstance(extra, dict):
-        arguments.update(extra)
-    return arguments
+Proceed: TypeAlias = Callable[["AttnCall"], torch.Tensor]
+Wrapper: TypeAlias = Callable[["AttnCall", Proceed], torch.Tensor]
 
 
-def main_input(bound: Mapping[str, Any]) -> Any:
-    """Return the latents of a call: a tensor with rows first, or a list with one tensor a row."""
-    for name in _MAIN:
-        if bound.get(name) is not None:
-            return bound[name]
-    raise UnsupportedModelError(
-        f"The denoiser was called without {', '.join(_MAIN)} (got {', '.join(bound) or 'nothing'}): "
-        "its rows cannot be told apart."
-    )
+class AttnCall:
+    """One attention as the kernel sees it: after projections, q/k norms and rotary embedding.
 
-
-def main_name(bound: Mapping[str, Any]) -> str:
-    """Name the argument that holds the latents of a call."""
-    main_input(bound)
-    return next(name for name in _MAIN if bound.get(name) is not None)
-
-
-def row_count(bound: Mapping[str, Any]) -> int:
-    """Count the rows of a call."""
-    main = main_input(bound)
-    return len(main) if isinstance(main, (list, tuple)) else int(main.shape[0])
-
-
-def take_rows(bound: Mapping[str, Any], rows: slice, total: int, frames: int = 1) -> dict[str, Any]:
-    """Slice every batched argument of a call to some of its rows.
-
-    A tensor is batched when its first axis has `total` or `total * frames` entries (rows major) and its name is not
-    one that rows share.
+    Attributes:
+        q: Queries [B, H, Nq, D].
+        k: Keys [B, Hk, Nk, D]; Hk divides H.
+        v: Values [B, Hk, Nk, D].
+        mask: None, bool (True = attend) or additive float, broadcastable to [B, H, Nq, Nk].
+        scale: Logit scale, or None for 1 / sqrt(D).
+        site: Where the call happens.
+        state: The denoiser call that it belongs to.
+        image: Image tokens of a joint sequence, or None where there is no text in it or the family has no rule.
+        text: Text tokens of a joint sequence, or None.
+        index: 0 for the first attention of the processor; IP-Adapters and Wan i2v compute a second one.
+        kernel: What computes the plain attention.
+        hidden: What the processor was called with, before its projections; None where it is no tensor.
+        after: Functions that a wrapper appends, to be applied in order to what the processor returns (the output
+            after its last projection, or a tuple with the text's).
     """
-    if rows == slice(0, total):
-        return dict(bound)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return cut_tensor(value, rows, total, (1, frames))
-        if isinstance(value, dict):
-            return {k: v if k in _SHARED else cut(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(cut(v) for v in value)
-        return value
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        link: Any,
+        index: int,
+        tokens: tuple[slice | None, slice | None],
+        kernel: Callable[..., torch.Tensor],
+        hidden: torch.Tensor | None = None,
+        after: list[Callable[[Any], Any]] | None = None,
+    ) -> None:
+        self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
+        self.site, self.state, self.index = link.site, link.state, index
+        self.image, self.text = tokens
+        self.kernel = kernel
+        self.hidden = hidden
+        self.after = [] if after is None else after
+        self._link = link
 
-    taken = {}
-    for name, value in bound.items():
-        if name in _SHARED:
-            taken[name] = value
-        elif name in _ROW_LISTS and isinstance(value, (list, tuple)):
-            taken[name] = value[rows] if len(value) == total else value
-        else:
-            taken[name] = cut(value)
-    return taken
+    @property
+    def block_call(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of the transformer block around the site, if a control asked to see them."""
+        return self._link.block_call
+
+    @property
+    def block_input(self) -> torch.Tensor | None:
+        """Return the hidden states that the transformer block around the site was called with, likewise."""
+        if self._link.block_call is None:
+            return None
+        args, kwargs = self._link.block_call
+        return args[0] if args else kwargs.get("hidden_states")
+
+    @property
+    def grid(self) -> Grid | None:
+        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown."""
+        n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
+        grid, family = self.state.grid, self.state.family
+        if grid is None or family is None:
+            return None
+        if family.unet:
+            level = image_level_grid(grid, n)
+            return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
+        frames, h, w = grid
+        return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
+
+    @property
+    def own_kernel(self) -> bool:
+        """Tell whether the site's kernel computes this call, and none that a control has put there."""
+        return self.kernel is self._link.kernel
+
+    def with_(self, **changes: Any) -> AttnCall:
+        """Return a copy with some fields replaced."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+    def plain(self) -> torch.Tensor:
+        """Compute the unchanged attention of this call, [B, H, Nq, D]."""
+        return self.kernel(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
 
 
-def cut_tensor(value: torch.Tensor, rows: slice, total: int, multiples: tuple[int, ...]) -> torch.Tensor:
-    """Slice the rows of one tensor if its first axis is `total` times one of the multiples."""
-    if value.ndim == 0 or value.shape[0] % total or value.shape[0] // total not in multiples:
-        return value
-    m = value.shape[0] // total
-    return value[rows.start * m : rows.stop * m]
+def run_wrappers(wrappers: tuple[Wrapper, ...], call: AttnCall) -> torch.Tensor:
+    """Send a call through wrappers, the outermost first, to its kernel."""
+    if not wrappers:
+        return call.plain()
+    return wrappers[0](call, functools.partial(run_wrappers, wrappers[1:]))
+
+
+def is_last(proceed: Proceed) -> bool:
+    """Tell whether a wrapper has nothing but the kernel behind it, so that it may compute in another way."""
+    return isinstance(proceed, functools.partial) and proceed.func is run_wrappers and not proceed.args[0]

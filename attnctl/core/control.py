@@ -6,82 +6,26 @@ in the base pass (`wrap`), or guide with a perturbed extra pass (`Guidance.branc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from attnctl.core.call import CallState
+from attnctl.core.call import CallState, Wrapper
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.live import LiveControl
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, SiteError
 
-__all__ = ["AdaptiveForm", "Combine", "Control", "Guidance", "LiveControl", "LiveDenoiser"]
+__all__ = ["AdaptiveForm", "Combine", "Control", "Guidance"]
 
 Combine = Literal["auto", "add", "rescale_safe"]
 AdaptiveForm = Literal["knob", "timestep"]
-
-
-class LiveDenoiser(Protocol):
-    """One denoiser under control, as an attached control sees it."""
-
-    pipe: Any
-    state: CallState
-
-    def extra_pass(
-        self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
-    ) -> Any:
-        """Run the denoiser once more with other inputs and wrappers, and without guidance.
-
-        Args:
-            phase: What `state.phase` says meanwhile.
-            kwargs: Inputs of the denoiser.
-            wrappers: What wraps the kernel, by site name; every site named must be reached.
-            last: The pass may end behind this site, its prediction not being asked for.
-
-        Returns:
-            The prediction, or None with `last`.
-        """
-
-    def beside(self, wrappers: Mapping[str, Wrapper]) -> contextlib.AbstractContextManager[None]:
-        """Let modules of the denoiser run beside the pass that is under way, as if it did not notice.
-
-        Args:
-            wrappers: What wraps the kernel meanwhile, by site name; no other control acts.
-        """
-
-
-class LiveControl:
-    """What a control keeps while it is attached to one denoiser: stored attention, say. It may change; controls do not.
-
-    Attributes:
-        changes_latents: Whether `stepped` is asked after each step of the scheduler.
-        observes: Whether `wrap` only looks. Where all wrappers of a site do, the host's own kernel call is made.
-    """
-
-    changes_latents: bool = False
-    observes: bool = False
-
-    def begin_run(self) -> None:
-        """Forget the last run."""
-
-    def before(self, passes: LiveDenoiser) -> None:
-        """Run ahead of each base pass in the control's window."""
-
-    def wrap(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
-        """Wrap the kernel at the control's sites in the base pass."""
-        return proceed(call)
-
-    def stepped(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """Return the latents to go on with after a step of the scheduler."""
-        return latents
 
 
 @dataclass(frozen=True, kw_only=True)

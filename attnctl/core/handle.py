@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import bind_call
 from attnctl.core.control import Control, Guidance
-from attnctl.core.guidance import latents_of, with_latents
+from attnctl.core.hosts.arguments import bind_call
 from attnctl.core.hosts.listing import denoisers_of, is_backbone
+from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.prompt import PromptWatch
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.scheduler import unwatch_scheduler, watch_scheduler

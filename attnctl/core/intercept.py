@@ -8,124 +8,34 @@ projections and IP-Adapters are the host's own. Detaching puts the class back.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnctl.core.call import CallState
+from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
 from attnctl.core.hosts.linear import is_linear, run_linear
 from attnctl.core.hosts.listing import image_level_grid
-from attnctl.core.sites import Grid, Site
+from attnctl.core.hosts.processors import interceptable, native, native_backend
+from attnctl.core.sites import Site
 from attnctl.errors import ConflictError, UnsupportedModelError
 from attnctl.kernels import attention, sdpa
 
 __all__ = [
-    "AttnCall",
-    "Proceed",
     "SiteHook",
-    "Wrapper",
     "attach_processor",
     "controlled",
     "detach_processor",
     "is_controlled",
-    "is_last",
     "release_processor",
 ]
-
-Proceed: TypeAlias = Callable[["AttnCall"], torch.Tensor]
-Wrapper: TypeAlias = Callable[["AttnCall", Proceed], torch.Tensor]
-
-
-class AttnCall:
-    """One attention as the kernel sees it: after projections, q/k norms and rotary embedding.
-
-    Attributes:
-        q: Queries [B, H, Nq, D].
-        k: Keys [B, Hk, Nk, D]; Hk divides H.
-        v: Values [B, Hk, Nk, D].
-        mask: None, bool (True = attend) or additive float, broadcastable to [B, H, Nq, Nk].
-        scale: Logit scale, or None for 1 / sqrt(D).
-        site: Where the call happens.
-        state: The denoiser call that it belongs to.
-        image: Image tokens of a joint sequence, or None where there is no text in it or the family has no rule.
-        text: Text tokens of a joint sequence, or None.
-        index: 0 for the first attention of the processor; IP-Adapters and Wan i2v compute a second one.
-        kernel: What computes the plain attention.
-        hidden: What the processor was called with, before its projections; None where it is no tensor.
-        after: Functions that a wrapper appends, to be applied in order to what the processor returns (the output
-            after its last projection, or a tuple with the text's).
-    """
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        link: SiteHook,
-        index: int,
-        tokens: tuple[slice | None, slice | None],
-        kernel: Callable[..., torch.Tensor],
-        hidden: torch.Tensor | None = None,
-        after: list[Callable[[Any], Any]] | None = None,
-    ) -> None:
-        self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
-        self.site, self.state, self.index = link.site, link.state, index
-        self.image, self.text = tokens
-        self.kernel = kernel
-        self.hidden = hidden
-        self.after = [] if after is None else after
-        self._link = link
-
-    @property
-    def block_call(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the arguments of the transformer block around the site, if a control asked to see them."""
-        return self._link.block_call
-
-    @property
-    def block_input(self) -> torch.Tensor | None:
-        """Return the hidden states that the transformer block around the site was called with, likewise."""
-        args, kwargs = self._link.block_call or ((), {})
-        return args[0] if args else kwargs.get("hidden_states")
-
-    @property
-    def grid(self) -> Grid | None:
-        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown."""
-        n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
-        grid, family = self.state.grid, self.state.family
-        if grid is None or family is None:
-            return None
-        if family.unet:
-            level = image_level_grid(grid, n)
-            return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
-        frames, h, w = grid
-        return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
-
-    @property
-    def own_kernel(self) -> bool:
-        """Tell whether the site's kernel computes this call, and none that a control has put there."""
-        return self.kernel is self._link.kernel
-
-    def with_(self, **changes: Any) -> AttnCall:
-        """Return a copy with some fields replaced."""
-        other = copy.copy(self)
-        for name, value in changes.items():
-            setattr(other, name, value)
-        return other
-
-    def plain(self) -> torch.Tensor:
-        """Compute the unchanged attention of this call, [B, H, Nq, D]."""
-        return self.kernel(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
 
 
 class SiteHook:
@@ -172,18 +82,7 @@ class SiteHook:
         # A compiled block would be compiled again once this is no longer None.
         if not torch.compiler.is_compiling() and self.seen is None:
             self.seen = (call.q.shape[-2], call.image, call.text)
-        return _proceed(self.wrappers or (), call)
-
-
-def _proceed(wrappers: tuple[Wrapper, ...], call: AttnCall) -> torch.Tensor:
-    if not wrappers:
-        return call.plain()
-    return wrappers[0](call, functools.partial(_proceed, wrappers[1:]))
-
-
-def is_last(proceed: Proceed) -> bool:
-    """Tell whether a wrapper has nothing but the kernel behind it, so that it may compute in another way."""
-    return isinstance(proceed, functools.partial) and proceed.func is _proceed and not proceed.args[0]
+        return run_wrappers(self.wrappers or (), call)
 
 
 class _Intercept(TorchFunctionMode):
@@ -264,7 +163,7 @@ def controlled(cls: type) -> type:
 
 
 def _make_controlled(cls: Any) -> type:
-    linear, native = is_linear(cls), _native()  # looked up here: torch.compile warns of caches that it traces
+    linear, sdpa_backend = is_linear(cls), native()  # looked up here: torch.compile warns of caches that it traces
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         link: SiteHook | None = self._attnctl
@@ -276,7 +175,7 @@ def _make_controlled(cls: Any) -> type:
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
         mode = _Intercept(link, hidden, encoder)
-        with _native_backend(self, native), mode:
+        with native_backend(self, sdpa_backend), mode:
             output = cls.__call__(self, attn, *args, **kwargs)
         for change in mode.after:
             output = change(output)
@@ -289,33 +188,6 @@ def _make_controlled(cls: Any) -> type:
     return type(f"Controlled{cls.__name__}", (cls,), members)
 
 
-@contextlib.contextmanager
-def _native_backend(processor: Any, native: Any) -> Iterator[None]:
-    """Have diffusers' dispatcher call SDPA, where it can be seen, whatever backend is set."""
-    if not hasattr(processor, "_attention_backend"):
-        yield
-        return
-    held = vars(processor).get("_attention_backend", _MISSING)
-    processor._attention_backend = native
-    try:
-        yield
-    finally:
-        if held is _MISSING:
-            del processor._attention_backend
-        else:
-            processor._attention_backend = held
-
-
-_MISSING = object()
-
-
-@functools.cache
-def _native() -> Any:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return AttentionBackendName.NATIVE
-
-
 def attach_processor(site: Site, link: SiteHook) -> Any:
     """Put a module's processor under control and return the controlled processor.
 
@@ -326,7 +198,7 @@ def attach_processor(site: Site, link: SiteHook) -> Any:
     module: Any = site.module
     _refuse_fixed(site)
     original = module.processor = release_processor(module.processor)
-    inner = _interceptable(site, original)
+    inner = interceptable(site, original)
     if getattr(inner, "_parallel_config", None) is not None:
         raise UnsupportedModelError(
             f"{site.name} runs under context or tensor parallelism, whose attention takes another path: "
@@ -379,44 +251,3 @@ def _refuse_fixed(site: Site) -> None:
             f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
             "model's own processors with set_attn_processor before attaching a control."
         )
-
-
-def _interceptable(site: Site, processor: Any) -> Any:
-    """Return a processor that calls SDPA and computes the same as this one."""
-    from diffusers.models import attention_processor as ap
-
-    name = type(processor).__name__
-    siblings = {
-        "AttnProcessor": "AttnProcessor2_0",
-        "SlicedAttnProcessor": "AttnProcessor2_0",
-        "XFormersAttnProcessor": "AttnProcessor2_0",
-        "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "XFormersAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
-    }
-    if name in siblings:
-        if not getattr(site.module, "scale_qk", True):
-            raise UnsupportedModelError(
-                f"{site.name} does not scale its logits (scale_qk=False), which only {name} honours, and {name} "
-                "does not call scaled_dot_product_attention: its attention cannot be intercepted."
-            )
-        return getattr(ap, siblings[name])()
-    if name == "IPAdapterAttnProcessor":
-        new = ap.IPAdapterAttnProcessor2_0(
-            processor.hidden_size, processor.cross_attention_dim, processor.num_tokens, processor.scale
-        )
-        new.load_state_dict(processor.state_dict())
-        weight = next(processor.parameters())
-        return new.to(device=weight.device, dtype=weight.dtype)
-    if "PAG" in name:
-        raise UnsupportedModelError(
-            f"{site.name} holds {name}, left there by a diffusers PAG pipeline: load the plain pipeline class, or "
-            "restore the processors with set_attn_processor, then attach attnctl's PAG instead."
-        )
-    if "XFormers" in name or "Flex" in name:
-        raise UnsupportedModelError(
-            f"{site.name} holds {name}, which does not call scaled_dot_product_attention: its attention cannot be "
-            "intercepted. Restore the default processor (model.set_attn_processor) before attaching."
-        )
-    return processor

@@ -13,27 +13,19 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import CallState, Rows, row_count, take_rows
-from attnctl.core.control import Control, Guidance, LiveControl
-from attnctl.core.guidance import (
-    Branch,
-    Checkpointing,
-    Prefix,
-    added,
-    check_reached,
-    check_rows_kept,
-    combine,
-    difference,
-    main_output,
-    overridden,
-    own_context,
-    scaled,
-    with_main_output,
-)
+from attnctl.core.call import CallState, Rows, Wrapper
+from attnctl.core.control import Control, Guidance
+from attnctl.core.guidance import Branch, added, check_reached, combine, difference, overridden, scaled
+from attnctl.core.hosts.arguments import row_count, take_rows
+from attnctl.core.hosts.caches import check_rows_kept, own_context
+from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.listing import find_sites
-from attnctl.core.intercept import SiteHook, Wrapper
+from attnctl.core.hosts.outputs import main_output, with_main_output
+from attnctl.core.intercept import SiteHook
+from attnctl.core.live import LiveControl
 from attnctl.core.pairs import check_pairs
+from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attnctl.core.guidance import Prefix
+from attnctl.core.replay import Prefix
 from attnctl.kernels import backends
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """One control a method: what each paper changes in a model's attention; and what a control of your own is made of."""
 
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.processors.agent import AgentAttention
 from attnctl.processors.blocks import SLG, TPG
 from attnctl.processors.broadway import BroadWay

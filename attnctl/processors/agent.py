@@ -20,11 +20,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState
+from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import unet_halvings
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import plain as plain_attention

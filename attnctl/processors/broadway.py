@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from attnctl.core.call import CallState
-from attnctl.core.control import Control, LiveControl
+from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels.temporal import Interpolation

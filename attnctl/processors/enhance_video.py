@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels.checks import repeat_heads, wide_dtype

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.core.control import LiveControl
+from attnctl.core.call import AttnCall, Proceed, is_last
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve, unet_halvings
-from attnctl.core.intercept import AttnCall, Proceed, is_last
+from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConflictError, SiteError, UnsupportedModelError
 from attnctl.kernels import temporal

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 import torch
 
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site, select
 from attnctl.errors import UnsupportedModelError
 

@@ -21,11 +21,11 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import is_linear
-from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import perturb

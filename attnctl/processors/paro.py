@@ -18,10 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState
+from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, nearest
 from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import torch
 
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.linear import is_linear
-from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import blur_queries

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from attnctl.core.call import Rows, main_input, row_count
+from attnctl.core.call import Rows
+from attnctl.core.hosts.arguments import main_input, row_count
 from attnctl.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Layout", "RowLayout"]

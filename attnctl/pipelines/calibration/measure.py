@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.handle import control
 from attnctl.core.hosts.families import Family
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import BlockMass, block_mass

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.handle import control
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.data.pictures import grid
 from attnctl.errors import ConfigError

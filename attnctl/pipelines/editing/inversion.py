@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.control import Control, LiveControl, LiveDenoiser
+from attnctl.core.call import AttnCall, Proceed, Wrapper
+from attnctl.core.control import Control
 from attnctl.core.handle import control as attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper
+from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.data.clips import open_clip
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.editing.codec import check_pipeline, encode, latent_factor

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import is_linear
-from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Site
 from attnctl.errors import SiteError, UnsupportedModelError
 from attnctl.kernels.checks import repeat_heads

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from attnctl.core.control import LiveControl
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.listing import find_sites
+from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site, select
 from attnctl.errors import SiteError
 from attnctl.processors.capture.concepts import ConceptRecorder, concept_path, concept_sites

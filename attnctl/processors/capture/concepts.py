@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState, bind_call, take_rows
-from attnctl.core.control import LiveDenoiser
+from attnctl.core.call import AttnCall, CallState, Proceed
+from attnctl.core.hosts.arguments import bind_call, take_rows
+from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.textlayout import text_parts
 from attnctl.core.hosts.words import Concept, find_words
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.live import LiveDenoiser
 from attnctl.core.sites import Grid, Selector, Site, select
 from attnctl.data.maps import Of
 from attnctl.errors import ConfigError, UnsupportedModelError
@@ -232,8 +233,7 @@ class ConceptRecorder(Recorder):
 
 def _hooks(block: torch.nn.Module) -> list[str]:
     """Name diffusers' hooks in a block that keep something from one call to the next."""
-    found = [getattr(vars(m).get("_diffusers_hook"), "hooks", {}) for m in block.modules()]
-    return [name for hooks in found for name in hooks if name != "layerwise_casting"]
+    return [name for module in block.modules() for name in hooks_of(module) if name != "layerwise_casting"]
 
 
 def _text_dtype(denoiser: Any) -> torch.dtype:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState
+from attnctl.core.call import AttnCall, CallState
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.listing import halve, unet_halvings
 from attnctl.core.hosts.words import Concept
-from attnctl.core.intercept import AttnCall
 from attnctl.core.sites import Grid
 from attnctl.data.maps import Of
 from attnctl.errors import ConfigError, UnsupportedModelError

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState, Rows
-from attnctl.core.control import LiveControl, LiveDenoiser
+from attnctl.core.call import AttnCall, CallState, Proceed, Rows
 from attnctl.core.hosts.words import Concept, weights
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError

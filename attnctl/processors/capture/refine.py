@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.linear import linear_attention
-from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.kernels import columns

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.control import LiveControl, LiveDenoiser
+from attnctl.core.call import AttnCall, Proceed, Wrapper, is_last
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, image_level_grid
-from attnctl.core.intercept import AttnCall, Proceed, Wrapper, is_last
+from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import columns

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.control import LiveControl
+from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site
 from attnctl.processors.editing.engine import Editing
 from attnctl.processors.editing.source_edit import LatentAlign, SourceEdit

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attnctl.core.intercept import AttnCall, Proceed
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.kernels import columns
 from attnctl.kernels.maps import softmax_map

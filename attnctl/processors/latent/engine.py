@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import main_input, main_name, take_rows
-from attnctl.core.guidance import combine, main_output, with_main_output
+from attnctl.core.guidance import combine
+from attnctl.core.hosts.arguments import main_input, main_name, take_rows
+from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.hosts.words import Concept, find_words, weights
 from attnctl.core.passes import ControlledDenoiser

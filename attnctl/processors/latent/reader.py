@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnctl.core.guidance import Checkpointing
+from attnctl.core.call import AttnCall, Proceed
+from attnctl.core.hosts.caches import hooks_of
+from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.linear import linear_attention
-from attnctl.core.intercept import AttnCall, Proceed
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import columns, linear_rows, query_rows
@@ -147,7 +148,7 @@ def until_done(reader: MapReader) -> Iterator[None]:
 def exit_refusal(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> str | None:
     """Say why a forward of this denoiser must not be left half way, or return None."""
     for module in denoiser.modules():
-        if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
+        if hooks_of(module):
             return "diffusers hooks (caches, group offloading) need every block to run"
         if module is not denoiser and "_hf_hook" in vars(module):
             return "accelerate hooks on blocks would leave weights on the device"

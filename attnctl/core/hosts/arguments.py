@@ -1,0 +1,90 @@
+"""The arguments of a denoiser call: their names, which of them hold one entry per row, and how rows are cut out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attnctl.errors import UnsupportedModelError
+
+__all__ = ["bind_call", "cut_tensor", "main_input", "main_name", "row_count", "take_rows"]
+
+# Arguments that all rows share even when their first axis happens to be as long as the batch.
+_SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
+# Arguments that are Python lists with one entry a row.
+_ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
+_MAIN = ("sample", "hidden_states", "x")
+
+
+def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name a call's arguments by the parameters of the denoiser's own forward."""
+    bound = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs)
+    arguments = dict(bound.arguments)
+    arguments.pop("self", None)
+    extra = arguments.pop("kwargs", None)
+    if isinstance(extra, dict):
+        arguments.update(extra)
+    return arguments
+
+
+def main_input(bound: Mapping[str, Any]) -> Any:
+    """Return the latents of a call: a tensor with rows first, or a list with one tensor a row."""
+    for name in _MAIN:
+        if bound.get(name) is not None:
+            return bound[name]
+    raise UnsupportedModelError(
+        f"The denoiser was called without {', '.join(_MAIN)} (got {', '.join(bound) or 'nothing'}): "
+        "its rows cannot be told apart."
+    )
+
+
+def main_name(bound: Mapping[str, Any]) -> str:
+    """Name the argument that holds the latents of a call."""
+    main_input(bound)
+    return next(name for name in _MAIN if bound.get(name) is not None)
+
+
+def row_count(bound: Mapping[str, Any]) -> int:
+    """Count the rows of a call."""
+    main = main_input(bound)
+    return len(main) if isinstance(main, (list, tuple)) else int(main.shape[0])
+
+
+def take_rows(bound: Mapping[str, Any], rows: slice, total: int, frames: int = 1) -> dict[str, Any]:
+    """Slice every batched argument of a call to some of its rows.
+
+    A tensor is batched when its first axis has `total` or `total * frames` entries (rows major) and its name is not
+    one that rows share.
+    """
+    if rows == slice(0, total):
+        return dict(bound)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return cut_tensor(value, rows, total, (1, frames))
+        if isinstance(value, dict):
+            return {k: v if k in _SHARED else cut(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(cut(v) for v in value)
+        return value
+
+    taken = {}
+    for name, value in bound.items():
+        if name in _SHARED:
+            taken[name] = value
+        elif name in _ROW_LISTS and isinstance(value, (list, tuple)):
+            taken[name] = value[rows] if len(value) == total else value
+        else:
+            taken[name] = cut(value)
+    return taken
+
+
+def cut_tensor(value: torch.Tensor, rows: slice, total: int, multiples: tuple[int, ...]) -> torch.Tensor:
+    """Slice the rows of one tensor if its first axis is `total` times one of the multiples."""
+    if value.ndim == 0 or value.shape[0] % total or value.shape[0] // total not in multiples:
+        return value
+    m = value.shape[0] // total
+    return value[rows.start * m : rows.stop * m]

@@ -1,0 +1,74 @@
+"""Caches of diffusers, which keep something from one call of a denoiser to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from attnctl.errors import UnsupportedModelError
+
+__all__ = ["check_rows_kept", "hooks_of", "own_context"]
+
+
+@contextlib.contextmanager
+def own_context(denoiser: Any, name: str) -> Iterator[bool]:
+    """Run a pass in a cache context of its own, then give the caller's context back; yield whether a cache is on.
+
+    In a shared context FirstBlockCache would answer the perturbed pass with the base pass's blocks, and guidance would
+    silently be zero.
+
+    Raises:
+        UnsupportedModelError: A cache keeps one state for all passes (pyramid attention broadcast, FasterCache).
+    """
+    managers = _state_managers(denoiser)
+    if not managers:  # nothing keeps state; entering a context would only leave an empty registry on the module
+        yield False
+        return
+    held = [(m, f, getattr(m, f)) for m in managers for f in ("_context", "_current_context") if hasattr(m, f)]
+    try:
+        with denoiser.cache_context(name):
+            for manager, field_, context in held:
+                if dataclasses.is_dataclass(context) and not isinstance(context, type):  # the host's step and sigma
+                    setattr(manager, field_, dataclasses.replace(context, name=name))
+            yield True
+    finally:
+        for manager, field_, context in held:
+            setattr(manager, field_, context)
+
+
+def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
+    """Collect the diffusers state managers below a denoiser; they hold one state a context."""
+    found: list[Any] = []
+    for hook in (hook for module in denoiser.modules() for hook in hooks_of(module).values()):
+        managers = [m for name, m in vars(hook).items() if name.endswith("state_manager") and m is not None]
+        if not managers and getattr(hook, "_is_stateful", False):
+            raise UnsupportedModelError(
+                f"{type(denoiser).__name__} runs under {type(hook).__name__}, a cache with one state for all passes: "
+                "the base pass and a further one would take each other's attention for their own. Call "
+                "disable_cache() on it first; FirstBlockCache keeps passes apart."
+            )
+        found += [m for m in managers if all(m is not other for other in found)]
+    return found
+
+
+def hooks_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Return diffusers' hooks on one module, by name: caches, group offloading, layerwise casting."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
+def check_rows_kept(denoiser: torch.nn.Module) -> None:
+    """Raise if a cache drops rows between the call of a denoiser and its blocks.
+
+    Raises:
+        UnsupportedModelError: FasterCache leaves the negative prompt out on some steps.
+    """
+    for hook in hooks_of(denoiser).values():
+        if type(hook).__name__ == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled:
+            raise UnsupportedModelError(
+                f"{type(denoiser).__name__} runs under FasterCache, which leaves the negative prompt's rows out on "
+                "some steps, so that controls cannot tell the rows of a call. Call disable_cache() on it first."
+            )
