@@ -42,7 +42,7 @@ def command() -> Iterator[tuple[str, float]]:
     """Start `attnctl ui`; yield its address and the seconds until it was there."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "attnctl.app.cli", "ui", "--no-browser"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "attnctl", "ui", "--no-browser"], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

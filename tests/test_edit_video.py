@@ -19,10 +19,10 @@ from fatezero_runs import BASE, SOURCE, STEPS, TARGET, clip, edited, job, latent
 from PIL import Image
 
 from attnctl.data.clips import FileClip, fit, mp4_bytes
-from attnctl.data.files import FileExists
 from attnctl.data.specs import control_from_dict
 from attnctl.pipelines import ddim_of, invert
 from attnctl.pipelines.editing.inversion import inverse_of
+from attnctl.plans.writing import FileExists
 from attnctl.processors import FateZero
 
 

@@ -48,7 +48,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     args = ["hunt", "--model", "shapes:mmdit", "--heads", "L7H0 L7H3", "--pairs", "2", "--k", "1", "--steps", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "attnctl.app.cli", *args, "--out", str(tmp_path / "heads"), "--json"]
+    command += ["-m", "attnctl", *args, "--out", str(tmp_path / "heads"), "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

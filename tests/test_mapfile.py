@@ -15,12 +15,12 @@ from PIL import Image
 
 from attnctl.app.cli import main
 from attnctl.core.sites import Site
-from attnctl.data.files import FileExists
 from attnctl.data.map_pictures import heads_sheet, layers_sheet, overlay_word, steps_gif, steps_sheet, words_sheet
 from attnctl.data.map_regions import boxes, from_rle, regions, rle
 from attnctl.data.maps import WordMaps
 from attnctl.data.record import RecordError, read
 from attnctl.errors import ConfigError
+from attnctl.plans.writing import FileExists
 
 
 def made(keep: tuple[str, ...] = ("steps", "heads"), frames: int = 1) -> WordMaps:

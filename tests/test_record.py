@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from attnctl.data import files as outputs
 from attnctl.data import provenance
-from attnctl.data.files import FileExists, below, check_free, publish, slug
+from attnctl.data.files import below, slug
 from attnctl.data.record import SCHEMA, Record, RecordError, pixels_sha256, read, save_image, sidecar
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import AttnctlError
+from attnctl.plans import writing
+from attnctl.plans.writing import FileExists, check_free, publish
 from attnctl.processors import PAG
 
 SHA = "0" * 64
@@ -108,14 +109,14 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = outputs._place
+    real = writing._Entry.place
 
-    def fail_on_second(draft: Path, path: Path, force: bool) -> None:
-        if path.suffix == ".json":
+    def fail_on_second(entry: Any, force: bool) -> None:
+        if entry.path.suffix == ".json":
             raise KeyboardInterrupt
-        real(draft, path, force)
+        real(entry, force)
 
-    monkeypatch.setattr(outputs, "_place", fail_on_second)
+    monkeypatch.setattr(writing._Entry, "place", fail_on_second)
     with pytest.raises(KeyboardInterrupt):
         save_image(image(), tmp_path / "cat.png", record())
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +147,7 @@ def test_a_file_system_without_links_works_too(tmp_path: Path, monkeypatch: pyte
     def no_links(*_: object) -> None:
         raise OSError("not supported")
 
-    monkeypatch.setattr(outputs.os, "link", no_links)
+    monkeypatch.setattr(writing.os, "link", no_links)
     save_image(image(), tmp_path / "cat.png", record())
     assert read(tmp_path / "cat.png") == (record(),)
     with pytest.raises(FileExists):

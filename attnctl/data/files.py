@@ -1,22 +1,15 @@
-"""Output files: safe names, nothing half written, nothing overwritten unasked."""
+"""Names of files: safe ones for any text, inputs in the order that people count in."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
 import unicodedata
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attnctl.errors import AttnctlError
+from attnctl.plans.writing import FileExists
 
-__all__ = ["FileExists", "below", "check_free", "publish", "slug"]
-
-
-class FileExists(AttnctlError):
-    """An output file is already there, and overwriting it was not asked for."""
+__all__ = ["below", "natural", "slug"]
 
 
 def slug(text: str, longest: int = 48) -> str:
@@ -50,52 +43,7 @@ def below(folder: str | Path, name: str) -> Path:
     return path
 
 
-def check_free(paths: Sequence[str | Path], *, force: bool) -> None:
-    """Refuse early, before hours of work, when an output file is already there.
-
-    Raises:
-        FileExists: a file is there and `force` is not set.
-    """
-    taken = [str(p) for p in paths if os.path.lexists(p)]
-    if taken and not force:
-        more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
-        raise FileExists(f"{taken[0]} is already there{more}; choose another folder or pass --force.")
-
-
-def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:
-    """Write files atomically: each appears whole or not at all, and none replaces another without `force`.
-
-    Raises:
-        FileExists: a file is there and `force` is not set.
-    """
-    check_free(list(files), force=force)
-    drafts: dict[Path, Path] = {}
-    placed: list[Path] = []
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drafts[path] = path.with_name(f".{path.name[:80]}.{secrets.token_hex(6)}.tmp")
-            drafts[path].write_bytes(content)
-        for path, draft in drafts.items():
-            _place(draft, path, force)
-            placed.append(path)
-    except BaseException:
-        for path in placed if not force else ():
-            path.unlink(missing_ok=True)
-        raise
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-
-
-def _place(draft: Path, path: Path, force: bool) -> None:
-    if force:
-        os.replace(draft, path)
-        return
-    try:
-        os.link(draft, path)  # unlike a rename, this fails when somebody else was faster
-    except FileExistsError:
-        check_free([path], force=False)
-    except OSError:  # a file system without hard links
-        check_free([path], force=False)
-        os.replace(draft, path)
+def natural(path: Path) -> tuple[tuple[tuple[int, str], ...], str]:
+    """Return a key that sorts file names as people count: frame_2 before frame_10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part.casefold()) for part in parts), path.name

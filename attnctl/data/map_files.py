@@ -10,10 +10,10 @@ from typing import Any, get_args
 import torch
 
 from attnctl.core.sites import Site
-from attnctl.data.files import publish
 from attnctl.data.maps import Of, Reduce, WordMaps
 from attnctl.data.record import RecordError
 from attnctl.errors import ConfigError
+from attnctl.plans.writing import publish
 
 __all__ = ["SCHEMA", "describe", "load", "save"]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from attnctl.data.files import publish
 from attnctl.errors import AttnctlError, nearest
+from attnctl.plans.writing import publish
 
 __all__ = [
     "SCHEMA",

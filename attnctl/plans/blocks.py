@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import PlanError
+from attnctl.plans.block_files import read_masks, write_masks
 from attnctl.plans.orders import order_ids
 
 __all__ = ["BlockPlan"]
 
 Grid = tuple[int, int, int]
+_LARGEST = 1 << 40  # tokens: far beyond any sequence, and far from where products of sizes overflow
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BlockPlan:
     """Hold the blocks that one attention computes.
 
-    Make one with `from_mask`, which checks everything.
+    Make one with `from_mask`, which brings its arguments into this form.
 
     Attributes:
         keep: Blocks to compute, bool [groups, heads, query blocks, key blocks], in each head's own order of tokens.
@@ -80,43 +82,48 @@ class BlockPlan:
             grid: Frames, rows and columns of the image tokens; needed where a head is reordered.
             n_image: Image tokens; None for the grid's, or for any number that makes as many blocks.
             text_first: Whether the text stands before the image.
-            about: Facts to be kept with the plan.
+            about: Facts to be stored with the plan.
 
         Raises:
             PlanError: A shape, a size or an order does not fit, or a row of blocks keeps no key.
         """
-        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() not in (3, 4):
-            given = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-            raise PlanError(
-                f"keep is {given}; expected a bool tensor [heads, query blocks, key blocks], or with step groups first."
-            )
-        keep = (keep if keep.dim() == 4 else keep[None]).detach().cpu()
-        groups, heads, nq, nk = keep.shape
-        bq = block if block_q is None else block_q
-        for name, value, least in (("block", block, 1), ("block_q", bq, 1), ("n_text", n_text, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PlanError(f"{name}={value!r} was given; expected a whole number, {least} or more.")
-        if not groups or not heads or not nq or not nk:
-            raise PlanError(f"keep has the shape {list(keep.shape)}: a plan needs at least one head and one block.")
-        ids = (0,) * heads if order is None else order_ids(order, heads)
-        where = None if grid is None else _grid(grid)
+        keep = _checked_keep(keep)
+        ids = (0,) * keep.shape[1] if order is None else order_ids(order, keep.shape[1])
+        where = None if grid is None else _checked_grid(grid)
         n = math.prod(where) if where is not None else n_image
         if n_image is not None and n_image != n:
             raise PlanError(f"n_image={n_image} was given with the grid {where}, which has {n} tokens.")
-        if any(ids) and where is None:
+        return cls(
+            keep=keep, block_q=block if block_q is None else block_q, block_k=block, order=ids, grid=where, n_image=n,
+            n_text=n_text, text_first=text_first, about={} if about is None else about,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every field: sizes that do not fit would index out of range in a kernel."""
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
+        heads = self.keep.shape[1]
+        sizes = (("block", self.block_k, 1), ("block_q", self.block_q, 1), ("n_text", self.n_text, 0))
+        for name, value, least in (*sizes, *((("n_image", self.n_image, 1),) if self.n_image is not None else ())):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+                raise PlanError(f"{name}={value!r:.40} was given; expected a whole number, {least} to {_LARGEST}.")
+        object.__setattr__(self, "order", order_ids(self.order, heads))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _checked_grid(self.grid))
+            if math.prod(self.grid) != self.n_image:
+                raise PlanError(f"n_image={self.n_image} was given with the grid {self.grid}.")
+        if any(self.order) and self.grid is None:
             raise PlanError("A head is reordered, so grid=(frames, rows, columns) must be given.")
-        _check_size(keep, n, bq, block)
-        empty = (~keep.any(-1)).nonzero()
+        if not isinstance(self.text_first, bool) or not isinstance(self.about, Mapping):
+            raise PlanError(f"text_first={self.text_first!r:.40} should be a bool, and about={self.about!r:.40} facts.")
+        object.__setattr__(self, "about", dict(self.about))
+        _check_size(self.keep, self.n_image, self.block_q, self.block_k)
+        empty = (~self.keep.any(-1)).nonzero()
         if len(empty):
             g, h, row = empty[0].tolist()
             raise PlanError(
                 f"Query block {row} of head {h} in step group {g} keeps no key block ({len(empty)} such rows): its "
                 "attention is undefined. Keep at least the largest block of every row."
             )
-        return cls(
-            keep=keep, block_q=bq, block_k=block, order=ids, grid=where, n_image=n, n_text=n_text,
-            text_first=text_first, about=dict(about or {}),
-        )  # fmt: skip
 
     def __repr__(self) -> str:
         """Tell the sizes; the mask itself fills screens."""
@@ -185,11 +192,23 @@ class BlockPlan:
             )
         return slice(text, tokens) if self.text_first else slice(0, image)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the plan into a folder (JSON and safetensors) and return the folder."""
-        from attnctl.plans.model import ModelPlan
+    def to_mask(self, site: str = "") -> tuple[Tensor, dict[str, Any]]:
+        """Return the mask and what else a file holds of this plan, under the name of its site."""
+        facts = {
+            "site": site, "block_q": self.block_q, "block_k": self.block_k, "order": list(self.order),
+            "grid": None if self.grid is None else list(self.grid), "n_image": self.n_image, "n_text": self.n_text,
+            "text_first": self.text_first, "about": dict(self.about),
+        }  # fmt: skip
+        return self.keep, facts
 
-        return ModelPlan(plans={"": self}).save_pretrained(folder)
+    def save_pretrained(self, folder: str | os.PathLike[str], *, force: bool = True) -> Path:
+        """Write the plan into a folder (JSON and safetensors) and return it; another one there is replaced as a whole.
+
+        Raises:
+            FileExists: Another plan is there, and `force` is False.
+            WriteError: The disk is full, or the folder cannot be written.
+        """
+        return write_masks(folder, [self.to_mask()], None, {}, force=force)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], *, revision: str | None = None) -> BlockPlan:
@@ -198,22 +217,36 @@ class BlockPlan:
         Raises:
             PlanError: A file is missing, damaged, hostile or of another schema, or holds plans of several sites.
         """
-        from attnctl.plans.model import ModelPlan
-
-        plans = ModelPlan.from_pretrained(path_or_repo, revision=revision).plans
-        if len(plans) != 1:
+        sites, _, _ = read_masks(path_or_repo, revision)
+        if not sites:
+            raise PlanError(f"{path_or_repo} holds no plan: a model's plan needs the plan of at least one site.")
+        if len(sites) != 1:
             raise PlanError(
-                f"{path_or_repo} holds plans of {len(plans)} sites: read it with "
+                f"{path_or_repo} holds plans of {len(sites)} sites: read it with "
                 "attnctl.plans.ModelPlan.from_pretrained."
             )
-        return next(iter(plans.values()))
+        _, keep, fields = sites[0]
+        return cls.from_mask(keep, **fields)
 
 
-def _grid(grid: Sequence[int]) -> Grid:
-    whole = len(grid) == 3 and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid)
+def _checked_keep(keep: Any) -> Tensor:
+    """Return a mask as bool [groups, heads, query blocks, key blocks] in the memory of the CPU."""
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() not in (3, 4):
+        given = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise PlanError(
+            f"keep is {given}; expected a bool tensor [heads, query blocks, key blocks], or with step groups first."
+        )
+    keep = (keep if keep.dim() == 4 else keep[None]).detach().cpu()
+    if not keep.numel():
+        raise PlanError(f"keep has the shape {list(keep.shape)}: a plan needs at least one head and one block.")
+    return keep
+
+
+def _checked_grid(grid: Any) -> Grid:
+    whole = isinstance(grid, Sequence) and len(grid) == 3 and all(type(n) is int and 0 < n <= _LARGEST for n in grid)
     if not whole:
-        raise PlanError(f"grid={tuple(grid)!r} was given; expected (frames, rows, columns) as whole numbers.")
-    return int(grid[0]), int(grid[1]), int(grid[2])
+        raise PlanError(f"grid={grid!r:.80} was given; expected (frames, rows, columns) as whole numbers.")
+    return grid[0], grid[1], grid[2]
 
 
 def _check_size(keep: Tensor, n: int | None, block_q: int, block_k: int) -> None:

@@ -9,19 +9,22 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attnctl.errors import PlanError, SiteError, nearest
+from attnctl.errors import ConfigError, PlanError, SiteError, nearest
+from attnctl.plans import hub
+from attnctl.plans.reading import Expected, check_schema, read_json
+from attnctl.plans.writing import publish
 
 __all__ = ["HeadSet"]
 
 SCHEMA = 1
 _FILE, _CARD = "attnctl_heads.json", "README.md"
-_MAX_BYTES = 4 << 20
+_EXPECTED = Expected("a head set", PlanError, 4 << 20)
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 Pair = tuple[str | int, int]
@@ -55,6 +58,7 @@ class HeadSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", _checked_pairs(self.pairs, SiteError))
+        _check_facts(vars(self), ConfigError, "heads")
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[Sequence[Any]], **about: Any) -> HeadSet:
@@ -117,41 +121,29 @@ class HeadSet:
         Raises:
             PlanError: The values are not a head set of a known schema.
         """
-        if not isinstance(data, dict) or data.get("kind") != "heads":
-            raise PlanError(f"{source} is not a head set: expected a JSON object with kind 'heads'.")
-        if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
-            raise PlanError(
-                f"{source} has schema {data.get('schema')!r}; this attnctl reads schema {SCHEMA}. "
-                "Update attnctl, or save the set again."
-            )
+        check_schema(data, source, _EXPECTED, kind="heads", schema=SCHEMA)
         known = {f.name for f in fields(cls)}
         for name in data:
             if name not in known | {"kind", "schema"}:
                 raise PlanError(f"{source} has an unknown field {name!r}.{nearest(name, sorted(known))}")
         values = {n: v for n, v in data.items() if n in known}
         pairs = _checked_pairs(values.pop("pairs", None), PlanError, source)
-        for name, kind in (("model", str), ("layers", int), ("method", str), ("objective", str)):
-            if values.get(name) is not None and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
-                raise PlanError(f"{source}: {name}={values[name]!r} should be {kind.__name__}.")
-        for name in ("u", "scale"):
-            value = values.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise PlanError(f"{source}: {name}={value!r} should be a number.")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise PlanError(f"{source}: {name}={value!r} should be a finite number.")
+        _check_facts(values, PlanError, source)
         return cls(pairs=pairs, **values)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the set into a folder as JSON, with a card if there is no README yet, and return the JSON file."""
+    def save_pretrained(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the set into a folder as JSON, with a card if there is no README yet, and return the JSON file.
+
+        Raises:
+            FileExists: Another head set is there, and `force` is not set.
+            WriteError: The disk is full, or the folder cannot be written.
+        """
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        files = {_FILE: json.dumps(self.to_dict(), indent=1)}
+        content = json.dumps(self.to_dict(), indent=1).encode()
+        if not (path / _FILE).is_file() or (path / _FILE).read_bytes() != content:
+            publish({path / _FILE: content}, force=force)
         if not (path / _CARD).exists():  # never in the place of somebody's own text
-            files[_CARD] = self.card()
-        for name, text in files.items():
-            with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as f:
-                f.write(text)
-            os.replace(f.name, path / name)
+            publish({path / _CARD: self.card().encode()})
         return path / _FILE
 
     @classmethod
@@ -170,44 +162,27 @@ class HeadSet:
         if path.is_dir():
             path = path / _FILE
         elif not path.exists():
-            path = _from_hub(str(path_or_repo), revision)
-        return cls.from_dict(_read_json(path), path.name)
+            path = hub.find(str(path_or_repo), (_FILE,), "a head set", revision) / _FILE
+        return cls.from_dict(read_json(path, _EXPECTED), path.name)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the set and its card to a Hub repository and return the repository's address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(folder_path=folder, repo_id=repo_id))
+        return hub.push(partial(self.save_pretrained, force=True), repo_id, private=private, token=token)
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
-    if repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise PlanError(f"{repo} does not exist. Pass a head set's file or folder, or a Hub id such as 'user/heads'.")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, _FILE, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise PlanError(f"{repo} is no local file or folder, and no head set could be fetched: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise PlanError(f"{path.name} does not exist in {path.parent.name or '.'}: expected a saved head set.")
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise PlanError(f"{path.name} holds {size} bytes; a head set has at most {_MAX_BYTES}. It is not read.")
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or a number of thousands of digits
-        raise PlanError(
-            f"{path.name} is not JSON: it is damaged, or another format under that name. Nothing was read from it."
-        ) from None
+def _check_facts(values: dict[str, Any], error: type[Exception], source: str) -> None:
+    """Raise an error unless the facts beside the pairs have their types."""
+    for name, kind in (("model", str), ("layers", int), ("method", str), ("objective", str)):
+        value = values.get(name)
+        optional = value is None and (name != "method" or name not in values)
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise error(f"{source}: {name}={value!r:.80} should be {kind.__name__}.")
+    for name in ("u", "scale"):
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise error(f"{source}: {name}={value!r:.80} should be a number.")
+        if value is not None and not abs(value) < math.inf:
+            raise error(f"{source}: {name}={value!r} should be a finite number.")
 
 
 def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") -> tuple[Pair, ...]:
@@ -217,12 +192,12 @@ def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") ->
     checked: dict[Pair, None] = {}  # in order; a list would take a day to search where somebody sends a long file
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise error(f"{source}: expected {expected}; got {pair!r}.")
+            raise error(f"{source}: expected {expected}; got {pair!r:.80}.")
         where, head = pair
         if isinstance(where, bool) or not isinstance(where, (str, int)):
-            raise error(f"{source}: expected {expected}; got {pair!r}.")
+            raise error(f"{source}: expected {expected}; got {pair!r:.80}.")
         if isinstance(head, bool) or not isinstance(head, int) or head < 0:
-            raise error(f"{source}: head {head!r} of {where!r} is not a head index (0, 1, ...).")
+            raise error(f"{source}: head {head!r:.40} of {where!r:.80} is not a head index (0, 1, ...).")
         if (where, head) in checked:
             raise error(f"{source}: the pair {(where, head)!r} appears twice.")
         checked[where, head] = None

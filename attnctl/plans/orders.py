@@ -40,17 +40,17 @@ def order_ids(orders: Sequence[int | str], heads: int) -> tuple[int, ...]:
     Raises:
         PlanError: An order is unknown, or their number is not that of the heads.
     """
-    if isinstance(orders, str) or len(orders) != heads:
-        raise PlanError(f"order={orders!r} was given; expected one order for each of {heads} heads.")
+    if isinstance(orders, str) or not isinstance(orders, Sequence) or len(orders) != heads:
+        raise PlanError(f"order={orders!r:.80} was given; expected one order for each of {heads} heads.")
     found = []
     for order in orders:
         if isinstance(order, str) and order.upper() in ORDERS:
             found.append(_NAMES.index(order.upper()))
-        elif not isinstance(order, (str, bool)) and 0 <= int(order) < len(_NAMES) and int(order) == order:
+        elif type(order) in (int, float) and order in range(len(_NAMES)):
             found.append(int(order))
         else:
             hint = nearest(order, _NAMES) if isinstance(order, str) else ""
-            raise PlanError(f"Order {order!r} is unknown; expected 0 to 5 or one of {', '.join(_NAMES)}.{hint}")
+            raise PlanError(f"Order {order!r:.40} is unknown; expected 0 to 5 or one of {', '.join(_NAMES)}.{hint}")
     return tuple(found)
 
 

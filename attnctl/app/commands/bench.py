@@ -138,8 +138,8 @@ class Bench(Common):
         return self._measure(folder, chosen, command)
 
     def _measure(self, folder: Path, chosen: Sequence[Benchmark], command: str) -> Result:
-        from attnctl.data.files import check_free, publish
         from attnctl.data.provenance import hardware, versions
+        from attnctl.plans.writing import check_free, publish
 
         if self.quick:
             chosen = [b for b in chosen if b.quick is not None]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
-from attnctl.data.files import FileExists
+from attnctl.plans.writing import FileExists
 
 __all__ = ["Calibrate"]
 

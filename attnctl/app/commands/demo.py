@@ -13,7 +13,8 @@ from typing import Any
 
 from attnctl.app.commands import demo_video
 from attnctl.app.commands.common import Common, Result, UsageError, say, table, tally
-from attnctl.data.files import below, check_free
+from attnctl.data.files import below
+from attnctl.plans.writing import check_free
 
 __all__ = ["SHEETS", "Demo", "Panel", "Sheet", "nouns"]
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
-from attnctl.data.files import below, check_free, slug
+from attnctl.data.files import below, slug
+from attnctl.plans.writing import check_free
 
 __all__ = ["Generate"]
 
@@ -252,7 +253,7 @@ def _video(frames: tuple[Any, ...], strip: Path, fps: float, force: bool) -> dic
     import numpy as np
 
     from attnctl.data.clips import mp4_bytes
-    from attnctl.data.files import publish
+    from attnctl.plans.writing import publish
 
     if importlib.util.find_spec("av") is None:
         say('The film strip is written; an MP4 beside it needs PyAV: pip install "attnctl[video]".')

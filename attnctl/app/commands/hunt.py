@@ -110,12 +110,12 @@ class Hunt(Common):
     def run(self, command: str) -> Result:
         """Plan, say what it costs, search, save."""
         from attnctl.core.hosts.listing import find_sites
-        from attnctl.data.files import check_free
         from attnctl.errors import ConfigError
         from attnctl.pipelines.hunting.scorers import objective_of
         from attnctl.pipelines.hunting.search import hunt, seconds_of
         from attnctl.pipelines.models import device_and_dtype, load
         from attnctl.pipelines.workers import Workers
+        from attnctl.plans.writing import check_free
 
         check_free([self.out / "hunt_result.json"], force=self.force or self.dry_run)
         try:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attnctl.app.commands.common import UsageError, say
-from attnctl.data.files import below, check_free, publish, slug
+from attnctl.data.files import below, slug
+from attnctl.plans.writing import check_free, publish
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,8 @@ import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
 from attnctl.app.commands.map_image import check_image, map_image
-from attnctl.data.files import below, check_free, publish, slug
+from attnctl.data.files import below, slug
+from attnctl.plans.writing import check_free, publish
 
 __all__ = ["Maps"]
 

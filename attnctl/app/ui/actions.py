@@ -12,11 +12,12 @@ from typing import Any
 
 from attnctl.app.commands.common import UsageError
 from attnctl.app.ui.models import Models
-from attnctl.data.files import publish, slug
+from attnctl.data.files import slug
 from attnctl.data.provenance import command_line
 from attnctl.data.record import png_bytes, save_image
 from attnctl.errors import JudgeError
 from attnctl.pipelines.generate import Call, Sampled, sample
+from attnctl.plans.writing import publish
 
 __all__ = ["Ask", "Compared", "Step", "compare", "heads", "image_marks", "keep", "keep_bytes", "words"]
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from attnctl.data.clips import FileClip, mp4_bytes
-from attnctl.data.files import check_free, publish
 from attnctl.data.pictures import grid
 from attnctl.data.provenance import hardware, versions
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import ConfigError
+from attnctl.plans.writing import check_free, publish
 
 if TYPE_CHECKING:
     from attnctl.pipelines.editing.edit import Job

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from attnctl.data.files import publish
 from attnctl.data.pictures import grid
 from attnctl.errors import ConfigError
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
 from attnctl.plans import HeadSet
+from attnctl.plans.writing import publish
 from attnctl.processors.pag import SoftPAG
 
 __all__ = ["Hunted", "Round", "compose", "heat_map"]
