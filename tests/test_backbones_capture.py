@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones import any_size
+from attnctl.backbones.hosts import split_qkv
 from attnctl.backbones.look.probe import look
 from attnctl.backbones.look.sites import find_places
 from attnctl.errors import ConfigError, ConflictError, NeverApplied, SiteError, UnsupportedModelError
@@ -148,9 +149,9 @@ def test_swapped_forms(kind: str) -> None:
     host: Any = place.module
     with look(place, inputs[0], {}, (4, 4)) as asked:
         rows = torch.stack([asked.one(n) for n in range(17)], 2)
-    v = host.split(host.qkv(inputs[0][0]), 4)[2]
+    v = split_qkv(host.qkv(inputs[0][0]), 4)[2]
     order = [*range(1, 17), 0]  # the grid first, then the class token
-    want = host.mixer(*host.split(host.qkv(inputs[0][0]), 4), inputs[0][0], (4, 4))
+    want = host.mixer(*split_qkv(host.qkv(inputs[0][0]), 4), inputs[0][0], (4, 4))
     torch.testing.assert_close(rows @ v[:, :, order], want[:, :, order], atol=1e-5, rtol=1e-4)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones import any_size
+from attnctl.backbones.mixers import MIXERS
 from attnctl.backbones.mixers.linear import inline, mala, rala
 from attnctl.backbones.mixers.softmax import neighborhood_mask, sigmoid_attention
-from attnctl.backbones.swap import KINDS
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def image() -> Tensor:
     return torch.rand(2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MIXERS)
 def test_every_kind_in_every_host(kind: str) -> None:
     for name, model in hosts().items():
         options = OPTIONS.get(kind, {})
@@ -195,7 +195,7 @@ def test_feature_extractors(name: str) -> None:
     assert torch.equal(attnctl.unswap(model)(x)[-1], plain[-1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MIXERS)
 def test_maxvit_that_takes_any_size(kind: str) -> None:
     model, x = any_size(hosts()["maxvit"]), torch.rand(1, 3, 36, 44)
     plain = model(x)

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GridRecorder", "watch_grid"]
+__all__ = ["GridRecorder", "GridSource", "watch_grid"]
+
+Grid = tuple[int, int]
 
 
 class GridRecorder:
@@ -17,11 +19,28 @@ class GridRecorder:
     """
 
     def __init__(self) -> None:
-        self.grid: tuple[int, int] | None = None
+        self.grid: Grid | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Record the grid of an output [B, h, w, C] (timm with dynamic_img_size); leave token sequences alone."""
         self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
+
+
+class GridSource:
+    """Return a grid: the one that a recorder saw last, else that of the patch embedding as it is now, else a fixed one.
+
+    embed: the patch embedding, None for one that has no grid and where the user gave another.
+    """
+
+    def __init__(self, fixed: Grid, embed: nn.Module | None = None, recorder: GridRecorder | None = None) -> None:
+        self.fixed, self.embed, self.recorder = fixed, embed, recorder
+
+    def __call__(self) -> Grid:
+        """Return (height, width) in tokens."""
+        if self.recorder is not None and self.recorder.grid is not None:
+            return self.recorder.grid
+        size: Any = None if self.embed is None else self.embed.grid_size  # set_input_size changes it
+        return self.fixed if size is None else (int(size[0]), int(size[1]))
 
 
 def watch_grid(model: nn.Module) -> tuple[GridRecorder, RemovableHandle]:

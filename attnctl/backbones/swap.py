@@ -7,6 +7,7 @@ attnctl.unswap(model)
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import inspect
@@ -19,26 +20,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnctl.backbones.grid import GridRecorder, watch_grid
-from attnctl.backbones.hosts import HOSTS, build_host
-from attnctl.backbones.mixers.base import AgentMixer, Grid, Mixer, MultiAxisMixer, RoutingMixer
-from attnctl.backbones.mixers.linear import InLineMixer, MALAMixer, RALAMixer
-from attnctl.backbones.mixers.softmax import MoHMixer, NeighborhoodMixer, SigmoidMixer
-from attnctl.errors import ConfigError, SiteError, UnsupportedModelError, nearest
+from attnctl.backbones.grid import GridRecorder, GridSource, watch_grid
+from attnctl.backbones.hosts import HOSTS, Host, build_host, put
+from attnctl.backbones.mixers import Mixer, find_mixer
+from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest
 
-__all__ = ["KINDS", "SwapReport", "swap", "swap_report", "unswap"]
+__all__ = ["SwapReport", "swap", "swap_report", "unswap"]
 
-KINDS: dict[str, type[Mixer]] = {
-    "agent": AgentMixer,
-    "bra": RoutingMixer,
-    "multiaxis": MultiAxisMixer,
-    "inline": InLineMixer,
-    "mala": MALAMixer,
-    "rala": RALAMixer,
-    "moh": MoHMixer,
-    "sigmoid": SigmoidMixer,
-    "neighborhood": NeighborhoodMixer,
-}
+Grid = tuple[int, int]
 _RECORD = "_attnctl_swaps"
 Blocks = int | str | Callable[[str, int], bool] | Iterable[int | str] | None
 
@@ -58,7 +47,7 @@ class SwapReport:
     dropped: dict[str, tuple[int, ...]]
     parameters: tuple[int, int]
     _model: nn.Module = field(repr=False, compare=False)
-    _old: dict[str, nn.Module] = field(repr=False, compare=False)
+    _hosts: dict[str, Host] = field(repr=False, compare=False)
     _hook: Any = field(default=None, repr=False, compare=False)
 
     def macs(self, input_size: tuple[int, int, int] | None = None) -> tuple[int, int]:
@@ -68,14 +57,14 @@ class SwapReport:
         """
         size = input_size or _input_size(self._model)
         after = _count(self._model, size)
-        new = {name: self._model.get_submodule(name) for name in self.sites}
+        present = {name: self._model.get_submodule(name) for name in self.sites}
         try:
-            for name, module in self._old.items():
-                _put(self._model, name, module)
+            for name, host in self._hosts.items():
+                put(self._model, name, host.original)
             before = _count(self._model, size)
         finally:
-            for name, module in new.items():
-                _put(self._model, name, module)
+            for name, module in present.items():
+                put(self._model, name, module)
         return before, after
 
     def __str__(self) -> str:
@@ -88,10 +77,18 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def swap(model: nn.Module, kind: str, blocks: Blocks = None, *, grid: Grid | None = None, **options: Any) -> nn.Module:
+def swap(
+    model: nn.Module,
+    kind: str | type[Mixer],
+    blocks: Blocks = None,
+    *,
+    grid: Grid | None = None,
+    **options: Any,
+) -> nn.Module:
     """Replace softmax attention in a timm ViT/DeiT, Swin, PVTv2 or MaxViT, in place; projections are kept.
 
-    kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "moh", "sigmoid" or "neighborhood".
+    kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "moh", "sigmoid", "neighborhood", the kind of a mixer
+        of your own, or its class.
     blocks: which of the places, in the order they run: an index, names or globs, several of these, or a function of
         (name, index); all of them if None.
     grid: (height, width) in tokens of a ViT whose patch embedding does not tell.
@@ -99,37 +96,42 @@ def swap(model: nn.Module, kind: str, blocks: Blocks = None, *, grid: Grid | Non
 
     Returns the model itself; `swap_report` says what changed and `unswap` takes it back. The model may be one of timm's
     feature extractors (features_only=True). Raises: ConfigError for unknown kinds and options, SiteError for blocks
-    that do not exist, UnsupportedModelError for a model without such attention.
+    that do not exist, ConflictError for blocks that are swapped already, UnsupportedModelError for a model without
+    such attention.
     """
-    mixer = _kind(kind, options)
+    mixer = find_mixer(kind)
+    _check_options(mixer, options)
     places = _places(model)
     chosen = _choose(list(places), blocks)
+    _check_unswapped(places, chosen)
     trunk = _trunk(model)
     prefix = int(getattr(trunk, "num_prefix_tokens", 0))
     grids = _grids(model, places, chosen, grid)
     recorder, hook = _recorder(trunk, chosen, places)
-
+    embed = None if grid else _embed_with_grid(trunk)
     try:
         make = functools.partial(mixer, **options)
-        built = {name: build_host(places[name], make, grids[name], prefix, recorder) for name in chosen}
+        hosts = {
+            n: build_host(places[n], make, grids[n], prefix, GridSource(grids[n], embed, recorder)) for n in chosen
+        }
     except BaseException:
         if hook is not None:
             hook.remove()
         raise
     before = _state(model)
     count = sum(p.numel() for p in model.parameters())
-    for name, module in built.items():
-        _put(model, name, module)
+    for name, host in hosts.items():
+        put(model, name, host)
     after = _state(model)
     report = SwapReport(
-        kind,
+        mixer.kind,
         dict(options),
         tuple(chosen),
         {k: s for k, s in after.items() if k not in before},
         {k: s for k, s in before.items() if k not in after},
         (count, sum(p.numel() for p in model.parameters())),
         model,
-        {name: places[name] for name in chosen},
+        hosts,
         hook,
     )
     vars(model).setdefault(_RECORD, []).append(report)
@@ -149,12 +151,13 @@ def swap_report(model: nn.Module) -> SwapReport:
 def unswap(model: nn.Module) -> nn.Module:
     """Take back the last swap: the original modules return, with the projections as trained in between.
 
-    Raises: ConfigError for a model that was not swapped.
+    The model is then what it would be without the swap, in the dtype, on the device and for the image size that it has
+    come to. Raises: ConfigError for a model that was not swapped.
     """
     report = swap_report(model)
-    for name, module in report._old.items():
-        module.train(model.get_submodule(name).training)
-        _put(model, name, module)
+    originals = {name: host.restored() for name, host in report._hosts.items()}
+    for name, module in originals.items():
+        put(model, name, module)
     if report._hook is not None:
         report._hook.remove()
     model.__dict__[_RECORD].pop()
@@ -163,19 +166,18 @@ def unswap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _kind(kind: str, options: dict[str, Any]) -> type[Mixer]:
-    if kind not in KINDS:
-        raise ConfigError(
-            f"kind={kind!r} was given; expected one of {', '.join(map(repr, KINDS))}.{nearest(kind, KINDS)}"
-        )
-    signature = inspect.signature(KINDS[kind].__init__)
-    known = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+def _check_options(mixer: type[Mixer], options: dict[str, Any]) -> None:
+    """Raise ConfigError for an option that a mixer does not take."""
+    parameters = inspect.signature(mixer.__init__).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in options:
-        if name not in known:
+        if name not in takes:
             raise ConfigError(
-                f"Option {name!r} was given; {kind!r} takes {', '.join(map(repr, known))}.{nearest(name, known)}"
+                f"Option {name!r} was given; {mixer.kind!r} takes {', '.join(map(repr, takes)) or 'none'}."
+                f"{nearest(name, takes)}"
             )
-    return KINDS[kind]
 
 
 def _grouped(names: Iterable[str], sites: Sequence[str]) -> str:
@@ -195,12 +197,10 @@ def _trunk(model: nn.Module) -> nn.Module:
 
 
 def _places(model: nn.Module) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    known: tuple[type[nn.Module], ...] = tuple(HOSTS)
-    for name, module in model.named_modules():
-        if isinstance(module, known):
-            found[name] = module
-    if not found:
+    """List the attention that can be swapped or is, by name, in the order in which it runs."""
+    kinds: tuple[type[nn.Module], ...] = (*HOSTS, Host)
+    places = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not places:
         near = sorted(
             {type(m).__name__ for m in model.modules() if "ttention" in type(m).__name__ or "ttn" in type(m).__name__}
         )
@@ -208,7 +208,19 @@ def _places(model: nn.Module) -> dict[str, nn.Module]:
             f"{type(model).__name__} has no attention that can be swapped; swap knows {', '.join(HOSTS.values())}. "
             f"Found here: {', '.join(near) or 'no attention at all'}."
         )
-    return found
+    return places
+
+
+def _check_unswapped(places: dict[str, nn.Module], chosen: list[str]) -> None:
+    """Raise ConflictError if a chosen place holds a swapped form."""
+    swapped = [n for n in chosen if isinstance(places[n], Host)]
+    if swapped:
+        free = [n for n in places if not isinstance(places[n], Host)]
+        rest = f", or choose other blocks: {', '.join(free[:4])}{', ...' if len(free) > 4 else ''}" if free else ""
+        raise ConflictError(
+            f"{swapped[0]} is already swapped ({len(swapped)} of the {len(chosen)} places chosen are). Call "
+            f"attnctl.unswap(model) first{rest}."
+        )
 
 
 def _choose(names: list[str], blocks: Blocks) -> list[str]:
@@ -238,12 +250,15 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
     return [n for n in names if n in kept]
 
 
+def _embed_with_grid(trunk: nn.Module) -> nn.Module | None:
+    embed = getattr(trunk, "patch_embed", None)
+    return embed if getattr(embed, "grid_size", None) else None
+
+
 def _grids(model: nn.Module, places: dict[str, nn.Module], chosen: list[str], given: Grid | None) -> dict[str, Grid]:
-    """Tell the grid of every chosen place: given, from the patch embedding, or seen in one forward pass."""
-    embed = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
-    tokens = all(_is_token(places[n]) for n in chosen)
-    size = given or embed
-    if tokens and size:
+    """Find the grid of every chosen place: given, from the patch embedding, or seen in one forward pass."""
+    size: Any = given or getattr(_embed_with_grid(_trunk(model)), "grid_size", None)
+    if size and all(_is_token(places[n]) for n in chosen):
         return dict.fromkeys(chosen, (int(size[0]), int(size[1])))
     seen: dict[str, Grid] = {}
 
@@ -256,12 +271,10 @@ def _grids(model: nn.Module, places: dict[str, nn.Module], chosen: list[str], gi
 
         return hook
 
-    hooks = [places[n].register_forward_pre_hook(note(n)) for n in chosen]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in chosen:
+            hooks.callback(places[name].register_forward_pre_hook(note(name)).remove)
         _dry_run(model, _input_size(model))
-    finally:
-        for h in hooks:
-            h.remove()
     missing = [n for n in chosen if n not in seen]
     if missing:
         raise SiteError(
@@ -283,22 +296,37 @@ def _recorder(model: nn.Module, chosen: list[str], places: dict[str, nn.Module])
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Return the size (channels, height, width) of the images that a model was built or resized for."""
     trunk = _trunk(model)
-    embed = getattr(trunk, "patch_embed", None)
     cfg = getattr(trunk, "pretrained_cfg", None) or {}
-    chans = int(getattr(trunk, "in_chans", cfg.get("input_size", (3,))[0]))
-    size = getattr(embed, "img_size", None) or cfg.get("input_size", (3, 224, 224))[1:]
-    return chans, int(size[0]), int(size[1])
+    first = next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = getattr(trunk, "in_chans", None) or (first.in_channels if first else cfg.get("input_size", (3,))[0])
+    size = (
+        getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+        or getattr(trunk, "img_size", None)
+        or (getattr(trunk, "_traits", None) or {}).get("img_size")  # timm 1.0.31 notes it on every model
+        or cfg.get("input_size", (3, 224, 224))[1:]
+    )
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)
 
 
 def _dry_run(model: nn.Module, size: tuple[int, int, int]) -> None:
-    """Run one image without gradients, keeping the modes and running statistics."""
+    """Run one image without gradients, keeping the modes and running statistics.
+
+    Raises: UnsupportedModelError if the model refuses an image of that size.
+    """
     modes = {m: m.training for m in model.modules()}
     first = next(model.parameters())
     try:
         model.eval()
         with torch.no_grad():
             model(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on an image of {size[0]} x {size[1]} x {size[2]}, the size that it "
+            f"seems to be built for: {error}"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -309,11 +337,6 @@ def _count(model: nn.Module, size: tuple[int, int, int]) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _dry_run(model, size)
     return counter.get_total_flops() // 2
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, leaf, module)
 
 
 def _state(model: nn.Module) -> dict[str, tuple[int, ...]]:

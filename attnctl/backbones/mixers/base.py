@@ -8,17 +8,15 @@ come first and lie outside the grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.modules.agent import AgentCore, agent_mix, pool_agents
-from attnctl.backbones.modules.attend import attend, ceil_div, require
-from attnctl.backbones.modules.partition import axis_attention
-from attnctl.backbones.modules.routing import gather_windows, merge_windows, split_windows, top_windows, window_means
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, nearest
 
-__all__ = ["AgentMixer", "Mixer", "MultiAxisMixer", "RoutingMixer", "Slot", "join_heads", "side_conv", "split_heads"]
+__all__ = ["MIXERS", "Mixer", "Slot", "find_mixer", "join_heads", "side_conv", "split_heads", "zero_conv"]
 
 Grid = tuple[int, int]
 
@@ -69,169 +67,86 @@ def zero_conv(slot: Slot, kernel: int) -> nn.Conv2d:
     return conv
 
 
-class Mixer(nn.Module):
-    """Base class: sizes of the slot that it fills, and the kernel to use. Options of subclasses are keyword-only."""
+MIXERS: dict[str, type[Mixer]] = {}
 
-    def __init__(self, slot: Slot, backend: str = "auto") -> None:
+
+class Mixer(nn.Module):
+    """Base class of what `attnctl.swap` puts between a host's projections. A subclass registers itself by its kind.
+
+        class Focused(Mixer, kind="focused"):
+            def __init__(self, slot: Slot, *, power: float = 3.0, backend: str = "auto") -> None: ...
+            def forward(self, q, k, v, x, grid): ...
+
+    `__init__` takes the slot that the mixer fills, and the options of `attnctl.swap` by keyword; it should build its
+    parameters with the slot's device and dtype. A subclass without a kind is a base of others and cannot be swapped in.
+    Raises: ConfigError for a kind that another mixer has.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not isinstance(kind, str):
+            raise ConfigError(f"{_full_name(cls)} has kind={kind!r}; expected a name.")
+        cls.kind = kind
+        if not kind:
+            return
+        first = MIXERS.get(kind, cls)
+        if (first.__module__, first.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(
+                f"Two mixers have the kind {kind!r}: {_full_name(first)} and {_full_name(cls)}. Give one another kind."
+            )
+        MIXERS[kind] = cls  # a module that is imported anew, as in a notebook, replaces its own
+
+    def __init__(self, slot: Slot, *, backend: str = "auto") -> None:
         super().__init__()
         self.dim, self.heads, self.grid = slot.dim, slot.heads, slot.grid
         self.prefix, self.scale, self.backend = slot.prefix, slot.scale, backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """Mix tokens, see the module's text for shapes."""
+        """Mix tokens; the module's docstring has the shapes."""
         raise NotImplementedError
 
 
-class AgentMixer(Mixer):
-    """Agent attention (arXiv 2312.08874): biases start at zero ("zero") or small ("trunc"), the convolution at zero.
+def find_mixer(kind: str | type[Mixer]) -> type[Mixer]:
+    """Return the mixer of a kind, or the mixer itself where a class is given.
 
-    num_agents: a square number, or "all" for one agent a token of the grid.
+    A kind that no imported class has is looked up among the entry points of installed packages, group
+    `attnctl.mixers`. Raises: ConfigError for an unknown kind, a class that is no mixer or has no kind, and an entry
+    point that fails to import or does not define the kind that it is named after.
     """
-
-    def __init__(
-        self, slot: Slot, *, num_agents: int | str = 49, init: str = "zero", dwc: bool = True, backend: str = "auto"
-    ) -> None:
-        super().__init__(slot, backend)
-        require(init in ("zero", "trunc"), ConfigError, f"init={init!r} was given; expected 'zero' or 'trunc'.")
-        require(
-            num_agents == "all" or isinstance(num_agents, int),
-            ConfigError,
-            f"num_agents={num_agents!r} was given; expected a square number or 'all'.",
-        )
-        count = 1 if isinstance(num_agents, str) else num_agents
-        self.bias = AgentCore(
-            slot.dim, slot.heads, slot.grid, count, prefix=slot.prefix, device=slot.device, dtype=slot.dtype
-        )
-        if num_agents == "all":
-            self.bias.agent_grid = slot.grid
-        if init == "zero":
-            self.bias.reset_biases(0.0)
-        self.dwc = zero_conv(slot, 3) if dwc else None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """Mix through agents pooled from the queries."""
-        ah, aw = self.bias.agent_grid
-        pooled = pool_agents(join_heads(q[:, :, self.prefix :]), grid[0], grid[1], ah, aw)
-        bias_k, bias_q = self.bias.key_biases(*grid).to(q.dtype), self.bias.query_biases(*grid).to(q.dtype)
-        agents = split_heads(pooled, self.heads)
-        out = agent_mix(q, k, v, agents, bias_k, bias_q, self.scale, backend=self.backend)
-        return out if self.dwc is None else out + side_conv(self.dwc, v, grid, self.prefix)
-
-
-class RoutingMixer(Mixer):
-    """Bi-level routing attention (arXiv 2303.08810) with exact padding; prefix tokens see all and are seen by all.
-
-    window_size: side of a window in tokens. topk: windows that each window attends to, None = all of them. lepe:
-    kernel of a depthwise convolution of the values, which starts at zero; 0 for none. scale: "head" keeps the host's
-    logits, "dim" divides them by the root of all channels, as BiFormer does.
-    """
-
-    def __init__(
-        self,
-        slot: Slot,
-        *,
-        topk: int | None = 4,
-        window_size: int = 7,
-        lepe: int = 5,
-        scale: str = "head",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(slot, backend)
-        require(scale in ("head", "dim"), ConfigError, f"scale={scale!r} was given; expected 'head' or 'dim'.")
-        if scale == "dim":
-            self.scale = slot.dim**-0.5
-        require(window_size >= 1, ConfigError, f"window_size={window_size} was given; expected at least 1.")
-        require(topk is None or topk >= 1, ConfigError, f"topk={topk} was given; expected at least 1, or None for all.")
-        self._check_topk(topk, window_size, slot.grid)
-        self.topk, self.window = topk, window_size
-        self.lepe = zero_conv(slot, lepe) if lepe else None
-
-    @staticmethod
-    def _check_topk(topk: int | None, size: int, grid: Grid) -> None:
-        windows = ceil_div(grid[0], size) * ceil_div(grid[1], size)
-        if topk is not None and topk > windows:
+    if isinstance(kind, type):
+        if not issubclass(kind, Mixer):
+            raise ConfigError(f"{_full_name(kind)} was given; expected a kind or a subclass of Mixer.")
+        if not kind.kind:
             raise ConfigError(
-                f"topk={topk} was given, but a grid of {grid[0]}x{grid[1]} tokens holds {windows} windows of "
-                f"{size}x{size}. Lower topk or window_size, or set topk=None for all windows."
+                f"{_full_name(kind)} has no kind. Declare it as class {kind.__name__}(..., "
+                f'kind="{kind.__name__.lower()}").'
             )
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """Mix within routed windows."""
-        (h, w), p, size = grid, self.prefix, self.window
-        self._check_topk(self.topk, size, grid)
-        ph, pw = ceil_div(h, size) * size, ceil_div(w, size) * size
-        windows = (ph // size) * (pw // size)
-        topk = self.topk or windows
-        if topk == windows:
-            out = attend(q, k, v, None, self.scale, 0.0, self.backend)
-        else:
-            out = self._routed(q, k, v, grid, (ph, pw), topk)
-        return out if self.lepe is None else out + side_conv(self.lepe, v, grid, p)
-
-    def _routed(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, padded: Grid, topk: int) -> Tensor:
-        (h, w), (ph, pw), p, size = grid, padded, self.prefix, self.window
-        b, m = q.shape[0], q.shape[1]
-        pad = [0, 0, 0, pw - w, 0, ph - h]
-
-        def windowed(y: Tensor) -> Tensor:
-            tokens = join_heads(y[:, :, p:]).reshape(b, h, w, -1)
-            return split_windows(nn.functional.pad(tokens, pad), size, size)
-
-        real = nn.functional.pad(torch.ones(1, h, w, 1, dtype=q.dtype, device=q.device), pad)
-        real = split_windows(real, size, size)
-        qw, kw, vw = windowed(q), windowed(k), windowed(v)
-        means = window_means(qw, real).detach(), window_means(kw, real).detach()
-        _, index = top_windows(*means, topk, self.dim**-0.5)
-        n = qw.shape[1]
-        kv = gather_windows(torch.cat([kw, vw], dim=-1), index).flatten(0, 1)
-        ks, vs = (split_heads(y, m) for y in kv.split(self.dim, dim=-1))
-        mask = None
-        if padded != grid:
-            mask = gather_windows(real.expand(b, -1, -1, -1), index).reshape(b * n, 1, 1, -1) > 0
-        if p:
-            first = (y[:, :, :p].repeat_interleave(n, dim=0) for y in (k, v))
-            ks, vs = (torch.cat([f, y], dim=2) for f, y in zip(first, (ks, vs), strict=True))
-            if mask is not None:
-                mask = nn.functional.pad(mask, [p, 0], value=True)
-        out = attend(split_heads(qw.flatten(0, 1), m), ks, vs, mask, self.scale, 0.0, self.backend)
-        tokens = merge_windows(join_heads(out).reshape(b, n, size * size, -1), size, size, ph, pw)[:, :h, :w]
-        result = split_heads(tokens.reshape(b, h * w, -1), m)
-        if p:
-            first_out = attend(q[:, :, :p], k, v, None, self.scale, 0.0, self.backend)
-            result = torch.cat([first_out, result], dim=2)
-        return result
-
-
-class MultiAxisMixer(Mixer):
-    """Block attention and grid attention side by side ("MaxViT", arXiv 2204.01697), padded and masked at any size.
-
-    window, grid_size: sides of blocks and of the dilated grid. mode: "heads" gives the first half of the heads to
-    blocks and the rest to the grid; "mean" runs both with every head and averages.
-    """
-
-    def __init__(
-        self, slot: Slot, *, window: int = 7, grid_size: int = 7, mode: str = "heads", backend: str = "auto"
-    ) -> None:
-        super().__init__(slot, backend)
-        require(mode in ("heads", "mean"), ConfigError, f"mode={mode!r} was given; expected 'heads' or 'mean'.")
-        require(
-            window >= 1 and grid_size >= 1,
-            ConfigError,
-            f"window={window}, grid_size={grid_size} were given; expected at least 1.",
+        return kind
+    if not isinstance(kind, str):
+        raise ConfigError(f"kind={kind!r} was given; expected a kind by name or a subclass of Mixer.")
+    if kind not in MIXERS:
+        _import_entry_point(kind)
+    if kind not in MIXERS:
+        raise ConfigError(
+            f"kind={kind!r} was given; expected one of {', '.join(map(repr, MIXERS))}.{nearest(kind, MIXERS)}"
         )
-        require(
-            mode == "mean" or slot.heads >= 2,
-            ConfigError,
-            f"mode='heads' splits the heads between two axes, but the host has {slot.heads}. Set mode='mean'.",
-        )
-        self.window, self.grid_size, self.mode = window, grid_size, mode
+    return MIXERS[kind]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """Mix along both axes."""
-        half = self.heads // 2 if self.mode == "heads" else self.heads
-        first, second = slice(0, half), slice(half, None) if self.mode == "heads" else slice(None)
-        parts = []
-        for heads, size, block in ((first, self.window, True), (second, self.grid_size, False)):
-            qs, ks, vs = q[:, heads], k[:, heads], v[:, heads]
-            parts.append(axis_attention(qs, ks, vs, grid, (size, size), block, self.prefix, self.scale, self.backend))
-        return torch.cat(parts, dim=1) if self.mode == "heads" else (parts[0] + parts[1]) / 2
+
+def _import_entry_point(kind: str) -> None:
+    """Import the class that an installed package offers under a kind, if one does."""
+    for entry in entry_points(group="attnctl.mixers", name=kind):
+        try:
+            entry.load()
+        except Exception as error:
+            raise ConfigError(
+                f"kind={kind!r} is the entry point {entry.value!r}, which fails to import: {error!r}."
+            ) from error
+        if kind not in MIXERS:
+            raise ConfigError(f"kind={kind!r} is the entry point {entry.value!r}, which defines no mixer of that kind.")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -53,11 +53,11 @@ def rala(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float = 1e-6) -> Te
     return (qf @ (kf.transpose(-2, -1) @ vf) / n / (z + eps)).to(v.dtype)
 
 
-class InLineMixer(Mixer):
+class InLineMixer(Mixer, kind="inline"):
     """InLine attention; local=True adds a 3x3 convolution of the values whose weights come from the mean token."""
 
     def __init__(self, slot: Slot, *, local: bool = True, backend: str = "auto") -> None:
-        super().__init__(slot, backend)
+        super().__init__(slot, backend=backend)
         self.residual: nn.Sequential | None = None
         if local:
             dd: dict[str, Any] = {"groups": slot.heads, "device": slot.device, "dtype": slot.dtype}
@@ -90,14 +90,14 @@ class _SideMixer(Mixer):
     """A linear mixer with a depthwise convolution of the values that starts at zero (lepe: its kernel, 0 for none)."""
 
     def __init__(self, slot: Slot, *, lepe: int = 5, backend: str = "auto") -> None:
-        super().__init__(slot, backend)
+        super().__init__(slot, backend=backend)
         self.lepe = zero_conv(slot, lepe) if lepe else None
 
     def _side(self, out: Tensor, v: Tensor, grid: Grid) -> Tensor:
         return out if self.lepe is None else out + side_conv(self.lepe, v, grid, self.prefix)
 
 
-class MALAMixer(_SideMixer):
+class MALAMixer(_SideMixer, kind="mala"):
     """Magnitude-aware linear attention, without rotary embedding and gate."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
@@ -105,7 +105,7 @@ class MALAMixer(_SideMixer):
         return self._side(mala(q, k, v, self.scale), v, grid)
 
 
-class RALAMixer(_SideMixer):
+class RALAMixer(_SideMixer, kind="rala"):
     """Rank-augmented linear attention, without rotary embedding and gate."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:

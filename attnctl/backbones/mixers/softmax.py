@@ -19,9 +19,12 @@ __all__ = ["MoHMixer", "NeighborhoodMixer", "SigmoidMixer", "neighborhood_mask",
 
 
 def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
-    """Compute sigmoid(s q k^T + b) v in blocks of queries. Shapes: q, k, v [B, H, N, D]; bias [H]."""
+    """Compute sigmoid(s q k^T + b) v in blocks of queries. Shapes: q, k, v [B, H, N, D]; bias [H].
+
+    The blocks do not depend on B: an exported model takes any number of images.
+    """
     kt = k.float().transpose(-2, -1)
-    step = max(1, 2**22 // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    step = max(1, 2**22 // max(1, q.shape[1] * k.shape[2]))
     blocks = [
         ((q[:, :, i : i + step].float() * scale) @ kt + bias.float().reshape(1, -1, 1, 1)).sigmoid() @ v.float()
         for i in range(0, q.shape[2], step)
@@ -51,11 +54,11 @@ def neighborhood_mask(grid: Grid, kernel: int, dilation: int = 1, device: torch.
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(n, n)
 
 
-class SigmoidMixer(Mixer):
+class SigmoidMixer(Mixer, kind="sigmoid"):
     """Sigmoid attention; its bias, one a head, starts at -log(tokens)."""
 
     def __init__(self, slot: Slot, *, bias: float | None = None, backend: str = "auto") -> None:
-        super().__init__(slot, backend)
+        super().__init__(slot, backend=backend)
         start = -math.log(slot.prefix + slot.grid[0] * slot.grid[1]) if bias is None else bias
         self.bias = nn.Parameter(torch.full((slot.heads,), start, device=slot.device, dtype=slot.dtype))
 
@@ -64,14 +67,14 @@ class SigmoidMixer(Mixer):
         return sigmoid_attention(q, k, v, self.scale, self.bias)
 
 
-class NeighborhoodMixer(Mixer):
+class NeighborhoodMixer(Mixer, kind="neighborhood"):
     """Neighbourhood attention: each token sees kernel x kernel tokens; prefix tokens see all and are seen by all.
 
     kernel: odd. dilation: step between the tokens seen.
     """
 
     def __init__(self, slot: Slot, *, kernel: int = 7, dilation: int = 1, backend: str = "auto") -> None:
-        super().__init__(slot, backend)
+        super().__init__(slot, backend=backend)
         require(kernel >= 1 and kernel % 2 == 1, ConfigError, f"kernel={kernel} was given; expected an odd number.")
         require(dilation >= 1, ConfigError, f"dilation={dilation} was given; expected at least 1.")
         self.kernel, self.dilation = kernel, dilation
@@ -88,7 +91,7 @@ class NeighborhoodMixer(Mixer):
         return attend(q, k, v, self._mask(grid, q.device)[None, None], self.scale, 0.0, self.backend)
 
 
-class MoHMixer(Mixer):
+class MoHMixer(Mixer, kind="moh"):
     """A mixture of heads: each token weighs the shared heads and its best routed heads; equal to softmax at first.
 
     shared: heads that every token uses. topk: routed heads that a token uses, all of the others if None.
@@ -97,7 +100,7 @@ class MoHMixer(Mixer):
     """
 
     def __init__(self, slot: Slot, *, shared: int = 1, topk: int | None = None, backend: str = "auto") -> None:
-        super().__init__(slot, backend)
+        super().__init__(slot, backend=backend)
         heads = slot.heads
         require(
             0 <= shared < heads,

@@ -246,7 +246,8 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
             key = ".".join(["stages", part[1], "blocks", *part[2:]])
         elif part[0] == "extra_norms":
             continue  # norms of the dense-prediction wrapper: a decoder's business
-        out[key] = value
+        # The authors' STL variants have no place for a convolution in the perceptron; ours is a GELU there.
+        out[key.replace(".mlp.2.", ".mlp.3.")] = value
     return load_filter(out, model)
 
 

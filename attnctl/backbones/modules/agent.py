@@ -5,6 +5,8 @@ the queries pooled to a small grid; V_A = softmax(s T K^T + B1) V gathers, softm
 depthwise convolution of the values restores the rank. The cost is linear in the number of tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
@@ -178,6 +180,15 @@ class AgentCore(nn.Module):
             self.heads(q), self.heads(k), self.heads(v), agents, bias_k, bias_q, self.scale, drop, self.backend
         )
         return out.transpose(1, 2).reshape(q.shape)
+
+    @torch.jit.unused
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # The axis biases keep the five dimensions of released weights, the first of them 1. `fn` gets four: torch
+        # converts tensors of four and five dimensions to channels_last, and fails on five.
+        def on_four(x: Tensor) -> Tensor:
+            return fn(x[0]).unsqueeze(0) if x.dim() == 5 else fn(x)
+
+        return super()._apply(on_four, recurse)  # type: ignore[arg-type]
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:

@@ -12,10 +12,11 @@ import torch
 from timm.models.maxxvit import Downsample2d, MaxxVit, PartitionAttentionCl
 from torch import Tensor, nn
 
-from attnctl.backbones.mixers.base import MultiAxisMixer, Slot, join_heads, split_heads
+from attnctl.backbones.mixers.base import Slot, join_heads, split_heads
+from attnctl.backbones.mixers.multiaxis import MultiAxisMixer
 from attnctl.backbones.modules.attend import attend, require
 from attnctl.backbones.modules.partition import key_mask, partition, restore
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 
 __all__ = ["AnySizePartition", "MultiAxisAttention", "any_size"]
 
@@ -121,8 +122,11 @@ def any_size(model: nn.Module, backend: str = "auto") -> nn.Module:
 
     backend: a kernel of `attnctl.attention` for block and grid attention.
 
-    Raises: UnsupportedModelError for a model without MaxViT's channels-last partition attention.
+    Raises: UnsupportedModelError for a model without MaxViT's channels-last partition attention, ConflictError for one
+    with swapped attention.
     """
+    if "_attnctl_swaps" in vars(model):
+        raise ConflictError("This model has swapped attention: call any_size before swap, or attnctl.unswap first.")
     places = [(n, m) for n, m in model.named_modules() if isinstance(m, PartitionAttentionCl)]
     if not places:
         hint = "it has no partition attention" if isinstance(model, MaxxVit) else "it is no MaxViT"
