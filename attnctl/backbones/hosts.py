@@ -88,7 +88,7 @@ class Host(nn.Module):
         return {n: m for n, m in self.original.named_modules() if n not in self._shared and not n.startswith(below)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Host:
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)
         for module in self._alone().values() if recurse else ():
             module._apply(fn, recurse=False)
         return self

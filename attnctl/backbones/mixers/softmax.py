@@ -33,21 +33,19 @@ def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tenso
 
 
 def neighborhood_mask(grid: Grid, kernel: int, dilation: int = 1, device: torch.device | None = None) -> Tensor:
-    """Tell which tokens each token sees: boolean [h * w, h * w].
+    """Compute which tokens each token sees: boolean [h * w, h * w].
 
     Every token sees kernel x kernel tokens, dilation apart, centred on it where the map allows and shifted inwards
     at the borders.
     """
 
     def axis(n: int) -> Tensor:
-        seen = torch.zeros(n, n, dtype=torch.bool, device=device)
-        for i in range(n):
-            group = range(i % dilation, n, dilation)
-            place = i // dilation
-            size = min(kernel, len(group))
-            start = min(max(place - kernel // 2, 0), len(group) - size)
-            seen[i, [group[j] for j in range(start, start + size)]] = True
-        return seen
+        place = torch.arange(n, device=device)
+        group, step = place % dilation, place // dilation  # tokens see those of their group, a dilation apart
+        count = (n - group + dilation - 1) // dilation
+        size = count.clamp(max=kernel)
+        start = (step - kernel // 2).clamp(min=0).minimum(count - size)[:, None]
+        return (group[:, None] == group) & (step >= start) & (step < start + size[:, None])
 
     rows, columns = axis(grid[0]), axis(grid[1])
     n = grid[0] * grid[1]
@@ -82,9 +80,15 @@ class NeighborhoodMixer(Mixer, kind="neighborhood"):
 
     def _mask(self, grid: Grid, device: torch.device) -> Tensor:
         if (grid, device) not in self._masks:
-            mask = neighborhood_mask(grid, self.kernel, self.dilation, device)
-            self._masks = {(grid, device): nn.functional.pad(mask, [self.prefix, 0, self.prefix, 0], value=True)}
+            if torch.compiler.is_compiling():
+                return self._new_mask(grid, device)  # it belongs to the graph, and must not stay on this module
+            with torch.inference_mode(False):  # training may follow, and cannot save a tensor made in inference mode
+                self._masks = {(grid, device): self._new_mask(grid, device)}
         return self._masks[grid, device]
+
+    def _new_mask(self, grid: Grid, device: torch.device) -> Tensor:
+        mask = neighborhood_mask(grid, self.kernel, self.dilation, device)
+        return nn.functional.pad(mask, [self.prefix, 0, self.prefix, 0], value=True)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""

@@ -188,7 +188,7 @@ class AgentCore(nn.Module):
         def on_four(x: Tensor) -> Tensor:
             return fn(x[0]).unsqueeze(0) if x.dim() == 5 else fn(x)
 
-        return super()._apply(on_four, recurse)  # type: ignore[arg-type]
+        return super()._apply(on_four, recurse)
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:

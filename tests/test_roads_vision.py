@@ -1,0 +1,235 @@
+"""Swapped and registered backbones on the roads that users take them: casts, moves, resizes, loads, exports."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+from torch import Tensor, nn
+
+import attnctl
+from attnctl.backbones import any_size
+from attnctl.backbones.mixers import MIXERS
+from attnctl.errors import ConfigError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "agent": {"num_agents": 4}, "bra": {"window_size": 2, "topk": 1},
+    "multiaxis": {"window": 2, "grid_size": 2, "mode": "mean"}, "neighborhood": {"kernel": 3}, "moh": {"shared": 0},
+}  # fmt: skip
+SWIN = {"img_size": 32, "depths": (2, 2), "embed_dim": 16, "num_heads": (2, 4), "window_size": 4, "num_classes": 3}
+VIT = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 3}
+PVT = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
+MICRO = ["biformer_micro", "agent_deit_micro", "agent_pvt_micro", "agent_swin_micro", "agent_cswin_micro"]
+HOSTS = ["vit", "swin", "pvt", "maxvit", "maxvit any size"]
+
+
+def host(name: str, seed: int = 0) -> nn.Module:
+    """Build a small model with random weights of a host family; all take 32 px images."""
+    torch.manual_seed(seed)
+    if name == "vit":
+        return timm.create_model("vit_tiny_patch16_224", **VIT).eval()
+    if name == "swin":
+        return timm.create_model("swin_tiny_patch4_window7_224", **SWIN).eval()
+    if name == "pvt":
+        return timm.create_model("pvt_v2_b0", num_classes=3, **PVT).eval()
+    windows = MaxxVitTransformerCfg(window_size=(4, 4), grid_size=(4, 4), dim_head=8)
+    model = MaxxVit(MaxxVitCfg((16, 32), (1, 1), ("M", "M"), 16, transformer_cfg=windows), img_size=32, num_classes=3)
+    return (any_size(model) if "any" in name else model).eval()
+
+
+def images(size: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw two images."""
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def to_meta_and_back(model: nn.Module) -> nn.Module:
+    """Move a model to the meta device, give it new memory and ones in it."""
+    model.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for p in [*model.parameters(), *model.buffers()]:
+            p.fill_(1)
+    return model
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "bfloat16": lambda m: m.bfloat16(),
+    "double": lambda m: m.double(),
+    "half": lambda m: m.half(),
+    "channels_last": lambda m: m.to(memory_format=torch.channels_last),
+    "frozen": lambda m: m.requires_grad_(False),
+    "training": lambda m: m.train(),
+    "bfloat16 and back": lambda m: m.bfloat16().float(),
+}
+
+
+def same(got: nn.Module, want: nn.Module) -> None:
+    """Compare two models: classes, modes, parameters and buffers with their dtypes, layout and flags."""
+    assert [(n, type(m), m.training) for n, m in got.named_modules()] == [
+        (n, type(m), m.training) for n, m in want.named_modules()
+    ]
+    for ours, theirs in (
+        (got.named_parameters(), want.named_parameters()),
+        (got.named_buffers(), want.named_buffers()),
+    ):
+        mine, others = dict(ours), dict(theirs)
+        assert list(mine) == list(others)
+        for name, x in mine.items():
+            y = others[name]
+            assert (x.dtype, x.device, x.stride(), x.requires_grad) == (y.dtype, y.device, y.stride(), y.requires_grad)
+            assert x.is_meta or torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_model_reaches_what_a_swap_set_aside(name: str, change: str) -> None:
+    plain, model = host(name), host(name)
+    attnctl.swap(model, "agent", num_agents=4)
+    for m in (plain, model):
+        CHANGES[change](m)
+    attnctl.unswap(model)
+    same(model, plain)
+    if change not in ("half", "training"):
+        x = images(dtype=next(plain.parameters()).dtype)
+        assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_moves_reach_what_a_swap_set_aside(name: str) -> None:
+    plain, model = host(name), attnctl.swap(host(name), "agent", num_agents=4)
+    same(attnctl.unswap(model.to("meta")), plain.to("meta"))
+    back = attnctl.unswap(to_meta_and_back(attnctl.swap(host(name), "agent", num_agents=4)))
+    assert {p.device.type for p in [*back.parameters(), *back.buffers()]} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_copies_of_swapped_models_are_whole(name: str) -> None:
+    plain, model = host(name), attnctl.swap(host(name), "agent", num_agents=4)
+    copied = copy.deepcopy(model).double()
+    same(attnctl.unswap(copied), plain.double())
+    same(attnctl.unswap(model), host(name))  # which the copy's cast has not touched
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_loading_reaches_what_a_swap_set_aside(name: str) -> None:
+    other, model = host(name, seed=1), attnctl.swap(host(name), "agent", num_agents=4)
+    missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+    assert set(missing) == set(attnctl.swap_report(model).new)
+    assert not unexpected
+    same(attnctl.unswap(model), other)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_state_of_a_swapped_model_round_trips(name: str) -> None:
+    model, again = (attnctl.swap(host(name, seed), "agent", num_agents=4) for seed in (0, 1))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images()), model(images()))
+    assert not [n for n in model.state_dict() if "original" in n]
+
+
+def test_weights_lost_on_the_meta_device_are_refused_at_the_unswap() -> None:
+    state, plain = None, host("pvt")
+    model = attnctl.swap(host("pvt"), "agent", num_agents=4)
+    state = model.state_dict()
+    model.to("meta").load_state_dict(state, assign=True)
+    with pytest.raises(ConfigError, match="lost their data when"):
+        attnctl.unswap(model)
+    assert model(images()).isfinite().all()  # still swapped
+    model.load_state_dict(plain.state_dict(), strict=False, assign=True)
+    assert torch.equal(attnctl.unswap(model)(images()), plain(images()))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "maxvit"])
+@pytest.mark.parametrize("kind", ["agent", "bra"])
+def test_another_input_size_reaches_what_a_swap_set_aside(name: str, kind: str) -> None:
+    plain, model = host(name), attnctl.swap(host(name), kind, **OPTIONS[kind])
+    for m in (plain, model):
+        m.set_input_size(img_size=(64, 64))  # type: ignore[operator]
+    assert model(images(64)).isfinite().all()
+    before, after = attnctl.swap_report(model).macs()
+    assert min(before, after) > 0
+    attnctl.unswap(model)
+    same(model, plain)
+    assert torch.equal(model(images(64)), plain(images(64)))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_replaced_projections_stay_after_the_unswap(name: str) -> None:
+    """As adapters and quantisation replace them, in the place that the model has at the time."""
+    model = attnctl.swap(host(name), "agent", num_agents=4)
+    path, old = next((n, m) for n, m in model.named_modules() if n.endswith("proj") and isinstance(m, nn.Linear))
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Sequential(old, nn.Identity()))
+    attnctl.unswap(model)
+    assert isinstance(model.get_submodule(path), nn.Sequential)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_multiply_adds_after_a_cast(name: str, dtype: torch.dtype) -> None:
+    model = attnctl.swap(host(name), "agent", num_agents=4)
+    want = attnctl.swap_report(model).macs((3, 32, 32))
+    assert attnctl.swap_report(model.to(dtype)).macs((3, 32, 32)) == want
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_swaps_take_channels_last(kind: str) -> None:
+    for name in HOSTS:
+        model = attnctl.swap(host(name), kind, **OPTIONS.get(kind, {}))
+        want = model(images())
+        model.to(memory_format=torch.channels_last)
+        got = model(images().to(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_registered_models_take_channels_last(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    want = model(images())
+    model.to(memory_format=torch.channels_last)
+    got = model(images().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    got.sum().backward()
+    model.to(memory_format=torch.contiguous_format).double()  # gradients go along
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float64}
+
+
+def exported(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Export a model for any number of images."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("name", ["vit", "pvt"])
+def test_swaps_export_with_any_batch(kind: str, name: str) -> None:
+    model = attnctl.swap(host(name), kind, **OPTIONS.get(kind, {}))
+    x = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        run = exported(model, images())
+        torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(run(x[:1]), model(x[:1]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_training_may_follow_inference_mode(kind: str) -> None:
+    model = attnctl.swap(host("vit"), kind, **OPTIONS.get(kind, {}))
+    with torch.inference_mode():
+        model(images())
+    model(images()).sum().backward()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", MICRO)
+def test_registered_models_export_with_any_batch(name: str) -> None:
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(model, images())(x), model(x), atol=1e-5, rtol=1e-4)
