@@ -13,6 +13,7 @@ import torch
 
 from attnctl.errors import ConfigError
 from attnctl.shapes import sample_clip
+from attnctl.shapes.load import WEIGHTS
 from attnctl.shapes.motion import Motion, clip_caption
 from attnctl.shapes.training import clips as world
 from attnctl.shapes.training import train_video
@@ -191,7 +192,7 @@ def test_one_command_makes_the_model(base, tmp_path, capsys, monkeypatch) -> Non
     assert main([*command, "--export-only", "--export", str(tmp_path / "x")]) == 0
     assert json.loads((tmp_path / "x/training.json").read_text())["history"][0]["stage"] == "move"
 
-    result = json.loads((Path(train_video.__file__).parent / "weights/video/evaluation.json").read_text())
+    result = json.loads((WEIGHTS / "video/evaluation.json").read_text())
     shutil.copy(tmp_path / "pipeline/training.json", tmp_path / "x/training.json")
     text = write_video_card(tmp_path / "x", result).read_text()
     assert "made this model in one command" in text

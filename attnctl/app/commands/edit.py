@@ -106,38 +106,13 @@ class Edit(Common):
 
     def run(self, command: str) -> Result:
         """Edit and write."""
-        for name in ("steps", "every", "window", "frames", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} is a whole number from 1 on, got {value}.")
-        if self.start < 0:
-            raise UsageError(f"--start is a whole number from 0 on, got {self.start}.")
-        if not math.isfinite(self.guidance):
-            raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
+        self._check()
 
         from attnctl.data.clips import FileClip
-        from attnctl.errors import ConfigError
         from attnctl.pipelines import edit_video
         from attnctl.pipelines.models import device_and_dtype, load
-        from attnctl.processors import FateZero
 
-        blend: Any = (self.blend, self.blend_target) if self.blend_target else self.blend
-        try:
-            control = FateZero(
-                source=self.source,
-                target=self.target,
-                mode=self.mode,
-                cross_replace=self.cross_replace,
-                self_replace=self.self_replace,
-                blend_words=blend or None,
-                blend_threshold=self.blend_threshold,
-                blend_latents=self.blend_latents,
-                equalizer=dict(map(_weight, self.weight)) or None,
-                keys=tuple(map(_key, self.keys)),
-                store=self.store,
-            )
-        except ConfigError as error:
-            raise UsageError(str(error)) from None
+        control = self._control()
         clip = FileClip(self.input)  # read before the model: a missing file is said at once
         device, dtype = device_and_dtype(self.device, self.dtype)
         say(f"Loading {self.model} ({device}, {dtype})")
@@ -173,6 +148,39 @@ class Edit(Common):
         rows = [[str(out), count, f"{done.record['width']}x{done.record['height']}", str(strip)]]
         data = {"path": str(out), "strip": str(strip), "record": done.record}
         return Result(data, table(("path", "frames", "size", "strip"), rows))
+
+    def _check(self) -> None:
+        for name in ("steps", "every", "window", "frames", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is a whole number from 1 on, got {value}.")
+        if self.start < 0:
+            raise UsageError(f"--start is a whole number from 0 on, got {self.start}.")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
+
+    def _control(self) -> Any:
+        """Make the control of the options."""
+        from attnctl.errors import ConfigError
+        from attnctl.processors import FateZero
+
+        blend: Any = (self.blend, self.blend_target) if self.blend_target else self.blend
+        try:
+            return FateZero(
+                source=self.source,
+                target=self.target,
+                mode=self.mode,
+                cross_replace=self.cross_replace,
+                self_replace=self.self_replace,
+                blend_words=blend or None,
+                blend_threshold=self.blend_threshold,
+                blend_latents=self.blend_latents,
+                equalizer=dict(map(_weight, self.weight)) or None,
+                keys=tuple(map(_key, self.keys)),
+                store=self.store,
+            )
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -91,20 +91,43 @@ class Generate(Common):
         return self._new(command) if self.from_ is None else self._again(self.from_)
 
     def _new(self, command: str) -> Result:
-        prompts = self.prompt
-        if not prompts or not all(text.strip() for text in prompts):
+        call, batch = self._call(command), self._whole("batch", 1)
+
+        from attnctl.data.record import sidecar
+        from attnctl.pipelines.generate import makes_videos
+        from attnctl.pipelines.models import device_and_dtype, load
+
+        suffix = "".join(f"-{type(control).__name__.lower()}" for control in call.controls)
+        named = zip(call.prompts, call.seeds, strict=True)
+        paths = [below(self.out, f"{slug(prompt)}{suffix}-{seed}.png") for prompt, seed in named]
+        check_free([*paths, *map(sidecar, paths)], force=self.force)
+        device, dtype = device_and_dtype(self.device, self.dtype)
+        model = self.model or _DEFAULT_MODEL
+        say(f"Loading {model} ({device}, {dtype})")
+        loaded = load(model, revision=self.revision, device=device, dtype=dtype)
+        if makes_videos(loaded.pipe):
+            check_free([path.with_suffix(".mp4") for path in paths], force=self.force)
+        started = time.perf_counter()
+        rows, last = self._write(loaded, call, batch, paths)
+        if last.report:
+            say(last.report)
+        say(f"{len(rows)} image(s) in {time.perf_counter() - started:.1f} s")
+        record = last.record.to_dict()
+        settings = {key: record[key] for key in ("model", "steps", "guidance", "controls", "sites")}
+        return Result({**settings, "images": rows}, _table(rows))
+
+    def _call(self, command: str) -> Any:
+        """Check the options, and describe one pipeline call of all images."""
+        if not self.prompt or not all(text.strip() for text in self.prompt):
             raise UsageError("Give at least one --prompt that is not empty, or --from FILE.")
-        num, batch, seed = self._whole("num", 1), self._whole("batch", 1), self._whole("seed", 0)
-        asked = tuple(prompt for prompt in prompts for _ in range(num))
-        seeds = tuple(range(seed, seed + len(asked)))
-        for name in ("steps", "height", "width"):
+        num, seed = self._whole("num", 1), self._whole("seed", 0)
+        prompts = tuple(prompt for prompt in self.prompt for _ in range(num))
+        for name in ("batch", "steps", "height", "width"):
             self._whole(name, 1)
 
-        from attnctl.data.record import save_image, sidecar
         from attnctl.data.specs import parse_control, parse_option
         from attnctl.errors import ConfigError
-        from attnctl.pipelines.generate import Call, makes_videos, sample
-        from attnctl.pipelines.models import device_and_dtype, load
+        from attnctl.pipelines.generate import Call
 
         try:
             controls = tuple(parse_control(text) for text in self.control)
@@ -115,47 +138,37 @@ class Generate(Common):
             raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
         if not 0 < self.fps <= 240:
             raise UsageError(f"--fps is above 0 and at most 240, got {self.fps}.")
-        suffix = "".join(f"-{type(control).__name__.lower()}" for control in controls)
-        paths = [below(self.out, f"{slug(prompt)}{suffix}-{s}.png") for prompt, s in zip(asked, seeds, strict=True)]
-        check_free([*paths, *map(sidecar, paths)], force=self.force)
-        device, dtype = device_and_dtype(self.device, self.dtype)
-        model = self.model or _DEFAULT_MODEL
-        say(f"Loading {model} ({device}, {dtype})")
-        loaded = load(model, revision=self.revision, device=device, dtype=dtype)
-        if makes_videos(loaded.pipe):
-            check_free([path.with_suffix(".mp4") for path in paths], force=self.force)
-        found: list[dict[str, Any]] = []
-        started, report, record = time.perf_counter(), "", None
-        with _bar(loaded.pipe, self.steps, -(-len(asked) // batch)) as bar:
-            for first in range(0, len(asked), batch):
+        return Call(
+            prompts=prompts,
+            seeds=tuple(range(seed, seed + len(prompts))),
+            steps=self.steps,
+            guidance=self.guidance,
+            negative=self.negative,
+            width=self.width,
+            height=self.height,
+            options=options,
+            controls=controls,
+            backend=self.backend or "auto",
+            command=command,
+        )
+
+    def _write(self, loaded: Any, call: Any, batch: int, paths: list[Path]) -> tuple[list[dict[str, Any]], Any]:
+        """Run batch after batch and write each image; return a row for each, and the last run."""
+        from attnctl.data.record import save_image
+        from attnctl.pipelines.generate import sample
+
+        rows: list[dict[str, Any]] = []
+        done: Any = None
+        with _bar(loaded.pipe, self.steps, -(-len(paths) // batch)) as bar:
+            for first in range(0, len(paths), batch):
                 part = slice(first, first + batch)
-                call = Call(
-                    prompts=asked[part],
-                    seeds=seeds[part],
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    negative=self.negative,
-                    width=self.width,
-                    height=self.height,
-                    options=options,
-                    controls=controls,
-                    backend=self.backend or "auto",
-                    command=command,
-                )
-                done = sample(loaded, call, bar.update)
-                report, record = done.report, done.record
-                for i, image in enumerate(done.images):
-                    path = paths[first + i]
-                    save_image(image, path, replace(record, shows=(i,)), force=self.force)
-                    found.append(_row(path, record, i))
+                done = sample(loaded, replace(call, prompts=call.prompts[part], seeds=call.seeds[part]), bar.update)
+                for i, (image, path) in enumerate(zip(done.images, paths[part], strict=True)):
+                    save_image(image, path, replace(done.record, shows=(i,)), force=self.force)
+                    rows.append(_row(path, done.record, i))
                     if done.videos:
-                        found[-1] |= _video(done.videos[i], path, self.fps, self.force)
-        if report:
-            say(report)
-        say(f"{len(found)} image(s) in {time.perf_counter() - started:.1f} s")
-        assert record is not None
-        settings = {key: record.to_dict()[key] for key in ("model", "steps", "guidance", "controls", "sites")}
-        return Result({**settings, "images": found}, _table(found))
+                        rows[-1] |= _video(done.videos[i], path, self.fps, self.force)
+        return rows, done
 
     def _again(self, source: Path) -> Result:
         fixed = ("prompt", "control", "seed", "num", "steps", "guidance", "negative", "height", "width")

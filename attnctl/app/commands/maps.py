@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
-from attnctl.app.commands.map_image import check_image, map_image
 from attnctl.data.files import below, slug
 from attnctl.plans.writing import check_free, publish
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Maps"]
 
@@ -102,7 +105,21 @@ class Maps(Common):
     """Overwrite files that are already there."""
 
     def run(self, command: str) -> Result:
-        """Generate image by image and write its maps."""
+        """Make images, or look at one that exists, and write its maps."""
+        self._check()
+
+        from attnctl.data.specs import parse_control
+        from attnctl.errors import ConfigError
+
+        try:
+            controls = tuple(parse_control(text) for text in self.control)
+            captures = self._captures()
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+        images, model = self._make(controls, captures, command) if self.image is None else self._look(captures)
+        return Result({"model": model, "prompt": self.prompt, "images": images}, _text(images))
+
+    def _check(self) -> None:
         if not self.prompt.strip() and (self.image is None or not (self.point or self.concept)):
             raise UsageError("Give a --prompt that is not empty.")
         for name, least in (("num", 1), ("seed", 0), ("steps", 1), ("height", 1), ("width", 1)):
@@ -117,35 +134,48 @@ class Maps(Common):
             raise UsageError(
                 "--concept shows what the image is like: leave out --word, --point, --negative-words and --heads."
             )
-
         if self.image is not None:
-            check_image(self)
+            self._check_image()
 
-        from attnctl.app.commands.generate import _bar
-        from attnctl.data.specs import parse_control
-        from attnctl.errors import ConfigError
-        from attnctl.pipelines.generate import Call
-        from attnctl.pipelines.models import device_and_dtype, load
+    def _check_image(self) -> None:
+        """Refuse options that say how an image is made, a noise level out of range, and a file that is no picture."""
+        options = {
+            "--num": self.num != 1,
+            "--steps": self.steps is not None,
+            "--guidance": self.guidance is not None,
+            "--negative": self.negative is not None or self.negative_words,
+            "--gif": self.gif,
+            "--control": bool(self.control),
+        }
+        if given := [name for name, was in options.items() if was]:
+            raise UsageError(f"--image looks at a picture that is there, once: leave out {', '.join(given)}.")
+        if not 0.02 <= self.strength <= 1:
+            raise UsageError(f"--strength is a noise level from 0.02 to 1, got {self.strength:g}.")
+        self._opened()
 
+    def _opened(self) -> Image.Image:
+        """Read the picture, at --width and --height where they were given."""
+        from PIL import Image, UnidentifiedImageError
+
+        assert self.image is not None
         try:
-            controls = tuple(parse_control(text) for text in self.control)
-            captures = self._captures()
-        except ConfigError as error:
-            raise UsageError(str(error)) from None
-        if self.image is not None:
-            one = map_image(self, captures)
-            one["words"] = _words(one.pop("maps"))
-            return Result({"model": self.model, "prompt": self.prompt, "images": [one]}, _text([one]))
+            with Image.open(self.image) as file:
+                image = file.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise UsageError(f"--image {self.image} cannot be read: {error!s:.120}.") from None
+        return image.resize((self.width or image.width, self.height or image.height), Image.Resampling.LANCZOS)
+
+    def _make(self, controls: Any, captures: Any, command: str) -> tuple[list[dict[str, Any]], str]:
+        """Generate image by image, each with its maps; return a row for each, and the name of the model."""
+        from attnctl.app.commands.generate import _bar
+        from attnctl.pipelines.generate import Call
+
         seeds = range(self.seed, self.seed + self.num)
         folders = [below(self.out, f"{slug(self.prompt)}-maps-{seed}") for seed in seeds]
-        left_out = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
-        names = [n for n in _FILES if left_out.get(n, True)]
-        check_free([folder / name for folder in folders for name in names], force=self.force)
-        device, dtype = device_and_dtype(self.device, self.dtype)
-        say(f"Loading {self.model} ({device}, {dtype})")
-        loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
+        self._check_free(folders, _FILES)
+        loaded = self._load()
         started = time.perf_counter()
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         with _bar(loaded.pipe, self.steps, self.num) as bar:
             for seed, folder in zip(seeds, folders, strict=True):
                 call = Call(
@@ -159,9 +189,46 @@ class Maps(Common):
                     controls=(*controls, *captures),
                     command=command,
                 )
-                found.append(self._write(folder, loaded, call, bar.update))
-        say(f"{len(found)} image(s) in {time.perf_counter() - started:.1f} s")
-        return Result({"model": loaded.name, "prompt": self.prompt, "images": found}, _text(found))
+                rows.append(self._write(folder, loaded, call, bar.update))
+        say(f"{len(rows)} image(s) in {time.perf_counter() - started:.1f} s")
+        return rows, loaded.name
+
+    def _look(self, captures: Any) -> tuple[list[dict[str, Any]], str]:
+        """Look at the picture that exists with each capture: maps from the first, heads from the second."""
+        assert self.image is not None
+        folder = below(self.out, f"{slug(self.image.stem)}-maps")
+        self._check_free([folder], _FILES_OF_A_LOOK)
+
+        from attnctl.data.map_pictures import heads_sheet, words_sheet
+        from attnctl.pipelines import image_maps
+
+        image = self._opened()
+        loaded = self._load()
+        started = time.perf_counter()
+        looks = [
+            image_maps(loaded.pipe, image, self.prompt, capture, strength=self.strength, seed=self.seed)
+            for capture in captures
+        ]
+        about = {**looks[0].about, "model": loaded.name, "revision": loaded.revision, "image": self.image.name}
+        maps, title = replace(looks[0], about=about), self.prompt or self.image.name
+        content = {folder / "words.png": _png(words_sheet(image, maps, title=title))}
+        if self.heads:
+            content[folder / "heads.png"] = _png(heads_sheet(image, looks[1], title=title))
+        row = self._publish(folder, content, maps, image, self.seed)
+        say(f"1 picture in {time.perf_counter() - started:.1f} s")
+        return [row], self.model
+
+    def _check_free(self, folders: list[Path], names: tuple[str, ...]) -> None:
+        wanted = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
+        names = tuple(name for name in names if wanted.get(name, True))
+        check_free([folder / name for folder in folders for name in names], force=self.force)
+
+    def _load(self) -> Any:
+        from attnctl.pipelines.models import device_and_dtype, load
+
+        device, dtype = device_and_dtype(self.device, self.dtype)
+        say(f"Loading {self.model} ({device}, {dtype})")
+        return load(self.model, revision=self.revision, device=device, dtype=dtype)
 
     def _captures(self) -> tuple[Any, ...]:
         """Make what records: steps apart, and for --heads once more with the heads apart."""
@@ -173,14 +240,13 @@ class Maps(Common):
         rows: Any = "uncond" if self.negative_words else "cond"
         # What is looked at once has no steps to keep.
         first: tuple[str, ...] = ("steps",) if self.image is None else ()
-        kept: tuple[Any, ...] = (first, ("heads",)) if self.heads else (first,)
+        axes: tuple[Any, ...] = (first, ("heads",)) if self.heads else (first,)
         what: dict[str, Any] = {"words": words, "points": points, "concepts": concepts}
-        return tuple(Capture(**what, sites=sites, rows=rows, keep=keep) for keep in kept)
+        return tuple(Capture(**what, sites=sites, rows=rows, keep=keep) for keep in axes)
 
     def _write(self, folder: Path, loaded: Any, call: Any, update: Any) -> dict[str, Any]:
-        from attnctl.data.map_files import describe, save
+        """Generate one image and write it with its maps; return its row."""
         from attnctl.data.map_pictures import heads_sheet, steps_gif, steps_sheet, words_sheet
-        from attnctl.data.map_regions import regions
         from attnctl.data.record import png_bytes, save_image
         from attnctl.pipelines.generate import sample
 
@@ -199,6 +265,16 @@ class Maps(Common):
         content = {folder / name: png_bytes(sheet, record) for name, sheet in sheets.items()}
         if self.gif:
             content[folder / "steps.gif"] = steps_gif(image, maps)
+        row = self._publish(folder, content, maps, image, call.seeds[0])
+        return {**row, "files": ["image.png", *row["files"]]}
+
+    def _publish(
+        self, folder: Path, content: dict[Path, bytes], maps: Any, image: Image.Image, seed: int
+    ) -> dict[str, Any]:
+        """Write pictures, regions and maps; return the row of the folder."""
+        from attnctl.data.map_files import describe, save
+        from attnctl.data.map_regions import regions
+
         if self.regions:
             where = regions(maps, size=(image.height, image.width))
             text = json.dumps({"height": image.height, "width": image.width, "regions": where}, indent=1) + "\n"
@@ -206,13 +282,11 @@ class Maps(Common):
         publish(content, force=self.force)
         save(maps, folder / "maps.safetensors", force=self.force)
         what = describe(maps)
-        kept = {key: what[key] for key in ("grid", "normalisation", "reduce")}
-        files = ["image.png", *(path.name for path in content), "maps.safetensors"]
         return {
             "folder": str(folder),
-            "seed": call.seeds[0],
-            "files": files,
-            **kept,
+            "seed": seed,
+            "files": [*(path.name for path in content), "maps.safetensors"],
+            **{key: what[key] for key in ("grid", "normalisation", "reduce")},
             "layers": [layer["name"] for layer in what["layers"]],
             "words": _words(maps),
         }
@@ -229,6 +303,13 @@ _FILES = (
     "maps.safetensors",
     "maps.json",
 )
+_FILES_OF_A_LOOK = ("words.png", "heads.png", "regions.json", "maps.safetensors", "maps.json")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _point(text: str) -> tuple[float, ...]:
@@ -261,11 +342,11 @@ def _peak(values: Any) -> dict[str, Any]:
     }
 
 
-def _text(found: list[dict[str, Any]]) -> str:
+def _text(images: list[dict[str, Any]]) -> str:
     rows = [
         (one["seed"], w["word"], f"{w['mean']:.4f}", f"{w['peak']:.4f}", f"{w['peak_x']:.0%} {w['peak_y']:.0%}")
-        for one in found
+        for one in images
         for w in one["words"]
     ]
     head = ("seed", "word", "mean", "highest", "at (from left, top)")
-    return f"{table(head, rows)}\n\n" + "\n".join(f"{one['folder']}: {', '.join(one['files'])}" for one in found)
+    return f"{table(head, rows)}\n\n" + "\n".join(f"{one['folder']}: {', '.join(one['files'])}" for one in images)

@@ -17,7 +17,20 @@ from attnctl.data.specs import parse_control
 from attnctl.errors import AttnctlError
 from attnctl.pipelines.models import SHIPPED
 
-__all__ = ["Fields", "ask", "following", "picture", "prompts_for", "said", "table", "ticks", "word_choices", "written"]
+__all__ = [
+    "Fields",
+    "accounts",
+    "ask",
+    "following",
+    "further_controls",
+    "picture",
+    "prompts_for",
+    "said",
+    "table",
+    "ticks",
+    "word_choices",
+    "written",
+]
 
 _SHAPES = (20, 3.0)  # steps and guidance of the shipped models
 _SHAPES_VIDEO = (10, 2.0)  # a video and its twin in some fifteen seconds; the guidance that its card found best
@@ -151,6 +164,21 @@ def picture(label: str, name: str, *, height: int | None = None, pixels: bool = 
         height=height,
         elem_classes=["fill" if height else "sheet", *(["pixels"] if pixels else [])],
     )
+
+
+def further_controls(example: str) -> Any:
+    """Make the field for controls in their short form."""
+    label = "Further controls, one a line, as --control takes them"
+    return gr.Textbox("", label=label, placeholder=example, lines=2)
+
+
+def accounts() -> tuple[Any, Any]:
+    """Make two folded places: for the report of what acted where, and for the command that makes the same."""
+    with gr.Accordion("Report: what acted where", open=False):
+        report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
+    with gr.Accordion("The same from the command line", open=False):
+        command = gr.Code(language="shell", show_label=False, interactive=False)
+    return report, command
 
 
 def word_choices(prompt: str, chosen: Sequence[str] = ()) -> tuple[list[str], list[str]]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from attnctl.app.ui import actions
-from attnctl.app.ui.inputs import Fields, ask, picture, prompts_for, said, table, ticks, written
+from attnctl.app.ui.inputs import (
+    Fields,
+    accounts,
+    ask,
+    further_controls,
+    picture,
+    prompts_for,
+    said,
+    table,
+    ticks,
+    written,
+)
 from attnctl.app.ui.knobs import Knob, about, control_of, knobs_of, preset
 from attnctl.app.ui.models import ELSEWHERE, Models
 from attnctl.data.specs import methods
@@ -21,29 +33,9 @@ _SEEDS = (2, 0, 0)  # the first is one where the plain picture fails: what a met
 
 def image_tab(models: Models, folder: Path) -> None:
     """Lay out the tab."""
-    first = models.images[0]
-    offered = [method for method in methods() if method not in ELSEWHERE]
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            fields = Fields(models.images, prompts_for(first)[0], seed=_SEEDS[0])
-            chosen = gr.CheckboxGroup(
-                list(models.takes(first)), value=_beginning(models, first), label="Methods (several act together)"
-            )
-            go = gr.Button("Generate", variant="primary", elem_id="image-go")
-            groups, knobs = _groups(offered, chosen.value, first)
-            with gr.Accordion("More", open=False):
-                negative = gr.Textbox("", label="Negative prompt", lines=1)
-                more = gr.Textbox(
-                    "",
-                    label="Further controls, one a line, as --control takes them",
-                    placeholder='PAG(scale=2.0, sites="mid", every=2)',
-                    lines=2,
-                )
-            gr.Examples(
-                [[p, s] for p, s in zip(prompts_for(first), _SEEDS, strict=False)],
-                [fields.prompt, fields.seed],
-                label="Click an example",
-            )
+            inputs = _Inputs(models)
         with gr.Column(scale=6, min_width=400):
             with gr.Row():
                 plain, controlled = (
@@ -55,10 +47,45 @@ def image_tab(models: Models, folder: Path) -> None:
                 elem_id="image-marks",
                 elem_classes=["marks"],
             )
-            with gr.Accordion("Report: what acted where", open=False):
-                report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
-            with gr.Accordion("The same from the command line", open=False):
-                command = gr.Code(language="shell", show_label=False, interactive=False)
+            report, command = accounts()
+    inputs.go.click(
+        _make(models, folder),
+        [*inputs.fields.all, inputs.chosen, inputs.negative, inputs.more],
+        [plain, controlled, marks, report, command],
+        inputs_kwargs={knob.name: part for knob, part in inputs.knobs.items()},
+        api_name="image",
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[plain, controlled],
+    )
+    _follow(models, inputs)
+
+
+class _Inputs:
+    """Hold the left side of the tab: a request, methods with their knobs, and the button."""
+
+    def __init__(self, models: Models) -> None:
+        first = models.images[0]
+        self.fields = Fields(models.images, prompts_for(first)[0], seed=_SEEDS[0])
+        beginning = _beginning(models, first)
+        self.chosen = gr.CheckboxGroup(
+            list(models.takes(first)), value=beginning, label="Methods (several act together)"
+        )
+        self.go = gr.Button("Generate", variant="primary", elem_id="image-go")
+        offered = [method for method in methods() if method not in ELSEWHERE]
+        self.groups, self.knobs = _groups(offered, beginning, first)
+        with gr.Accordion("More", open=False):
+            self.negative = gr.Textbox("", label="Negative prompt", lines=1)
+            self.more = further_controls('PAG(scale=2.0, sites="mid", every=2)')
+        gr.Examples(
+            [[p, s] for p, s in zip(prompts_for(first), _SEEDS, strict=False)],
+            [self.fields.prompt, self.fields.seed],
+            label="Click an example",
+        )
+
+
+def _make(models: Models, folder: Path) -> Callable[..., Any]:
+    """Return what the button does."""
 
     @said
     def image(
@@ -74,27 +101,25 @@ def image_tab(models: Models, folder: Path) -> None:
         **values: Any,
     ) -> tuple[Any, ...]:
         """Make a picture plain and under control: paths of both PNGs, the judge's table, the report, the commands."""
-        asked = ask(model, prompt, seed, steps, guidance, negative)
+        request = ask(model, prompt, seed, steps, guidance, negative)
         acting = [control_of(name, _fields(name, values), model, prompt) for name in methods]
         acting += written(controls)
-        done = actions.compare(models, asked, acting, ticks(progress, models, asked, 2 if acting else 1))
+        done = actions.compare(models, request, acting, ticks(progress, models, request, 2 if acting else 1))
         return (*_shown(done, folder, prompt), table(*actions.image_marks(done, prompt)), done.report, done.commands)
 
-    go.click(
-        image,
-        [*fields.all, chosen, negative, more],
-        [plain, controlled, marks, report, command],
-        inputs_kwargs={knob.name: part for knob, part in knobs.items()},
-        api_name="image",
-        concurrency_id="model",
-        concurrency_limit=1,
-        show_progress_on=[plain, controlled],
-    )
+    return image
+
+
+def _follow(models: Models, inputs: _Inputs) -> None:
+    """Let the knobs follow the chosen methods, and methods and settings follow the model."""
+    groups, knobs, fields = inputs.groups, inputs.knobs, inputs.fields
 
     def show(methods: list[str]) -> list[Any]:
         return [gr.update(visible=name in methods) for name in groups]
 
-    chosen.change(show, chosen, list(groups.values()), queue=False, show_progress="hidden", api_visibility="private")
+    inputs.chosen.change(
+        show, inputs.chosen, list(groups.values()), queue=False, show_progress="hidden", api_visibility="private"
+    )
 
     @said
     def turn(model: str) -> list[Any]:
@@ -105,7 +130,7 @@ def image_tab(models: Models, folder: Path) -> None:
     fields.model.input(
         turn,
         fields.model,
-        [chosen, fields.steps, fields.guidance, *knobs.values()],
+        [inputs.chosen, fields.steps, fields.guidance, *knobs.values()],
         api_visibility="private",
         show_progress="hidden",
     )

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
 
 from attnctl.app.ui import actions, video_actions
-from attnctl.app.ui.inputs import Fields, ask, following, picture, said, table, ticks, written
+from attnctl.app.ui.inputs import (
+    Fields,
+    accounts,
+    ask,
+    following,
+    further_controls,
+    picture,
+    said,
+    table,
+    ticks,
+    written,
+)
 from attnctl.app.ui.models import Models
 from attnctl.app.ui.video_actions import EditAsk
 from attnctl.pipelines.models import SHIPPED
@@ -45,12 +57,7 @@ def _make_tab(models: Models, folder: Path) -> None:
                 info="BroadWay; 0 changes nothing, 1 is the published setting",
             )
             with gr.Accordion("More", open=False):
-                more = gr.Textbox(
-                    "",
-                    label="Further controls, one a line, as --control takes them",
-                    placeholder="EnhanceAVideo(weight=4.0)",
-                    lines=2,
-                )
+                more = further_controls("EnhanceAVideo(weight=4.0)")
             go = gr.Button("Generate video", variant="primary", elem_id="video-go")
             gr.Examples([[p] for p in prompts], [fields.prompt], label="Click an example")
         with gr.Column(scale=6, min_width=400):
@@ -63,10 +70,19 @@ def _make_tab(models: Models, folder: Path) -> None:
             )
             frames = picture("Frames", "video-frames")
             files = gr.File(label="Files with their record", interactive=False, visible=False)
-            with gr.Accordion("Report: what acted where", open=False):
-                report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
-            with gr.Accordion("The same from the command line", open=False):
-                command = gr.Code(language="shell", show_label=False, interactive=False)
+            report, command = accounts()
+    go.click(
+        _make(models, folder),
+        [*fields.all, motion, more],
+        [plain, controlled, frames, marks, files, report, command],
+        api_name="video",
+        show_progress_on=[plain, controlled],
+        **_ALONE,
+    )
+
+
+def _make(models: Models, folder: Path) -> Callable[..., Any]:
+    """Return what the button "Generate video" does."""
 
     @said
     def video(
@@ -80,10 +96,10 @@ def _make_tab(models: Models, folder: Path) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
         """Make a video plain and with more motion: both MP4s, frames of both, the table, files, report, commands."""
-        asked = ask(model, prompt, seed, steps, guidance)
+        request = ask(model, prompt, seed, steps, guidance)
         acting = [BroadWay(motion=motion)] if motion else []
         acting += written(controls)
-        done = actions.compare(models, asked, acting, ticks(progress, models, asked, 2 if acting else 1))
+        done = actions.compare(models, request, acting, ticks(progress, models, request, 2 if acting else 1))
         films = [video_actions.preview(folder, run.videos[0]) for _, run, _ in done.runs]
         strips = [actions.keep(folder, f"{name} {prompt}", run) for name, run, _ in done.runs]
         mp4s = [video_actions.film(folder, f"{n} {prompt}", run.videos[0], run.record) for n, run, _ in done.runs]
@@ -98,47 +114,65 @@ def _make_tab(models: Models, folder: Path) -> None:
             done.commands,
         )
 
-    outputs = [plain, controlled, frames, marks, files, report, command]
-    go.click(
-        video, [*fields.all, motion, more], outputs, api_name="video", show_progress_on=[plain, controlled], **_ALONE
-    )
+    return video
+
+
+class _EditInputs:
+    """Hold the left side of the tab "Edit": a video, two prompts, settings, and the button."""
+
+    def __init__(self, models: Models, folder: Path) -> None:
+        first, several = models.edits[0], len(models.edits) > 1
+        small = first.startswith(SHIPPED)
+        self.model = gr.Dropdown(list(models.edits), value=first, label="Model", visible=several)
+        self.clip = gr.Video(label="Video", sources=["upload"], height=220, elem_id="edit-video")
+        self.source = gr.Textbox(_WORDS[0] if small else "", label="What it shows")
+        self.target = gr.Textbox(_WORDS[1] if small else "", label="What it shall show")
+        with gr.Row():
+            self.frames = gr.Number(8, label="Frames", precision=0, minimum=1, min_width=70)
+            self.steps = gr.Number(_STEPS if small else 50, label="Steps", precision=0, minimum=1, min_width=70)
+            self.guidance = gr.Number(4.0 if small else 7.5, label="Guidance (CFG)", step=0.5, min_width=70)
+        with gr.Accordion("More", open=False):
+            self.mode = gr.Radio(["refine", "replace"], value="refine", label="How the prompts are matched")
+            self.cross_replace = gr.Slider(0, 1, value=0.8, step=0.05, label="cross_replace")
+            self.self_replace = gr.Slider(0, 1, value=0.8, step=0.05, label="self_replace")
+            words = "words of the source, such as circle"
+            self.blend = gr.Textbox("", label="Keep the source outside of", placeholder=words)
+            self.size = gr.Number(64 if small else 512, label="Shorter side, pixels", precision=0, minimum=8)
+        self.go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
+        sample = video_actions.sample_clip(folder)
+        if sample is not None:
+            places = [self.clip, self.source, self.target]
+            gr.Examples([[sample, *_WORDS]], places, label="Click an example", elem_id="edit-examples")
+
+    @property
+    def all(self) -> list[Any]:
+        """List the components, in the order of the arguments of `_edit`."""
+        request = [self.model, self.clip, self.source, self.target, self.frames, self.steps, self.guidance]
+        return [*request, self.mode, self.cross_replace, self.self_replace, self.blend, self.size]
 
 
 def _edit_tab(models: Models, folder: Path) -> None:
-    small = models.edits[0].startswith(SHIPPED)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            model = gr.Dropdown(list(models.edits), value=models.edits[0], label="Model", visible=len(models.edits) > 1)
-            clip = gr.Video(label="Video", sources=["upload"], height=220, elem_id="edit-video")
-            source = gr.Textbox(_WORDS[0] if small else "", label="What it shows")
-            target = gr.Textbox(_WORDS[1] if small else "", label="What it shall show")
-            with gr.Row():
-                frames = gr.Number(8, label="Frames", precision=0, minimum=1, min_width=70)
-                steps = gr.Number(_STEPS if small else 50, label="Steps", precision=0, minimum=1, min_width=70)
-                guidance = gr.Number(4.0 if small else 7.5, label="Guidance (CFG)", step=0.5, min_width=70)
-            with gr.Accordion("More", open=False):
-                mode = gr.Radio(["refine", "replace"], value="refine", label="How the prompts are matched")
-                cross = gr.Slider(0, 1, value=0.8, step=0.05, label="cross_replace")
-                own = gr.Slider(0, 1, value=0.8, step=0.05, label="self_replace")
-                blend = gr.Textbox(
-                    "", label="Keep the source outside of", placeholder="words of the source, such as circle"
-                )
-                size = gr.Number(64 if small else 512, label="Shorter side, pixels", precision=0, minimum=8)
-            go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
-            sample = video_actions.sample_clip(folder)
-            if sample is not None:
-                gr.Examples(
-                    [[sample, *_WORDS]], [clip, source, target], label="Click an example", elem_id="edit-examples"
-                )
+            inputs = _EditInputs(models, folder)
         with gr.Column(scale=6, min_width=400):
             with gr.Row():
                 before, after = _player("Before", "edit-before"), _player("After", "edit-after")
             strip = picture("Before and after", "edit-strip")
             files = gr.File(label="The edit and its record", interactive=False, visible=False)
-            with gr.Accordion("Report: what acted where", open=False):
-                report = gr.Textbox(show_label=False, lines=6, max_lines=20, elem_classes=["mono"])
-            with gr.Accordion("The same from the command line", open=False):
-                command = gr.Code(language="shell", show_label=False, interactive=False)
+            report, command = accounts()
+    inputs.go.click(
+        _edit(models, folder),
+        inputs.all,
+        [before, after, strip, files, report, command],
+        api_name="edit",
+        show_progress_on=[before, after],
+        **_ALONE,
+    )
+
+
+def _edit(models: Models, folder: Path) -> Callable[..., Any]:
+    """Return what the button "Edit video" does."""
 
     @said
     def edit(
@@ -157,7 +191,7 @@ def _edit_tab(models: Models, folder: Path) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
         """Edit a video with a prompt: before and after as MP4, the strip, files, report, command."""
-        asked = EditAsk(
+        request = EditAsk(
             model=model,
             video=video,
             source=source,
@@ -171,18 +205,11 @@ def _edit_tab(models: Models, folder: Path) -> None:
             blend=blend,
             size=size,
         )
-        done = video_actions.edit(models, asked, folder, following(progress, asked.ticks))
+        done = video_actions.edit(models, request, folder, following(progress, request.ticks))
         shown = gr.update(value=list(done.files), visible=bool(done.files))
         return done.before, done.after, done.strip, shown, done.report, done.command
 
-    go.click(
-        edit,
-        [model, clip, source, target, frames, steps, guidance, mode, cross, own, blend, size],
-        [before, after, strip, files, report, command],
-        api_name="edit",
-        show_progress_on=[before, after],
-        **_ALONE,
-    )
+    return edit
 
 
 def _player(label: str, name: str) -> Any:

@@ -196,35 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         # They import this module, so it imports them only here.
         module = importlib.import_module(f"attnctl.shapes.training.train_{argv[0]}")
         return int(module.main(argv[1:]))
-    parser = argparse.ArgumentParser(
-        prog="python -m attnctl.shapes.training.train", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("model", choices=("text2image", "vae"), help="or mmdit or video, with their own options")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
-    parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
-    parser.add_argument("--vae-steps", type=int, default=1450)
-    parser.add_argument("--decoder-steps", type=int, default=1200)
-    parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode")
-    parser.add_argument("--pair-scenes", type=int, default=18000, help="two-object scenes to encode")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--cooldown", type=float, default=0.25, help="last fraction of the steps, where lr falls to 0")
-    parser.add_argument(
-        "--pairs",
-        type=shares,
-        default="0.125,2000:0.5,3000:0.15",
-        help="share of two-object scenes, STEP:SHARE from a step on",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 autocast")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="one can be as fast on a busy machine")
-    parser.add_argument("--export-only", action="store_true", help="write out the last checkpoint, train nothing")
-    parser.add_argument("--export", type=Path, help="write the pipeline folder here (default: OUT/pipeline)")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
 
     out: Path = args.out
@@ -253,6 +225,38 @@ def main(argv: list[str] | None = None) -> int:
     step = export(out / "unet", vae, args.export or out / "pipeline")
     print(f"wrote {args.export or out / 'pipeline'} (step {step})")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m attnctl.shapes.training.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("model", choices=("text2image", "vae"), help="or mmdit or video, with their own options")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
+    parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
+    parser.add_argument("--vae-steps", type=int, default=1450)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
+    parser.add_argument("--scenes", type=int, default=12000, help="single-object scenes to encode")
+    parser.add_argument("--pair-scenes", type=int, default=18000, help="two-object scenes to encode")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--cooldown", type=float, default=0.25, help="last fraction of the steps, where lr falls to 0")
+    parser.add_argument(
+        "--pairs",
+        type=shares,
+        default="0.125,2000:0.5,3000:0.15",
+        help="share of two-object scenes, STEP:SHARE from a step on",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 autocast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="one can be as fast on a busy machine")
+    parser.add_argument("--export-only", action="store_true", help="write out the last checkpoint, train nothing")
+    parser.add_argument("--export", type=Path, help="write the pipeline folder here (default: OUT/pipeline)")
+    return parser
 
 
 def _fresh(out: Path, seed: int) -> tuple[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel]:
