@@ -101,6 +101,18 @@ def test_pictures_are_small_and_used() -> None:
     assert large <= {"demo.png"}
 
 
+def test_diagrams_are_as_the_script_draws_them() -> None:
+    spec = importlib.util.spec_from_file_location("diagrams", DOCS / "diagrams.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = {f"{name}.svg": draw().svg() for name, draw in script.DIAGRAMS.items()}
+    assert drawn == {p.name: p.read_text(encoding="utf-8") for p in (DOCS / "diagrams").iterdir()}
+    used = {Path(t).name for path in TEXTS for t in LINK.findall(prose(path))}
+    assert set(drawn) <= used
+
+
 @pytest.mark.parametrize("page", METHODS)
 def test_method_pages_share_their_sections(page: str) -> None:
     text = FENCE.sub("", (DOCS / f"reference/methods/{page}.md").read_text(encoding="utf-8"))
