@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import columns
-from attnctl.kernels.maps import _FEW_KEYS
+from attnctl.kernels.maps import FEW_KEYS
 
-LONG = _FEW_KEYS + 22
+LONG = FEW_KEYS + 22
 
 
 def make_weights(n: int, c: int, batch: int | None = None) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 import attnctl
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.errors import ConfigError, SiteError
+from attnctl.kernels.maps import SelfMap
 from attnctl.processors import PAG, Capture
-from attnctl.processors.capture.refine import SelfAttention, partners, refined
+from attnctl.processors.capture.refine import partners, refined
 
 PLACES = (1, 3)
 
@@ -26,33 +27,33 @@ def test_refined_maps_are_powers_of_the_mean_map_times_the_columns() -> None:
     q, k, _ = qkv(dtype=torch.float64)
     maps = torch.rand(2, 3, 9, 2, dtype=torch.float64)
     s = dense_map(q, k).mean(1)
-    assert torch.equal(refined(maps, SelfAttention(q, k), 0), maps)
+    assert torch.equal(refined(maps, SelfMap(q, k), 0), maps)
     for times in (1, 3):
         want = torch.linalg.matrix_power(s, times).unsqueeze(1) @ maps
-        assert torch.allclose(refined(maps, SelfAttention(q, k), times), want, atol=1e-12)
+        assert torch.allclose(refined(maps, SelfMap(q, k), times), want, atol=1e-12)
     flat = torch.full((2, 1, 9, 1), 0.3, dtype=torch.float64)
-    assert torch.allclose(refined(flat, SelfAttention(q, k), 4), flat)
+    assert torch.allclose(refined(flat, SelfMap(q, k), 4), flat)
 
 
 def test_linear_attention_refines_by_its_own_rows() -> None:
     q, k, _ = qkv()
     maps = torch.rand(2, 1, 9, 2)
     want = linear_attention(q, k, maps.expand(-1, 4, -1, -1)).mean(1, keepdim=True)
-    assert torch.allclose(refined(maps, SelfAttention(q, k, linear=True), 1), want, atol=1e-5)
+    assert torch.allclose(refined(maps, SelfMap(q, k, linear=True), 1), want, atol=1e-5)
 
 
 def test_no_map_is_held() -> None:
     n = 1024
     q, k, _ = qkv(n=n, d=8)
     with Largest() as seen:
-        refined(torch.rand(2, 1, n, 2), SelfAttention(q, k), 2)
+        refined(torch.rand(2, 1, n, 2), SelfMap(q, k), 2)
     assert seen.elements < n * n // 4
 
 
 def test_tokens_must_agree() -> None:
     q, k, _ = qkv()
     with pytest.raises(ConfigError, match=r"maps of 2 x 4 tokens cannot be refined by self-attention of 2 x 9"):
-        refined(torch.rand(2, 1, 4, 1), SelfAttention(q, k), 1)
+        refined(torch.rand(2, 1, 4, 1), SelfMap(q, k), 1)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "pixart", "sana", "animatediff", "wan"])

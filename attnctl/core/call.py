@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,9 +17,14 @@ from typing import Any, TypeAlias
 import torch
 
 from attnctl.core.hosts.families import Family
-from attnctl.core.hosts.listing import image_level_grid
+from attnctl.core.hosts.linear import linear_attention
+from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.sites import Grid
+from attnctl.errors import UnsupportedModelError
+from attnctl.kernels import columns, sdpa
+from attnctl.kernels.checks import check_mask, rows_of
+from attnctl.kernels.maps import FEW_KEYS, SelfMap, key_columns
 
 __all__ = ["AttnCall", "CallState", "Proceed", "Rows", "Wrapper", "is_last", "run_wrappers"]
 
@@ -152,6 +158,8 @@ class AttnCall:
         index: 0 for the first attention of the processor; IP-Adapters and Wan i2v compute a second one.
         kernel: What computes the plain attention.
         hidden: What the processor was called with, before its projections; None where it is no tensor.
+        wants_sums: Whether a control will read columns of the map, for which the kernel's sums are kept.
+        sums: Log-sum-exp of each query's logits [B, H, Nq], where it is wanted and the kernel gives it.
         after: Functions that a wrapper appends, to be applied in order to what the processor returns (the output
             after its last projection, or a tuple with the text's).
     """
@@ -176,6 +184,8 @@ class AttnCall:
         self.kernel = kernel
         self.hidden = hidden
         self.after = [] if after is None else after
+        self.wants_sums = False
+        self.sums: torch.Tensor | None = None
         self._link = link
 
     @property
@@ -193,13 +203,16 @@ class AttnCall:
 
     @property
     def grid(self) -> Grid | None:
-        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown."""
+        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown.
+
+        A UNet's site has the grid of its stage alone: as many tokens as another stage has may be merged ones.
+        """
         n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
         grid, family = self.state.grid, self.state.family
         if grid is None or family is None:
             return None
         if family.unet:
-            level = image_level_grid(grid, n)
+            level = stage_grid(self.state.denoiser, self.site.name, grid, n)
             return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
         frames, h, w = grid
         return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
@@ -218,7 +231,110 @@ class AttnCall:
 
     def plain(self) -> torch.Tensor:
         """Compute the unchanged attention of this call, [B, H, Nq, D]."""
+        kernel: Any = self.kernel
+        many = self.k.shape[-2] > FEW_KEYS  # the map of few keys is written out sooner than its sums are used
+        if self.wants_sums and many and getattr(kernel, "func", None) is sdpa.as_called:
+            out, self.sums = sdpa.with_sums(self.q, self.k, self.v, mask=self.mask, scale=self.scale, **kernel.keywords)
+            return out
         return self.kernel(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
+
+    # Reading the map: what several controls want to see of one call ----------------------------------------------
+
+    @property
+    def folded(self) -> int:
+        """Return how many rows of this call one row of the denoiser's makes: frames, in UNets for videos."""
+        total = self.state.rows.total
+        if self.q.shape[0] % total:
+            raise UnsupportedModelError(
+                f"{self.site.name} attends with {self.q.shape[0]} rows where the denoiser was called with {total}: its "
+                "rows cannot be told apart."
+            )
+        return self.q.shape[0] // total
+
+    def rows(self, rows: slice) -> AttnCall:
+        """Return the part of this call that belongs to some rows of the denoiser's call."""
+        m = self.folded
+        cut = slice(rows.start * m, rows.stop * m)
+        mask = self.mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[cut]
+        sums = None if self.sums is None else self.sums[cut]
+        return self.with_(q=self.q[cut], k=self.k[cut], v=self.v[cut], mask=mask, sums=sums)
+
+    def on_image(self) -> tuple[slice, Grid]:
+        """Return the query tokens that lie on the image, and how they lie on it."""
+        image = self.image
+        if image is None:
+            if self.site.kind == "joint":
+                raise UnsupportedModelError(
+                    f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
+                )
+            image = slice(0, self.q.shape[-2])
+        n, grid, whole = image.stop - image.start, self.grid, self.state.grid
+        padded = self.state.family is not None and not self.state.family.unet
+        if grid is None and padded and whole is not None and math.prod(whole) < n:
+            grid, image = whole, slice(image.start, image.start + math.prod(whole))  # padding tokens stand behind
+        if grid is None:
+            raise UnsupportedModelError(
+                f"{self.site.name}: nothing tells how its {n} image tokens lie on the image"
+                + ("." if whole is None else f" of {' x '.join(map(str, whole[-2:]))} tokens. Token merging")
+                + ("" if whole is None else " (tomesd and its like) does that: switch it off for this run.")
+            )
+        return image, grid
+
+    def text_keys(self) -> slice:
+        """Return the places of the text among the keys of a cross- or joint attention."""
+        if self.site.kind != "joint":
+            return slice(0, self.k.shape[-2])
+        if self.text is None or self.image is None:
+            raise UnsupportedModelError(
+                f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
+            )
+        return self.text
+
+    def text_map(self, weights: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute how much image tokens attend to weighted text tokens: softmax(q k^T scale + mask) @ weights.
+
+        Args:
+            weights: [T, C], or [r, T, C] with weights for each of r rows, of which the call has a multiple.
+            tokens: The text tokens that the T weights belong to, [T]; None for all of them in order.
+
+        Returns:
+            [B, H, N, C] in float32 (float64 stays), N the tokens of `on_image`.
+        """
+        text, image = self.text_keys(), self.on_image()[0]
+        w = weights.to(self.q.device)
+        if w.ndim == 3 and w.shape[0] not in (1, self.q.shape[0]):
+            w = w.repeat_interleave(self.q.shape[0] // w.shape[0], 0)
+        places = None if tokens is None else tokens.to(self.q.device) + text.start
+        if self.sums is None:
+            whole = w.new_zeros(*w.shape[:-2], self.k.shape[-2], w.shape[-1])
+            whole[..., text if places is None else places, :] = w
+            return columns(self.q, self.k, whole, mask=self.mask, scale=self.scale, rows=image)
+        # The kernel has summed over all keys already: the columns of some need no second pass over the others.
+        at = torch.arange(text.start, text.stop, device=self.q.device) if places is None else places
+        mask = self.mask
+        if mask is not None:
+            mask = rows_of(check_mask(mask, (*self.q.shape[:3], self.k.shape[-2])), image)
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., at]
+        q, sums = self.q[:, :, image], self.sums[:, :, image]
+        return key_columns(q, self.k[:, :, at], w, sums, mask=mask, scale=self.scale)
+
+    def self_map(self) -> SelfMap:
+        """Return how image tokens attend to each other, each row scaled to a sum of 1."""
+        image, mask = self.on_image()[0], self.mask
+        q, k = self.q[:, :, image], self.k
+        if self.image is not None:
+            k = k[:, :, image]
+            if mask is not None:
+                mask = rows_of(check_mask(mask, (*self.q.shape[:3], self.k.shape[-2])), image)
+                mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
+        if k.shape[2] != q.shape[2]:
+            raise UnsupportedModelError(
+                f"{self.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]} tokens: not to each other "
+                "alone."
+            )
+        return SelfMap(q, k, mask, self.scale, self.kernel is linear_attention)
 
 
 def run_wrappers(wrappers: tuple[Wrapper, ...], call: AttnCall) -> torch.Tensor:

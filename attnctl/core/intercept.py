@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
 from attnctl.core.hosts.linear import is_linear, run_linear
-from attnctl.core.hosts.listing import image_level_grid
+from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.processors import interceptable, native, native_backend
 from attnctl.core.sites import Site
 from attnctl.errors import ConflictError, UnsupportedModelError
@@ -73,7 +73,7 @@ class SiteHook:
         n, image, text = self.seen
         grid, family = self.state.last_grid, self.state.family
         if grid is not None and family is not None and family.unet:
-            grid = image_level_grid(grid, n)
+            grid = stage_grid(self.state.denoiser, self.site.name, grid, n)
         return replace(self.site, grid=grid or self.site.grid, image=image, text=text)
 
     def run(self, call: AttnCall) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Parts of an attention map, exactly and with gradients, without the map of queries by keys.
 
     columns      softmax(q k^T scale + mask) @ weights
+    key_columns  the same for a few keys, where the kernel's log-sum-exp is at hand: exp(q k^T scale - lse) @ weights
     query_rows   softmax(q_p k^T scale + mask)          for the queries p that are asked for
     softmax_map  softmax(q k^T scale + mask)            the whole map, for the small ones of cross-attention
 
@@ -12,6 +13,7 @@ keys, as in cross-attention, the map is small and written out. Rows hold a map o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,10 @@ from attnctl.errors import ConfigError
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
 
-__all__ = ["columns", "linear_rows", "query_rows", "softmax_map"]
+__all__ = ["SelfMap", "columns", "key_columns", "linear_rows", "query_rows", "softmax_map"]
 
 # Up to this many keys a map has no more elements than queries of a usual head dimension.
-_FEW_KEYS = 128
+FEW_KEYS = 128
 # Fused kernels take channels in eights; on CPU they want as many in the values as in queries and keys.
 _CHANNELS = 8
 
@@ -64,7 +66,7 @@ def columns(
     w = weights.to(device=q.device, dtype=wide)
     w = w.expand(batch, -1, -1) if w.dim() == 3 else w.expand(batch, *w.shape)
     bias = None if mask is None else as_bias(mask, wide)
-    if k.shape[2] <= _FEW_KEYS:
+    if k.shape[2] <= FEW_KEYS:
         return _written_out(q, k, w, bias, scale)
     return _fused(q, k, w, bias, scale)
 
@@ -87,6 +89,27 @@ def _fused(q: Tensor, k: Tensor, w: Tensor, bias: Tensor | None, scale: float) -
 
 def _padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def key_columns(
+    q: Tensor, k: Tensor, weights: Tensor, lse: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute weighted columns of some keys from the log-sum-exp over all: exp(q k^T scale + mask - lse) @ weights.
+
+    The logits are computed anew in float32, as in `columns`: with queries and keys of half precision both agree to the
+    rounding of the kernel that summed.
+
+    Shapes: q [B, H, N, D]; k [B, Hk, K, D], the K keys that have weights; weights [K, C] or [B, K, C]; lse [B, H, N];
+    mask four-dimensional, broadcastable to [B, H, N, K] -> [B, H, N, C].
+    """
+    wide = wide_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q.to(wide) * scale) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
+    logits = logits if mask is None else logits + as_bias(mask, wide)
+    # A query that may attend to nothing has no sum: all of its logits are -inf, and so its shares are 0.
+    shares = (logits - lse.to(wide).unsqueeze(-1).clamp_min(torch.finfo(wide).min)).exp()
+    w = weights.to(device=q.device, dtype=wide)
+    return shares @ (w if w.dim() == 2 else w.unsqueeze(1))
 
 
 def query_rows(
@@ -117,6 +140,39 @@ def linear_rows(q: Tensor, k: Tensor, places: Sequence[int]) -> Tensor:
     check_call(q, k, k)
     products = q[:, :, _index(q, places)].relu().float() @ k.relu().float().transpose(-2, -1)
     return products / (products.sum(-1, keepdim=True) + 1e-15)
+
+
+@dataclass(frozen=True)
+class SelfMap:
+    """How image tokens attend to each other in one call, each row scaled to a sum of 1; held as queries and keys.
+
+    Attributes:
+        q: Queries [B, H, N, D].
+        k: Keys [B, Hk, N, D].
+        mask: None, or broadcastable to [B, H, N, N].
+        scale: Logit scale, or None for 1 / sqrt(D).
+        linear: Whether the map is that of ReLU linear attention.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+    linear: bool = False
+
+    def of(self, values: Tensor) -> Tensor:
+        """Attend once: [B, N, C] to [B, N, C], the mean over the heads, in float32."""
+        if not self.linear:
+            return columns(self.q, self.k, values, mask=self.mask, scale=self.scale).mean(1)
+        q, k = self.q.relu().float(), self.k.relu().float()
+        out = q @ (k.transpose(-2, -1) @ values.unsqueeze(1).to(q.dtype))
+        return (out / (q @ k.sum(2).unsqueeze(-1) + 1e-15)).mean(1)
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """Compute some rows, [B, H, P, N]."""
+        if self.linear:
+            return linear_rows(self.q, self.k, places)
+        return query_rows(self.q, self.k, places, mask=self.mask, scale=self.scale)
 
 
 def _index(q: Tensor, places: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from attnctl.core.hosts.families import Family, family_of, kind_of
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["denoisers_of", "find_sites", "halve", "image_level_grid", "is_backbone", "unet_halvings"]
+__all__ = ["denoisers_of", "find_sites", "halve", "image_level_grid", "is_backbone", "stage_grid", "unet_halvings"]
 
 _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 
@@ -135,6 +135,20 @@ def unet_halvings(name: str, levels: int) -> int | None:
         return None
     index = int(rest[0])
     return index if stage == "down_blocks" else levels - 1 - index
+
+
+def stage_grid(denoiser: torch.nn.Module | None, name: str, grid: Grid, tokens: int) -> Grid | None:
+    """Return the grid of a UNet's site, if it holds as many tokens as the site was seen with; else None.
+
+    The stage of a site says how often the grid of the latents was halved on the way. Other modules' stages are not
+    known: there the number of tokens decides.
+    """
+    levels = getattr(getattr(denoiser, "config", None), "block_out_channels", None)
+    halvings = None if levels is None else unet_halvings(name, len(levels))
+    if halvings is None:
+        return image_level_grid(grid, tokens)
+    h, w = halve(grid[1], grid[2], halvings)
+    return (grid[0], h, w) if h * w == tokens else None
 
 
 def halve(h: int, w: int, times: int) -> tuple[int, int]:

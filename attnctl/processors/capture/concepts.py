@@ -126,6 +126,7 @@ class ConceptRecorder(Recorder):
     """
 
     of: Of = "concepts"
+    reads_columns = False
 
     def __init__(
         self, capture: CaptureFields, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
@@ -226,7 +227,7 @@ class ConceptRecorder(Recorder):
     def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
         """Compute [images, concepts, 1, h * w] and the grid of one call."""
         assert call.image is not None
-        image, grid = self._image(call, call.image)
+        image, grid = call.on_image()
         outputs = [x if self.capture.heads is None else x[:, list(self.capture.heads)] for x in self._outputs]
         return concept_shares(outputs[0][:, :, image], outputs[1]).transpose(1, 2).unsqueeze(2), grid
 

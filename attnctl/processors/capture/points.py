@@ -32,6 +32,7 @@ class PointRecorder(Recorder):
     """Collects what some places of the image attend to, as maps over the image or over the frames of a video."""
 
     of: Of = "points"
+    reads_columns = False
 
     @property
     def points(self) -> tuple[tuple[float, ...], ...]:
@@ -51,7 +52,7 @@ class PointRecorder(Recorder):
         """Compute [images, points, heads, frames * h * w] and the grid of one call."""
         if call.site.kind == "temporal":
             return self._over_frames(call, rows)
-        q, k, mask, m = self._cut(call, rows)
+        part, m = self._part(call, rows), call.folded
         tokens, grid = self._keys(call)
         frames, h, w = grid
         if frames > 1 and len(self.points[0]) < 3:
@@ -65,9 +66,9 @@ class PointRecorder(Recorder):
             frame = self._frame(call, point, frames) if frames > 1 else 0
             places.append(tokens.start + (frame * h + row) * w + column)
         if call.kernel is linear_attention:
-            maps = linear_rows(q, k, places)
+            maps = linear_rows(part.q, part.k, places)
         else:
-            maps = query_rows(q, k, places, mask=mask, scale=call.scale)
+            maps = query_rows(part.q, part.k, places, mask=part.mask, scale=call.scale)
         maps = maps[..., tokens].unflatten(0, (-1, m)).permute(0, 3, 2, 1, 4)  # [b, P, H, m, N]
         if len(self.points[0]) == 3 and frames == 1:
             own = [self._frame(call, point, m) for point in self.points]
@@ -84,16 +85,12 @@ class PointRecorder(Recorder):
 
     def _keys(self, call: AttnCall) -> tuple[slice, Grid]:
         """Return the image tokens, which are both queries and keys, and how they lie."""
-        if call.site.kind == "joint":
-            image, _, _ = self._tokens(call)
-        else:
-            image = slice(0, call.q.shape[2])
-            if call.k.shape[2] != call.q.shape[2]:
-                raise UnsupportedModelError(
-                    f"Capture: {call.site.name} attends with {call.q.shape[2]} tokens to {call.k.shape[2]}, which are "
-                    "not the image's own: where they lie is not known."
-                )
-        return self._image(call, image)
+        if call.site.kind != "joint" and call.k.shape[2] != call.q.shape[2]:
+            raise UnsupportedModelError(
+                f"Capture: {call.site.name} attends with {call.q.shape[2]} tokens to {call.k.shape[2]}, which are "
+                "not the image's own: where they lie is not known."
+            )
+        return call.on_image()
 
     def _over_frames(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
         """Compute what each point in its frame pays to its own place in every frame: a grid of frames by 1 by 1."""
@@ -113,8 +110,9 @@ class PointRecorder(Recorder):
                 f"Capture: {call.site.name} was called with {call.q.shape[0]} rows of {frames} queries and "
                 f"{call.k.shape[2]} keys; expected one row a place and one token a frame of the whole video."
             )
-        q, k, mask, _ = self._cut(call, rows)
-        q, k = (x.unflatten(0, (-1, h * w)) for x in (q, k))
+        part = self._part(call, rows)
+        mask = part.mask
+        q, k = (x.unflatten(0, (-1, h * w)) for x in (part.q, part.k))
         maps = []
         for point in self.points:
             row, column = token_at(point, h, w)

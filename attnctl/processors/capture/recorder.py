@@ -15,7 +15,6 @@ from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
-from attnctl.kernels import columns
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.words import WordFinder
 
@@ -45,6 +44,8 @@ class Recorder(LiveControl):
     observes = True
     of: Of = "words"
     """What the maps are of."""
+    reads_columns = True
+    """Whether the maps are columns of the attention map."""
 
     def __init__(self, capture: CaptureFields, sites: Sequence[Site], pipe: Any) -> None:
         self.capture, self.pipe = capture, pipe
@@ -70,7 +71,7 @@ class Recorder(LiveControl):
         self.prompts: tuple[str, ...] = ()
         self.labels: tuple[str, ...] = ()
         self.concepts: list[dict[str, Concept]] = []
-        self._weights: dict[tuple[Any, ...], Tensor] = {}
+        self._weights: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     # Words --------------------------------------------------------------------------------------------------
 
@@ -101,34 +102,37 @@ class Recorder(LiveControl):
         """Note prompts and concepts of each row."""
         self.labels, self.concepts, self.prompts = WordFinder(self.capture, self.pipe).find(state, count)
 
-    def _columns(self, call: AttnCall, keys: int, first: int, last: int, repeat: int) -> Tensor:
-        """Make the weights for one call's keys: the same for all rows, or each row's own."""
-        key = (keys, first, last, repeat, call.q.device)
+    def _columns(self, n_text: int, repeat: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the weights of the words, the same for all rows or each row's own, and the tokens that have any."""
+        key = (n_text, repeat, device)
         if key not in self._weights:
             made = []
             for concepts in self.concepts:
-                w = torch.zeros(keys, len(self.labels))
+                w = torch.zeros(n_text, len(self.labels))
                 known = [n for n, label in enumerate(self.labels) if label in concepts]
-                w[first:last, known] = weights([concepts[self.labels[n]] for n in known], last - first)
+                w[:, known] = weights([concepts[self.labels[n]] for n in known], n_text)
                 made.append(w)
             same = all(c is self.concepts[0] for c in self.concepts)
             w = made[0] if same else torch.stack(made).repeat_interleave(repeat, dim=0)
-            self._weights[key] = w.to(call.q.device)
+            used = w.ne(0).any(-1)
+            tokens = (used if same else used.any(0)).nonzero()[:, 0]  # on the CPU: the device need not be waited for
+            self._weights[key] = w[..., tokens, :].to(device), tokens.to(device)
         return self._weights[key]
 
     # Maps ---------------------------------------------------------------------------------------------------
 
     def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
-        """Leave the call as it is, and record its maps."""
-        out = proceed(call)
+        """Leave the call as it is, and record its maps: the attention runs first, and gives its sums if it can."""
         state = call.state
-        rows = self._rows(state.rows)
-        if rows is not None and state.phase == "base" and call.index == _text_index(call.site):
-            layer = self.layers.get(call.site.name)
-            # Gradient checkpointing computes an attention a second time.
-            if layer is None or layer.call < state.call:
-                with torch.no_grad():
-                    self._add(call, rows)
+        rows, layer = self._rows(state.rows), self.layers.get(call.site.name)
+        due = rows is not None and state.phase == "base" and call.index == _text_index(call.site)
+        # Gradient checkpointing computes an attention a second time.
+        due = due and (layer is None or layer.call < state.call)
+        call.wants_sums = call.wants_sums or (due and self.reads_columns)
+        out = proceed(call)
+        if due and rows is not None:
+            with torch.no_grad():
+                self._add(call, rows)
         return out
 
     def _add(self, call: AttnCall, rows: slice) -> None:
@@ -184,52 +188,20 @@ class Recorder(LiveControl):
 
     def _probabilities(self, call: AttnCall, rows: slice) -> tuple[Tensor, int, Grid]:
         """Compute [images * m, heads, image tokens, words], the m frames folded into rows, and the grid of one part."""
-        q, k, mask, m = self._cut(call, rows)
-        image, first, last = self._tokens(call)
-        image, grid = self._image(call, image)
-        w = self._columns(call, k.shape[2], first, last, m)
-        return columns(q, k, w, mask=mask, scale=call.scale, rows=image), m, grid
+        part, m, text = self._part(call, rows), call.folded, call.text_keys()
+        w, tokens = self._columns(text.stop - text.start, m, call.q.device)
+        return part.text_map(w, tokens), m, call.on_image()[1]
 
-    def _cut(self, call: AttnCall, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Take the rows and heads to record out of a call's queries, keys and mask; and count the parts of a row."""
-        q, k, mask, total = call.q, call.k, call.mask, call.state.rows.total
-        if q.shape[0] % total:
-            raise UnsupportedModelError(
-                f"Capture: {call.site.name} attends with {q.shape[0]} rows where the denoiser was called with {total}: "
-                "its rows cannot be told apart."
-            )
-        m = q.shape[0] // total  # frames folded into rows
-        cut = slice(rows.start * m, rows.stop * m)
-        q, k = q[cut], k[cut]
-        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-            mask = mask[cut]
-        if self.capture.heads is not None:
-            groups = q.shape[1] // k.shape[1]
-            mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(self.capture.heads)]
-            q, k = q[:, list(self.capture.heads)], k[:, [h // groups for h in self.capture.heads]]
-        return q, k, mask, m
-
-    def _image(self, call: AttnCall, image: slice) -> tuple[slice, Grid]:
-        """Return the image tokens that lie on the image, and how they lie."""
-        n, grid = image.stop - image.start, call.grid
-        if grid is None and call.state.grid is not None and _size(call.state.grid) < n:
-            grid = call.state.grid  # padding tokens behind the image's own
-            image = slice(image.start, image.start + _size(grid))
-        if grid is None:
-            raise UnsupportedModelError(
-                f"Capture: nothing tells how the {n} image tokens of {call.site.name} lie on the image."
-            )
-        return image, grid
-
-    def _tokens(self, call: AttnCall) -> tuple[slice, int, int]:
-        """Return the image's query rows, and the first and the end of the text among the keys."""
-        if call.site.kind == "cross":
-            return slice(0, call.q.shape[2]), 0, call.k.shape[2]
-        if call.image is None or call.text is None:
-            raise UnsupportedModelError(
-                f"Capture: nothing tells image from text tokens in {call.site.name}, whose attention is joint."
-            )
-        return call.image, call.text.start, call.text.stop
+    def _part(self, call: AttnCall, rows: slice) -> AttnCall:
+        """Return the rows and heads of a call that are recorded."""
+        part, heads = call.rows(rows), None if self.capture.heads is None else list(self.capture.heads)
+        if heads is None:
+            return part
+        groups, mask = part.q.shape[1] // part.k.shape[1], part.mask
+        mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, heads]
+        shared = [h // groups for h in heads]
+        sums = None if part.sums is None else part.sums[:, heads]
+        return part.with_(q=part.q[:, heads], k=part.k[:, shared], v=part.v[:, shared], mask=mask, sums=sums)
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -288,10 +260,6 @@ class Recorder(LiveControl):
 
 def _how(capture: CaptureFields) -> Any:
     return "mean" if capture.reduce in ("none", "ema") else capture.reduce
-
-
-def _size(grid: Grid) -> int:
-    return grid[0] * grid[1] * grid[2]
 
 
 def _text_index(site: Site) -> int:

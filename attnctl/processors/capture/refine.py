@@ -10,42 +10,21 @@ attention whose values they are, so that no N by N tensor is held.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, Proceed
-from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
-from attnctl.kernels import columns
-from attnctl.kernels.checks import rows_of
+from attnctl.kernels.maps import SelfMap
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.recorder import Recorder
 
-__all__ = ["RefiningRecorder", "SelfAttention", "partners", "refined"]
+__all__ = ["RefiningRecorder", "partners", "refined"]
 
 
-@dataclass(frozen=True)
-class SelfAttention:
-    """One self-attention: q [B, H, N, D], k [B, Hk, N, D], its mask and scale, and whether it is linear."""
-
-    q: Tensor
-    k: Tensor
-    mask: Tensor | None = None
-    scale: float | None = None
-    linear: bool = False
-
-    def of(self, values: Tensor) -> Tensor:
-        """Attend once: [B, N, C] to [B, N, C], the mean over the heads."""
-        if not self.linear:
-            return columns(self.q, self.k, values, mask=self.mask, scale=self.scale).mean(1)
-        spread = values.unsqueeze(1).expand(-1, self.q.shape[1], -1, -1)
-        return linear_attention(self.q.float(), self.k.float(), spread).mean(1)
-
-
-def refined(maps: Tensor, looks: SelfAttention, times: int) -> Tensor:
+def refined(maps: Tensor, looks: SelfMap, times: int) -> Tensor:
     """Apply self-attention to maps `times` times: S^k A, in float32.
 
     Shapes: maps [B, H, N, C] (H heads of the text attention, not mixed) -> the same. Values stay within the range of
@@ -105,35 +84,19 @@ class RefiningRecorder(Recorder):
         out = proceed(call)
         rows = self._rows(call.state.rows)
         if rows is not None and call.state.phase == "base" and call.index == 0:
-            total = call.state.rows.total
-            m = call.q.shape[0] // total
-            cut = slice(rows.start * m, rows.stop * m)
-            mask = call.mask
-            if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-                mask = mask[cut]
-            linear = call.kernel is linear_attention
-            looks = SelfAttention(call.q[cut].detach(), call.k[cut].detach(), mask, call.scale, linear)
-            call.state.scratch[id(self), call.site.name] = looks
+            part = call.rows(rows)
+            # Until the block's cross-attention, which comes next, takes it.
+            call.state.scratch[id(self), call.site.name] = part.with_(q=part.q.detach(), k=part.k.detach()).self_map()
         return out
 
     def _probabilities(self, call: AttnCall, rows: slice) -> tuple[Tensor, int, Grid]:
         maps, m, grid = super()._probabilities(call, rows)
-        if call.site.kind == "cross":
-            looks = call.state.scratch.pop((id(self), self.before_text[call.site.name]), None)
-            if looks is None:
-                raise UnsupportedModelError(
-                    f"Capture: {self.before_text[call.site.name]} did not run before {call.site.name}, so its maps "
-                    "cannot be refined. A cache that skips blocks does that: switch it off, or set refine=0."
-                )
-        else:
-            image, _, _ = self._tokens(call)
-            image, _ = self._image(call, image)
-            total = call.state.rows.total
-            cut = slice(rows.start * (call.q.shape[0] // total), rows.stop * (call.q.shape[0] // total))
-            q, k, mask = call.q[cut][:, :, image], call.k[cut][:, :, image], call.mask
-            if mask is not None:
-                mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-                mask = rows_of(mask[cut] if mask.shape[0] > 1 else mask, image)
-                mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
-            looks = SelfAttention(q, k, mask, call.scale)
+        if call.site.kind != "cross":
+            return refined(maps, call.rows(rows).self_map(), self.capture.refine), m, grid
+        looks = call.state.scratch.pop((id(self), self.before_text[call.site.name]), None)
+        if looks is None:
+            raise UnsupportedModelError(
+                f"Capture: {self.before_text[call.site.name]} did not run before {call.site.name}, so its maps "
+                "cannot be refined. A cache that skips blocks does that: switch it off, or set refine=0."
+            )
         return refined(maps, looks, self.capture.refine), m, grid

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, Proceed, Wrapper, is_last
+from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper, is_last
 from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.listing import find_sites, image_level_grid
+from attnctl.core.hosts.listing import find_sites, stage_grid
 from attnctl.core.live import LiveControl, LiveDenoiser
-from attnctl.core.sites import Site
+from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.kernels import columns
 from attnctl.processors.editing.fusion import (
     Split,
     blend_latents,
@@ -141,8 +140,8 @@ class Editing(LiveControl):
         self.w: Tensor | None = None
         self.step = 0
         self.mask_columns: Tensor | None = None
-        self.grid: tuple[int, int, int] | None = None
-        self.masks: dict[int, Tensor] = {}
+        self.mask_grid: Grid = (1, 1, 1)
+        self.masks: dict[Grid, Tensor] = {}
         self.splits: dict[int, Split] = {}
         self.summed: Tensor | None = None
 
@@ -168,8 +167,11 @@ class Editing(LiveControl):
         self.crossing = cross
         self.w = self.follow[k].to(device) if cross else None
         self.whole = cross and bool((self.follow[k] == 1).all()) and not bool(self.source.plan.how.new.any())
-        self.grid, self.masks, self.splits = state.grid, {}, {}
-        self.mask_columns = self._columns(s, device) if mask else None
+        self.masks, self.splits = {}, {}
+        self.mask_columns = None
+        if mask:
+            self.mask_columns = self._columns(s, device)
+            self.mask_grid = self._grid_of_masks(state, self.mask_columns.shape[1])
 
     def _check_run(self, passes: LiveDenoiser) -> None:
         """Refuse a run that does not fit the inversion; once a run, since it may wait for the device."""
@@ -211,22 +213,24 @@ class Editing(LiveControl):
         parts = [self.attention.columns(step, site.name, tokens, device) for site in self.source.masks]
         return torch.stack(parts).mean(0)
 
-    def _mask(self, columns_: Tensor, size: tuple[int, int]) -> Tensor:
-        assert self.grid is not None
-        level = image_level_grid(self.grid, columns_.shape[1])
-        assert level is not None
-        return blend_mask(columns_, level[1:], size, self.control.blend_threshold)
+    def _grid_of_masks(self, state: CallState, tokens: int) -> Grid:
+        name = self.source.masks[0].name
+        grid = None if state.grid is None else stage_grid(state.denoiser, name, state.grid, tokens)
+        if grid is None:
+            raise UnsupportedModelError(f"{name}: nothing tells how its {tokens} tokens lie on the image.")
+        return grid
 
-    def _mask_at(self, tokens: int) -> Tensor | None:
-        """Return M for a layer of so many tokens, [f, tokens], or None where the source rules everywhere."""
+    def _mask(self, columns_: Tensor, size: tuple[int, int]) -> Tensor:
+        return blend_mask(columns_, self.mask_grid[1:], size, self.control.blend_threshold)
+
+    def _mask_at(self, call: AttnCall) -> Tensor | None:
+        """Return M for a layer, [f, tokens], or None where the source rules everywhere."""
         if self.mask_columns is None or not self.control.blend_attention:
             return None
-        if tokens not in self.masks:
-            level = None if self.grid is None else image_level_grid(self.grid, tokens)
-            if level is None:
-                raise UnsupportedModelError(f"FateZero cannot tell the grid of {tokens} tokens.")
-            self.masks[tokens] = self._mask(self.mask_columns, level[1:]).flatten(1)
-        return self.masks[tokens]
+        _, grid = call.on_image()
+        if grid not in self.masks:
+            self.masks[grid] = self._mask(self.mask_columns, grid[1:]).flatten(1)
+        return self.masks[grid]
 
     def _split_at(self, tokens: int, mask: Tensor) -> Split:
         """Return how M parts the queries of a layer of so many tokens; found once a step."""
@@ -246,7 +250,7 @@ class Editing(LiveControl):
 
     def _self(self, call: AttnCall, proceed: Proceed) -> Tensor:
         cond = call.state.rows.cond
-        mask = self._mask_at(call.q.shape[2])
+        mask = self._mask_at(call)
         indices = self.source.indices_at(call.site)
         if mask is None and self.attention.mode == "qk":
             q, k = self.attention.queries_keys(self.step, call, indices)
@@ -299,10 +303,8 @@ class Editing(LiveControl):
         tokens = self.source.plan.blend_target
         if not tokens or call.site.name not in self.source.masking or call.state.phase != "base":
             return
-        cond = call.state.rows.cond
-        weights = token_weights(tokens, call.k)
-        found = columns(call.q[cond], call.k[cond], weights, scale=call.scale)[..., 0].mean(1)
-        self.summed = found if self.summed is None else self.summed + found
+        share = call.rows(call.state.rows.cond).text_map(token_weights(tokens, call.k))[..., 0].mean(1)
+        self.summed = share if self.summed is None else self.summed + share
 
     def stepped(self, step: int, latents: Tensor) -> Tensor:
         if not self.control.blends_at(step, self.steps) or self.mask_columns is None:

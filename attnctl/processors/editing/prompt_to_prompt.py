@@ -23,11 +23,10 @@ from torch import Tensor
 
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.listing import find_sites, image_level_grid
+from attnctl.core.hosts.listing import find_sites
 from attnctl.core.live import LiveControl, LiveDenoiser
-from attnctl.core.sites import Site
+from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.kernels import columns
 from attnctl.processors.editing.align import window_of
 from attnctl.processors.editing.fusion import blend_latents, blend_mask, fold_values
 from attnctl.processors.editing.prompts import WordEdit
@@ -91,13 +90,13 @@ class _Pair(LiveControl):
         self.follow: Tensor | None = None
         self.steps = self.step = 0
         self.sums: dict[str, Tensor] = {}
-        self.grid: tuple[int, int, int] | None = None
+        self.grid: Grid = (1, 1, 1)
 
     def before(self, passes: LiveDenoiser) -> None:
         state = passes.state
         if self.follow is None:
             self._check_run(passes)
-        self.step, self.grid = state.step, state.grid
+        self.step = state.step
 
     def _check_run(self, passes: LiveDenoiser) -> None:
         state, control = passes.state, self.control
@@ -157,21 +156,19 @@ class _Pair(LiveControl):
         """Add up the attention to the blend words over steps, layers and heads."""
         for side, rows, tokens in (("source", source, self.plan.blend), ("target", target, self.plan.blend_target)):
             if tokens:
-                weights = token_weights(tokens, call.k)
-                found = columns(call.q[rows], call.k[rows], weights, scale=call.scale)[..., 0].mean(1)
-                self.sums[side] = self.sums[side] + found if side in self.sums else found
+                part = call.rows(rows)
+                share = part.text_map(token_weights(tokens, call.k))[..., 0].mean(1)
+                self.sums[side] = self.sums[side] + share if side in self.sums else share
+                self.grid = part.on_image()[1]  # the same in all mask layers, which are of one downsampling
 
     def stepped(self, step: int, latents: Tensor) -> Tensor:
         start, end = self.control.blend_window
-        if not int(start * self.steps) < step + 1 <= int(end * self.steps) or self.grid is None or not self.sums:
+        if not int(start * self.steps) < step + 1 <= int(end * self.steps) or not self.sums:
             return latents
         size = (int(latents.shape[-2]), int(latents.shape[-1]))
         mask = torch.zeros(1, *size, dtype=torch.bool, device=latents.device)
         for total in self.sums.values():
-            level = image_level_grid(self.grid, total.shape[1])
-            if level is None:
-                raise UnsupportedModelError(f"PromptToPrompt cannot tell the grid of {total.shape[1]} tokens.")
-            mask = mask | blend_mask(total, level[1:], size, self.control.blend_threshold)
+            mask = mask | blend_mask(total, self.grid[1:], size, self.control.blend_threshold)
         return torch.cat([latents[:1], blend_latents(latents[1:2], latents[:1], mask)])
 
 

@@ -19,11 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.checkpointing import Checkpointing
-from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
-from attnctl.kernels import columns, linear_rows, query_rows
-from attnctl.kernels.checks import rows_of
 
 __all__ = ["MapReader", "exit_refusal", "prepared", "until_done", "usable"]
 
@@ -79,33 +76,13 @@ class MapReader:
 
     def read(self, call: AttnCall) -> tuple[Tensor, Grid]:
         """Compute the columns of one call summed over heads: [rows, N, C], and the grid of the N tokens."""
-        if call.grid is None:
-            raise UnsupportedModelError(f"{call.site.name}: the token grid is not known here, so maps have no shape.")
-        if call.site.kind == "joint" and (call.text is None or call.image is None):
-            raise UnsupportedModelError(f"{call.site.name}: text and image tokens cannot be told apart in this call.")
-        keys = call.k.shape[2]
-        text = call.text or slice(0, keys)
-        share = self.share(text.stop - text.start).to(call.q.device)
-        share = share.repeat_interleave(call.q.shape[0] // share.shape[0], 0)
-        share = F.pad(share, (0, 0, text.start, keys - text.stop))
-        return columns(call.q, call.k, share, mask=call.mask, scale=call.scale, rows=call.image).sum(1), call.grid
+        text = call.text_keys()
+        return call.text_map(self.share(text.stop - text.start)).sum(1), call.on_image()[1]
 
     def look(self, call: AttnCall) -> Tensor:
         """Compute how image tokens attend to each other in one call, summed over heads: [rows, N, N], row sums H."""
-        image = slice(0, call.q.shape[2]) if call.image is None else call.image
-        q, k = call.q[:, :, image], call.k if call.image is None else call.k[:, :, image]
-        if k.shape[2] != q.shape[2]:
-            raise UnsupportedModelError(
-                f"{call.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]}: not to each other alone."
-            )
-        places = range(q.shape[2])
-        if call.kernel is linear_attention:
-            return linear_rows(q, k, places).sum(1)
-        mask = call.mask
-        if mask is not None and call.image is not None:
-            mask = rows_of(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), image)
-            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
-        return query_rows(q, k, places, mask=mask, scale=call.scale).sum(1)
+        attention = call.self_map()
+        return attention.rows(range(attention.q.shape[2])).sum(1)
 
     def attention(self, samples: int) -> Tensor:
         """Average what image tokens pay to each other over heads and layers: [samples, h w, h w].
