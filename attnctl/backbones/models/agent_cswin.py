@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, register_notrace_function, register_notrace_module
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.models.config import builder, exactly, load_filter, size_cfgs, stage_types
+from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs, stage_types
 from attnctl.backbones.modules.agent import AgentCore
 from attnctl.backbones.modules.attend import attend, ceil_div
-from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, init_linear, take_state
+from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.backbones.modules.routing import merge_windows, split_windows
 from attnctl.errors import ConfigError
 
@@ -264,7 +263,7 @@ class AgentCSwin(Pyramid):
         dims = tuple(dim * 2**i for i in range(n))
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         grids = self.grids(size)
-        rates = iter([drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
+        rates = iter(drop_rates(drop_path_rate, sum(depths)))
         stages: list[nn.Module] = []
         for i, c in enumerate(dims):
             blocks = []
@@ -309,36 +308,14 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model, resize=True)
 
 
-default_cfgs = size_cfgs(
-    "agent_cswin", ("tiny", "small", "base"), first_conv="stages.0.downsample.proj", classifier="head"
-)
-_create = builder(AgentCSwin, checkpoint_filter_fn)
-
-
-@register_model
-def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    """Agent-CSwin-T: 20.5 M parameters, 4.3 G multiply-adds at 224."""
-    return _create("agent_cswin_tiny", pretrained, **kwargs)
-
-
-@register_model
-def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    """Agent-CSwin-S: 32.8 M parameters, 6.7 G multiply-adds at 224."""
-    return _create("agent_cswin_small", pretrained, **({"depths": (3, 6, 29, 2)} | kwargs))
-
-
-@register_model
-def agent_cswin_base(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    """Agent-CSwin-B: 73.2 M parameters, 14.9 G multiply-adds at 224."""
-    layout: dict[str, Any] = {"depths": (3, 6, 29, 2), "dim": 96, "num_heads": (4, 8, 16, 32)}
-    return _create("agent_cswin_base", pretrained, **(layout | kwargs))
-
-
-@register_model
-def agent_cswin_micro(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
-    """Build an Agent-CSwin small enough for demos and tests on 32 px images."""
-    layout: dict[str, Any] = {
+LAYOUTS: dict[str, dict[str, Any]] = {  # parameters in M, multiply-adds of one 224 px image in G
+    "agent_cswin_tiny": {},  # 20.5, 4.3
+    "agent_cswin_small": {"depths": (3, 6, 29, 2)},  # 32.8, 6.7
+    "agent_cswin_base": {"depths": (3, 6, 29, 2), "dim": 96, "num_heads": (4, 8, 16, 32)},  # 73.2, 14.9
+    "agent_cswin_micro": {
         "img_size": 32, "depths": (1, 1, 1, 1), "dim": 16, "num_heads": (2, 2, 4, 4), "num_agents": (9, 4, 4, 1),
         "split_sizes": (1, 2, 1, 1),
-    }  # fmt: skip
-    return _create("agent_cswin_micro", pretrained, **(layout | kwargs))
+    },
+}  # fmt: skip
+default_cfgs = size_cfgs(LAYOUTS, first_conv="stages.0.downsample.proj", classifier="head")
+register(__name__, AgentCSwin, LAYOUTS, checkpoint_filter_fn)

@@ -7,13 +7,12 @@ timm's VisionTransformer with another attention module: weights of a DeiT load i
 from typing import Any
 
 import torch
-from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from attnctl.backbones.grid import watch_grid
-from attnctl.backbones.models.config import builder, load_filter, size_cfgs
+from attnctl.backbones.models.config import load_filter, register, size_cfgs
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.blocks import take_state
 from attnctl.errors import ConfigError
@@ -81,42 +80,17 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(vit_filter(take_state(state), model), model, resize=True)
 
 
-default_cfgs = size_cfgs(
-    "agent_deit",
-    ("tiny", "small", "base"),
-    first_conv="patch_embed.proj",
-    classifier="head",
-    fixed_input_size=True,
-    pool_size=None,
-)
-_create = builder(AgentVisionTransformer, checkpoint_filter_fn, out_indices=3, feature_cls="getter")
-
-
-@register_model
-def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> AgentVisionTransformer:
-    """Agent-DeiT-T: 6.0 M parameters, 1.2 G multiply-adds at 224."""
-    return _create("agent_deit_tiny", pretrained, **({"embed_dim": 192, "depth": 12, "num_heads": 3} | kwargs))
-
-
-@register_model
-def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> AgentVisionTransformer:
-    """Agent-DeiT-S: 22.6 M parameters, 4.4 G multiply-adds at 224."""
-    return _create("agent_deit_small", pretrained, **({"embed_dim": 384, "depth": 12, "num_heads": 6} | kwargs))
-
-
-@register_model
-def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> AgentVisionTransformer:
-    """Agent-DeiT-B: 87.2 M parameters, 17.6 G multiply-adds at 224; agents in the first four blocks."""
-    layout: dict[str, Any] = {
+LAYOUTS: dict[str, dict[str, Any]] = {  # parameters in M, multiply-adds of one 224 px image in G
+    "agent_deit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},  # 6.0, 1.2
+    "agent_deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},  # 22.6, 4.4
+    "agent_deit_base": {  # agents in the first four blocks: 87.2, 17.6
         "embed_dim": 768, "depth": 12, "num_heads": 12, "num_agents": (81, 81, 81, 81), "agent_layer": 4,
-    }  # fmt: skip
-    return _create("agent_deit_base", pretrained, **(layout | kwargs))
-
-
-@register_model
-def agent_deit_micro(pretrained: bool = False, **kwargs: Any) -> AgentVisionTransformer:
-    """Build an Agent-DeiT small enough for demos and tests on 32 px images."""
-    layout: dict[str, Any] = {
+    },
+    "agent_deit_micro": {
         "img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_agents": (9, 9, 9, 9),
-    }  # fmt: skip
-    return _create("agent_deit_micro", pretrained, **(layout | kwargs))
+    },
+}  # fmt: skip
+default_cfgs = size_cfgs(
+    LAYOUTS, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True, pool_size=None
+)
+register(__name__, AgentVisionTransformer, LAYOUTS, checkpoint_filter_fn, out_indices=3, feature_cls="getter")

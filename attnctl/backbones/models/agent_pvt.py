@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_function, register_notrace_module, trunc_normal_
-from timm.models import register_model
 from torch import Tensor, nn
 
-from attnctl.backbones.models.config import builder, exactly, load_filter, size_cfgs, stage_types
+from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs, stage_types
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.attend import attend
-from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, init_linear, take_state
+from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.errors import ConfigError
 
 __all__ = ["AgentPVT", "PVTBlock", "ReducedAttention"]
@@ -204,7 +203,7 @@ class AgentPVT(Pyramid):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         grids = self.grids(size)
-        rates = iter([drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
+        rates = iter(drop_rates(drop_path_rate, sum(depths)))
         stages: list[nn.Module] = []
         for i, c in enumerate(dims):
             blocks = [
@@ -240,41 +239,15 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model, resize=True)
 
 
-default_cfgs = size_cfgs(
-    "agent_pvt", ("tiny", "small", "medium", "large"), first_conv="stages.0.downsample.proj", classifier="head"
-)
-_create = builder(AgentPVT, checkpoint_filter_fn)
-
-
-@register_model
-def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
-    """Agent-PVT-T: 11.6 M parameters, 2.0 G multiply-adds at 224."""
-    return _create("agent_pvt_tiny", pretrained, **kwargs)
-
-
-@register_model
-def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
-    """Agent-PVT-S: 20.6 M parameters, 4.0 G multiply-adds at 224."""
-    return _create("agent_pvt_small", pretrained, **({"depths": (3, 4, 6, 3)} | kwargs))
-
-
-@register_model
-def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
-    """Agent-PVT-M: 35.9 M parameters, 7.0 G multiply-adds at 224."""
-    return _create("agent_pvt_medium", pretrained, **({"depths": (3, 4, 18, 3)} | kwargs))
-
-
-@register_model
-def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
-    """Agent-PVT-L: 48.7 M parameters, 10.4 G multiply-adds at 224."""
-    return _create("agent_pvt_large", pretrained, **({"depths": (3, 8, 27, 3)} | kwargs))
-
-
-@register_model
-def agent_pvt_micro(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
-    """Build an Agent-PVT small enough for demos and tests on 32 px images."""
-    layout: dict[str, Any] = {
+LAYOUTS: dict[str, dict[str, Any]] = {  # parameters in M, multiply-adds of one 224 px image in G
+    "agent_pvt_tiny": {},  # 11.6, 2.0
+    "agent_pvt_small": {"depths": (3, 4, 6, 3)},  # 20.6, 4.0
+    "agent_pvt_medium": {"depths": (3, 4, 18, 3)},  # 35.9, 7.0
+    "agent_pvt_large": {"depths": (3, 8, 27, 3)},  # 48.7, 10.4
+    "agent_pvt_micro": {
         "img_size": 32, "depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4),
         "mlp_ratios": (4.0, 4.0, 2.0, 2.0), "num_agents": (9, 4, 4, 1),
-    }  # fmt: skip
-    return _create("agent_pvt_micro", pretrained, **(layout | kwargs))
+    },
+}  # fmt: skip
+default_cfgs = size_cfgs(LAYOUTS, first_conv="stages.0.downsample.proj", classifier="head")
+register(__name__, AgentPVT, LAYOUTS, checkpoint_filter_fn)

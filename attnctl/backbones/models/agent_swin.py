@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from attnctl.backbones.models.config import builder, exactly, load_filter, size_cfgs, stage_types
+from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs, stage_types
 from attnctl.backbones.modules.agent import AgentAttention2d
-from attnctl.backbones.modules.blocks import FeedForward, take_state
+from attnctl.backbones.modules.blocks import FeedForward, drop_rates, take_state
 from attnctl.backbones.modules.routing import merge_windows, split_windows
 from attnctl.errors import ConfigError
 
@@ -141,7 +140,7 @@ class AgentSwinTransformer(SwinTransformer):
             dtype=dtype,
             **kwargs,
         )
-        rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        rates = drop_rates(drop_path_rate, sum(depths))
         for i, stage in enumerate(self.layers):
             for j, kind in enumerate(kinds[i]):
                 if kind == "A":
@@ -180,38 +179,16 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model, resize=True)
 
 
-default_cfgs = size_cfgs(
-    "agent_swin", ("tiny", "small", "base"), first_conv="patch_embed.proj", classifier="head.fc", fixed_input_size=True
-)
-_create = builder(AgentSwinTransformer, checkpoint_filter_fn)
-
-
-@register_model
-def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentSwinTransformer:
-    """Agent-Swin-T: 28.9 M parameters, 4.5 G multiply-adds at 224."""
-    return _create("agent_swin_tiny", pretrained, **kwargs)
-
-
-@register_model
-def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> AgentSwinTransformer:
-    """Agent-Swin-S: 49.7 M parameters, 8.7 G multiply-adds at 224."""
-    return _create("agent_swin_small", pretrained, **({"depths": (2, 2, 18, 2), "attn_type": "AABB"} | kwargs))
-
-
-@register_model
-def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> AgentSwinTransformer:
-    """Agent-Swin-B: 88.1 M parameters, 15.4 G multiply-adds at 224."""
-    layout: dict[str, Any] = {
+LAYOUTS: dict[str, dict[str, Any]] = {  # parameters in M, multiply-adds of one 224 px image in G
+    "agent_swin_tiny": {},  # 28.9, 4.5
+    "agent_swin_small": {"depths": (2, 2, 18, 2), "attn_type": "AABB"},  # 49.7, 8.7
+    "agent_swin_base": {  # 88.1, 15.4
         "embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "attn_type": "AAMB2",
-    }  # fmt: skip
-    return _create("agent_swin_base", pretrained, **(layout | kwargs))
-
-
-@register_model
-def agent_swin_micro(pretrained: bool = False, **kwargs: Any) -> AgentSwinTransformer:
-    """Build an Agent-Swin small enough for demos and tests on 32 px images."""
-    layout: dict[str, Any] = {
+    },
+    "agent_swin_micro": {
         "img_size": 32, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "attn_type": "AAMB1",
         "num_agents": (9, 4, 4, 1), "window_size": 2,
-    }  # fmt: skip
-    return _create("agent_swin_micro", pretrained, **(layout | kwargs))
+    },
+}  # fmt: skip
+default_cfgs = size_cfgs(LAYOUTS, first_conv="patch_embed.proj", classifier="head.fc", fixed_input_size=True)
+register(__name__, AgentSwinTransformer, LAYOUTS, checkpoint_filter_fn)

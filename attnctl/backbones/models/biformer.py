@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.models.config import builder, exactly, load_filter, size_cfgs
-from attnctl.backbones.modules.blocks import Pyramid, Stage, init_linear, take_state
+from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs
+from attnctl.backbones.modules.blocks import Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.backbones.modules.plain import MapAttention
 from attnctl.backbones.modules.routing import BiLevelRoutingAttention
 from attnctl.errors import ConfigError
@@ -98,22 +97,19 @@ class BiFormerBlock(nn.Module):
         self.has_pos, self.has_scale, self.pre_norm = pos_dwconv > 0, layer_scale is not None, pre_norm
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_dwconv else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        shared: dict[str, Any] = {"attn_drop": attn_drop, "backend": backend} | dd
+        self.attn: nn.Module
         if topk > 0:
-            self.attn: nn.Module = BiLevelRoutingAttention(
+            self.attn = BiLevelRoutingAttention(
                 dim, num_heads, n_win, topk=topk, window_size=window_size, qk_dim=qk_dim, side_dwconv=side_dwconv,
-                pad=pad, attn_drop=attn_drop, backend=backend, **dd,
+                pad=pad, **shared,
             )  # fmt: skip
         elif topk == 0:
             self.attn = ConvMixer(dim, **dd)
         else:
-            self.attn = MapAttention(
-                dim,
-                plain_heads,
-                side_dwconv=side_dwconv if topk == -2 else 0,
-                attn_drop=attn_drop,
-                backend="auto" if backend == "flex" else backend,  # which is about routed windows
-                **dd,
-            )
+            if backend == "flex":  # which is about routed windows
+                shared["backend"] = "auto"
+            self.attn = MapAttention(dim, plain_heads, side_dwconv=side_dwconv if topk == -2 else 0, **shared)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         hidden = int(mlp_ratio * dim)
         self.mlp = nn.Sequential(
@@ -188,7 +184,7 @@ class BiFormer(Pyramid):
         heads = num_heads or tuple(c // head_dim for c in dims)
         exactly(len(dims), depths=depths, mlp_ratios=mlp_ratios, topks=topks, num_heads=heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        rates = iter([drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
+        rates = iter(drop_rates(drop_path_rate, sum(depths)))
         stages: list[nn.Module] = []
         for i, c in enumerate(dims):
             blocks = [
@@ -203,15 +199,9 @@ class BiFormer(Pyramid):
             shrink = _stem(stem, in_chans, c, dd) if i == 0 else _merge(stem, dims[i - 1], c, dd)
             stages.append(Stage(shrink, blocks, channels_last=False))
         super().__init__(
-            stages,
-            dims,
-            nn.BatchNorm2d(dims[-1], **dd),
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
-        )
+            stages, dims, nn.BatchNorm2d(dims[-1], **dd), num_classes=num_classes, in_chans=in_chans,
+            global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.apply(init_linear)
 
 
@@ -251,44 +241,17 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
     return load_filter(out, model)
 
 
-default_cfgs = size_cfgs(
-    "biformer", ("tiny", "small", "base", "stl"), first_conv="stages.0.downsample.0", classifier="head"
-)
-_create = builder(BiFormer, checkpoint_filter_fn)
-
-
-@register_model
-def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-T: 13.1 M parameters, 2.2 G multiply-adds at 224."""
-    return _create("biformer_tiny", pretrained, **kwargs)
-
-
-@register_model
-def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-S: 25.5 M parameters, 4.5 G multiply-adds at 224."""
-    return _create("biformer_small", pretrained, **({"depths": (4, 4, 18, 4)} | kwargs))
-
-
-@register_model
-def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-B: 56.8 M parameters, 9.8 G multiply-adds at 224."""
-    return _create("biformer_base", pretrained, **({"depths": (4, 4, 18, 4), "dims": (96, 192, 384, 768)} | kwargs))
-
-
-@register_model
-def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-STL: routing attention in the layout of Swin-T, 28.4 M parameters, 4.6 G multiply-adds at 224."""
-    layout: dict[str, Any] = {
-        "depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "mlp_ratios": (4.0, 4.0, 4.0, 4.0),
-        "stem": "patch4", "pos_dwconv": 0,
-    }  # fmt: skip
-    return _create("biformer_stl", pretrained, **(layout | kwargs))
-
-
-@register_model
-def biformer_micro(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """Build a BiFormer of 0.12 M parameters for demos and tests on 32 px images."""
-    layout: dict[str, Any] = {
+LAYOUTS: dict[str, dict[str, Any]] = {  # parameters in M, multiply-adds of one 224 px image in G
+    "biformer_tiny": {},  # 13.1, 2.2
+    "biformer_small": {"depths": (4, 4, 18, 4)},  # 25.5, 4.5
+    "biformer_base": {"depths": (4, 4, 18, 4), "dims": (96, 192, 384, 768)},  # 56.8, 9.8
+    "biformer_stl": {  # the layout of Swin-T: 28.4, 4.6
+        "depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "mlp_ratios": (4.0, 4.0, 4.0, 4.0), "stem": "patch4",
+        "pos_dwconv": 0,
+    },
+    "biformer_micro": {  # 0.12 M, for demos and tests on 32 px images, as every micro model
         "depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "head_dim": 16, "n_win": 2, "topks": (1, 2, 4, -2),
-    }  # fmt: skip
-    return _create("biformer_micro", pretrained, **(layout | kwargs))
+    },
+}  # fmt: skip
+default_cfgs = size_cfgs(LAYOUTS, first_conv="stages.0.downsample.0", classifier="head")
+register(__name__, BiFormer, LAYOUTS, checkpoint_filter_fn)

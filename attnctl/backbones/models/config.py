@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attnctl.backbones.modules.resize import fit_weight
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["builder", "cfg", "exactly", "load_filter", "size_cfgs", "stage_types"]
+__all__ = ["cfg", "exactly", "load_filter", "register", "size_cfgs", "stage_types"]
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
@@ -32,28 +33,42 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def size_cfgs(family: str, sizes: Iterable[str], **common: Any) -> Any:
-    """Build timm's records for the sizes of a family, and for its micro model on 32 px images."""
+def size_cfgs(names: Iterable[str], **common: Any) -> Any:
+    """Build timm's records for the models of a family; those named `_micro` take 32 px images."""
     micro = common | {"input_size": (3, 32, 32)}
     if common.get("pool_size", True) is not None:
         micro["pool_size"] = (1, 1)
-    records = {f"{family}_{size}.untrained": cfg(**common) for size in sizes}
-    return generate_default_cfgs(records | {f"{family}_micro.untrained": cfg(**micro)})
+    return generate_default_cfgs({f"{n}.untrained": cfg(**(micro if n.endswith("_micro") else common)) for n in names})
 
 
-def builder(model: type[nn.Module], checkpoint_filter_fn: Callable[..., Any], **features: Any) -> Callable[..., Any]:
-    """Return what builds a model of a class: from a variant's name, `pretrained`, and its arguments.
+def register(
+    module: str,
+    model: type[nn.Module],
+    layouts: Mapping[str, Mapping[str, Any]],
+    checkpoint_filter_fn: Callable[..., Any],
+    **features: Any,
+) -> None:
+    """Register the models of a family with timm: for each name, a function of that name in the family's module.
 
+    module: its `__name__`; it holds `default_cfgs`. layouts: arguments of the model by name, which the user's override.
     features: how timm takes features from it, the four stages if none are given.
     """
     wanted = features or {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
 
-    def create(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-        return build_model_with_cfg(
-            model, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(wanted), **kwargs
-        )
+    def entry(name: str, layout: Mapping[str, Any]) -> Callable[..., Any]:
+        def create(pretrained: bool = False, **kwargs: Any) -> Any:
+            return build_model_with_cfg(
+                model, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(wanted),
+                **(dict(layout) | kwargs),
+            )  # fmt: skip
 
-    return create
+        create.__name__ = create.__qualname__ = name
+        create.__module__ = module
+        create.__doc__ = f"Build `{name}`, a {model.__name__}."
+        return create
+
+    for name, layout in layouts.items():
+        setattr(sys.modules[module], name, register_model(entry(name, layout)))
 
 
 def exactly(count: int, **lists: Sized) -> None:

@@ -13,7 +13,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 from torch.jit import Final
 
-__all__ = ["FeedForward", "Pyramid", "Stage", "init_linear", "record_input_size", "take_state"]
+__all__ = ["FeedForward", "Pyramid", "Stage", "drop_rates", "init_linear", "record_input_size", "take_state"]
 
 
 def init_linear(module: nn.Module) -> None:
@@ -22,6 +22,11 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def drop_rates(last: float, blocks: int) -> list[float]:
+    """Return the rates at which blocks are left out in training: rising evenly from 0 to the last one's."""
+    return [last * i / max(1, blocks - 1) for i in range(blocks)]
 
 
 def record_input_size(model: nn.Module, img_size: tuple[int, int]) -> None:

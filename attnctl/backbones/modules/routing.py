@@ -65,6 +65,79 @@ def gather_windows(x: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(b, n, index.shape[-1] * t, c)
 
 
+def check_projections(dim: int, qk_dim: int, num_heads: int, scale: str, side_dwconv: int) -> None:
+    """Raise ConfigError for heads that do not divide the channels, an unknown scale, an even kernel."""
+    require(
+        num_heads >= 1 and dim % num_heads == 0 and qk_dim % num_heads == 0,
+        ConfigError,
+        f"num_heads={num_heads} was given; it must divide dim={dim} and qk_dim={qk_dim}.",
+    )
+    require(scale in ("dim", "head"), ConfigError, f"scale={scale!r} was given; expected 'dim' or 'head'.")
+    require(
+        side_dwconv == 0 or (side_dwconv > 0 and side_dwconv % 2 == 1),
+        ConfigError,
+        f"side_dwconv={side_dwconv} was given; expected 0 or an odd kernel size.",
+    )
+
+
+def check_routing(soft: bool, differentiable: bool, learned: bool) -> None:
+    """Raise ConfigError for kinds of routing that exclude each other."""
+    require(
+        differentiable or not learned,
+        ConfigError,
+        "param_routing=True learns a projection, but diff_routing=False cuts its gradient. Set both.",
+    )
+    require(
+        soft or not differentiable,
+        ConfigError,
+        "diff_routing=True needs soft_routing=True: a hard choice of windows has no gradient.",
+    )
+
+
+def check_windows(pad: str, kv_pool: str, in_place: bool, weighed: bool) -> None:
+    """Raise ConfigError for unknown ways to pad and pool, and for those that exclude each other.
+
+    in_place: keys and values are read where they lie; weighed: routing weights or dropout change them.
+    """
+    require(pad in PADS, ConfigError, f"pad={pad!r} was given; expected one of {', '.join(map(repr, PADS))}.")
+    require(
+        kv_pool in POOLS, ConfigError, f"kv_pool={kv_pool!r} was given; expected one of {', '.join(map(repr, POOLS))}."
+    )
+    require(
+        kv_pool == "identity" or pad in ("none", "pre"),
+        ConfigError,
+        f"kv_pool={kv_pool!r} with pad={pad!r}: pooled windows know no padded tokens. Use pad='none' or 'pre'.",
+    )
+    require(
+        not in_place or not (weighed or kv_pool != "identity"),
+        ConfigError,
+        "backend='flex' reads keys and values where they lie: it knows no soft_routing, attn_drop or kv_pool.",
+    )
+
+
+def window_sides(n_win: int, window_size: int | tuple[int, int] | None, topk: int | None) -> tuple[int, int]:
+    """Return the fixed (height, width) of windows, zeros where their number is fixed instead.
+
+    Raises: ConfigError for sizes and counts below 1, and more windows to keep than there are.
+    """
+    require(n_win >= 1, ConfigError, f"n_win={n_win} was given; expected at least 1.")
+    if window_size is None:
+        require(
+            topk is None or 1 <= topk <= n_win * n_win,
+            ConfigError,
+            f"topk={topk} was given; n_win={n_win} makes {n_win * n_win} windows: expected 1 to {n_win * n_win}.",
+        )
+        return 0, 0
+    window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+    require(
+        len(window) == 2 and min(window) >= 1,
+        ConfigError,
+        f"window_size={window_size!r} was given; expected a positive size or a pair of them.",
+    )
+    require(topk is None or topk >= 1, ConfigError, f"topk={topk} was given; expected at least 1, or None for all.")
+    return window[0], window[1]
+
+
 class FusedQKV(nn.Module):
     """One projection to queries, keys and values, under the name that released weights use."""
 
@@ -152,64 +225,12 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         qk_dim = qk_dim or dim
-        require(
-            num_heads >= 1 and dim % num_heads == 0 and qk_dim % num_heads == 0,
-            ConfigError,
-            f"num_heads={num_heads} was given; it must divide dim={dim} and qk_dim={qk_dim}.",
-        )
-        require(n_win >= 1, ConfigError, f"n_win={n_win} was given; expected at least 1.")
-        require(pad in PADS, ConfigError, f"pad={pad!r} was given; expected one of {', '.join(map(repr, PADS))}.")
-        require(
-            kv_pool in POOLS,
-            ConfigError,
-            f"kv_pool={kv_pool!r} was given; expected one of {', '.join(map(repr, POOLS))}.",
-        )
-        require(scale in ("dim", "head"), ConfigError, f"scale={scale!r} was given; expected 'dim' or 'head'.")
-        require(
-            side_dwconv == 0 or (side_dwconv > 0 and side_dwconv % 2 == 1),
-            ConfigError,
-            f"side_dwconv={side_dwconv} was given; expected 0 or an odd kernel size.",
-        )
-        require(
-            kv_pool == "identity" or pad in ("none", "pre"),
-            ConfigError,
-            f"kv_pool={kv_pool!r} with pad={pad!r}: pooled windows know no padded tokens. Use pad='none' or 'pre'.",
-        )
-        require(
-            diff_routing or not param_routing,
-            ConfigError,
-            "param_routing=True learns a projection, but diff_routing=False cuts its gradient. Set both.",
-        )
-        require(
-            soft_routing or not diff_routing,
-            ConfigError,
-            "diff_routing=True needs soft_routing=True: a hard choice of windows has no gradient.",
-        )
         self.in_place = backend == "flex"
-        require(
-            not self.in_place or not (soft_routing or attn_drop or kv_pool != "identity"),
-            ConfigError,
-            "backend='flex' reads keys and values where they lie: it knows no soft_routing, attn_drop or kv_pool.",
-        )
-        if window_size is None:
-            require(
-                topk is None or 1 <= topk <= n_win * n_win,
-                ConfigError,
-                f"topk={topk} was given; n_win={n_win} makes {n_win * n_win} windows: expected 1 to {n_win * n_win}.",
-            )
-            window: tuple[int, ...] = (0, 0)
-        else:
-            window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-            require(
-                len(window) == 2 and min(window) >= 1,
-                ConfigError,
-                f"window_size={window_size!r} was given; expected a positive size or a pair of them.",
-            )
-            require(
-                topk is None or topk >= 1, ConfigError, f"topk={topk} was given; expected at least 1, or None for all."
-            )
+        check_projections(dim, qk_dim, num_heads, scale, side_dwconv)
+        check_routing(soft_routing, diff_routing, param_routing)
+        check_windows(pad, kv_pool, self.in_place, weighed=soft_routing or attn_drop > 0)
+        self.window_h, self.window_w = window_sides(n_win, window_size, topk)
         self.dim, self.qk_dim, self.num_heads, self.n_win = dim, qk_dim, num_heads, n_win
-        self.window_h, self.window_w = window
         self.topk = 0 if topk is None else topk
         self.scale = qk_dim**-0.5 if scale == "dim" else (qk_dim // num_heads) ** -0.5
         self.pad, self.kv_pool, self.backend = pad, kv_pool, "auto" if self.in_place else backend
