@@ -55,6 +55,11 @@ def main() -> int:
         errors[name] = {
             kernel: relative(block_sparse(q, k, v, plan, backend=kernel), want) for kernel in ("triton", "triton_int8")
         }
+        if plan.n_text:
+            words = torch.arange(plan.n_text).expand(len(q), -1) != 1
+            for kernel in ("triton", "triton_int8"):
+                out, want = (block_sparse(q, k, v, plan, words=words, backend=x) for x in (kernel, "reference"))
+                errors[f"{name}, padded"] = errors.get(f"{name}, padded", {}) | {kernel: relative(out, want.double())}
         if name == "reordered":
             low = [x.half() for x in (q, k, v)]
             want = masked_dense(*low, plan, plan.span(n))
@@ -62,6 +67,8 @@ def main() -> int:
     found["errors"] = errors
     plan = BlockPlan.from_mask(torch.eye(4, dtype=torch.bool)[None].expand(2, 4, 4).contiguous(), 16, n_image=60)
     q, k, v = qkv(2, 60)
+    signed = [block_sparse(q, k, v, plan, scale=s, backend=x) for s in (-0.3, 0.0) for x in ("triton", "reference")]
+    found["any scale"] = max(relative(signed[i], signed[i + 1].double()) for i in (0, 2))
     for x in (k, v):
         x[:, :, 16:32] = torch.nan
     rows = torch.cat([torch.arange(16), torch.arange(32, 60)])
@@ -88,7 +95,7 @@ def main() -> int:
     plan = cases()["one block a row"]
     smooth = block_sparse(q, uneven, v, plan, backend="triton_int8")
     found["smoothing"] = relative(smooth, masked_dense(q, uneven, v, plan, plan.span(48)))
-    q8, scales, k8, k_scales = triton.quantised(q, uneven, plan, slice(0, 48))
+    q8, scales, k8, k_scales = triton.quantised(q, uneven, plan, 0, slice(0, 48))
     found["int8"] = [str(q8.dtype), list(scales.shape), str(k8.dtype), list(k_scales.shape)]
     json.dump(found, sys.stdout)
     return 0

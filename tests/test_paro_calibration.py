@@ -164,7 +164,7 @@ def test_queries_and_keys_of_8_bits_are_near_enough(videolike: ModuleType) -> No
     k = k + 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))  # channels of uneven size, as in models
     nq = -(-q.shape[2] // 64)
     plan = BlockPlan.from_mask(torch.ones(q.shape[1], nq, nq, dtype=torch.bool), 64, grid=GRID)
-    q8, q_scales, k8, k_scales = quantised(q, k, plan, slice(0, q.shape[2]))
+    q8, q_scales, k8, k_scales = quantised(q, k, plan, 0, slice(0, q.shape[2]))
     q_back, k_back = (
         x.double() * s.repeat_interleave(-(-x.shape[2] // s.shape[2]), 2)[:, :, : x.shape[2], None]
         for x, s in ((q8, q_scales), (k8, k_scales))

@@ -63,20 +63,27 @@ def test_flex_is_the_masked_map(n: int, bq: int, bk: int, text: int, first: bool
 def test_flex_lists_are_the_plan(n: int, bq: int, bk: int, text: int, first: bool) -> None:
     """A compiled kernel reads the lists alone and asks the mask in partial blocks only."""
     plan = random_plan(3, n, bq, bk, n_text=text, text_first=first)
-    mask, gap = flex.block_mask(plan, 0, text, CPU)
+    shown = torch.ones(1, text, dtype=torch.bool)
+    mask = flex.block_mask(plan, 0, shown)
     assert (bq, bk) == mask.BLOCK_SIZE
-    assert mask.seq_lengths == (n, n + gap + text)
+    gap, fill = flex._gaps(plan, text)
+    assert mask.seq_lengths == (n, n + gap + text + fill)
     assert (n + gap) % bk == 0 or not text
+    assert (text + fill) % 128 == 0
     nk = plan.keep.shape[-1]
-    blocks = mask.to_dense()[0].bool()
+    blocks = flex.block_mask(plan, 0, shown, backward=True).to_dense()[0].bool()
     assert torch.equal(blocks[..., :nk], plan.keep[0])
     assert blocks[..., nk:].all()
-    # Only the image's last block is partial, and only where something follows it.
+    # Of the image's blocks only the last one is partial, and only where something follows it.
     partial = mask.kv_num_blocks[0]
-    assert torch.equal(partial, (plan.keep[0, :, :, -1] & bool(gap)).int())
-    for h, row in partial.nonzero().tolist():
+    kept = plan.keep[0, :, :, -1] & bool(gap)
+    assert torch.equal(partial, kept.int() + blocks.shape[-1] - nk)
+    for h, row in kept.nonzero().tolist():
         assert mask.kv_indices[0, h, row, 0] == nk - 1
-    assert flex.block_mask(plan, 0, text, CPU)[0] is mask
+    # The lists are made once, and those of the backward pass only where it is asked for.
+    assert flex.block_mask(plan, 0, shown).full_kv_indices is mask.full_kv_indices
+    assert mask.q_indices is None
+    assert flex.block_mask(plan, 0, shown, backward=True).q_indices is not None
     assert (flex.tile(96), flex.tile(64), flex.tile(256), flex.tile(48)) == (32, 64, 128, 16)
 
 
@@ -101,13 +108,14 @@ def test_flex_compiled_reads_the_lists_alone(monkeypatch: pytest.MonkeyPatch) ->
     counters.clear()
 
     def everything(*given: Any) -> Any:
-        return lambda b, h, row, column: column >= given[1] - given[1]
+        return lambda b, h, row, column: column >= 0
 
-    monkeypatch.setattr(flex, "_allowed", everything)
+    monkeypatch.setattr(flex, "_kept", everything)
+    none = torch.ones(1, 0, dtype=torch.bool)
     q, k, v = qkv(2, 200)
     for seed in (0, 1, 2):
         plan = random_plan(2, 200, 64, 64, seed=seed)
-        mask, _ = flex.block_mask(plan, 0, 0, CPU)
+        mask = flex.block_mask(plan, 0, none)
         with torch.inference_mode():
             out = flex.compiled()(q, k, v, block_mask=mask)
         assert relative(out, masked_dense(q, k, v, plan, slice(0, 200))) <= 1e-5
@@ -115,7 +123,7 @@ def test_flex_compiled_reads_the_lists_alone(monkeypatch: pytest.MonkeyPatch) ->
     for x in (k, v):
         x[:, :, 64:128] = torch.nan
     with torch.inference_mode():
-        out = flex.compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, 0, CPU)[0])
+        out = flex.compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, none))
     assert torch.cat([out[:, :, :64], out[:, :, 128:]], 2).isfinite().all()
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -175,7 +183,8 @@ def interpreted() -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(here)}
+    path = os.pathsep.join([str(here), str(Path(attnctl.__file__).parents[1])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, str(here / "interpreted_triton.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -186,7 +195,7 @@ def interpreted() -> dict[str, Any]:
 def test_triton_is_the_masked_map(interpreted: dict[str, Any]) -> None:
     limits = {"triton": 1e-5, "triton_int8": 2.5e-2, "float16": 2e-3}
     assert interpreted["probe"] == {"triton": "", "triton_int8": ""}
-    assert len(interpreted["errors"]) == 7
+    assert len(interpreted["errors"]) == 7 + 4  # those with text again, with padding among it
     for case, errors in interpreted["errors"].items():
         for kernel, error in errors.items():
             assert error <= limits[kernel], (case, kernel, error)
@@ -195,6 +204,7 @@ def test_triton_is_the_masked_map(interpreted: dict[str, Any]) -> None:
 def test_triton_with_odd_numbers(interpreted: dict[str, Any]) -> None:
     assert interpreted["nan stays out"]
     assert interpreted["large logits"]
+    assert interpreted["any scale"] <= 1e-5
     assert interpreted["zeros"] == 0
     assert interpreted["smoothing"] <= 2.5e-2
     assert interpreted["int8"] == ["torch.int8", [1, 2, 3], "torch.int8", [1, 2, 3]]
@@ -273,11 +283,14 @@ def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_refusal", lambda name, *call: "" if name != "flex" else "no compiler")
 
     class OnCuda:
-        device = torch.device("cuda")
+        device, dtype, shape = torch.device("cuda"), q.dtype, q.shape
 
     assert choose_sparse(OnCuda(), k, v, plan) == "triton"  # type: ignore[arg-type]
     monkeypatch.setattr(sparse, "_refusal", lambda name, *call: "" if name.startswith("triton_") else "no")
-    assert choose_sparse(OnCuda(), k, v, plan) == "gather"  # type: ignore[arg-type]
+    monkeypatch.setattr(sparse, "_WARNED", set())
+    with pytest.warns(UserWarning, match=r"attention under a plan is dense \(flex: no; triton: no\)") as seen:
+        assert [choose_sparse(OnCuda(), k, v, plan) for _ in range(3)] == ["dense"] * 3  # type: ignore[arg-type]
+    assert len(seen) == 1
     with pytest.raises(BackendError, match="Kernels that can: 'triton_int8'"):
         choose_sparse(q, k, v, plan, "flex")
 

@@ -54,23 +54,12 @@ def order_ids(orders: Sequence[int | str], heads: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=256)
-def permutation(grid: tuple[int, int, int], order: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the tokens of a grid in an order, int64 [F H W]: new token i is old token permutation[i]."""
+@lru_cache(maxsize=64)
+def permutation(grid: tuple[int, int, int], order: int) -> Tensor:
+    """Return the tokens of a grid in an order, int64 [F H W] on the CPU: new token i is old token permutation[i]."""
     n = grid[0] * grid[1] * grid[2]
     with torch.inference_mode(False):  # it is kept: a later call may differentiate
-        return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1).to(device)
-
-
-@lru_cache(maxsize=256)
-def _flat(grid: tuple[int, int, int], orders: tuple[int, ...], inverse: bool, device: torch.device) -> Tensor:
-    """Return row numbers in a [H N, D] view that reorder every head, int64 [H N]."""
-    n = grid[0] * grid[1] * grid[2]
-    with torch.inference_mode(False):  # it is kept: a later call may differentiate
-        rows = [permutation(grid, o) for o in orders]
-        if inverse:
-            rows = [r.argsort() for r in rows]
-        return torch.cat([r + h * n for h, r in enumerate(rows)]).to(device)
+        return torch.arange(n).reshape(grid).permute(ORDERS[_NAMES[order]]).reshape(-1)
 
 
 def permute_heads(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...]) -> Tensor:
@@ -78,7 +67,7 @@ def permute_heads(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...]
 
     Shapes: x [B, H, F H W, D] -> the same.
     """
-    return _reorder(x, grid, orders, inverse=False)
+    return _reorder(x, [permutation(grid, o) for o in orders]) if any(orders) else x
 
 
 def restore_heads(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...]) -> Tensor:
@@ -86,14 +75,10 @@ def restore_heads(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...]
 
     Shapes: x [B, H, F H W, D] -> the same.
     """
-    return _reorder(x, grid, orders, inverse=True)
+    return _reorder(x, [permutation(grid, o).argsort() for o in orders]) if any(orders) else x
 
 
-def _reorder(x: Tensor, grid: tuple[int, int, int], orders: tuple[int, ...], *, inverse: bool) -> Tensor:
-    if not any(orders):
-        return x
-    b, h, n, d = x.shape
-    rows = _flat(grid, orders, inverse, x.device)
-    if b == 1:
-        return x.reshape(h * n, d).index_select(0, rows).reshape(b, h, n, d)
-    return x.reshape(b, h * n, d).index_select(1, rows).reshape(b, h, n, d)
+def _reorder(x: Tensor, rows: list[Tensor]) -> Tensor:
+    n = x.shape[2]
+    index = torch.cat([r + h * n for h, r in enumerate(rows)]).to(x.device)
+    return x.flatten(1, 2).index_select(1, index).view(x.shape)

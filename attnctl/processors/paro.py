@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
 from attnctl.plans import BlockPlan, ModelPlan
 
 __all__ = ["PARO"]
+
+_MASKS = 1024  # whose verdicts are remembered: one or two for each site of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +115,19 @@ class PARO(Control):
         return super().in_window(state) and state.step >= self.dense_steps
 
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
-        plans = {site.name: self._plan_of(site) for site in sites}
-        told: set[str] = set()
+        plans = _copies({site.name: self._plan_of(site) for site in sites})
+        masks = _TextMasks()
+        warned: set[str] = set()
 
         def sparse(call: AttnCall, proceed: Proceed) -> Tensor:
             plan = plans[call.site.name]
             if call.q.shape[2] != call.k.shape[2]:
                 return proceed(call)  # a perturbation that computes the text rows alone, which are dense anyway
             image = call.image or slice(0, call.q.shape[2])
-            why = _refusal(plan, call, image)
+            why = _refusal(plan, call, image, masks)
             if why:
-                if why not in told:
-                    told.add(why)
+                if why not in warned:
+                    warned.add(why)
                     warnings.warn(f"attnctl: PARO leaves attention dense: {why}.", stacklevel=2)
                 return proceed(call)
             group = 0 if plan.groups == 1 else plan.group_at(call.state.step, call.state.steps or 1)
@@ -132,20 +136,70 @@ class PARO(Control):
         return sparse
 
 
-def _refusal(plan: BlockPlan, call: AttnCall, image: slice) -> str:
-    """Say why a call cannot follow its plan, or return ""."""
+def _copies(plans: Mapping[str, BlockPlan]) -> dict[str, BlockPlan]:
+    """Return plans of this attachment's own, one for all sites whose plans are equal.
+
+    Kernels store their lists with a plan: those of these copies are shared, and go when the control is detached.
+    """
+    made: dict[Hashable, list[tuple[BlockPlan, BlockPlan]]] = {}
+    copies = {}
+    for site, plan in plans.items():
+        facts = plan.block_q, plan.block_k, plan.order, plan.grid, plan.n_image, plan.n_text, plan.text_first
+        alike = made.setdefault((*facts, plan.keep.shape, int(plan.keep.sum())), [])
+        copy = next((c for other, c in alike if other is plan or torch.equal(other.keep, plan.keep)), None)
+        if copy is None:
+            copy = replace(plan)
+            alike.append((plan, copy))
+        copies[site] = copy
+    return copies
+
+
+class _TextMasks:
+    """Which masks leave out nothing but text keys.
+
+    Reading that off a mask waits for the device. Hosts make their masks anew in every call from the masks that the
+    pipeline passes to the denoiser, which are the same tensors in every step: what was read holds as long as they do.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], slice, bool] | None = None
+        self._by_site: dict[Hashable, tuple[list[weakref.ref[Tensor]], bool]] = {}
+
+    def text_only(self, call: AttnCall, image: slice) -> bool:
+        """Return whether a call's mask, if it has one, leaves every image token to every query."""
+        mask = call.mask
+        if mask is None:
+            return True
+        if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
+            return False
+        given = [x for name, x in call.state.bound.items() if "mask" in name and isinstance(x, Tensor)]
+        key = call.site.name, mask.shape, image.start, image.stop, tuple((id(x), _version(x)) for x in given)
+        refs, verdict = self._by_site.get(key, ([], False))
+        if not refs or any(ref() is not x for ref, x in zip(refs, given, strict=True)):
+            verdict = self._read(mask, image)
+            if len(self._by_site) > _MASKS:
+                self._by_site.clear()
+            self._by_site[key] = [weakref.ref(x) for x in given], verdict
+        return verdict
+
+    def _read(self, mask: Tensor, image: slice) -> bool:
+        """Read the verdict off a mask, which the sites of one denoiser call share."""
+        if self._last is None or self._last[0]() is not mask or self._last[1] != image:
+            self._last = weakref.ref(mask), image, bool(mask[..., image].all())
+        return self._last[2]
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _refusal(plan: BlockPlan, call: AttnCall, image: slice, masks: _TextMasks) -> str:
+    """Return why a call cannot follow its plan, or ""."""
     n = image.stop - image.start
     if plan.n_image not in (None, n) or (plan.grid is not None and call.grid not in (None, plan.grid)):
         was = f"a grid of {plan.grid}" if plan.grid is not None else f"{plan.n_image} image tokens"
         return f"the plan was made for {was}, this run has {call.grid or n}"
-    if call.mask is not None and not _text_only(call.mask, image):
-        return "a mask covers image tokens"
-    return ""
-
-
-def _text_only(mask: Tensor, image: slice) -> bool:
-    """Tell whether a mask leaves out nothing but text keys."""
-    return mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and bool(mask[..., image].all())
+    return "" if masks.text_only(call, image) else "a mask covers image tokens"
 
 
 def _kernel(
@@ -162,30 +216,10 @@ def _kernel(
 ) -> Tensor:
     """Compute what the plan keeps; calls that another control has cut or masked are computed as they are."""
     n = call.q.shape[2]
-    if q.shape[1:3] != (plan.heads, n) or k.shape[2] != n:
+    if q.shape[1:3] != (plan.heads, n) or k.shape[2] != n or (mask is not None and mask is not call.mask):
         return call.kernel(q, k, v, mask=mask, scale=scale)
-    if mask is None:
-        return block_sparse(q, k, v, plan, group=group, image=image, scale=scale, backend=kernel)
-    if mask is not call.mask:
-        return call.kernel(q, k, v, mask=mask, scale=scale)
-    # Padding of the text: each prompt has words of its own, and the rest is not looked at.
-    parts: list[Any] = []
-    for b in range(q.shape[0]):
-        words = mask[b if mask.shape[0] > 1 else 0, 0, 0]
-        rows = [x[b : b + 1] for x in (q, k, v)]
-        parts.append(_without(rows, words, plan, group, image, scale, kernel))
-    return torch.cat(parts)
-
-
-def _without(
-    rows: list[Tensor], words: Tensor, plan: BlockPlan, group: int, image: slice, scale: float | None, kernel: str
-) -> Tensor:
-    """Compute one sample without the keys that its mask leaves out; padded queries get an output all the same."""
-    keys = words.nonzero()[:, 0]
-    first = int(words[: image.start].sum())
-    q, k, v = rows
-    kept = slice(first, first + image.stop - image.start)
-    q_kept, k_kept, v_kept = (x.index_select(2, keys) for x in (q, k, v))
-    sparse = block_sparse(q_kept, k_kept, v_kept, plan, group=group, image=kept, scale=scale, backend=kernel)
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    return out.index_copy(2, keys, sparse)
+    words = None
+    if mask is not None:  # padding of the text: each prompt has words of its own, and the rest is left out
+        shown = mask[:, 0, 0].expand(-1, n)
+        words = shown[:, : image.start] if image.start else shown[:, image.stop :]
+    return block_sparse(q, k, v, plan, group=group, image=image, scale=scale, words=words, backend=kernel)

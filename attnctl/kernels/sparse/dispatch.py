@@ -1,24 +1,28 @@
 """Block-sparse attention: one function for all of its kernels.
 
-Every kernel gets the image tokens of each head in that head's own order; the text is dense in both directions. The
-softmax runs over the kept keys alone, so it sums to one. "PAROAttention", arXiv 2506.16054.
+Every kernel gets the image tokens of each head in that head's own order; the text is dense in both directions, but for
+padding that a mask leaves out. The softmax runs over the kept keys alone, so it sums to one. "PAROAttention", arXiv
+2506.16054.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import warnings
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.errors import BackendError, PlanError, nearest
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import chunk_rows, repeat_heads, wide_dtype
 from attnctl.kernels.sparse import flex, gather, triton, xformers_blocks
+from attnctl.kernels.sparse.lists import lay_out, put_back
+from attnctl.kernels.timing import fastest, size_class
 from attnctl.plans.blocks import BlockPlan
-from attnctl.plans.orders import permute_heads, restore_heads
 
 __all__ = [
     "SPARSE",
@@ -31,9 +35,10 @@ __all__ = [
     "sparse_backends",
 ]
 
-Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None], Tensor]
-"""q [B, H, N, D], k [B, Hk, N, D], v [B, Hk, N, Dv], plan, step group, image tokens, scale -> image rows [B, H, n, Dv],
-all in the model's own order."""
+Call = tuple[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None, Tensor | None]
+Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None, Tensor | None], Tensor]
+"""q [B, H, N, D], k [B, Hk, N, D], v [B, Hk, N, Dv], plan, step group, image tokens, scale, text keys to attend to
+(bool [B or 1, T], None for all) -> image rows [B, H, n, Dv], all in the model's own order."""
 
 
 class Sparse(NamedTuple):
@@ -53,38 +58,79 @@ def reference(
     plan: BlockPlan,
     group: int,
     scale: float | None,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Compute the image rows with an explicit masked softmax, in float32 or wider: what the kernels are held against.
 
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D] -> [B, H, N, Dv].
+    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D]; words, bool
+    [B or 1, T] -> [B, H, N, Dv].
     """
     heads, n, wide = q.shape[1], q.shape[2], wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys = repeat_heads(torch.cat([k_text, k], 2), heads).to(wide).transpose(-2, -1)
     values = repeat_heads(torch.cat([v_text, v], 2), heads).to(wide)
     keep = plan.keep[group].to(q.device).repeat_interleave(plan.block_k, -1)[..., :n]
-    keep = torch.nn.functional.pad(keep, (k_text.shape[2], 0), value=True)
+    keep = F.pad(keep, (k_text.shape[2], 0), value=True)
+    shown = F.pad(q.new_ones((1, k_text.shape[2]), dtype=torch.bool) if words is None else words, (0, n), value=True)
     parts = []
     step = chunk_rows(q.shape[0], heads, keys.shape[-1])
     for first in range(0, n, step):
         rows = torch.arange(first, min(first + step, n), device=q.device)
         logits = (q[..., rows, :].to(wide) * scale) @ keys
-        parts.append(logits.masked_fill(~keep[:, rows // plan.block_q], -torch.inf).softmax(-1) @ values)
+        kept = keep[:, rows // plan.block_q] & shown[:, None, None]
+        parts.append(logits.masked_fill(~kept, -torch.inf).softmax(-1) @ values)
     return torch.cat(parts, 2).to(v.dtype)
 
 
 def _laid_out(kernel: Callable[..., Tensor]) -> Run:
     """Wrap a kernel that wants every head's image tokens in that head's order, and the text beside them."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: slice, scale: float | None) -> Tensor:
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        group: int,
+        image: slice,
+        scale: float | None,
+        words: Tensor | None = None,
+    ) -> Tensor:
         text = slice(0, image.start) if image.start else slice(image.stop, q.shape[2])
         parts = [x[:, :, image] for x in (q, k, v)]
         if plan.grid is not None and any(plan.order):
             # Grouped heads share keys, but not orders.
-            parts = [permute_heads(repeat_heads(x, plan.heads), plan.grid, plan.order) for x in parts]
-        words = [repeat_heads(x[:, :, text], parts[1].shape[1]) for x in (k, v)]
-        rows = kernel(*parts, *words, plan, group, scale)
-        return rows if plan.grid is None else restore_heads(rows, plan.grid, plan.order)
+            parts = [lay_out(repeat_heads(x, plan.heads), plan, group) for x in parts]
+        texts = [repeat_heads(x[:, :, text], parts[1].shape[1]) for x in (k, v)]
+        return put_back(kernel(*parts, *texts, plan, group, scale, words), plan, group)
+
+    return run
+
+
+def _without_padding(kernel: Run) -> Run:
+    """Wrap a kernel that knows no words: each sample is computed alone, without the text keys that are left out."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        group: int,
+        image: slice,
+        scale: float | None,
+        words: Tensor | None = None,
+    ) -> Tensor:
+        if words is None:
+            return kernel(q, k, v, plan, group, image, scale, None)
+        n, rows = image.stop - image.start, []
+        for b, shown in enumerate(words.expand(len(q), -1)):
+            at = shown.nonzero()[:, 0]
+            at = at if image.start else at + n
+            here = slice(len(at), len(at) + n) if image.start else slice(0, n)
+            order = torch.arange(image.start, image.stop, device=q.device)
+            tokens = torch.cat([at, order] if image.start else [order, at])
+            sq, sk, sv = (x[b : b + 1].index_select(2, tokens) for x in (q, k, v))
+            rows.append(kernel(sq, sk, sv, plan, group, here, scale, None))
+        return torch.cat(rows)
 
     return run
 
@@ -102,12 +148,16 @@ SPARSE: dict[str, Sparse] = {
     "flex": Sparse(_laid_out(flex.run), flex.missing, flex.declines),
     "triton": Sparse(triton.run, triton.missing, triton.declines),
     "triton_int8": Sparse(triton.run_int8, triton.missing, triton.declines),
-    "xformers": Sparse(_laid_out(xformers_blocks.run), xformers_blocks.missing, xformers_blocks.declines),
+    "xformers": Sparse(
+        _without_padding(_laid_out(xformers_blocks.run)), xformers_blocks.missing, xformers_blocks.declines
+    ),
     "reference": Sparse(_laid_out(reference), _anywhere, _any_call),
 }
 """Kernels by name; `auto` never takes one that rounds to 8 bits."""
 
-_FIRST_ON_CUDA = ("flex", "triton")
+_ON_CUDA = ("flex", "triton")
+_FAILED: dict[Hashable, str] = {}  # kernels that raised in a real call, and why: they are not tried there again
+_WARNED: set[str] = set()
 
 
 def block_sparse(
@@ -119,6 +169,7 @@ def block_sparse(
     group: int = 0,
     image: slice | None = None,
     scale: float | None = None,
+    words: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compute attention over the blocks that a plan keeps, renormalised; text rows and columns are dense.
@@ -131,6 +182,7 @@ def block_sparse(
         group: Part of the run.
         image: Where the image tokens lie; None for where the plan says.
         scale: Factor on q k^T, 1 / sqrt(D) if None.
+        words: Text keys to attend to, bool [B or 1, T]; None for all.
         backend: A name of `SPARSE`, or "auto" for `choose_sparse`'s choice.
 
     Returns:
@@ -148,20 +200,55 @@ def block_sparse(
         raise PlanError(f"Step group {group} was asked for; the plan has {plan.groups}.")
     n = q.shape[2]
     image = plan.span(n) if image is None else image
-    plan = plan.sized(image.stop - image.start)
-    rows = SPARSE[choose_sparse(q, k, v, plan, backend)].run(q, k, v, plan, group, image, scale)
     text = slice(0, image.start) if image.start else slice(image.stop, n)
+    plan = plan.sized(image.stop - image.start)
+    rows = _image_rows((q, k, v, plan, group, image, scale, words), backend)
+    shown = (
+        None if words is None else F.pad(words, (0, n - words.shape[1]) if image.start else (image.stop, 0), value=True)
+    )
+    mask = None if shown is None else shown[:, None, None]
+    if rows is None:
+        return sdpa.run(q, k, v, mask, scale)
     if text.stop == text.start:
         return rows
-    words = sdpa.run(q[:, :, text], k, v, None, scale)
-    return torch.cat([words, rows] if image.start else [rows, words], 2)
+    texts = sdpa.run(q[:, :, text], k, v, mask, scale)
+    return torch.cat([texts, rows] if image.start else [rows, texts], 2)
 
 
-def choose_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, backend: str = "auto") -> str:
-    """Return the name of the kernel that `block_sparse` takes for this call.
+def _image_rows(call: Call, backend: str) -> Tensor | None:
+    """Compute the image rows by the chosen kernel, or return None where all of the attention is to be dense."""
+    q, k, v, plan, group, image = call[:6]
+    while True:
+        name = choose_sparse(q, k, v, plan, backend, group=group, image=image)
+        if name == "dense":
+            return None
+        try:
+            return SPARSE[name].run(*call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # kernels raise whatever they like: too many shapes, too little shared memory
+            if backend != "auto" or name == "gather":
+                raise
+            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            _FAILED[name, *_kind(q, k)] = why
+            _warn_once(name, f"the block-sparse kernel {name!r} failed on {q.device} ({why}): the next one is taken")
 
-    On CUDA `auto` is the first of flex and Triton that a probe shows to run and to be right, elsewhere gather; nothing
-    is probed while torch.compile traces.
+
+def choose_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    backend: str = "auto",
+    *,
+    group: int = 0,
+    image: slice | None = None,
+) -> str:
+    """Return the name of the kernel that `block_sparse` takes for this call, or "dense".
+
+    On CUDA `auto` is the faster of flex and Triton, timed on the first call of its kind, among those that a probe shows
+    to run and to be right. Where neither runs, and while torch.compile traces, it is "dense", which is far faster there
+    than gather and which one warning reports. Elsewhere it is gather.
 
     Raises:
         BackendError: An unknown name, or a kernel that cannot run this call.
@@ -169,8 +256,21 @@ def choose_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, backend: str
     check_sparse(backend)
     tracing = torch.compiler.is_compiling()
     if backend == "auto":
-        able = () if tracing or q.device.type != "cuda" else _FIRST_ON_CUDA
-        return next((name for name in able if not _refusal(name, q, k, v, plan)), "gather")
+        if q.device.type != "cuda":
+            return "gather"
+        if tracing:
+            return _dense("torch.compile is tracing, and a kernel cannot be tried meanwhile")
+        able = [name for name in _ON_CUDA if not _refusal(name, q, k, v, plan) and (name, *_kind(q, k)) not in _FAILED]
+        if not able:
+            failed = {n: _FAILED.get((n, *_kind(q, k))) for n in _ON_CUDA}
+            reasons = (f"{n}: {why or _refusal(n, q, k, v, plan)}" for n, why in failed.items())
+            return _dense("; ".join(reasons))
+        image = plan.span(q.shape[2]) if image is None else image
+        sized = plan.sized(image.stop - image.start)
+        calls = {n: partial(SPARSE[n].run, q, k, v, sized, group, image, None, None) for n in able}
+        b, heads, tokens, width = q.shape
+        kind = "sparse", q.device, q.dtype, b, heads, width, size_class(tokens), plan.block_q, plan.block_k, *able
+        return fastest(kind, calls, q.device)
     reason = SPARSE[backend].declines(q, k, v, plan) if tracing else _refusal(backend, q, k, v, plan)
     if reason:
         others = [name for name in SPARSE if not tracing and not _refusal(name, q, k, v, plan)]
@@ -181,49 +281,84 @@ def choose_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, backend: str
     return backend
 
 
+@torch.compiler.assume_constant_result
+def _dense(reason: str) -> str:
+    _warn_once("dense", f"no block-sparse kernel runs here, so attention under a plan is dense ({reason})")
+    return "dense"
+
+
+def _warn_once(subject: str, message: str) -> None:
+    if subject not in _WARNED:
+        _WARNED.add(subject)
+        warnings.warn(f"attnctl: {message}.", stacklevel=4)
+
+
+def _kind(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
+    """Return what a failure of a kernel holds for: a device, a dtype and shapes."""
+    return q.device, q.dtype, q.shape, k.shape[1]
+
+
 def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
     kernel = SPARSE[name]
     reason = kernel.missing(q.device.type) or kernel.declines(q, k, v, plan)
-    # What runs anywhere is torch itself, and needs no trial.
-    return reason or ("" if kernel.missing is _anywhere else probe_sparse(name, q.device.type, q.dtype, q.shape[-1]))
+    if reason or kernel.missing is _anywhere:  # what runs anywhere is torch itself, and needs no trial
+        return reason
+    return probe_sparse(name, str(q.device), q.dtype, q.shape[-1], plan.block_q, plan.block_k)
 
 
 def sparse_backends(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, str]:
-    """Say for every block-sparse kernel why it cannot run on a device type; "" where it runs.
+    """Return for every block-sparse kernel why it cannot run on a device; "" where it runs.
 
-    On CUDA each is tried on a tiny call; elsewhere nothing is, since flex takes seconds to start and Triton cannot.
+    On CUDA each is tried on a small call; elsewhere nothing is, since flex takes seconds to start and Triton cannot.
     """
-    if device_type != "cuda":
-        return {name: kernel.missing(device_type) for name, kernel in SPARSE.items()}
+    kind = torch.device(device_type).type
+    if kind != "cuda":
+        return {name: kernel.missing(kind) for name, kernel in SPARSE.items()}
     return {name: probe_sparse(name, device_type, dtype, head_dim) for name in SPARSE}
 
 
 @cache
-def probe_sparse(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Run a kernel once on a tiny plan, compare it with the reference, and keep the verdict.
+def probe_sparse(
+    name: str, device_type: str, dtype: torch.dtype, head_dim: int, block_q: int = 64, block_k: int = 64
+) -> str:
+    """Run a kernel once on a small plan of real blocks, compare it with the reference, and remember the verdict.
 
-    Returns "" if it works, else the reason. A kernel that runs and returns wrong numbers does not work.
+    There are more than 128 queries: for fewer, flex compiles another kernel.
+
+    Args:
+        name: A name of `SPARSE`.
+        device_type: A device, with its number where there are several.
+        dtype: Of queries, keys and values.
+        head_dim: Channels of a head.
+        block_q: Tokens in a block of queries.
+        block_k: Tokens in a block of keys.
+
+    Returns:
+        "" if it works, else the reason. A kernel that runs and returns wrong numbers does not work.
     """
     kernel = SPARSE[name]
-    reason = kernel.missing(device_type)
+    reason = kernel.missing(torch.device(device_type).type)
     if reason:
         return reason
     try:
         with torch.inference_mode():
-            keep = torch.tensor([[[True, False, True], [False, True, False], [True, True, False]]])
-            plan = BlockPlan.from_mask(keep.expand(2, 3, 3).contiguous(), 16, ["FHW", "WHF"], 3, grid=(2, 4, 5))
+            width = -(-max(block_q, block_k, 64) // 2)  # two and a half blocks, so that the last one is partial
+            n = 5 * width
+            rows, columns = torch.arange(-(-n // block_q))[:, None], torch.arange(-(-n // block_k))
+            keep = ((rows + columns) % 2 == 0).expand(2, -1, -1).contiguous()
+            plan = BlockPlan.from_mask(keep, block_k, ["FHW", "WHF"], 3, block_q=block_q, grid=(1, 5, width))
             # sin(0, 1, 2, ...) rather than random numbers: the caller's generators stay untouched.
-            x = torch.arange(3 * 2 * 43 * head_dim, device=device_type, dtype=torch.float32).sin().to(dtype)
-            q, k, v = x.reshape(3, 1, 2, 43, head_dim).unbind(0)
-            call = (q, k, v, plan, 0, slice(3, 43), None)
+            x = torch.arange(3 * 2 * (n + 3) * head_dim, device=device_type, dtype=torch.float32).sin().to(dtype)
+            q, k, v = x.reshape(3, 1, 2, n + 3, head_dim).unbind(0)
+            call: Call = (q, k, v, plan, 0, slice(3, n + 3), None, None)
             reason = kernel.declines(q, k, v, plan)
             if not reason:
                 error = (kernel.run(*call).double() - SPARSE["reference"].run(*call).double()).abs().max()
                 if not error <= 5e-2:
-                    reason = f"its result on a tiny call is {float(error):.1e} away from the reference"
+                    reason = f"its result on a small call is {float(error):.1e} away from the reference"
     except Exception as error:  # kernels raise whatever they like: missing compilers, unsupported chips
         lines = str(error).strip().splitlines() or [""]
-        return f"a tiny call failed with {type(error).__name__}: {lines[0]}"
+        return f"a small call failed with {type(error).__name__}: {lines[0]}"
     return reason
 
 

@@ -1,34 +1,30 @@
 """Block-sparse attention by torch's flex_attention ("Flex Attention", arXiv 2412.05496), on CUDA and on CPU.
 
-Whole blocks go into the list that no mask function runs on; only a partial block before the text is masked element by
-element. On CUDA the kernel is compiled, once for every shape. On a CPU it runs uncompiled, which builds the whole map
-and is there to check the mask alone.
+Whole blocks go into the list that no mask function runs on; the image's last block, where it is partial, and the text
+are masked element by element. On CUDA the kernel is compiled, once for every shape: text is filled up to a multiple of
+128 keys, and which of them are words is a tensor, so that prompts of any length share a few programs. On a CPU it runs
+uncompiled, which builds the whole map and is there to check the mask alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels.checks import repeat_heads
+from attnctl.kernels.sparse.lists import derived
 from attnctl.plans.blocks import BlockPlan
 
 __all__ = ["block_mask", "compiled", "declines", "eager", "missing", "run", "tile"]
 
 _LEAST = 16
 _TALLEST = 128
-
-
-class _Mask(NamedTuple):
-    """A torch BlockMask and the tokens that stand between the image's keys and the text's, to fill the last block."""
-
-    mask: Any
-    gap: int
+_TEXT_STEP = 128
 
 
 def missing(device_type: str) -> str:
@@ -61,79 +57,108 @@ def run(
     plan: BlockPlan,
     group: int,
     scale: float | None,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Compute the image rows of block-sparse attention.
 
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D] -> [B, H, N, Dv].
+    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D]; words, the text
+    keys to attend to, bool [B or 1, T] -> [B, H, N, Dv].
     """
-    heads = q.shape[1]
-    mask, gap = block_mask(plan, group, k_text.shape[2], q.device)
+    batch, heads = q.shape[:2]
+    text = k_text.shape[2]
+    gap, fill = _gaps(plan, text)
+    words = q.new_ones((1, text), dtype=torch.bool) if words is None else words
+    asked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    mask = block_mask(plan, group, words.expand(batch, -1), backward=asked)
     keys, values = (
-        torch.cat([F.pad(repeat_heads(x, heads), (0, 0, 0, gap)), repeat_heads(text, heads)], 2)
-        for x, text in ((k, k_text), (v, v_text))
+        torch.cat([F.pad(repeat_heads(x, heads), (0, 0, 0, gap)), F.pad(repeat_heads(t, heads), (0, 0, 0, fill))], 2)
+        for x, t in ((k, k_text), (v, v_text))
     )
     if q.device.type == "cpu":
         return eager()(q, keys, values, block_mask=mask, scale=scale)
     # Tiles must divide the plan's blocks; torch's own choice of them does not look at these.
     tiles = {"BLOCK_M": tile(plan.block_q), "BLOCK_N": tile(plan.block_k)}
-    return compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
+    with torch.cuda.device(q.device):
+        return compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
 
 
-def block_mask(plan: BlockPlan, group: int, text: int, device: torch.device) -> _Mask:
-    """Return a plan's lists as torch's BlockMask, kept with the plan: image keys, a gap, then text keys.
+def _gaps(plan: BlockPlan, text: int) -> tuple[int, int]:
+    """Return how many keys fill up the image's last block, and how many the text."""
+    assert plan.n_image is not None
+    if not text:
+        return 0, 0
+    step = plan.block_k * -(-_TEXT_STEP // plan.block_k)
+    return -plan.n_image % plan.block_k, -text % step
+
+
+def block_mask(plan: BlockPlan, group: int, words: Tensor, *, backward: bool = False) -> Any:
+    """Return a plan's lists as torch's BlockMask over image keys, a gap, text keys and what fills them up.
 
     Args:
         plan: Blocks of the image.
         group: Part of the run.
-        text: Number of text keys; every query attends to them.
-        device: Where the lists lie.
+        words: Text keys to attend to, bool [B, T].
+        backward: Whether to make the lists of a backward pass, which take as much again.
     """
-    key = ("flex", group, text, device)
-    if key not in plan.cache:
-        # Outside inference mode, whoever asks first: otherwise a later call would compile again, or not differentiate.
-        with torch.inference_mode(False):
-            plan.cache[key] = _block_mask(plan, group, text, device)
-    found: _Mask = plan.cache[key]
-    return found
-
-
-def _block_mask(plan: BlockPlan, group: int, text: int, device: torch.device) -> _Mask:
     from torch.nn.attention.flex_attention import BlockMask
 
-    n, bq, bk = plan.n_image, plan.block_q, plan.block_k
+    n, text, device = plan.n_image, words.shape[1], words.device
     assert n is not None
-    gap = -n % bk if text else 0
-    length = n + gap + text
-    keep = F.pad(plan.keep[group], (0, -(-length // bk) - plan.keep.shape[-1]), value=True)
-    partial = torch.zeros_like(keep)
-    if gap:
-        partial[..., n // bk] = keep[..., n // bk]
-    keep = keep.to(device)
-    partial = partial.to(device)
-    counts, numbers = _listed(partial)
-    whole_counts, whole_numbers = _listed(keep & ~partial)
-    mask = BlockMask.from_kv_blocks(
-        counts, numbers, whole_counts, whole_numbers, BLOCK_SIZE=(bq, bk),
-        mask_mod=_allowed(keep, n, n + gap, bq, bk), seq_lengths=(n, length),
-    )  # fmt: skip
-    return _Mask(mask, gap)
+    gap, fill = _gaps(plan, text)
+    lists = derived(plan, group, ("flex", text + fill, device), lambda: _lists(plan, group, gap, text + fill, device))
+    image = torch.ones(words.shape[0], n, dtype=torch.bool, device=device)
+    real = torch.cat([F.pad(image, (0, gap)), F.pad(words, (0, fill))], 1)
+    # A compiled kernel reads the lists; only an uncompiled one asks the mask about every block.
+    keep = plan.keep[group] if device.type == "cpu" else None
+    allowed = _allowed(real) if keep is None else _kept(keep, real, plan.block_q, plan.block_k)
+    lengths, size = (n, real.shape[1]), (plan.block_q, plan.block_k)
+    if not backward:
+        return BlockMask(lengths, *lists, None, None, None, None, size, allowed)
+    columns = -(-real.shape[1] // plan.block_k)  # from_kv_blocks wants a place for each
+    some, numbers, whole, listed = (x if x.dim() == 3 else F.pad(x, (0, columns - x.shape[-1])) for x in lists)
+    return BlockMask.from_kv_blocks(
+        some, numbers, whole, listed, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=lengths
+    )
 
 
-def _allowed(keep: Tensor, n: int, text: int, block_q: int, block_k: int) -> Callable[..., Tensor]:
-    """Return the mask of single tokens, which a compiled kernel asks in partial blocks and an uncompiled one always."""
+def _lists(
+    plan: BlockPlan, group: int, gap: int, text: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return counts and numbers of the partial and of the whole key blocks of every row, int32.
+
+    Shapes: [1, H, nq], [1, H, nq, text blocks + 1], [1, H, nq] and [1, H, nq, nk].
+    """
+    keep = plan.keep[group].to(device)
+    heads, rows, blocks = keep.shape
+    text_blocks = text // plan.block_k
+    last = keep[..., -1:].int() if gap else keep.new_zeros((heads, rows, 1), dtype=torch.int32)
+    # Behind the image's last block, where it is kept and partial, come all of the text's.
+    numbers = torch.arange(blocks - 1, blocks + text_blocks, dtype=torch.int32, device=device)
+    numbers = torch.where(last > 0, numbers, numbers.roll(-1))
+    whole = torch.cat([keep[..., :-1], keep[..., -1:] & (gap == 0)], -1)
+    # A stable sort puts the kept blocks first, in their order.
+    listed = whole.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
+    counts = last[..., 0] + text_blocks
+    return counts[None], numbers[None].contiguous(), whole.sum(-1, dtype=torch.int32)[None], listed[None].contiguous()
+
+
+def _allowed(real: Tensor) -> Callable[..., Tensor]:
+    """Return the mask of single tokens, which a compiled kernel asks in partial blocks."""
 
     def allowed(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        real = (column < n) | (column >= text)
-        return keep[h, row // block_q, column // block_k] & real
+        return real[b, column]
 
     return allowed
 
 
-def _listed(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return counts and numbers of the blocks of every row, int32 [1, H, nq] and [1, H, nq, nk]."""
-    # A stable sort puts the kept blocks first, in their order.
-    numbers = keep.int().argsort(dim=-1, descending=True, stable=True)
-    return keep.sum(-1, dtype=torch.int32)[None], numbers.int()[None].contiguous()
+def _kept(keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Callable[..., Tensor]:
+    """Return the whole mask, which an uncompiled kernel asks everywhere; the text's blocks are all kept."""
+    blocks = F.pad(keep, (0, -(-real.shape[1] // block_k) - keep.shape[-1]), value=True)
+
+    def kept(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return blocks[h, row // block_q, column // block_k] & real[b, column]
+
+    return kept
 
 
 def tile(block: int) -> int:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import Memory
-from attnctl.kernels.sparse.lists import Bundle, bundles, ratio
+from attnctl.kernels.sparse.lists import Bundle, bundles, layout, ratio
 from attnctl.plans.blocks import BlockPlan
-from attnctl.plans.orders import permutation
 
 __all__ = ["run"]
 
@@ -30,11 +29,20 @@ _CACHE_BYTES = 1 << 20
 _MOST_ROWS = 4
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: slice, scale: float | None) -> Tensor:
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    group: int,
+    image: slice,
+    scale: float | None,
+    words: Tensor | None = None,
+) -> Tensor:
     """Compute the image rows of block-sparse attention.
 
     Shapes: q [B, H, N, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv], in the model's order; image: the n tokens of the grid,
-    the others are text -> [B, H, n, Dv].
+    the others are text; words, the text keys to attend to, bool [B or 1, T] -> [B, H, n, Dv].
     """
     batch, heads = q.shape[:2]
     shared = heads // k.shape[1]
@@ -44,9 +52,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: sli
     memory = None if differentiable else Memory()
     out = None if differentiable else v.new_empty((batch, heads, n, v.shape[-1]))
     found = []
+    orders = layout(plan, group, q.device)
     for h in range(heads):
         work = bundles(plan, group, h, times, q.device)
-        order = permutation(plan.grid, plan.order[h], q.device) if plan.grid and any(plan.order) else None
+        order = None if orders is None else orders.there[plan.order[h]]
         there, back = _ways(work, times * plan.block_q, n, order)
         for b in range(batch):
             kv = b, h // shared
@@ -55,6 +64,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: sli
                 _laid_out("values", v[kv][image], order, memory),
                 (k[kv][text], v[kv][text]),
                 plan.block_k,
+                None if words is None else words[b if len(words) > 1 else 0],
             )
             queries = _laid_out("queries", q[b, h, image], there, memory)
             results = _compute(queries, head, work, times * plan.block_q, scale, memory)
@@ -66,12 +76,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, group: int, image: sli
 
 
 class _Head(NamedTuple):
-    """Keys and values of one head: image tokens in the head's order, text tokens, tokens in a block."""
+    """Keys and values of one head: image in its order, text, tokens in a block, which text tokens are words."""
 
     keys: Tensor
     values: Tensor
     text: tuple[Tensor, Tensor]
     block: int
+    words: Tensor | None = None
+
+    def mask(self, keys: int) -> Tensor | None:
+        """Return the mask [1, 1, 1, keys] of a copy whose last keys are the text, or None where all are words."""
+        if self.words is None:
+            return None
+        return F.pad(self.words, (keys - len(self.words), 0), value=True)[None, None, None]
 
     def blocks(self) -> tuple[Tensor, Tensor]:
         """Return whole blocks of keys and of values, each as one row."""
@@ -122,6 +139,7 @@ def _compute(
         rows, count = bundle.blocks.shape
         stop = min(n, at + rows * height)  # a partial query block is alone in its bundle
         ends = head.ends(bundle.tail)
+        mask = head.mask(count * head.block + ends[0].shape[0])
         size = (count * head.block + ends[0].shape[0]) * queries.shape[-1] * queries.element_size()
         # Behind whole blocks something must be appended row by row: the copy is in one piece only for a single row.
         together = 1 if ends[0].shape[0] else min(_MOST_ROWS, max(1, _CACHE_BYTES // max(1, size)))
@@ -132,7 +150,7 @@ def _compute(
         copies = [_Copies("keys", blocks[0], ends[0], memory), _Copies("values", blocks[1], ends[1], memory)]
         for i, part in enumerate(some):
             keys, values = (copy.of(columns[i], len(part)) for copy in copies)
-            result = sdpa.run(part, keys, values, None, scale)
+            result = sdpa.run(part, keys, values, mask, scale)
             if out is None:
                 found.append(result.flatten(0, 2))
             else:

@@ -8,9 +8,11 @@ dtype, with float32 sums. Forward only.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,19 +21,21 @@ from torch import Tensor
 
 from attnctl.errors import BackendError
 from attnctl.kernels.checks import repeat_heads
-from attnctl.kernels.sparse.lists import csr
+from attnctl.kernels.sparse.lists import csr, derived, lay_out, layout
 from attnctl.plans.blocks import BlockPlan
-from attnctl.plans.orders import permutation, permute_heads
 
 __all__ = ["declines", "missing", "quantised", "run", "run_int8", "tiles"]
 
 _LEAST, _TILE_Q, _TILE_K, _WIDEST = 16, 128, 64, 256
+_FLAT = 1e-30  # in place of a factor 0: -inf times 0 is no number
+_WARP_GROUPS = (90, 100, 103)  # architectures whose products run on four warps at once
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class _Lists(NamedTuple):
     """What the kernel reads of a plan: see `attnctl.kernels.sparse.triton_forward.forward`."""
 
+    ids: Tensor
     order: Tensor
     rows: Tensor
     counts: Tensor
@@ -87,10 +91,11 @@ def run(
     group: int,
     image: slice,
     scale: float | None,
+    words: Tensor | None = None,
     *,
     int8: bool = False,
     warps: int | None = None,
-    stages: int = 3,
+    stages: int | None = None,
 ) -> Tensor:
     """Compute the image rows of block-sparse attention, all tensors in the model's own order.
 
@@ -102,9 +107,11 @@ def run(
         group: Part of the run.
         image: Where the image tokens lie.
         scale: Factor on q k^T, 1 / sqrt(D) if None.
+        words: Text keys to attend to, bool [B or 1, T]; None for all.
         int8: Multiply queries and keys as 8-bit whole numbers.
         warps: Warps of a program; None for 8 on tiles of 128 queries of wide heads, else 4.
-        stages: Depth of the pipeline that loads keys and values; less where the card's shared memory is too small.
+        stages: Depth of the pipeline that loads keys and values; None for the architecture's, less where the card's
+            shared memory is too small.
 
     Returns:
         [B, H, n, Dv].
@@ -112,58 +119,96 @@ def run(
     Raises:
         BackendError: Not even one stage fits into the card's shared memory.
     """
-    from triton.runtime.errors import OutOfResources
-
-    from attnctl.kernels.sparse.triton_forward import forward
-
     batch, heads, total, width = q.shape
     n = image.stop - image.start
     text, text_first = total - n, 0 if image.start else n
     scale = width**-0.5 if scale is None else scale
-    tile_q, tile_k = tiles(plan, q.dtype)
+    if scale < 0:  # the kernel looks for the largest product
+        q, scale = -q, -scale
     lists = _lists(plan, group, q.device)
-    reordered = plan.grid is not None and any(plan.order)
     queries, (k, v) = q[:, :, image], (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
     shared_v, widths = heads // v.shape[1], (width, v.shape[-1])
     out = v.new_empty(batch, heads, n, v.shape[-1])
     k_first, k_text = image.start, text_first
     scales_q = scales_k = lists.order  # never read unless INT8
+    shown = lists.order if words is None else words.expand(batch, -1).to(torch.int8).contiguous()
     if int8:
-        queries, scales_q, k, scales_k = quantised(q, k, plan, image)
+        queries, scales_q, k, scales_k = quantised(q, k, plan, group, image)
         k_first, k_text = 0, n
-    shared_k = heads // k.shape[1]
+    tensors = queries, k, v, out
+    align = _alignment(tensors)
+    tile_q, tile_k = tiles(plan, q.dtype)
     padded = [max(_LEAST, 1 << (w - 1).bit_length()) for w in widths]
+    grouped = _architecture() in _WARP_GROUPS
+    # Before Hopper, sums as wide as the tile is tall would make each warp hold all of the queries, and spill.
+    split = not grouped and padded[1] >= 2 * _TILE_K
     steps = plan.block_q // tile_q
     launch = partial(
-        forward[(lists.rows.shape[1] * steps, batch * heads)],
-        queries, k, v, out, scales_q, scales_k, *lists,
-        *(s for x in (queries, k, v, out) for s in x.stride()[:3]),
+        _forward()[(lists.rows.shape[1] * steps, batch * heads)],
+        *tensors, scales_q, scales_k, *lists, shown, *(s // align for x in tensors for s in x.stride()[:2]),
         n, text, k_first, k_text, image.start, text_first,
-        heads, shared_k, shared_v, steps, lists.rows.shape[1], lists.lists.shape[-1],
-        scales_q.shape[-1], scales_k.shape[-1], scale * math.log2(math.e),
-        WIDTH=widths[0], WIDTH_V=widths[1], PADDED=padded[0], PADDED_V=padded[1],
-        BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, TILE_Q=tile_q, TILE_K=tile_k,
-        REORDERED=reordered, INT8=int8, PRECISION="ieee",
+        heads, heads // k.shape[1], shared_v, steps, lists.rows.shape[1], lists.lists.shape[-1],
+        scales_q.shape[-1], scales_k.shape[-1], max(scale * math.log2(math.e), _FLAT),
+        *(x.stride(2) for x in tensors), align, *widths, padded[0], padded[1] >> split,
+        plan.block_q, plan.block_k, tile_q, tile_k,
+        REORDERED=plan.grid is not None and any(plan.order), SPLIT=split, WORDS=words is not None, INT8=int8,
+        PRECISION="ieee",
         num_warps=warps or (8 if tile_q * padded[0] >= 128 * 128 else 4),
     )  # fmt: skip
-    for depth in range(stages, 0, -1):
-        try:
-            launch(num_stages=depth)
-        except OutOfResources as error:
-            why = error
-        else:
-            return out
+    why = _launched(launch, q.device, stages or (3 if grouped else 2))
+    if why is None:
+        return out
     raise BackendError(
         f"backend='triton' was given, but blocks of {plan.block_q} x {plan.block_k} with heads {width} wide do not fit "
         f"into this card ({why}). Take smaller blocks, or another kernel."
     )
 
 
+def _forward() -> Any:
+    from attnctl.kernels.sparse.triton_forward import forward
+
+    return forward
+
+
+def _launched(launch: Callable[..., Any], device: torch.device, stages: int) -> Exception | None:
+    """Launch on the tensors' device with as deep a pipeline as fits; return why not even one stage does."""
+    from triton.runtime.errors import OutOfResources
+
+    why: Exception | None = None
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for depth in range(stages, 0, -1):
+            try:
+                launch(num_stages=depth)
+            except OutOfResources as error:
+                why = error
+            else:
+                return None
+    return why
+
+
+def _architecture() -> int:
+    """Return the current card's compute capability as one number, 0 where programs are interpreted."""
+    if interpreted():
+        return 0
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch)
+
+
+def _alignment(tensors: Sequence[Tensor]) -> int:
+    """Return the largest power of two, up to 16, that divides every stride of batches and heads."""
+    align = _LEAST
+    while align > 1 and any(s % align for x in tensors for s in x.stride()[:2]):
+        align //= 2
+    return align
+
+
 run_int8 = partial(run, int8=True)
 
 
-def quantised(q: Tensor, k: Tensor, plan: BlockPlan, image: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantised(q: Tensor, k: Tensor, plan: BlockPlan, group: int, image: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lay queries and keys out in each head's order and round them to 8 bits, a tile at a time.
 
     Shapes: q [B, H, N, D]; k [B, Hk, N, D] -> queries int8 [B, H, n, D] and their scales float32 [B, H, tiles]; keys
@@ -178,8 +223,7 @@ def quantised(q: Tensor, k: Tensor, plan: BlockPlan, image: slice) -> tuple[Tens
     k = k.float() - k.float().mean(2, keepdim=True)
     text = slice(0, image.start) if image.start else slice(image.stop, k.shape[2])
     queries, keys = q[:, :, image].float(), k[:, :, image]
-    if plan.grid is not None:
-        queries, keys = (permute_heads(x, plan.grid, plan.order) for x in (queries, keys))
+    queries, keys = (lay_out(x, plan, group) for x in (queries, keys))
     q8, q_scales = _rounded(queries, tile_q)
     k8, k_scales = _rounded(keys, tile_k)
     if text.stop == text.start:
@@ -202,14 +246,13 @@ def _rounded(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 
 
 def _lists(plan: BlockPlan, group: int, device: torch.device) -> _Lists:
-    """Return a plan as what the kernel reads, kept with the plan."""
-    key: Any = ("triton", group, device)
-    if key not in plan.cache:
+    """Return a plan as what the kernel reads."""
+
+    def make() -> _Lists:
         counts, lists = csr(plan, group, device)
-        rows = plan.keep[group].sum(-1).argsort(dim=-1, descending=True, stable=True)
-        grid = plan.grid
-        orders = [permutation(grid, o) for o in plan.order] if grid is not None else [torch.zeros(1)]
-        order = torch.stack(orders).int().to(device)
-        plan.cache[key] = _Lists(order, rows.int().to(device), counts, lists)
-    found: _Lists = plan.cache[key]
-    return found
+        rows = counts.argsort(dim=-1, descending=True, stable=True).int()
+        orders = layout(plan, group, device)
+        ids, order = (rows, rows) if orders is None else (orders.ids.int(), orders.there.int())
+        return _Lists(ids, order, rows, counts, lists)
+
+    return derived(plan, group, ("triton", device), make)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnctl.kernels import xformers
 from attnctl.kernels.checks import repeat_heads
+from attnctl.kernels.sparse.lists import derived
 from attnctl.plans.blocks import BlockPlan
 
 __all__ = ["declines", "missing", "run", "sequences"]
@@ -65,6 +66,7 @@ def run(
     plan: BlockPlan,
     group: int,
     scale: float | None,
+    words: None = None,
 ) -> Tensor:
     """Compute the image rows of block-sparse attention.
 
@@ -100,12 +102,8 @@ def sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.d
         most: Keys in one call.
         device: Where the lists lie.
     """
-    key = ("xformers", group, text, most, device)
-    if key not in plan.cache:
-        with torch.inference_mode(False):  # whoever asks first: a later call may differentiate
-            plan.cache[key] = tuple(_sequences(plan, group, text, most, device))
-    found: tuple[Sequences, ...] = plan.cache[key]
-    return found
+    key = ("xformers", text, most, device)
+    return derived(plan, group, key, lambda: tuple(_sequences(plan, group, text, most, device)))
 
 
 def _sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.device) -> list[Sequences]:
