@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attnctl.core.registry import provide
 from attnctl.data.quiet import hush_xformers
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _HOMES = {
     "unswap": "backbones.swap",
 }
 
+provide("attnctl.processors")  # its controls are imported at the first look-up
 hush_xformers()  # before anything imports diffusers, which imports xformers
 
 

@@ -1,9 +1,17 @@
-"""Every error attnctl raises on purpose. A message says what was given, what was expected and what to do."""
+"""Every error attnctl raises on purpose, and the checks of values that raise the commonest of them.
+
+A message says what was given, what was expected and what to do. A check returns the value that a frozen object may
+hold: scalars of numpy and torch count as numbers, and are returned as Python's own, which JSON can hold.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import numbers
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
     "AttnctlError",
@@ -15,7 +23,12 @@ __all__ = [
     "PlanError",
     "SiteError",
     "UnsupportedModelError",
+    "choice",
     "nearest",
+    "number",
+    "unboxed",
+    "whole",
+    "window",
 ]
 
 
@@ -59,3 +72,116 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Name the closest candidates to a misspelt name, ready to be put in an error message."""
     close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.3)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def unboxed(value: Any) -> Any:
+    """Return Python's own number for a scalar of numpy or torch; everything else as it is."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without data, on the meta device
+            return value
+    return value
+
+
+def number(
+    value: Any,
+    what: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    error: type[AttnctlError] = ConfigError,
+) -> int | float:
+    """Check a real number.
+
+    Args:
+        value: What was given.
+        what: What the error calls it, such as "PAG: scale".
+        low: The least value.
+        high: The greatest value.
+        above: A value that it must exceed, in place of `low`.
+        below: A value that it must stay under, in place of `high`.
+        infinite: Whether inf is a value too, where `high` is.
+        error: The class of the error.
+
+    Raises:
+        AttnctlError: It is no number, or out of range.
+    """
+    x = unboxed(value)
+    real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    inside = real and low <= x <= high and (above is None or x > above) and (below is None or x < below)
+    if not inside:
+        raise error(f"{what}={value!r:.60} is out of range: give {_range(low, high, above, below)}.")
+    if abs(x) > sys.float_info.max and not (infinite and x == math.inf):
+        raise error(f"{what}={value!r:.40} is infinite: give a finite number.")
+    return int(x) if isinstance(x, numbers.Integral) else float(x)
+
+
+def _range(low: float, high: float, above: float | None, below: float | None) -> str:
+    least = "" if math.isinf(low) and above is None else f" from {low:g}" if above is None else f" above {above:g}"
+    if below is not None:
+        return f"a number{least}, below {below:g}"
+    if math.isinf(high):
+        return f"a number{least}" if least else "a finite number"
+    return f"a number{least}{' to' if least and above is None else ' up to'} {high:g}"
+
+
+def whole(
+    value: Any,
+    what: str,
+    low: int | None = 0,
+    high: int | None = None,
+    *,
+    of: str = "",
+    error: type[AttnctlError] = ConfigError,
+) -> int:
+    """Check a whole number.
+
+    Args:
+        value: What was given.
+        what: What the error calls it, such as "PAG: every".
+        low: The least value, or None for no limit.
+        high: The greatest value, or None for no limit.
+        of: What is counted, such as "steps".
+        error: The class of the error.
+
+    Raises:
+        AttnctlError: It is no whole number, or out of range.
+    """
+    x = unboxed(value)
+    fits = isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    if not fits or (low is not None and x < low) or (high is not None and x > high):
+        least = "" if low is None else f", {low} or more" if high is None else f" from {low} to {high}"
+        most = f", {high} or less" if low is None and high is not None else ""
+        raise error(f"{what}={value!r:.40} must be a whole number{f' of {of}' if of else ''}{least}{most}.")
+    return int(x)
+
+
+def choice(value: Any, what: str, options: Sequence[Any]) -> Any:
+    """Check that a value is one of several.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    x = unboxed(value)
+    if isinstance(x, bool) or not any(type(x) is type(option) and x == option for option in options):
+        known = ", ".join(str(option) for option in options)
+        close = nearest(x, [o for o in options if isinstance(o, str)], 1) if isinstance(x, str) else ""
+        raise ConfigError(f"{what}={value!r:.60} is unknown. Choose one of {known}.{close}")
+    return x
+
+
+def window(value: Any, what: str) -> tuple[float, float]:
+    """Read a window of fractions of the run: a number b means (0, b).
+
+    Raises:
+        ConfigError: It is no number or pair from 0 to 1 in order.
+    """
+    pair = tuple(map(unboxed, value)) if isinstance(value, (tuple, list)) else (0.0, unboxed(value))
+    real = all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in pair)
+    if len(pair) != 2 or not real or not 0 <= pair[0] <= pair[1] <= 1:
+        raise ConfigError(f"{what}={value!r}: give a fraction of the run from 0 to 1, or a pair (start, end) of them.")
+    return float(pair[0]), float(pair[1])

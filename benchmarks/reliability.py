@@ -43,7 +43,7 @@ import zoo_pipelines as pipes  # noqa: E402
 from contract import snapshot  # noqa: E402
 
 import attnctl  # noqa: E402
-from attnctl.core.pairs import rule_for  # noqa: E402
+from attnctl.core.conflicts import conflict_between  # noqa: E402
 from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.data.specs import methods  # noqa: E402
 from attnctl.processors import PAG  # noqa: E402
@@ -189,7 +189,7 @@ def _theirs() -> dict[str, Any]:
 def counts() -> dict[str, Any]:
     """Count what is tested, without running it."""
     known = methods()
-    refused = sum(rule_for(known[a], known[b]) is not None for a, b in pairs.PAIRS)
+    refused = sum(conflict_between(known[a], known[b]) is not None for a, b in pairs.PAIRS)
     apart = sum(not pairs.hosts_of(names) for names in pairs.PAIRS)
     text = (ROOT / "tests" / "test_properties.py").read_text(encoding="utf-8")
     cases = sum(map(int, re.findall(r"^@cases\((\d+)\)", text, re.MULTILINE)))

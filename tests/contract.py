@@ -22,7 +22,7 @@ SINGLE_INSIDE = frozenset({"hunyuandit", "sana"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Through(Control):
+class Through(Control, abstract=True):
     """Wrap every attention and change nothing; note each call."""
 
     seen: list[AttnCall] = field(default_factory=list, compare=False)
@@ -43,7 +43,7 @@ class Through(Control):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replace(Control):
+class Replace(Control, abstract=True):
     """Compute every selected attention by a function of the call, in the base pass."""
 
     function: Callable[[AttnCall, Proceed], Tensor]

@@ -19,18 +19,13 @@ import zoo_pipelines as pipes
 from torch import Tensor
 
 import attnctl
-from attnctl.core.pairs import commute, rule_for
-from attnctl.data.specs import methods
+from attnctl.core.conflicts import commute, conflict_between
+from attnctl.core.registry import controls
+from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
 from attnctl.plans import BlockPlan
 from attnctl.processors import (
-    NAG,
-    PAG,
     PARO,
-    SEG,
-    SLG,
-    TPG,
-    AgentAttention,
     AStar,
     AttendExcite,
     BroadWay,
@@ -38,10 +33,11 @@ from attnctl.processors import (
     Control,
     EnhanceAVideo,
     FateZero,
+    Guidance,
     PromptToPrompt,
-    SoftPAG,
 )
 
+METHODS = controls("attnctl")
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 STEPS = 2
 FRAMES = 4  # the least that BroadWay takes
@@ -118,35 +114,25 @@ def unet() -> Host:
     inversion = invert(pipe, 0.5 * noise + 0.5 * noise.flip(2), control=fate, steps=STEPS)
     full = {"sites": "down.0"}  # 192 tokens: where merging acts too
     first: dict[str, Control] = {
-        "PAG": PAG(sites="mid"),
-        "SoftPAG": SoftPAG(sites="up.1", u=0.4),
-        "SEG": SEG(sites="mid"),
-        "SLG": SLG(sites="mid", start=0.0, stop=1.0),
-        "TPG": TPG(sites="down.0"),
-        "NAG": NAG(),
         "AStar": AStar(concepts=("bear", "water")),
         "AttendExcite": AttendExcite(concepts=("bear", "water")),
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
-        "AgentAttention": AgentAttention(),
         "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
     }
     changed: dict[str, dict[str, Any]] = {
-        "SLG": {"sites": "up.1"},
-        "TPG": {"sites": "down.1"},
         "AttendExcite": {"step_size": 5.0},
         "AStar": {"step_size": 5.0},
         "Capture": {"words": ("water",)},
         "FateZero": {"self_replace": 0.2},
         "PARO": {"plan": block_plan(4, 192, seed=1)},
-        "AgentAttention": {"seed": 1},
         "PromptToPrompt": {"self_replace": 0.2},
     }
     call = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise, "height": 32, "width": 24}
     call |= {"num_inference_steps": STEPS, "guidance_scale": 5.0}
     call["editing"] = {"prompt": [TARGET] * 2, "latents": inversion.noise}
-    return Host("UNet", pipe, call, first, _changed(first, changed))
+    return _host("UNet", pipe, call, first, changed, "mid")
 
 
 @functools.cache
@@ -155,22 +141,15 @@ def motion() -> Host:
     pipe, call = pipes.build("animatediff")
     words = {"concepts": ("cat", "a")}
     first: dict[str, Control] = {
-        "PAG": PAG(sites="mid"),
-        "SoftPAG": SoftPAG(sites="up.1", u=0.4),
-        "SEG": SEG(sites="mid"),
-        "SLG": SLG(sites="mid", start=0.0, stop=1.0),
-        "TPG": TPG(sites="temporal"),
-        "NAG": NAG(),
         "AStar": AStar(**words),
         "AttendExcite": AttendExcite(**words),
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
-        "AgentAttention": AgentAttention(),
     }
     changed = {"BroadWay": {"alpha": 0.2}}
     call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
-    return Host("UNet with motion", pipe, call, first, _changed(first, changed))
+    return _host("UNet with motion", pipe, call, first, changed, "mid")
 
 
 @functools.cache
@@ -181,47 +160,66 @@ def joint() -> Host:
     words: dict[str, Any] = {"concepts": (1, 3), "sites": "joint", "step_size": 5.0}
     plan = block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True)
     first: dict[str, Control] = {
-        "PAG": PAG(sites=1),
-        "SoftPAG": SoftPAG(sites=2, u=0.4),
-        "SEG": SEG(sites=1),
-        "SLG": SLG(sites=1, start=0.0, stop=1.0),
-        "TPG": TPG(sites=2),
         "AStar": AStar(**words),
         "AttendExcite": AttendExcite(**words),
         "BroadWay": BroadWay(alpha=0.0, stop=1.0),
         "Capture": Capture(words=(1,)),
-        "EnhanceAVideo": EnhanceAVideo(),
         "PARO": PARO(plan),
     }
     changed = {
         "BroadWay": {"beta": 2.0},
-        "EnhanceAVideo": {"weight": 1.0},
         "PARO": {"plan": block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True, 1)},
         "Capture": {"words": (2,)},
         "AttendExcite": {"step_size": 2.0},
     }
     call |= {"num_inference_steps": STEPS, "num_frames": 4 * (FRAMES - 1) + 1}
-    return Host("joint attention", pipe, call, first, _changed(first, changed))
+    return _host("joint attention", pipe, call, first, changed, 1)
 
 
 @functools.cache
 def crossed() -> Host:
     """LTX: cross-attention to the text beside attention over all frames."""
     pipe, call = pipes.build("ltx")
-    first: dict[str, Control] = {"NAG": NAG(), "EnhanceAVideo": EnhanceAVideo(weight=4.0)}
-    return Host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {})
+    first: dict[str, Control] = {"EnhanceAVideo": EnhanceAVideo(weight=4.0)}
+    return _host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {}, 1)
 
 
 HOSTS = {"unet": unet, "motion": motion, "joint": joint, "crossed": crossed}
-PAIRS: tuple[tuple[str, str], ...] = tuple(itertools.combinations_with_replacement(methods(), 2))
+PAIRS: tuple[tuple[str, str], ...] = tuple(itertools.combinations_with_replacement(METHODS, 2))
 
 
-def _changed(first: dict[str, Control], changes: dict[str, dict[str, Any]]) -> dict[str, Control]:
-    """Give every method a second setting, other than the first."""
-    return {
-        name: dataclasses.replace(c, **changes.get(name, {"start": 0.5}))
-        for name, c in first.items()  # type: ignore[type-var]
+def _host(
+    name: str,
+    pipe: Any,
+    call: dict[str, Any],
+    first: dict[str, Control],
+    changed: dict[str, dict[str, Any]],
+    site: str | int,
+) -> Host:
+    """Add the methods that need no settings for this pipeline, and give every method a second setting."""
+    for method, cls in METHODS.items():
+        control = None if method in first else _simple(pipe, cls, site)
+        if control is not None:
+            first[method] = control
+    second: dict[str, Control] = {
+        n: dataclasses.replace(c, **changed.get(n, {"start": c.stop / 2}))  # type: ignore[type-var]
+        for n, c in first.items()
     }
+    return Host(name, pipe, call, first, second)
+
+
+def _simple(pipe: Any, cls: Any, site: str | int) -> Control | None:
+    """Make a control with its defaults, if the pipeline takes it: a guidance at one site, or at all for a conflict."""
+    options: dict[str, Any] = {}
+    if issubclass(cls, Guidance):
+        everywhere = tuple(s.name for s in attnctl.find_sites(pipe) if s.kind in cls.kinds)
+        options = {"sites": everywhere if cls.conflicts else site, "start": 0.0, "stop": 1.0}
+    try:
+        control: Control = cls(**options)
+        attnctl.control(pipe, control).detach()
+    except (AttnctlError, TypeError):  # the pipeline is none for it, or it needs what is named above
+        return None
+    return control
 
 
 def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
@@ -229,6 +227,8 @@ def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
     one, other = names
     if host.name == "UNet with motion" and "BroadWay" not in names:
         return None  # as without motion
+    if host.name == "video with cross-attention" and any(pair(make(), names) for make in (unet, motion, joint)):
+        return None
     seconds = host.second if one == other else host.first
     return (host.first[one], seconds[other]) if one in host.first and other in seconds else None
 
@@ -243,11 +243,11 @@ def hosts_of(names: tuple[str, str]) -> list[str]:
 
 def markdown() -> str:
     """Write the table of all pairs."""
-    known = methods()
+    known: dict[str, Any] = METHODS
     refused, allowed, apart = [], [], []
     for names in PAIRS:
         a, b = names
-        rule = rule_for(known[a], known[b])
+        rule = conflict_between(known[a], known[b])
         hosts = ", ".join(hosts_of(names))
         if rule is not None:
             where = {"site": "at one site", "block": "in one block", "model": "in one model"}[rule.where]

@@ -12,7 +12,7 @@ import zoo_pipelines as pipes
 from hypothesis import strategies as st
 
 import attnctl
-from attnctl.core.pairs import rule_for
+from attnctl.core.conflicts import conflict_between
 from attnctl.core.sites import select
 from attnctl.errors import ConflictError, SiteError
 
@@ -54,7 +54,7 @@ def attach(made: pairs.Host, host: str, value: list[int], names: tuple[str, ...]
     """Attach some controls, unless others are there or they refuse each other."""
     chosen = tuple(dict.fromkeys(NAMES[host][i % len(NAMES[host])] for i in value))
     controls = [made.first[n] for n in chosen]
-    apart = any(rule_for(type(a), type(b)) for i, a in enumerate(controls) for b in controls[:i])
+    apart = any(conflict_between(type(a), type(b)) for i, a in enumerate(controls) for b in controls[:i])
     if handle is not None or apart:
         with pytest.raises(ConflictError):
             attnctl.control(made.pipe, *controls)

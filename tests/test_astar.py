@@ -136,7 +136,7 @@ def test_thresholds_fall_on_the_published_steps() -> None:
 
 
 def test_other_losses_plug_in() -> None:
-    class Focus(LatentGuidance):
+    class Focus(LatentGuidance, abstract=True):
         """Guide by two losses that have no control of their own."""
 
         def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:

@@ -195,7 +195,7 @@ def test_large_batches_are_cut_with_the_same_energies(monkeypatch: pytest.Monkey
 
 
 def test_more_than_65535_positions_never_reach_a_kernel_at_once() -> None:
-    from attnctl.processors.motion import _in_parts
+    from attnctl.processors.broadway.motion import _in_parts
 
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(66_000, 1, 4, 2, generator=g) for _ in range(3))

@@ -15,7 +15,7 @@ import zoo_pipelines
 import attnctl
 from attnctl.app.cli import main
 from attnctl.app.commands.common import table, wilson
-from attnctl.app.commands.demo import SHEETS
+from attnctl.app.demo import SHEETS
 from attnctl.data.record import read
 
 Run = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, window
 from attnctl.kernels import attention
 from attnctl.kernels.maps import softmax_map
 from attnctl.processors.editing.align import (
@@ -21,7 +21,6 @@ from attnctl.processors.editing.align import (
     follow_table,
     refine_map,
     replace_matrix,
-    window_of,
     word_tokens,
 )
 from attnctl.processors.editing.fusion import (
@@ -86,8 +85,8 @@ def edit_of(pair: dict[str, Any], kind: str, tokenizer: Any, weight: Tensor | No
 
 def follow_of(steps: int, given: Any, target: str, tokenizer: Any) -> Tensor:
     given = given if isinstance(given, dict) else {"default_": given}
-    words = {find_word(tokenizer, target, w): window_of(v, "test") for w, v in given.items() if w != "default_"}
-    return follow_table(steps, window_of(given.get("default_", (0.0, 1.0)), "test"), words)
+    words = {find_word(tokenizer, target, w): window(v, "test") for w, v in given.items() if w != "default_"}
+    return follow_table(steps, window(given.get("default_", (0.0, 1.0)), "test"), words)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "clip"])
@@ -208,7 +207,7 @@ def test_self_fuse(c: int, form: str, tokenizer: CLIPTokenizer) -> None:
         q = take_queries(q, at)
         return attention(q, k, ve) if form == "fused" else softmax_map(q, k) @ ve
 
-    start, end = window_of(case["self_replace_steps"], "test")
+    start, end = window(case["self_replace_steps"], "test")
     active = int(case["num_steps"] * start) <= case["step"] < int(case["num_steps"] * end)
     out = self_fuse(attend, None if mask is None else Split.of(mask)) if active else attend(True, None)
     torch.testing.assert_close(out, t[f"{case['id']}.out"], atol=1e-5, rtol=0)

@@ -21,7 +21,7 @@ from attnctl.processors.latent import engine as engine
 from attnctl.processors.latent.losses import binarise, self_cross
 
 
-class SelfCross(LatentGuidance):
+class SelfCross(LatentGuidance, abstract=True):
     """Self-Cross guidance, arXiv 2411.18936."""
 
     looks = True

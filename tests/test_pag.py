@@ -71,7 +71,7 @@ def names(model: torch.nn.Module) -> list[str]:
 
 
 def test_every_default_has_a_source() -> None:
-    assert all(f.perturb.source for f in FAMILIES if f.perturb is not None)
+    assert all(default.source for f in FAMILIES for default in f.published.values())
 
 
 def test_family_without_default_lists_candidates() -> None:

@@ -16,8 +16,7 @@ import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
 
 import attnctl
-from attnctl.core.pairs import RULES, commute, rule_for
-from attnctl.data.specs import methods
+from attnctl.core.conflicts import commute, conflict_between
 from attnctl.errors import AttnctlError, ConflictError
 from attnctl.processors import Capture
 
@@ -40,7 +39,7 @@ def test_every_pair(host: str) -> None:
         controls = pairs.pair(made, names)
         if controls is None:
             continue
-        if rule_for(type(controls[0]), type(controls[1])) is not None:
+        if conflict_between(type(controls[0]), type(controls[1])) is not None:
             _refused(made, controls)
         else:
             _together(made, names, controls)
@@ -50,7 +49,7 @@ def test_every_pair(host: str) -> None:
 
 def _refused(made: pairs.Host, controls: tuple[Any, Any]) -> None:
     a, b = controls
-    rule = rule_for(type(a), type(b))
+    rule = conflict_between(type(a), type(b))
     assert rule is not None
     for order in ((a, b), (b, a)):
         with pytest.raises(ConflictError, match="cannot act together") as error:
@@ -78,7 +77,8 @@ def test_refused_pairs_meet_only_where_the_rule_says() -> None:
     apart = (dataclasses.replace(first["PARO"], sites="up.2"), first["AgentAttention"])
     with pytest.raises(ConflictError, match=r"at up_blocks\.2"):
         attnctl.control(made.pipe, *apart)
-    apart = (dataclasses.replace(first["TPG"], sites="down.1"), first["PARO"])
+    (method,) = (n for n, c in first.items() if any(o.where == "block" for o in type(c).conflicts))
+    apart = (dataclasses.replace(first[method], sites="down.1"), first["PARO"])
     assert made.run(*apart).isfinite().all()
 
 
@@ -94,9 +94,13 @@ def test_what_no_host_takes_is_refused_by_the_methods_themselves() -> None:
 
 
 def test_every_method_is_paired() -> None:
-    named = {n for rule in RULES for n in (*rule.first, *rule.second)}
-    assert named - {"LatentGuidance"} <= methods().keys()
-    assert {n for make in pairs.HOSTS.values() for n in make().first} == methods().keys()
+    assert {n for make in pairs.HOSTS.values() for n in make().first} == pairs.METHODS.keys()
+
+
+def test_every_conflict_names_classes_that_there_are() -> None:
+    bases = {base.__name__ for cls in pairs.METHODS.values() for base in cls.__mro__}
+    declared = {name for cls in pairs.METHODS.values() for conflict in cls.conflicts for name in conflict.names}
+    assert declared <= bases
 
 
 def test_the_table_is_current() -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 
 from attnctl.app.cli import main
 from attnctl.app.commands.common import UsageError
-from attnctl.app.commands.demo import SHEETS, Sheet
+from attnctl.app.demo import SHEETS, Sheet
 from attnctl.app.ui import actions, video_actions
 from attnctl.app.ui.actions import Ask
 from attnctl.app.ui.knobs import about, control_of, knobs_of, preset, selector
-from attnctl.app.ui.models import ELSEWHERE, Models
+from attnctl.app.ui.models import Models, offered
 from attnctl.app.ui.video_actions import EditAsk
+from attnctl.core.registry import controls
 from attnctl.data.record import pixels_sha256, read
 from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError
@@ -29,7 +30,7 @@ from attnctl.processors import PAG, SEG, AStar, BroadWay
 
 PROMPT = "a red circle and a blue square on gray"
 CLIP = "a red circle moving right fast on gray"
-OFFERED = [name for name in methods() if name not in ELSEWHERE]
+OFFERED = [name for name in offered() if name in controls("attnctl")]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_knobs_go_before_settings() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "said"),
     [
-        ("PGA", {}, "no method 'PGA'"),
+        ("PGA", {}, "Unknown method 'PGA'"),
         ("PAG", {"start": 2.0}, "start=2.0 is out of range"),
         ("SEG", {"sigma": "wide"}, "sigma='wide' is not a number"),
         ("AStar", {"concepts": ""}, "Name the concepts"),

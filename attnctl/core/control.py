@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from attnctl.core.call import CallState, Wrapper
 from attnctl.core.guidance import Branch
-from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.families import Default, Family
 from attnctl.core.live import LiveControl
-from attnctl.core.sites import Selector, Site, select
-from attnctl.errors import ConfigError, SiteError
+from attnctl.core.registry import About, Conflict, Preset, bounds_of, check_fields, knob, register
+from attnctl.core.sites import Selector, Site, plain_selector, select
+from attnctl.errors import ConfigError, SiteError, number
 
 __all__ = ["AdaptiveForm", "Combine", "Control", "Guidance"]
 
@@ -38,15 +38,37 @@ class Control:
         stop: Fraction at which it ends: step i of n is controlled when start <= i/n < stop.
     """
 
-    sites: Selector | None = None
-    start: float = 0.0
-    stop: float = 1.0
+    sites: Selector | None = knob(None, hint="blank: published", shown=True, last=True)
+    start: float = knob(0.0, 0.0, 1.0, shown=True, last=True)
+    stop: float = knob(1.0, 0.0, 1.0, shown=True, last=True)
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "temporal", "dual")
+    """The kinds of attention that the control can act on."""
+    about: ClassVar[About | None] = None
+    """What readers are told about the method."""
+    conflicts: ClassVar[tuple[Conflict, ...]] = ()
+    """What it cannot act together with, besides what its bases and the other controls declare."""
+    presets: ClassVar[tuple[Preset, ...]] = ()
+    """Settings for the shipped models, which the page and the demo offer."""
+    published: ClassVar[Mapping[str, Default]] = {}
+    """Sites of its own in some families, by the family's name; others are in the table of families."""
+    moves_latents: ClassVar[bool] = False
+    """Whether it moves the latents, so that a second such control starts where the first has moved them."""
+
+    def __init_subclass__(cls, *, abstract: bool = False, **more: Any) -> None:
+        """Enter the class in the registry, unless it is `abstract` (a base) or private (a name that begins with _)."""
+        super().__init_subclass__(**more)
+        if not abstract and not cls.__name__.startswith("_"):
+            register(cls)
 
     def __post_init__(self) -> None:
-        self._check_number("start", 0.0, 1.0)
-        self._check_number("stop", 0.0, 1.0)
+        check_fields(type(self))
+        for f in dataclasses.fields(self):
+            bounds = bounds_of(type(self), f.name)
+            if bounds is not None:
+                value = bounds.checked(getattr(self, f.name), f"{self._label}: {f.name}")
+                object.__setattr__(self, f.name, value)
+        object.__setattr__(self, "sites", plain_selector(self.sites))
         if self.start > self.stop:
             raise ConfigError(
                 f"{self._label}: start={self.start} lies after stop={self.stop}. Both are fractions of the run: "
@@ -56,20 +78,6 @@ class Control:
     @property
     def _label(self) -> str:
         return type(self).__name__
-
-    def _check_number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            top = "" if math.isinf(high) else f" to {high:g}"
-            bounds = "a finite number" if math.isinf(low) else f"a number from {low:g}{top}"
-            raise ConfigError(f"{self._label}: {name}={value!r} is out of range: give {bounds}.")
-        if abs(value) > sys.float_info.max:  # whole numbers, too, can be more than any float
-            raise ConfigError(f"{self._label}: {name}={value!r:.40} is infinite: give a finite number.")
-
-    def _check_choice(self, name: str, literal: Any) -> None:
-        value, options = getattr(self, name), get_args(literal)
-        if value not in options:
-            raise ConfigError(f"{self._label}: {name}={value!r} is unknown. Choose one of {', '.join(options)}.")
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         """Choose this control's sites in a model.
@@ -82,13 +90,43 @@ class Control:
             return select(sites, self.sites, kinds=self.kinds, what=self._label)
         return self.default_sites(sites, family)
 
+    @classmethod
+    def published_in(cls, family: Family, sites: Sequence[Site] = ()) -> Default | None:
+        """Find the published sites in a family: the control's own, else those of the nearest of its bases.
+
+        With `sites`, those of a model, what holds for models of another size alone is left out.
+        """
+        for c in cls.__mro__:
+            for default in (vars(c).get("published", {}).get(family.name), family.published.get(c.__name__)):
+                if default is not None and (not sites or default.fits(sites, cls._published_kinds())):
+                    return default
+        return None
+
+    @classmethod
+    def _published_kinds(cls) -> tuple[str, ...]:
+        """Return the kinds of attention that publications count: no temporal, and no second one in a block."""
+        return tuple(kind for kind in cls.kinds if kind not in ("temporal", "dual"))
+
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        """Choose the published default."""
-        raise SiteError(f"{self._label} has no default sites: pass `sites=`.")
+        """Choose the published default.
+
+        Raises:
+            SiteError: No publication names any for the family.
+        """
+        default = self.published_in(family, sites)
+        if default is None:
+            names = [s.name for s in sites if s.kind in self.kinds]
+            shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else [])) or "none"
+            raise SiteError(
+                f"{self._label} has no default sites: no publication names any for {family.name} models, so `sites` "
+                f"must be given. Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
+            )
+        return default.of(sites, self._published_kinds(), self._label)
 
     def default_source(self, family: Family) -> str | None:
         """Name the publication that the default sites come from."""
-        return None
+        default = self.published_in(family)
+        return None if default is None else default.source
 
     def in_window(self, state: CallState) -> bool:
         """Tell whether the current step lies in [start, stop)."""
@@ -129,7 +167,7 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance(Control):
+class Guidance(Control, abstract=True):
     """Base of controls that guide away from a perturbed prediction: pred += scale * (c - p).
 
     Attributes:
@@ -143,20 +181,16 @@ class Guidance(Control):
             "auto" takes the second where the pipeline rescales.
     """
 
-    scale: float = 3.0
-    adaptive: float = 0.0
-    adaptive_form: AdaptiveForm = "knob"
-    every: int = 1
-    combine: Combine = "auto"
+    scale: float = knob(3.0, -math.inf, span=(0.0, 10.0, 0.1), shown=True)
+    adaptive: float = knob(0.0, kind="free", hint="0 to 1, or 0 and more as 'timestep'")
+    adaptive_form: AdaptiveForm = knob("knob", options=AdaptiveForm)
+    every: int = knob(1, 1, unit="steps", span=(1, 10, 1), shown=True, last=True)
+    combine: Combine = knob("auto", options=Combine)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("scale", -math.inf, math.inf)
-        self._check_choice("adaptive_form", AdaptiveForm)
-        self._check_number("adaptive", 0.0, 1.0 if self.adaptive_form == "knob" else math.inf)
-        self._check_choice("combine", Combine)
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ConfigError(f"{self._label}: every={self.every!r} must be a whole number of steps, 1 or more.")
+        most = 1.0 if self.adaptive_form == "knob" else math.inf
+        object.__setattr__(self, "adaptive", number(self.adaptive, f"{self._label}: adaptive", 0.0, most))
 
     def weight(self, state: CallState) -> float:
         """Compute the guidance weight of the current step; 0.0 means that no pass is needed."""
@@ -179,23 +213,3 @@ class Guidance(Control):
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         """Describe the perturbed pass."""
         raise TypeError(f"{self._label} defines no branch")
-
-    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        default = family.perturb
-        if default is None:
-            candidates = [s.name for s in sites if s.kind in self.kinds]
-            shown = ", ".join(candidates[:3] + (["...", candidates[-1]] if len(candidates) > 3 else []))
-            raise SiteError(
-                f"{self._label}: no publication names layers to perturb in {family.name} models, so `sites` must be "
-                f"given. Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
-            )
-        if default.sites is not None:
-            return select(sites, default.sites, kinds=("self",), what=self._label)
-        blocks = [s for s in sites if s.kind in ("self", "joint")]
-        assert default.depth is not None
-        # Exact for the published size (13 of 24), proportional for its siblings.
-        index = min(int(default.depth * len(blocks) + 1e-9), len(blocks) - 1)
-        return (blocks[index],)
-
-    def default_source(self, family: Family) -> str | None:
-        return family.perturb.source if family.perturb else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnctl.core.call import CallState, Rows, Wrapper
+from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch, added, check_reached, combine, difference, overridden, scaled
 from attnctl.core.hosts.arguments import row_count, take_rows
@@ -24,7 +25,6 @@ from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.intercept import SiteHook
 from attnctl.core.live import LiveControl
-from attnctl.core.pairs import check_pairs
 from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
@@ -380,7 +380,7 @@ def resolve(
     family = family_of(module)
     sites = find_sites(module)
     resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
-    check_pairs(controls, resolved)
+    check_conflicts(controls, resolved)
     watched = ControlledDenoiser(module, family, sites, resolved, pipe)
     for i, c in enumerate(controls):
         for site in watched.resolved[i]:

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from attnctl.errors import SiteError, nearest
+from attnctl.errors import SiteError, nearest, unboxed
 
-__all__ = ["KINDS", "Grid", "Selector", "Site", "select"]
+__all__ = ["KINDS", "Grid", "Selector", "Site", "plain_selector", "select"]
 
 Grid = tuple[int, int, int]
 """Frames, rows, columns of the token grid."""
@@ -52,6 +52,15 @@ class Site:
     image: slice | None = None
     text: slice | None = None
     module: torch.nn.Module | None = field(default=None, repr=False, compare=False)
+
+
+def plain_selector(selector: Any) -> Any:
+    """Return a selector whose depths are Python's own numbers, which records can hold; anything else as it is."""
+    if isinstance(selector, (list, tuple)):
+        return type(selector)(map(plain_selector, selector))
+    if isinstance(selector, slice):
+        return slice(*map(unboxed, (selector.start, selector.stop, selector.step)))
+    return unboxed(selector)
 
 
 def select(
@@ -90,6 +99,7 @@ def select(
 def _match(sites: Sequence[Site], part: Any, what: str) -> tuple[list[Site], bool]:
     """Return the sites that one part of a selector names, and whether it named them exactly."""
     depths = max(s.depth for s in sites) + 1
+    part = unboxed(part)
     if isinstance(part, bool) or not isinstance(part, (str, int, range, slice)):
         raise SiteError(f"{what}: a selector is a name, a glob, a depth, a range or a list of these; got {part!r}.")
     if isinstance(part, int):

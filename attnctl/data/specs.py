@@ -1,11 +1,13 @@
 """Controls as data: a control to a dictionary and back, and the short form that the command line takes.
 
-A control is a frozen dataclass, and its method is its class name in `attnctl.processors`. The dictionary
-holds every field, defaults too, because a default may change from one version to the next:
+A control is a frozen dataclass, and its method is the name of its class. The dictionary holds every field, defaults
+too, because a default may change from one version to the next:
 
     {"method": "PAG", "sites": "mid", "start": 0.0, "stop": 1.0, "scale": 3.0, ...}
 
-Reading is strict: unknown methods and unknown keys are refused with the nearest names. Nothing is evaluated.
+That of a control from outside the package has its module under "module", so that an error can name it. Reading is
+strict: unknown methods and unknown keys are refused with the nearest names. Nothing is evaluated, and no module is
+imported because a record names it.
 """
 
 from __future__ import annotations
@@ -17,19 +19,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from attnctl.errors import AttnctlError, ConfigError, nearest
+from attnctl.core.registry import control_named, controls
+from attnctl.errors import AttnctlError, ConfigError, nearest, unboxed
 
 __all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_option"]
 
-_MARKS = ("sites", "start", "stop")  # the fields that every control has
 _LONGEST = 100_000  # characters of a short form
 
 
 def methods() -> dict[str, type]:
-    """List the controls there are, by method name."""
-    module = importlib.import_module("attnctl.processors")
-    found = {name: getattr(module, name) for name in sorted(module.__all__)}
-    return {name: cls for name, cls in found.items() if isinstance(cls, type) and _is_control(cls)}
+    """List the controls there are, by method name: those of the package, and others whose modules are imported."""
+    return controls()
 
 
 def control_to_dict(control: Any) -> dict[str, Any]:
@@ -38,9 +38,11 @@ def control_to_dict(control: Any) -> dict[str, Any]:
     Raises:
         ConfigError: a field holds something that JSON cannot hold exactly, such as a tensor.
     """
-    if isinstance(control, type) or not _is_control(type(control)):
+    cls = type(control)
+    if controls().get(cls.__name__) is not cls:
         raise ConfigError(f"{control!r} is not a control; expected for example PAG(scale=3.0).")
-    return {"method": type(control).__name__, **_fields(control, type(control).__name__)}
+    home = {} if _is_plain(cls) else {"module": cls.__module__}
+    return {"method": cls.__name__, **home, **_fields(control, cls.__name__)}
 
 
 def control_from_dict(data: Mapping[str, Any]) -> Any:
@@ -51,8 +53,10 @@ def control_from_dict(data: Mapping[str, Any]) -> Any:
     """
     if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
         raise ConfigError(f"A control is an object with a 'method' and its fields, got {data!r}.")
-    values = {key: _decode(value) for key, value in data.items() if key != "method"}
-    return _make(_method(data["method"]), data["method"], values)
+    name, module = data["method"], data.get("module")
+    cls = control_named(name, module if isinstance(module, str) else None)
+    told = ("method",) if _is_plain(cls) else ("method", "module")
+    return _make(cls, name, {key: _decode(value) for key, value in data.items() if key not in told})
 
 
 def parse_control(text: str) -> Any:
@@ -71,11 +75,11 @@ def parse_control(text: str) -> Any:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"Cannot read the control {text!r} ({error}); {form}.") from None
     if isinstance(node, ast.Name):
-        return _make(_method(node.id), node.id, {})
+        return _make(control_named(node.id), node.id, {})
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ConfigError(f"Cannot read the control {text!r}; {form}.")
     name = node.func.id
-    cls = _method(name)
+    cls = control_named(name)
     if node.args:
         raise ConfigError(f"{name} takes keywords only, got a positional value in {text!r}; {form}.")
     values: dict[str, Any] = {}
@@ -108,16 +112,9 @@ def parse_option(text: str) -> tuple[str, Any]:
     return name.strip(), _encode(literal, name.strip())
 
 
-def _is_control(cls: type) -> bool:
-    base = cls.__module__.endswith((".base", ".latent"))  # what methods are built on is none itself
-    return dataclasses.is_dataclass(cls) and not base and set(_MARKS) <= {f.name for f in dataclasses.fields(cls)}
-
-
-def _method(name: str) -> type:
-    known = methods()
-    if name not in known:
-        raise ConfigError(f"Unknown method {name!r}; known: {', '.join(known)}." + nearest(name, known))
-    return known[name]
+def _is_plain(cls: type) -> bool:
+    """Tell whether a record needs no word about the module: it is the package's, or "module" is a field of its own."""
+    return cls.__module__.startswith("attnctl.") or "module" in {f.name for f in dataclasses.fields(cls)}
 
 
 def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
@@ -138,6 +135,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def _encode(value: Any, where: str) -> Any:
+    value = unboxed(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and not math.isnan(value):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.errors import PlanError
+from attnctl.errors import PlanError, unboxed, whole
 from attnctl.plans.block_files import read_masks, write_masks
 from attnctl.plans.orders import order_ids
 
@@ -102,10 +102,11 @@ class BlockPlan:
         """Check every field: sizes that do not fit would index out of range in a kernel."""
         object.__setattr__(self, "keep", _checked_keep(self.keep))
         heads = self.keep.shape[1]
-        sizes = (("block", self.block_k, 1), ("block_q", self.block_q, 1), ("n_text", self.n_text, 0))
-        for name, value, least in (*sizes, *((("n_image", self.n_image, 1),) if self.n_image is not None else ())):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
-                raise PlanError(f"{name}={value!r:.40} was given; expected a whole number, {least} to {_LARGEST}.")
+        for field_name, name, least in (("block_k", "block", 1), ("block_q", "block_q", 1), ("n_text", "n_text", 0)):
+            value = whole(getattr(self, field_name), name, least, _LARGEST, error=PlanError)
+            object.__setattr__(self, field_name, value)
+        if self.n_image is not None:
+            object.__setattr__(self, "n_image", whole(self.n_image, "n_image", 1, _LARGEST, error=PlanError))
         object.__setattr__(self, "order", order_ids(self.order, heads))
         if self.grid is not None:
             object.__setattr__(self, "grid", _checked_grid(self.grid))
@@ -243,10 +244,10 @@ def _checked_keep(keep: Any) -> Tensor:
 
 
 def _checked_grid(grid: Any) -> Grid:
-    whole = isinstance(grid, Sequence) and len(grid) == 3 and all(type(n) is int and 0 < n <= _LARGEST for n in grid)
-    if not whole:
+    sizes = [unboxed(n) for n in grid] if isinstance(grid, Sequence) else []
+    if len(sizes) != 3 or not all(type(n) is int and 0 < n <= _LARGEST for n in sizes):
         raise PlanError(f"grid={grid!r:.80} was given; expected (frames, rows, columns) as whole numbers.")
-    return grid[0], grid[1], grid[2]
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _check_size(keep: Tensor, n: int | None, block_q: int, block_k: int) -> None:

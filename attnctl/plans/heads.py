@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attnctl.errors import ConfigError, PlanError, SiteError, nearest
+from attnctl.errors import ConfigError, PlanError, SiteError, nearest, unboxed
 from attnctl.plans import hub
 from attnctl.plans.reading import Expected, check_schema, read_json
 from attnctl.plans.writing import publish
@@ -193,7 +193,7 @@ def _checked_pairs(pairs: Any, error: type[Exception], source: str = "heads") ->
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise error(f"{source}: expected {expected}; got {pair!r:.80}.")
-        where, head = pair
+        where, head = map(unboxed, pair)
         if isinstance(where, bool) or not isinstance(where, (str, int)):
             raise error(f"{source}: expected {expected}; got {pair!r:.80}.")
         if isinstance(head, bool) or not isinstance(head, int) or head < 0:

@@ -4,8 +4,7 @@ from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch
 from attnctl.processors.agent import AgentAttention
-from attnctl.processors.blocks import SLG, TPG
-from attnctl.processors.broadway import BroadWay
+from attnctl.processors.broadway.broadway import BroadWay
 from attnctl.processors.capture.capture import Capture
 from attnctl.processors.editing.fatezero import FateZero
 from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt
@@ -17,6 +16,8 @@ from attnctl.processors.nag import NAG
 from attnctl.processors.pag import PAG, SoftPAG
 from attnctl.processors.paro import PARO
 from attnctl.processors.seg import SEG
+from attnctl.processors.slg import SLG
+from attnctl.processors.tpg import TPG
 
 __all__ = [
     "NAG",

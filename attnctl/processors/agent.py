@@ -24,8 +24,9 @@ from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import unet_halvings
+from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Site
-from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
+from attnctl.errors import SiteError, UnsupportedModelError
 from attnctl.kernels import plain as plain_attention
 from attnctl.kernels.dispatch import Plain
 from attnctl.kernels.merging import match_tokens, merged_count, pool_cells
@@ -93,35 +94,31 @@ class AgentAttention(Control):
         'AgentAttention(ratio=0.3)'
     """
 
-    ratio: float = 0.4
-    agent_ratio: float = 0.95
-    cell: int = 4
-    late_cell: int = 2
-    agents_stop: float = 0.4
-    k_scale2: float = 0.3
-    k_shortcut: float = 0.075
-    max_downsample: int = 1
+    ratio: float = knob(0.4, 0.0, 1.0, shown=True)
+    agent_ratio: float = knob(0.95, 0.0, 1.0, shown=True)
+    cell: int = knob(4, 2)
+    late_cell: int = knob(2, 2)
+    agents_stop: float = knob(0.4, 0.0, 1.0)
+    k_scale2: float = knob(0.3, 0.0)
+    k_shortcut: float = knob(0.075, -math.inf)
+    max_downsample: int = knob(1, options=(1, 2, 4, 8))
     use_rand: bool = True
-    seed: int = 0
-    metric: Metric = "block"
+    seed: int = knob(0, 0, 2**32 - 1)
+    metric: Metric = knob("block", options=Metric)
 
     kinds: ClassVar[tuple[str, ...]] = ("self",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("ratio", "agent_ratio", "agents_stop"):
-            self._check_number(name, 0.0, 1.0)
-        self._check_number("k_scale2", 0.0, math.inf)
-        self._check_number("k_shortcut", -math.inf, math.inf)
-        self._check_choice("metric", Metric)
-        for name, least in (("cell", 2), ("late_cell", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{self._label}: {name}={value!r} must be a whole number, {least} or more.")
-        if self.seed >= 2**32:
-            raise ConfigError(f"{self._label}: seed={self.seed!r:.40} is too large: give one below 2**32.")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ConfigError(f"{self._label}: max_downsample={self.max_downsample!r} must be 1, 2, 4 or 8.")
+    about: ClassVar[About] = About(
+        does="self-attention of large latents through few agent tokens",
+        page="agent",
+        paper="arXiv 2312.08874",
+        cite=("Han et al., *Agent Attention: On the Integration of Softmax and Linear Attention*, arXiv 2312.08874",),
+        group="Speed",
+        sites="self-attention at the size of the latents",
+        needs=("the input of the transformer block",),
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict("AgentAttention", "site", "tokens that are merged already have no grid to merge on"),
+    )
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if not family.unet:

@@ -11,7 +11,6 @@ gives 1 + weight / T. Only the diagonal of the T x T maps is needed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels.checks import repeat_heads, wide_dtype
@@ -70,14 +70,22 @@ class EnhanceAVideo(Control):
         'EnhanceAVideo(weight=4.0)'
     """
 
-    weight: float | None = None
+    weight: float | None = knob(None, 0.0)
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight is not None:
-            self._check_number("weight", 0.0, math.inf)
+    about: ClassVar[About] = About(
+        does="more cross-frame attention in 3D video transformers",
+        page="enhance_video",
+        title="Enhance-A-Video",
+        paper="arXiv 2502.07508",
+        cite=("Luo et al., *Enhance-A-Video: Better Generated Video for Free*, arXiv 2502.07508",),
+        group="Video",
+        offered=False,
+        sites="every attention over all frames",
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict("EnhanceAVideo", "site", "both set the gain of the same output: give one weight"),
+    )
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if not family.all_frames:

@@ -21,6 +21,7 @@ import torch
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.errors import UnsupportedModelError
 
@@ -59,17 +60,30 @@ class NAG(Control):
         alpha: Blend with the unguided output, 0 to 1.
     """
 
-    scale: float = 2.0
-    tau: float = 2.5
-    alpha: float = 0.5
+    scale: float = knob(2.0, 0.0, span=(0.0, 10.0, 0.1), shown=True)
+    tau: float = knob(2.5, 1.0, span=(1.0, 10.0, 0.1), shown=True)
+    alpha: float = knob(0.5, 0.0, 1.0, shown=True)
 
     kinds: ClassVar[tuple[str, ...]] = ("cross",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("scale", 0.0, float("inf"))
-        self._check_number("tau", 1.0, float("inf"))
-        self._check_number("alpha", 0.0, 1.0)
+    about: ClassVar[About] = About(
+        does="a negative prompt inside cross-attention, without an extra pass",
+        page="nag",
+        paper="arXiv 2505.21179",
+        cite=(
+            "Chen et al., *Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models*, "
+            "arXiv 2505.21179",
+        ),
+        sites="every cross-attention",
+        needs=("a negative prompt in the same batch",),
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict("NAG", "site", "the second would take the prompt rows that the first cuts out for all rows"),
+        Conflict(
+            "WordEdit",
+            "site",
+            "both compute the cross-attention of chosen rows, which the other takes for all",
+        ),
+    )
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         return select(sites, "cross", kinds=self.kinds, what="NAG")

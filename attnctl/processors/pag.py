@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -26,6 +26,7 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import is_linear
+from attnctl.core.registry import About, Preset, knob
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import perturb
@@ -54,11 +55,18 @@ class PAG(Guidance):
         "PAG(sites='mid')"
     """
 
-    scope: Scope = "image_block"
+    scope: Scope = knob("image_block", options=Scope, shown=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_choice("scope", Scope)
+    about: ClassVar[About] = About(
+        does="guides away from the prediction whose attention maps are the identity",
+        page="pag",
+        paper="arXiv 2403.17377",
+        cite=("Ahn et al., *Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance*, arXiv 2403.17377",),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset("shapes:text2image", 'PAG(scale=2.5, sites="up.0")', column=1),
+        Preset("shapes:mmdit", "PAG(scale=2.5, sites=6)", column=1),
+    )
 
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         return _branch(self._label, sites, {}, "identity", 1.0, self.scope)
@@ -72,7 +80,7 @@ class SoftPAG(Guidance):
         u: Strength in [0, 1]: A' = (1 - u) A + u T. 1 replaces the map.
         heads: A `HeadSet`, or pairs (site name or depth, head); None for every head of `sites`.
         target: The map T: "identity"; "uniform" (all keys alike); "query_mean" (every query takes the map of the mean
-            query, the limit of SEG for a wide blur); "argmax" (each query keeps its strongest key).
+            query, the limit of blurred queries for a wide blur); "argmax" (each query keeps its strongest key).
         scope: Which rows of a joint sequence take the target: see `PAG`.
 
     Example:
@@ -80,16 +88,27 @@ class SoftPAG(Guidance):
         "SoftPAG(u=0.25, heads=(('transformer_blocks.9.attn', 3), (11, 15)))"
     """
 
-    u: float = 0.5
+    u: float = knob(0.5, 0.0, 1.0, shown=True)
     heads: Heads | None = None
-    target: Target = "identity"
-    scope: Scope = "all"
+    target: Target = knob("identity", options=Target, shown=True)
+    scope: Scope = knob("all", options=Scope, shown=True)
+
+    about: ClassVar[About] = About(
+        does="the same with a strength `u`, chosen heads and other targets",
+        page="pag",
+        paper="arXiv 2506.10978",
+        cite=(
+            "Ahn et al., *Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow "
+            "Models*, arXiv 2506.10978",
+        ),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset("shapes:text2image", 'SoftPAG(scale=2.5, u=0.5, sites="up.0")', column=2),
+        Preset("shapes:mmdit", "SoftPAG(scale=2.5, u=0.5, sites=6)", column=2),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("u", 0.0, 1.0)
-        self._check_choice("target", Target)
-        self._check_choice("scope", Scope)
         if self.scope == "image_block" and self.target != "identity":
             raise ConfigError(
                 f'{self._label}: scope="image_block" defines its own target (itself and the text), so target='

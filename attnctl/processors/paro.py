@@ -22,6 +22,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.errors import ConfigError, PlanError, SiteError, nearest
 from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
@@ -46,11 +47,27 @@ class PARO(Control):
     """
 
     plan: ModelPlan | BlockPlan | str | os.PathLike[str] = field(kw_only=False)
-    dense_steps: int = 0
-    dense_layers: int = 0
+    dense_steps: int = knob(0, 0, unit="steps")
+    dense_layers: int = knob(0, 0, unit="sites")
     kernel: str = "auto"
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    about: ClassVar[About] = About(
+        does="reordered block-sparse attention by a calibrated plan",
+        page="paro",
+        paper="arXiv 2506.16054",
+        cite=(
+            "Zhao et al., *PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in "
+            "Visual Generation Models*, arXiv 2506.16054",
+        ),
+        group="Speed",
+        offered=False,
+        sites="the sites of its plan",
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict("PARO", "site", "each brings the kernel, and one kernel computes an attention"),
+        Conflict("AgentAttention", "site", "a block plan goes by the places of tokens, which merging takes away"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,10 +79,6 @@ class PARO(Control):
                 f"PARO: plan={type(plan).__name__} was given; expected an attnctl.plans.ModelPlan or BlockPlan, or "
                 "the folder of one. attnctl.pipelines.calibrate makes one."
             )
-        for name in ("dense_steps", "dense_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"PARO: {name}={value!r} was given; expected a whole number, 0 or more.")
         check_sparse(self.kernel)
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:

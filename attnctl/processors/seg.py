@@ -16,6 +16,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.linear import is_linear
+from attnctl.core.registry import About, Preset, knob
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import blur_queries
@@ -33,14 +34,19 @@ class SEG(Guidance):
         sigma: Standard deviation of the blur in tokens; inf takes the mean query.
     """
 
-    sigma: float = math.inf
+    sigma: float = knob(math.inf, 0.0, unit="tokens", hint="tokens; inf: the mean", shown=True)
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "dual")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sigma != math.inf:
-            self._check_number("sigma", 0.0, math.inf)
+    about: ClassVar[About] = About(
+        does="guides away from blurred queries",
+        page="seg",
+        paper="arXiv 2408.00760",
+        cite=(
+            "Hong, *Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention*, "
+            "arXiv 2408.00760",
+        ),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (Preset("shapes:mmdit", "SEG(scale=2.5, sites=6)"),)
 
     def weight(self, state: object) -> float:
         return 0.0 if self.sigma == 0 else super().weight(state)  # type: ignore[arg-type]

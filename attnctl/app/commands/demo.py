@@ -1,6 +1,7 @@
 """`attnctl demo`: the shipped models plain and under control, side by side, with the judge's marks. Offline.
 
-Every panel of a sheet uses the same prompts, seeds and noise. A new method adds a line to its sheet in `SHEETS`.
+Every panel of a sheet uses the same prompts, seeds and noise. A method joins a sheet by a preset with a column,
+declared in its own file.
 """
 
 from __future__ import annotations
@@ -13,74 +14,16 @@ from typing import Any
 
 from attnctl.app.commands import demo_video
 from attnctl.app.commands.common import Common, Result, UsageError, say, table, tally
+from attnctl.app.demo import SHEETS, Panel, Sheet, nouns
 from attnctl.data.files import below
 from attnctl.plans.writing import check_free
 
-__all__ = ["SHEETS", "Demo", "Panel", "Sheet", "nouns"]
+__all__ = ["Demo"]
 
 PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
 MARKS = {"present": "both colours there", "bound": "both bound", "right": "all right"}
 GREEN = (30, 150, 70)
 _VIDEO_SHARE = 16  # one video for so many images of the first sheet
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Describe one column of the demo: its label and its controls, in the short form of `--control`.
-
-    The word NOUNS in a control stands for the two nouns of each prompt.
-    """
-
-    name: str
-    controls: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Describe one picture of the demo: a model and its columns, the first of which is plain.
-
-    Attributes:
-        model: A shipped model.
-        file: Name of the picture, without its ending.
-        panels: The columns.
-        share: One image in how many of the first sheet's is made; for models that take longer.
-        maps: Name of a second picture, of where the plain images attend to their nouns, or "".
-        options: Further arguments of the pipeline call.
-    """
-
-    model: str
-    file: str
-    panels: tuple[Panel, ...]
-    share: int = 1
-    maps: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-SHEETS: tuple[Sheet, ...] = (
-    Sheet(
-        "shapes:text2image",
-        "demo",
-        (
-            Panel("plain"),
-            Panel("PAG", ('PAG(scale=2.5, sites="up.0")',)),
-            Panel("SoftPAG", ('SoftPAG(scale=2.5, u=0.5, sites="up.0")',)),
-            Panel("A-STAR", ('AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)',)),
-            Panel("A&E", ('AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())',)),
-        ),
-        maps="demo-maps",
-    ),
-    Sheet(
-        "shapes:mmdit",
-        "demo-mmdit",
-        (
-            Panel("plain"),
-            Panel("PAG", ("PAG(scale=2.5, sites=6)",)),
-            Panel("SoftPAG", ("SoftPAG(scale=2.5, u=0.5, sites=6)",)),
-        ),
-        share=4,
-        options=(("max_sequence_length", 0),),  # no padding in the place of T5: half the time
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,18 +175,6 @@ def _capture(prompts: Sequence[str], steps: int) -> Any:
     from attnctl.processors import Capture
 
     return Capture(words=tuple(map(nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
-
-
-def nouns(prompt: str) -> tuple[str, ...]:
-    """Name the shapes of a prompt of the shapes world as words to attend to: "circle#2" for a second circle.
-
-    Raises:
-        JudgeError: it is another prompt.
-    """
-    from attnctl.shapes import parse
-
-    shapes = [thing.shape for thing in parse(prompt).things]
-    return tuple(f"{s}#{shapes[: i + 1].count(s)}" if shapes.count(s) > 1 else s for i, s in enumerate(shapes))
 
 
 def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:

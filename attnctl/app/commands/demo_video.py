@@ -1,4 +1,4 @@
-"""The video sheet of `attnctl demo`: clips of one object, plain and with BroadWay, with the judge's marks."""
+"""The video sheet of `attnctl demo`: clips of one object, plain and under control, with the judge's marks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from attnctl.app.commands.common import say, tally
+from attnctl.app.demo import Panel, columns_of
 
 __all__ = ["FILE", "MARKS", "judged", "make"]
 
 FILE = "demo-video"
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (("plain", ()), ("BroadWay", ("BroadWay(motion=1.0)",)))
 MARKS = {"present": "object there", "direction": "direction", "right": "all right"}
 PROMPTS_SEED = 2025
 GREEN = (30, 150, 70)
@@ -33,19 +33,20 @@ def make(
     from attnctl.pipelines.models import load
     from attnctl.shapes.motion import clip_prompts
 
+    panels = columns_of("shapes:video")
     prompts, seeds = clip_prompts(PROMPTS_SEED, videos), tuple(range(seed, seed + videos))
     loaded = load("shapes:video")
-    say(f"shapes:video: {len(PANELS)} panels of {videos} videos, {steps} steps, on {loaded.pipe.device}")
+    say(f"shapes:video: {len(panels)} panels of {videos} videos, {steps} steps, on {loaded.pipe.device}")
     started, columns = time.perf_counter(), []
-    with tqdm(total=len(PANELS) * steps, unit="step", disable=None, leave=False) as bar:
-        for name, controls in PANELS:
-            bar.set_description(name)
+    with tqdm(total=len(panels) * steps, unit="step", disable=None, leave=False) as bar:
+        for panel in panels:
+            bar.set_description(panel.name)
             call = Call(
                 prompts=prompts,
                 seeds=seeds,
                 steps=steps,
                 guidance=guidance,
-                controls=tuple(map(parse_control, controls)),
+                controls=tuple(map(parse_control, panel.controls)),
                 command=command,
             )
             columns.append(sample(loaded, call, bar.update))
@@ -53,21 +54,21 @@ def make(
     marks = [[judged(v, p) for v, p in zip(column.videos, prompts, strict=True)] for column in columns]
     shown = min(rows, videos)
     save_image(
-        _strips(columns, marks, prompts[:shown], seeds, videos, guidance, steps),
+        _strips(panels, columns, marks, prompts[:shown], seeds, videos, guidance, steps),
         path,
         [replace(column.record, shows=tuple(range(shown))) for column in columns],
         force=force,
     )
-    panels = [_panel(name, column, row) for (name, _), column, row in zip(PANELS, columns, marks, strict=True)]
-    for (_, controls), panel in zip(PANELS, panels, strict=True):
-        for control, names in zip(controls, panel["sites"], strict=True):
+    results = [_panel(panel.name, column, row) for panel, column, row in zip(panels, columns, marks, strict=True)]
+    for panel, result in zip(panels, results, strict=True):
+        for control, names in zip(panel.controls, result["sites"], strict=True):
             say(f"{control} acts on {', '.join(names)}")
     return {
         "model": "shapes:video",
         "pictures": [str(path)],
         "seconds": round(seconds, 1),
         "videos_per_panel": videos,
-        "panels": panels,
+        "panels": results,
     }
 
 
@@ -102,6 +103,7 @@ def _panel(name: str, column: Any, rows: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _strips(
+    panels: Sequence[Panel],
     columns: Sequence[Any],
     marks: Sequence[Sequence[dict[str, Any]]],
     prompts: Sequence[str],
@@ -114,10 +116,10 @@ def _strips(
 
     tiles, labels, frames = [], [], []
     for i, prompt in enumerate(prompts):
-        for (name, controls), column, row in zip(PANELS, columns, marks, strict=True):
+        for panel, column, row in zip(panels, columns, marks, strict=True):
             shown = column.videos[i][::_EVERY]
             tiles += shown
-            labels.append(f"{prompt}\nseed {seeds[i]}" if not controls else "\n".join(controls) or name)
+            labels.append(f"{prompt}\nseed {seeds[i]}" if not panel.controls else "\n".join(panel.controls))
             frames += [GREEN if row[i]["right"] else None] * len(shown)
     across = len(tiles) // len(labels)
     return grid(

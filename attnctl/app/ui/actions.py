@@ -77,7 +77,7 @@ class Ask:
 
     def _options(self) -> tuple[tuple[str, Any], ...]:
         """Return what the demo too hands to this model: a shipped model without padding takes half the time."""
-        from attnctl.app.commands.demo import SHEETS
+        from attnctl.app.demo import SHEETS
 
         return next((sheet.options for sheet in SHEETS if sheet.model == self.model), ())
 

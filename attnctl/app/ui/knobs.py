@@ -1,46 +1,25 @@
 """Controls as knobs: which fields of a method a page shows, as what, and the control that they add up to.
 
-Everything is read off the dataclasses: a field's type says what its knob is, its default where it stands. Only the
-order, and the range that a slider spans, are written down here.
+Everything is read off the classes of controls: which fields are shown, in which range, with which hint
+(`attnctl.core.registry.knob`), and the settings for the shipped models (`Control.presets`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from attnctl.data.specs import control_from_dict, control_to_dict, methods, parse_control
+from attnctl.core.registry import Bounds, bounds_of, control_named, presets_for
+from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, JudgeError
 
 __all__ = ["Knob", "about", "control_of", "knobs_of", "nouns", "preset", "selector"]
 
 Kind = Literal["slider", "number", "choice", "switch", "text"]
-
-# In the order shown; fields that are not named here are for the short form.
-_MAIN = (
-    *("scale", "u", "sigma", "target", "scope", "concepts", "step_size", "grad_transform", "seg", "ret"),
-    *("tau", "alpha", "beta", "motion", "ratio", "agent_ratio", "sites", "start", "stop", "every"),
-)
-_SHARE = (0.0, 1.0, 0.05)
-_RANGES = {
-    **dict.fromkeys(("u", "alpha", "start", "stop", "ratio", "agent_ratio"), _SHARE),
-    **dict.fromkeys(("seg", "ret"), (0.0, 5.0, 0.1)),
-    "scale": (0.0, 10.0, 0.1),
-    "step_size": (0.0, 40.0, 0.1),
-    "tau": (1.0, 10.0, 0.1),
-    "motion": (0.0, 4.0, 0.1),
-    "every": (1, 10, 1),
-}
-_HINTS = {
-    "sites": "blank: published",
-    "concepts": "blank: the nouns",
-    "sigma": "tokens; inf: the mean",
-}
 
 
 @dataclass(frozen=True)
@@ -78,43 +57,32 @@ def knobs_of(method: str) -> tuple[Knob, ...]:
     Raises:
         ConfigError: there is no such method.
     """
-    cls = _class(method)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    return tuple(_knob(method, fields[name], _choices(cls, fields[name])) for name in _MAIN if name in fields)
+    cls = control_named(method)
+    shown = [(f, bounds) for f in dataclasses.fields(cls) if (bounds := bounds_of(cls, f.name)) and bounds.shown]
+    return tuple(_knob(method, f, bounds) for f, bounds in sorted(shown, key=lambda pair: pair[1].last))
 
 
 def about(method: str) -> str:
     """Say in the first line of its docstring what a method does."""
-    return (_class(method).__doc__ or "").strip().split("\n")[0]
+    return (control_named(method).__doc__ or "").strip().split("\n")[0]
 
 
 @cache
 def preset(model: str, method: str) -> dict[str, Any]:
     """Return the fields in which a method's setting for a model differs from its defaults.
 
-    For shipped models this is the setting of `attnctl demo`, for others nothing: the defaults are the published ones.
+    Methods declare them for the shipped models; for others the defaults are the published ones.
     """
-    from attnctl.app.commands.demo import SHEETS
-
-    forms = [c for s in SHEETS if s.model == model for p in s.panels for c in p.controls] + _PRESETS.get(model, [])
-    for form in forms:
-        if form.partition("(")[0] == method:
-            control = parse_control(form.replace("NOUNS", '("a", "b")'))
-            plain = dataclasses.fields(control)
-            values = control_to_dict(control)
-            return {f.name: values[f.name] for f in plain if getattr(control, f.name) != f.default} | _open(form)
-    return {}
-
-
-# For methods that the demo does not show: how far its latent guidances move latents of this scale.
-_PRESETS = {
-    "shapes:mmdit": [
-        'AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)',
-        'AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())',
-        "SEG(scale=2.5, sites=6)",
-        "TPG(scale=2.5, sites=6)",
-    ],
-}
+    declared = presets_for(model).get(method)
+    if declared is None:
+        return {}
+    control = parse_control(declared.form.replace("NOUNS", '("a", "b")'))
+    values = control_to_dict(control)
+    fields = [f for f in dataclasses.fields(control) if getattr(control, f.name) != f.default]
+    setting = {f.name: values[f.name] for f in fields}
+    if "NOUNS" in declared.form:
+        setting["concepts"] = []  # open: they are taken from the prompt
+    return setting
 
 
 def control_of(method: str, values: Mapping[str, Any], model: str = "", prompt: str = "") -> Any:
@@ -158,7 +126,7 @@ def nouns(prompt: str) -> tuple[str, ...]:
     Raises:
         ConfigError: it is another prompt, whose concepts must be named.
     """
-    from attnctl.app.commands.demo import nouns as of_prompt
+    from attnctl.app.demo import nouns as of_prompt
 
     try:
         return of_prompt(prompt)
@@ -169,39 +137,19 @@ def nouns(prompt: str) -> tuple[str, ...]:
         ) from None
 
 
-def _open(form: str) -> dict[str, Any]:
-    """Leave the concepts open where a setting takes them from the prompt."""
-    return {"concepts": []} if "NOUNS" in form else {}
-
-
-def _class(method: str) -> type:
-    known = methods()
-    if method not in known:
-        raise ConfigError(f"There is no method {method!r}; there are {', '.join(known)}.")
-    return known[method]
-
-
-def _choices(cls: type, field: Any) -> tuple[str, ...]:
-    """List the values of a field whose type is a named Literal."""
-    owner = next(c for c in cls.__mro__ if field.name in vars(c).get("__annotations__", {}))
-    named = getattr(sys.modules[owner.__module__], str(field.type), None)
-    return get_args(named) if get_origin(named) is Literal else ()
-
-
-def _knob(method: str, field: Any, choices: tuple[str, ...]) -> Knob:
+def _knob(method: str, field: Any, bounds: Bounds) -> Knob:
     name, default = field.name, field.default
-    said = _HINTS.get(name, "")
-    if choices:
-        return Knob(method, name, "choice", default, choices=choices)
+    if bounds.choices:
+        return Knob(method, name, "choice", default, choices=bounds.choices, hint=bounds.hint)
     if isinstance(default, bool):
-        return Knob(method, name, "switch", default)
-    if name in _RANGES:
-        low, high, step = _RANGES[name]
+        return Knob(method, name, "switch", default, hint=bounds.hint)
+    if bounds.span is not None:
+        low, high, step = bounds.span
         top = max(high, default if isinstance(default, (int, float)) else high)
-        return Knob(method, name, "slider", low if default is None else default, (low, top, step), hint=said)
+        return Knob(method, name, "slider", low if default is None else default, (low, top, step), hint=bounds.hint)
     if isinstance(default, (int, float)) and math.isfinite(default):
-        return Knob(method, name, "number", default, hint=said)
-    return Knob(method, name, "text", "" if default is None or default == () else str(default), hint=said)
+        return Knob(method, name, "number", default, hint=bounds.hint)
+    return Knob(method, name, "text", "" if default is None or default == () else str(default), hint=bounds.hint)
 
 
 def _read(knob: Knob, value: Any) -> Any:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from attnctl.core.registry import load_entry_points
 from attnctl.data.specs import methods
 from attnctl.errors import AttnctlError, ConfigError, SiteError
 from attnctl.pipelines.models import SHIPPED, Loaded, load
 
-__all__ = ["ELSEWHERE", "Models"]
+__all__ = ["Models", "offered"]
 
 _IMAGES: tuple[str, ...] = ("shapes:text2image", "shapes:mmdit")
 _VIDEOS: tuple[str, ...] = ("shapes:video",)
-# Maps and videos have tabs of their own, an edit needs two prompts, a plan a file.
-ELSEWHERE = ("BroadWay", "Capture", "EnhanceAVideo", "FateZero", "PARO", "PromptToPrompt")
+
+
+def offered() -> tuple[str, ...]:
+    """Name the methods that the tab of images offers: all but those that say otherwise (`About.offered`)."""
+    return tuple(m for m, cls in methods().items() if getattr(getattr(cls, "about", None), "offered", True))
 
 
 class Models:
@@ -33,6 +37,7 @@ class Models:
     def __init__(
         self, given: str | None = None, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32"
     ) -> None:
+        load_entry_points()  # a page has no other way to the controls of other packages
         self._device, self._dtype, self._revision = device, dtype, revision
         self._loaded: dict[str, Loaded] = {}
         self._takes: dict[str, tuple[str, ...]] = {}
@@ -78,7 +83,7 @@ class Models:
         with self._lock:
             if name not in self._takes:
                 pipe = self.get(name).pipe
-                self._takes[name] = tuple(m for m, cls in methods().items() if _takes(pipe, m, cls))
+                self._takes[name] = tuple(m for m in offered() if _takes(pipe, m, methods()[m]))
             return self._takes[name]
 
 
@@ -86,8 +91,6 @@ def _takes(pipe: Any, method: str, cls: Any) -> bool:
     import attnctl
     from attnctl.app.ui.knobs import knobs_of
 
-    if method in ELSEWHERE:
-        return False
     fields: dict[str, Any] = {}
     if any(knob.field == "concepts" for knob in knobs_of(method)):
         fields["concepts"] = ("a", "b")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from attnctl.app.ui.inputs import (
     written,
 )
 from attnctl.app.ui.knobs import Knob, about, control_of, knobs_of, preset
-from attnctl.app.ui.models import ELSEWHERE, Models
-from attnctl.data.specs import methods
+from attnctl.app.ui.models import Models, offered
 
 __all__ = ["image_tab"]
 
@@ -72,8 +71,7 @@ class _Inputs:
             list(models.takes(first)), value=beginning, label="Methods (several act together)"
         )
         self.go = gr.Button("Generate", variant="primary", elem_id="image-go")
-        offered = [method for method in methods() if method not in ELSEWHERE]
-        self.groups, self.knobs = _groups(offered, beginning, first)
+        self.groups, self.knobs = _groups(offered(), beginning, first)
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox("", label="Negative prompt", lines=1)
             self.more = further_controls('PAG(scale=2.0, sites="mid", every=2)')
@@ -150,11 +148,11 @@ def _fields(method: str, values: dict[str, Any]) -> dict[str, Any]:
     return {knob.field: values[knob.name] for knob in knobs_of(method) if knob.name in values}
 
 
-def _groups(offered: list[str], chosen: list[str], model: str) -> tuple[dict[str, Any], dict[Knob, Any]]:
+def _groups(methods: Sequence[str], chosen: list[str], model: str) -> tuple[dict[str, Any], dict[Knob, Any]]:
     """Make a group of knobs for each method, seen while the method is chosen."""
     groups: dict[str, Any] = {}
     knobs: dict[Knob, Any] = {}
-    for method in offered:
+    for method in methods:
         with gr.Group(visible=method in chosen) as group:
             gr.Markdown(f"**{method}** {about(method)}", elem_classes=["about"])
             with gr.Row():

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from attnctl.core.sites import Grid
+from attnctl.core.sites import Grid, Selector, Site, select
+from attnctl.errors import SiteError
 
 __all__ = ["FAMILIES", "GENERIC", "Default", "Family", "family_of", "kind_of"]
 
@@ -25,16 +26,68 @@ Bound = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Default:
-    """Sites that a publication acts on in a family, with the source that says so."""
+    """Sites that a publication acts on in a family, with the source that says so.
+
+    Attributes:
+        source: The publication.
+        sites: Selector of the sites, or of those that the relative places below count.
+        depth: One block of how many, such as (13, 24); in smaller and larger models the proportional one.
+        span: First and last block, the last excluded, of how many; in other models the proportional ones.
+        reduction: How many times smaller than the latents the token grid is, along a side.
+        blocks: The number of blocks of the only size of model that it holds for; None for all sizes.
+    """
 
     source: str
-    sites: str | None = None
-    depth: float | None = None
-    """Relative depth of the block: 13 of 24 is written 13 / 24, so that smaller and larger siblings resolve too."""
-    span: tuple[float, float] | None = None
-    """Relative depths of a range of blocks, the second excluded."""
+    sites: Selector | None = None
+    depth: tuple[int, int] | None = None
+    span: tuple[int, int, int] | None = None
     reduction: int | None = None
-    """How many times smaller than the latents the token grid is, along a side."""
+    blocks: int | None = None
+
+    def fits(self, sites: Sequence[Site], kinds: Sequence[str]) -> bool:
+        """Tell whether it holds for a model of this size."""
+        return self.blocks is None or sum(s.kind in kinds for s in sites) == self.blocks
+
+    def of(self, sites: Sequence[Site], kinds: Sequence[str], what: str) -> tuple[Site, ...]:
+        """Choose the sites of a model, among those of some kinds.
+
+        Raises:
+            SiteError: The selector matches none, or the model does not expose the size of its latents.
+        """
+        blocks = tuple(s for s in sites if s.kind in kinds)
+        if self.sites is not None:
+            blocks = select(sites, self.sites, kinds=kinds, what=what)
+        if not blocks:
+            raise SiteError(f"{what}: the model has no {' or '.join(kinds)} attention to act on; pass `sites=`.")
+        if self.depth is not None:
+            return (blocks[self.depth[0] * len(blocks) // self.depth[1]],)
+        if self.span is not None:
+            low, high = (place * len(blocks) // self.span[2] for place in self.span[:2])
+            return blocks[low : max(high, low + 1)]
+        return blocks if self.reduction is None else _at_reduction(sites, blocks, self.reduction, what)
+
+    def describe(self) -> str:
+        """Say in words where it is."""
+        if self.depth is not None:
+            return f"block {self.depth[0]} of {self.depth[1]}"
+        if self.span is not None:
+            return f"blocks {self.span[0]} to {self.span[1] - 1} of {self.span[2]}"
+        if self.reduction is not None:
+            return f"layers at 1/{self.reduction} of the latents' side"
+        if self.sites == "mid":
+            return "mid block"
+        return ", ".join(map(str, self.sites)) if isinstance(self.sites, (list, tuple)) else str(self.sites)
+
+
+def _at_reduction(sites: Sequence[Site], blocks: tuple[Site, ...], reduction: int, what: str) -> tuple[Site, ...]:
+    """Choose a UNet's layers at 1 / reduction of the latents' side, or at the nearest finer level that it has."""
+    finest = max((s.grid for s in sites if s.grid is not None), default=None, key=lambda g: g[1] * g[2])
+    levels = {s.grid[1] * s.grid[2] for s in blocks if s.grid is not None}
+    if finest is None or not levels:
+        raise SiteError(f"{what}: the model does not expose the size of its latents, so `sites` must be given.")
+    wanted = math.ceil(finest[1] / reduction) * math.ceil(finest[2] / reduction)
+    level = min((n for n in levels if n >= wanted), default=max(levels))
+    return tuple(s for s in blocks if s.grid is not None and s.grid[1] * s.grid[2] == level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +107,9 @@ class Family:
         all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         from_prompt: Whether its pipelines count guidance from the prompt, c + s (c - u), and not from u + s (c - u).
-        perturb: Published defaults for attention perturbation.
-        guide: Published defaults for latent guidance by attention to words.
-        concepts: Published defaults for maps of concepts, in families whose blocks keep a stream of text apart.
+        published: Published sites by the kind of control that acts there, named by its class: "Guidance" for the
+            perturbation of attention, "LatentGuidance" for attention to words. A control that has sites of its own in
+            some families names them in its own file (`Control.published`).
         note: A limit that `report()` prints.
     """
 
@@ -71,9 +124,7 @@ class Family:
     all_frames: bool = False
     cond_first: bool = False
     from_prompt: bool = False
-    perturb: Default | None = None
-    guide: Default | None = None
-    concepts: Default | None = None
+    published: Mapping[str, Default] = field(default_factory=dict)
     note: str | None = None
 
 
@@ -175,7 +226,6 @@ def _packed(model: torch.nn.Module, bound: Bound) -> int:
 
 _SD = Default(sites="mid", source="PAG, arXiv 2403.17377: the mid block")
 _WORDS = Default(reduction=4, source="Attend-and-Excite, arXiv 2301.13826: 16 x 16 maps of 64 x 64 latents")
-_CONCEPTS = Default(span=(15 / 19, 1.0), source="ConceptAttention, arXiv 2502.04320: double blocks 15 to 18 of 19")
 _UNET = (("attn2", "cross"), ("attn1", "self"))
 _DIT = (("attn2", "cross"), ("attn1", "self"))
 _TEMPORAL = r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in"
@@ -188,8 +238,7 @@ FAMILIES: tuple[Family, ...] = (
         kinds=_UNET,
         grid=_sample,
         unet=True,
-        perturb=_SD,
-        guide=_WORDS,
+        published={"Guidance": _SD, "LatentGuidance": _WORDS},
     ),
     Family(
         name="AnimateDiff",
@@ -197,8 +246,10 @@ FAMILIES: tuple[Family, ...] = (
         kinds=_VIDEO_UNET,
         grid=_sample,
         unet=True,
-        perturb=Default(sites="mid", source="diffusers AnimateDiffPAGPipeline: mid_block.*attn1"),
-        guide=_WORDS,
+        published={
+            "Guidance": Default(sites="mid", source="diffusers AnimateDiffPAGPipeline: mid_block.*attn1"),
+            "LatentGuidance": _WORDS,
+        },
     ),
     Family(
         name="Stable Video Diffusion",
@@ -222,9 +273,12 @@ FAMILIES: tuple[Family, ...] = (
         kinds=(("attn2", "dual"), ("attn", "joint")),
         text="last",
         grid=_image,
-        perturb=Default(depth=13 / 24, source="PAG for SD3 by its authors (diffusers#8861): block 13 of 24"),
-        guide=Default(span=(5 / 24, 13 / 24), source="Self-Cross guidance, arXiv 2411.18936: blocks 5 to 12 of 24"),
-        concepts=_CONCEPTS,
+        published={
+            "Guidance": Default(depth=(13, 24), source="PAG for SD3 by its authors (diffusers#8861): block 13 of 24"),
+            "LatentGuidance": Default(
+                span=(5, 13, 24), source="Self-Cross guidance, arXiv 2411.18936: blocks 5 to 12 of 24"
+            ),
+        },
     ),
     Family(
         name="FLUX.1",
@@ -233,8 +287,11 @@ FAMILIES: tuple[Family, ...] = (
         text="first",
         grid=_ids,
         image_tokens=_packed,
-        guide=Default(sites="transformer_blocks.*", source="FOCUS, arXiv 2510.02315: all double-stream blocks"),
-        concepts=_CONCEPTS,
+        published={
+            "LatentGuidance": Default(
+                sites="transformer_blocks.*", source="FOCUS, arXiv 2510.02315: all double-stream blocks"
+            )
+        },
     ),
     Family(
         name="FLUX.2",
@@ -257,14 +314,14 @@ FAMILIES: tuple[Family, ...] = (
         classes=("PixArtTransformer2DModel",),
         kinds=_DIT,
         grid=_image,
-        perturb=Default(depth=14 / 28, source="PAG for PixArt-Sigma (diffusers#8921): block 14 of 28"),
+        published={"Guidance": Default(depth=(14, 28), source="PAG for PixArt-Sigma (diffusers#8921): block 14 of 28")},
     ),
     Family(
         name="Sana",
         classes=("SanaTransformer2DModel",),
         kinds=_DIT,
         grid=_image,
-        perturb=Default(depth=8 / 20, source="diffusers SanaPAGPipeline example: block 8 of 20"),
+        published={"Guidance": Default(depth=(8, 20), source="diffusers SanaPAGPipeline example: block 8 of 20")},
         note="attn1 is linear attention: targets identity and uniform only",
     ),
     Family(
@@ -272,7 +329,7 @@ FAMILIES: tuple[Family, ...] = (
         classes=("HunyuanDiT2DModel",),
         kinds=_DIT,
         grid=_image,
-        perturb=Default(depth=14 / 40, source="PAG for HunyuanDiT (diffusers#8936): block 14 of 40"),
+        published={"Guidance": Default(depth=(14, 40), source="PAG for HunyuanDiT (diffusers#8936): block 14 of 40")},
     ),
     Family(
         name="AuraFlow",
@@ -330,7 +387,7 @@ FAMILIES: tuple[Family, ...] = (
         grid=_ltx,
         all_frames=True,
         image_tokens=_packed,
-        perturb=Default(depth=19 / 28, source="STG, arXiv 2411.18664: LTX-Video block 19 of 28"),
+        published={"Guidance": Default(depth=(19, 28), source="STG, arXiv 2411.18664: LTX-Video block 19 of 28")},
     ),
     Family(
         name="HunyuanVideo",
@@ -339,7 +396,7 @@ FAMILIES: tuple[Family, ...] = (
         text="last",
         grid=_video,
         all_frames=True,
-        perturb=Default(depth=2 / 60, source="STG, arXiv 2411.18664: HunyuanVideo block 2 of 60"),
+        published={"Guidance": Default(depth=(2, 60), source="STG, arXiv 2411.18664: HunyuanVideo block 2 of 60")},
     ),
     Family(
         name="Mochi",
@@ -348,7 +405,7 @@ FAMILIES: tuple[Family, ...] = (
         text="last",
         grid=_video,
         all_frames=True,
-        perturb=Default(depth=34 / 48, source="STG, arXiv 2411.18664: Mochi block 34 of 48"),
+        published={"Guidance": Default(depth=(34, 48), source="STG, arXiv 2411.18664: Mochi block 34 of 48")},
     ),
     Family(
         name="Latte",

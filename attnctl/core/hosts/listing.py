@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from attnctl.core.hosts.families import Family, family_of, kind_of
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["denoisers_of", "find_sites", "halve", "image_level_grid", "is_backbone", "stage_grid", "unet_halvings"]
+__all__ = [
+    "blocks_around",
+    "denoisers_of",
+    "find_sites",
+    "halve",
+    "image_level_grid",
+    "is_backbone",
+    "stage_grid",
+    "unet_halvings",
+]
 
 _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 
@@ -49,6 +59,12 @@ def find_sites(target: Any) -> tuple[Site, ...]:
 
         return sites_of(target)
     return _sites_of(next(iter(denoisers_of(target).values())))
+
+
+def blocks_around(sites: Iterable[Site], denoiser: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """Return the transformer block around each site, and its name."""
+    names = dict.fromkeys(s.name.rpartition(".")[0] for s in sites)
+    return {denoiser.get_submodule(name): name for name in names}
 
 
 def is_backbone(target: Any) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnctl.errors import ConfigError, nearest
+from attnctl.errors import ConfigError, nearest, unboxed
 from attnctl.kernels.checks import check_call, repeat_heads, token_slice
 from attnctl.kernels.dispatch import Plain
 from attnctl.kernels.dispatch import plain as _plain
@@ -117,7 +117,7 @@ def check_heads(heads: Sequence[int] | Tensor | None, total: int) -> tuple[int, 
     """Return head indices as a tuple of ints, all of them for None; raise ConfigError if one is not valid."""
     if heads is None:
         return tuple(range(total))
-    chosen = tuple(heads.tolist() if isinstance(heads, Tensor) else heads)
+    chosen = tuple(heads.tolist() if isinstance(heads, Tensor) else map(unboxed, heads))
     wrong = [h for h in chosen if not isinstance(h, int) or isinstance(h, bool) or not 0 <= h < total]
     if wrong or not chosen or len(set(chosen)) != len(chosen):
         raise ConfigError(

@@ -24,9 +24,9 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.data.clips import open_clip
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.errors import ConfigError, UnsupportedModelError, window
 from attnctl.pipelines.editing.codec import check_pipeline, encode, latent_factor
-from attnctl.processors.editing.align import follow_table, window_of
+from attnctl.processors.editing.align import follow_table
 from attnctl.processors.editing.engine import SourcePass
 from attnctl.processors.editing.fatezero import FateZero
 from attnctl.processors.editing.fusion import frame_indices
@@ -289,7 +289,7 @@ def estimate_bytes(
     config: Any = denoiser.config
     text = 77
     windows = control._windows
-    spans = [window_of(v, "cross_replace") for v in windows.values()] + ([] if "default_" in windows else [(0.0, 1.0)])
+    spans = [window(v, "cross_replace") for v in windows.values()] + ([] if "default_" in windows else [(0.0, 1.0)])
     follow = sum(follow_table(steps, span, {}, text) for span in spans)
     assert isinstance(follow, Tensor)
     qk = maps = 0

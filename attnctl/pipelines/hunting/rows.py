@@ -25,7 +25,7 @@ __all__ = ["RowHeads"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowHeads(Guidance):
+class RowHeads(Guidance, abstract=True):
     """Perturb other heads in every prompt row.
 
     Attributes:

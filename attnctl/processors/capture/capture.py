@@ -7,18 +7,19 @@ for every word, in cross-attention and in the joint attention of SD3 and FLUX (i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from attnctl.core.hosts.families import Family, family_of
+from attnctl.core.hosts.families import Default, Family, family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.live import LiveControl
+from attnctl.core.registry import About
 from attnctl.core.sites import Site, select
 from attnctl.errors import SiteError
-from attnctl.processors.capture.concepts import ConceptRecorder, concept_path, concept_sites
+from attnctl.processors.capture.concepts import CONCEPT_SITES, ConceptRecorder, concept_path, concept_sites
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.points import PointRecorder
 from attnctl.processors.capture.recorder import Recorder
@@ -57,6 +58,22 @@ class Capture(CaptureFields):
         store: "float16" halves the memory of steps that are kept apart; sums are float32 always.
     """
 
+    about: ClassVar[About] = About(
+        does="records word maps and changes nothing",
+        page="maps",
+        title="Word maps",
+        cite=(
+            "Tang et al., *What the DAAM: Interpreting Stable Diffusion Using Cross Attention*, arXiv 2210.04885",
+            "Helbling et al., *ConceptAttention: Diffusion Transformers Learn Highly Interpretable Features*, "
+            "arXiv 2502.04320",
+        ),
+        group="Words and layout",
+        offered=False,
+        sites="every cross- and joint attention; of points, every self- and joint attention",
+        needs=("the prompt",),
+    )
+    published: ClassVar[Mapping[str, Default]] = CONCEPT_SITES
+
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         """Choose the sites to record: those where image tokens read text or, for points, each other.
 
@@ -94,7 +111,7 @@ class Capture(CaptureFields):
 
     def default_source(self, family: Family) -> str | None:
         if self.concepts is not None:
-            return None if family.concepts is None else family.concepts.source
+            return super().default_source(family)
         return None if self.points is not None else "DAAM, arXiv 2210.04885: every cross-attention layer"
 
     def needs_prompt(self) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import bind_call, take_rows
 from attnctl.core.hosts.caches import hooks_of
-from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.families import Default, Family
 from attnctl.core.hosts.textlayout import text_parts
 from attnctl.core.hosts.words import Concept, find_words
 from attnctl.core.live import LiveDenoiser
@@ -35,7 +35,19 @@ from attnctl.kernels.checks import wide_dtype
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.recorder import Recorder
 
-__all__ = ["ConceptRecorder", "concept_outputs", "concept_path", "concept_shares", "concept_sites", "embed_concepts"]
+__all__ = [
+    "CONCEPT_SITES",
+    "ConceptRecorder",
+    "concept_outputs",
+    "concept_path",
+    "concept_shares",
+    "concept_sites",
+    "embed_concepts",
+]
+
+_PAPER = Default(span=(15, 19, 19), source="ConceptAttention, arXiv 2502.04320: double blocks 15 to 18 of 19")
+CONCEPT_SITES = {"Stable Diffusion 3, 3.5": _PAPER, "FLUX.1": _PAPER}
+"""Published double blocks to read, in the families whose blocks keep a stream of text apart."""
 
 
 def concept_outputs(
@@ -64,7 +76,8 @@ def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Fami
         UnsupportedModelError: The family keeps no text stream that is known here.
         SiteError: The selector matches no double block.
     """
-    if family.concepts is None or family.concepts.span is None:
+    published = CONCEPT_SITES.get(family.name)
+    if published is None:
         raise UnsupportedModelError(
             "Capture: concepts follow the text stream of a transformer's double blocks, as in SD3 and FLUX.1; "
             f"{family.name} models have none that is known here. Use words=..., which every family takes."
@@ -72,8 +85,7 @@ def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Fami
     double = _double(sites)
     if selector is not None:
         return select(double, selector, kinds=("joint",), what="Capture of concepts")
-    low, high = (int(f * len(double) + 1e-9) for f in family.concepts.span)
-    return double[min(low, len(double) - 1) : max(high, low + 1)]
+    return published.of(double, ("joint",), "Capture of concepts")
 
 
 def concept_path(sites: Sequence[Site], chosen: Sequence[Site]) -> tuple[Site, ...]:

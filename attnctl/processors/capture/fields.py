@@ -12,45 +12,39 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from attnctl.core.control import Control
-from attnctl.data.maps import Reduce
-from attnctl.errors import ConfigError
+from attnctl.core.registry import knob
+from attnctl.errors import ConfigError, unboxed
 
 __all__ = ["CaptureFields"]
 
 Axis = Literal["steps", "heads"]
 Half = Literal["cond", "uncond"]
+Reduction = Literal["mean", "sum", "max", "none", "ema"]
 Store = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureFields(Control):
+class CaptureFields(Control, abstract=True):
     """Hold and check the fields of a `Capture`, whose docstring describes them."""
 
     words: Sequence[Any] | None = None
     points: Sequence[tuple[float, ...]] | None = None
-    concepts: Sequence[str] | None = None
-    reduce: Literal["mean", "sum", "max", "none", "ema"] = "mean"
-    decay: float = 0.9
+    concepts: Sequence[str] | None = knob(None, hint="blank: the nouns", shown=True)
+    reduce: Reduction = knob("mean", options=Reduction)
+    decay: float = knob(0.9, 0.0, below=1.0)
     keep: Sequence[Axis] = ()
-    refine: int = 0
+    refine: int = knob(0, 0, unit="times")
     heads: Sequence[int] | None = None
-    rows: Half = "cond"
+    rows: Half = knob("cond", options=Half)
     prompt: str | Sequence[str] | None = None
-    budget: int = 2 << 30
+    budget: int = knob(2 << 30, 1, unit="bytes")
     device: str | None = None
-    store: Store = "float32"
+    store: Store = knob("float32", options=Store)
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in (*get_args(Reduce), "none", "ema"):
-            raise ConfigError(f"Capture: reduce={self.reduce!r} is unknown. Choose one of mean, sum, max, none, ema.")
-        self._check_number("decay", 0.0, 1.0)
-        if self.decay == 1.0:
-            raise ConfigError("Capture: decay=1.0 would keep the first step alone: give a number below 1.")
-        self._check_choice("rows", Half)
-        self._check_choice("store", Store)
         keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
         for axis in keep:
             if axis not in get_args(Axis):
@@ -64,10 +58,6 @@ class CaptureFields(Control):
             )
         if self.store == "float16" and "steps" not in self.keep:
             raise ConfigError('Capture: store="float16" is for steps that are kept apart: add keep=("steps",).')
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
-            raise ConfigError(f"Capture: budget={self.budget!r} is not a number of bytes, 1 or more.")
-        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
-            raise ConfigError(f"Capture: refine={self.refine!r} is not a number of times, 0 or more.")
         if self.refine and self.points is not None:
             raise ConfigError("Capture: refine is for word maps; maps of points are self-attention themselves.")
         self._check_heads()
@@ -80,6 +70,7 @@ class CaptureFields(Control):
         if self.heads is None:
             return
         heads = tuple(self.heads) if isinstance(self.heads, Sequence) and not isinstance(self.heads, str) else ()
+        heads = tuple(map(unboxed, heads))
         whole = all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in heads)
         if not heads or not whole or len(set(heads)) < len(heads):
             raise ConfigError(f"Capture: heads={self.heads!r}: give different head numbers, such as (0, 3), or None.")
@@ -98,10 +89,11 @@ class CaptureFields(Control):
                 f"Capture: words={self.words!r} mixes words and lists of words, or holds an empty list: give words, or "
                 "one list of words a prompt."
             )
-        for word in [w for part in self.words for w in part] if any(nested) else self.words:
+        words = tuple(tuple(map(unboxed, w)) if any(nested) else unboxed(w) for w in self.words)
+        for word in [w for part in words for w in part] if any(nested) else words:
             if isinstance(word, bool) or not isinstance(word, (str, int)):
                 raise ConfigError(f"Capture: {word!r} in words is neither a word nor the place of a text token.")
-        object.__setattr__(self, "words", tuple(tuple(w) for w in self.words) if any(nested) else tuple(self.words))
+        object.__setattr__(self, "words", words)
 
     def _check_points(self) -> None:
         if self.points is None:
@@ -110,7 +102,7 @@ class CaptureFields(Control):
             raise ConfigError("Capture: words and points were both given: use one Capture for each.")
         form = "points as shares of width and height, such as ((0.5, 0.25), (0.9, 0.5)), or with a frame (0.5, 0.25, 3)"
         many = self.points if isinstance(self.points, (tuple, list)) else ()
-        points = tuple(tuple(p) if isinstance(p, (tuple, list)) else () for p in many)
+        points = tuple(tuple(map(unboxed, p)) if isinstance(p, (tuple, list)) else () for p in many)
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for p in points for v in p)
         if not points or not numbers or {len(p) for p in points} not in ({2}, {3}):
             raise ConfigError(f"Capture: points={self.points!r}: give {form}.")

@@ -22,7 +22,6 @@ __all__ = [
     "prompt_ids",
     "refine_map",
     "replace_matrix",
-    "window_of",
     "word_tokens",
 ]
 
@@ -138,19 +137,6 @@ def refine_map(source: Sequence[int], target: Sequence[int], length: int = 77) -
         else:
             i -= 1
     return mapper, (mapper >= 0).float()
-
-
-def window_of(value: Any, what: str) -> tuple[float, float]:
-    """Read a window of fractions of the run: a number b means (0, b).
-
-    Raises:
-        ConfigError: It is no number or pair from 0 to 1 in order.
-    """
-    pair = value if isinstance(value, (tuple, list)) else (0.0, value)
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in pair)
-    if len(pair) != 2 or not numbers or not 0 <= pair[0] <= pair[1] <= 1:
-        raise ConfigError(f"{what}={value!r}: give a fraction of the run from 0 to 1, or a pair (start, end) of them.")
-    return float(pair[0]), float(pair[1])
 
 
 def follow_table(

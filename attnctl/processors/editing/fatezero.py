@@ -16,11 +16,12 @@ and any UNet of Stable Diffusion works. Where the released code differs by accid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from attnctl.core.live import LiveControl
+from attnctl.core.registry import About
 from attnctl.core.sites import Site
 from attnctl.processors.editing.engine import Editing
 from attnctl.processors.editing.source_edit import LatentAlign, SourceEdit
@@ -52,6 +53,17 @@ class FateZero(SourceEdit):
         >>> FateZero(source="a red car", target="a blue car", blend_words=["car"]).describe()
         "FateZero(source='a red car', target='a blue car', blend_words=['car'])"
     """
+
+    about: ClassVar[About] = About(
+        does="edits a video with a prompt, by the attention of its inversion",
+        page="fatezero",
+        paper="arXiv 2303.09535",
+        cite=("Qi et al., *FateZero: Fusing Attentions for Zero-shot Text-based Video Editing*, arXiv 2303.09535",),
+        group="Editing",
+        offered=False,
+        sites="self- and cross-attention at half of the latents' side and below",
+        needs=("the prompt", "an inversion of the source"),
+    )
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         return Editing(self, denoiser, pipe)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, unboxed
 from attnctl.kernels.checks import wide_dtype
 
 __all__ = [
@@ -69,7 +69,7 @@ def _key_frame(item: str | int, i: int, frames: int, keys: Keys) -> int:
     named = {"first": 0, "last": frames - 1, "mid": (frames - 1) // 2, "middle": (frames - 1) // 2}
     if isinstance(item, str) and item in named:
         return named[item]
-    offset = {"previous": -1, "self": 0}.get(item) if isinstance(item, str) else item
+    offset = {"previous": -1, "self": 0}.get(item) if isinstance(item, str) else unboxed(item)
     if isinstance(offset, bool) or not isinstance(offset, int):
         raise ConfigError(
             f"keys={keys!r}: {item!r} is unknown. Choose first, mid, last, previous, self, a whole number of frames to "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.live import LiveControl, LiveDenoiser
+from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.processors.editing.align import window_of
 from attnctl.processors.editing.fusion import blend_latents, blend_mask, fold_values
 from attnctl.processors.editing.prompts import WordEdit
 from attnctl.processors.editing.source import token_weights
@@ -50,11 +50,26 @@ class PromptToPrompt(WordEdit):
         "PromptToPrompt(source='a red car', target='a blue car')"
     """
 
-    blend_window: tuple[float, float] = (0.2, 1.0)
+    blend_window: tuple[float, float] = knob((0.2, 1.0), kind="window")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        window_of(self.blend_window, f"{self._label}: blend_window")
+    about: ClassVar[About] = About(
+        does="edits an image with a prompt",
+        page="prompt_to_prompt",
+        title="Prompt-to-prompt",
+        paper="arXiv 2208.01626",
+        cite=("Hertz et al., *Prompt-to-Prompt Image Editing with Cross Attention Control*, arXiv 2208.01626",),
+        group="Editing",
+        offered=False,
+        sites="self-attention at half of the latents' side and below, every cross-attention",
+        needs=("the prompt", "the source in the same batch"),
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            "LatentGuidance",
+            "model",
+            "latent guidance moves the source's latents too, so that source and edit no longer begin alike",
+        ),
+    )
 
     def needs_prompt(self) -> bool:
         return True

@@ -16,8 +16,9 @@ import torch
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.words import find_words
+from attnctl.core.registry import Bounds, Conflict, knob
 from attnctl.core.sites import Site, select
-from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
+from attnctl.errors import ConfigError, SiteError, UnsupportedModelError, number, window
 from attnctl.processors.editing.align import (
     Tail,
     equalizer_row,
@@ -25,7 +26,6 @@ from attnctl.processors.editing.align import (
     prompt_ids,
     refine_map,
     replace_matrix,
-    window_of,
     word_tokens,
 )
 from attnctl.processors.editing.fusion import CrossEdit
@@ -34,6 +34,8 @@ __all__ = ["WordEdit", "WordMode", "WordPlan", "site_factors"]
 
 WordMode = Literal["refine", "replace"]
 _DEFAULT = "default_"
+_FACTORS = (1, 2, 4, 8, 16)
+_WINDOW = Bounds(kind="window")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class WordPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordEdit(Control):
+class WordEdit(Control, abstract=True):
     """Base of the controls that edit by changing a prompt.
 
     Attributes:
@@ -86,36 +88,33 @@ class WordEdit(Control):
 
     source: str
     target: str
-    mode: WordMode = "refine"
+    mode: WordMode = knob("refine", options=WordMode)
     cross_replace: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 0.8
-    self_replace: float | Sequence[float] = 0.8
+    self_replace: float | Sequence[float] = knob(0.8, kind="window")
     blend_words: Sequence[str] | Sequence[Sequence[str]] | None = None
-    blend_threshold: float = 0.3
+    blend_threshold: float = knob(0.3, 0.0)
     equalizer: Mapping[str, float] | None = None
-    factor: int | None = None
-    mask_factor: int | None = None
-    replace_tail: Tail = "aligned"
+    factor: int | None = knob(None, options=_FACTORS)
+    mask_factor: int | None = knob(None, options=_FACTORS)
+    replace_tail: Tail = knob("aligned", options=Tail)
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "cross")
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict("WordEdit", "model", "each takes the attention of a source of its own"),
+        Conflict("AgentAttention", "site", "merged tokens have no counterpart in the source's attention"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("source", "target"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{self._label}: {name}={getattr(self, name)!r} is not a prompt: give a text.")
-        self._check_choice("mode", WordMode)
-        self._check_choice("replace_tail", Tail)
-        self._check_number("blend_threshold", 0.0, float("inf"))
-        window_of(self.self_replace, f"{self._label}: self_replace")
-        for word, value in self._windows.items():
-            window_of(value, f"{self._label}: cross_replace[{word!r}]")
-        for word, value in (self.equalizer or {}).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigError(f"{self._label}: the weight of {word!r} is {value!r}: give a finite number.")
-        for name in ("factor", "mask_factor"):
-            value = getattr(self, name)
-            if value is not None and value not in (1, 2, 4, 8, 16):
-                raise ConfigError(f"{self._label}: {name}={value!r}: give 1, 2, 4, 8 or 16, or None.")
+        windows = {w: _WINDOW.checked(v, f"{self._label}: cross_replace[{w!r}]") for w, v in self._windows.items()}
+        several = isinstance(self.cross_replace, Mapping)
+        object.__setattr__(self, "cross_replace", windows if several else windows[_DEFAULT])
+        if self.equalizer is not None:
+            weights = {w: number(v, f"{self._label}: the weight of {w!r}") for w, v in self.equalizer.items()}
+            object.__setattr__(self, "equalizer", weights)
         _ = self.blend_sides
 
     @property
@@ -142,7 +141,7 @@ class WordEdit(Control):
 
     def self_window(self, steps: int) -> range:
         """Return the steps whose self-attention takes the source's map."""
-        start, end = window_of(self.self_replace, "self_replace")
+        start, end = window(self.self_replace, "self_replace")
         return range(int(steps * start), int(steps * end))
 
     def plan(self, pipe: Any) -> WordPlan:
@@ -161,8 +160,8 @@ class WordEdit(Control):
         length = int(tokenizer.model_max_length)
         weight = equalizer_row({self._find(pipe, w): v for w, v in (self.equalizer or {}).items()}, length)
         windows = self._windows
-        default = window_of(windows.pop(_DEFAULT, 1.0), "cross_replace")
-        words = {self._find(pipe, w): window_of(v, "cross_replace") for w, v in windows.items()}
+        default = window(windows.pop(_DEFAULT, 1.0), "cross_replace")
+        words = {self._find(pipe, w): window(v, "cross_replace") for w, v in windows.items()}
         sides = self.blend_sides
         blend = tuple(t for w in sides[0] for t in self._find(pipe, w, self.source))
         return WordPlan(

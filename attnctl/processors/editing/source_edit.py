@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from attnctl.core.registry import knob
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
-from attnctl.processors.editing.align import window_of
 from attnctl.processors.editing.fusion import Keys, frame_indices
 from attnctl.processors.editing.prompts import WordEdit, site_factors
 from attnctl.processors.editing.source import Inversion, StoreMode
@@ -24,23 +24,20 @@ LatentAlign = Literal["aligned", "official"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceEdit(WordEdit):
+class SourceEdit(WordEdit, abstract=True):
     """Hold and check the fields of a `FateZero`, whose docstring describes them."""
 
     keys: Keys = "mid"
     keys_factor: int | None = None
-    store: StoreMode = "recompute"
+    store: StoreMode = knob("recompute", options=StoreMode)
     blend_attention: bool = True
     blend_latents: bool = False
-    blend_window: tuple[float, float] = (0.2, 0.8)
-    latent_align: LatentAlign = "aligned"
+    blend_window: tuple[float, float] = knob((0.2, 0.8), kind="window")
+    latent_align: LatentAlign = knob("aligned", options=LatentAlign)
     inversion: Inversion | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("store", StoreMode)
-        self._check_choice("latent_align", LatentAlign)
-        window_of(self.blend_window, f"{self._label}: blend_window")
         frame_indices(self.keys, 2)
         if self.blend_latents and self.blend_words is None:
             raise ConfigError(f"{self._label}: blend_latents needs blend_words, which say where the edit is.")

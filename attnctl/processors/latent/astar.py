@@ -14,11 +14,10 @@ comparable.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.call import CallState
-from attnctl.errors import ConfigError
+from attnctl.core.registry import About, Preset, knob
+from attnctl.errors import ConfigError, choice, number
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import Binarise, binarise, retention, segregation
 
@@ -53,22 +53,40 @@ class AStar(LatentGuidance):
         "AStar(concepts=('cat', 'dog'), seg=2.0)"
     """
 
-    seg: float = 1.0
-    ret: float = 1.0
+    seg: float = knob(1.0, 0.0, span=(0.0, 5.0, 0.1), shown=True)
+    ret: float = knob(1.0, 0.0, span=(0.0, 5.0, 0.1), shown=True)
     masks: Any = None
     binarise: Binarise | float = 0.5
 
+    about: ClassVar[About] = About(
+        does="moves the latents so that each noun keeps a place of its own",
+        page="astar",
+        title="A-STAR",
+        paper="arXiv 2306.14544",
+        cite=(
+            "Agarwal et al., *A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis*, "
+            "arXiv 2306.14544",
+        ),
+        group="Words and layout",
+        needs=("the prompt", "gradients"),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "shapes:text2image",
+            'AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)',
+            column=3,
+            label="A-STAR",
+        ),
+        Preset("shapes:mmdit", 'AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)'),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("seg", 0.0, math.inf)
-        self._check_number("ret", 0.0, math.inf)
+        what = f"{self._label}: binarise"
         if isinstance(self.binarise, str):
-            self._check_choice("binarise", Binarise)
-        elif isinstance(self.binarise, bool) or not 0 < self.binarise < 1:
-            options = ", ".join(map(repr, get_args(Binarise)))
-            raise ConfigError(
-                f"{self._label}: binarise={self.binarise!r}: give a fraction between 0 and 1, or {options}."
-            )
+            choice(self.binarise, what, get_args(Binarise))
+        else:
+            object.__setattr__(self, "binarise", number(self.binarise, what, above=0.0, below=1.0))
         if self.masks is not None:
             object.__setattr__(self, "masks", _checked_masks(self._label, self.masks, self.count))
         if self.count == 1 and self.seg > 0:
@@ -132,21 +150,21 @@ def _checked_masks(label: str, masks: Any, concepts: int) -> tuple[Mask | None, 
             f"{label}: {len(masks)} masks were given for {concepts} concepts; give one for each, or None."
         )
     kept: list[Mask | None] = []
-    for number, mask in enumerate(masks):
+    for place, mask in enumerate(masks):
         if mask is None:
             kept.append(None)
             continue
         try:
             array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ConfigError(f"{label}: mask {number} is not an array of numbers.") from None
+            raise ConfigError(f"{label}: mask {place} is not an array of numbers.") from None
         if array.ndim != 2 or array.size == 0:
             raise ConfigError(
-                f"{label}: mask {number} has shape {array.shape}; expected rows and columns, such as 64 x 64."
+                f"{label}: mask {place} has shape {array.shape}; expected rows and columns, such as 64 x 64."
             )
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ConfigError(f"{label}: mask {number} must hold values from 0 to 1.")
+            raise ConfigError(f"{label}: mask {place} must hold values from 0 to 1.")
         if array.max() < 0.5:
-            raise ConfigError(f"{label}: mask {number} is empty: it names no place. Give None for a free concept.")
+            raise ConfigError(f"{label}: mask {place} is empty: it names no place. Give None for a free concept.")
         kept.append(tuple(tuple(float(v) for v in row) for row in array))
     return tuple(kept)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from attnctl.core.call import CallState
+from attnctl.core.registry import About, Preset, knob
 from attnctl.errors import ConfigError
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import MapNorm, attend_excite
@@ -39,13 +40,34 @@ class AttendExcite(LatentGuidance):
     """
 
     stop: float = 0.5
-    map_norm: MapNorm = "ae"
+    map_norm: MapNorm = knob("ae", options=MapNorm)
     thresholds: tuple[tuple[float, float], ...] = ((0.0, 0.05), (0.2, 0.5), (0.4, 0.8))
-    refine_steps: int = 20
+    refine_steps: int = knob(20, 0, unit="updates")
+
+    about: ClassVar[About] = About(
+        does="moves the latents so that no noun is neglected",
+        page="attend_excite",
+        title="Attend-and-Excite",
+        paper="arXiv 2301.13826",
+        cite=(
+            "Chefer et al., *Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion "
+            "Models*, arXiv 2301.13826",
+        ),
+        group="Words and layout",
+        needs=("the prompt", "gradients"),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "shapes:text2image",
+            'AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())',
+            column=4,
+            label="A&E",
+        ),
+        Preset("shapes:mmdit", 'AttendExcite(concepts=NOUNS, grad_transform="l2", step_size=0.5, thresholds=())'),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("refine_steps", 0)
         form = "pairs (fraction of the run, least attention), both from 0 to 1, such as ((0.0, 0.05), (0.2, 0.5))"
         try:
             pairs = tuple((float(at), float(least)) for at, least in self.thresholds)

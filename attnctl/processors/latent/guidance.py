@@ -19,12 +19,13 @@ from torch import Tensor
 from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.sites import Site, select
-from attnctl.errors import ConfigError, SiteError
+from attnctl.core.registry import knob
+from attnctl.core.sites import Site
+from attnctl.errors import ConfigError, SiteError, unboxed
 from attnctl.processors.capture.refine import partners
 from attnctl.processors.latent.losses import MapNorm, normalise, smooth, token_softmax
 
-__all__ = ["GradTransform", "LatentGuidance", "Schedule", "Update", "guide_sites", "step_sizes", "transformed"]
+__all__ = ["GradTransform", "LatentGuidance", "Schedule", "Update", "step_sizes", "transformed"]
 
 GradTransform = Literal["none", "l2", "sign"]
 Schedule = Literal["sqrt", "constant"]
@@ -49,7 +50,7 @@ def transformed(grad: Tensor, how: GradTransform) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentGuidance(Control):
+class LatentGuidance(Control, abstract=True):
     """Base of controls that move the latents down the gradient of a loss on concept maps.
 
     Subclasses define `loss`, and may keep something from one step to the next with `remember`. One that sets `looks`
@@ -73,19 +74,20 @@ class LatentGuidance(Control):
         checkpoint: Trade time for memory by gradient checkpointing inside the guidance forward.
     """
 
-    concepts: tuple[Any, ...] = ()
+    concepts: tuple[Any, ...] = knob((), hint="blank: the nouns", shown=True)
     prompt: str | tuple[str, ...] | None = None
-    step_size: float = 20.0
-    schedule: Schedule = "sqrt"
-    grad_transform: GradTransform = "none"
-    update: Update = "latents"
-    iterations: int = 1
-    map_norm: MapNorm = "max"
-    smoothing: float = 0.5
+    step_size: float = knob(20.0, 0.0, span=(0.0, 40.0, 0.1), shown=True)
+    schedule: Schedule = knob("sqrt", options=Schedule)
+    grad_transform: GradTransform = knob("none", options=GradTransform, shown=True)
+    update: Update = knob("latents", options=Update)
+    iterations: int = knob(1, 1, unit="gradient steps")
+    map_norm: MapNorm = knob("max", options=MapNorm)
+    smoothing: float = knob(0.5, 0.0)
     early_exit: bool = True
     checkpoint: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
+    moves_latents: ClassVar[bool] = True
     looks: ClassVar[bool] = False
     """Whether `loss` finds in memory["looks"] how image tokens attend to each other, [B, h w, h w]: each row sums to 1,
     the mean over heads of the layers that are read (of the self-attention before it in each block with cross-attention,
@@ -94,13 +96,6 @@ class LatentGuidance(Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("step_size", 0.0, math.inf)
-        self._check_number("smoothing", 0.0, math.inf)
-        self._check_choice("schedule", Schedule)
-        self._check_choice("grad_transform", GradTransform)
-        self._check_choice("map_norm", MapNorm)
-        self._check_choice("update", Update)
-        self._check_count("iterations", 1)
         if self.update == "velocity" and (self.iterations > 1 or self.max_refine > 0):
             raise ConfigError(
                 f'{self._label}: update="velocity" leaves the latents where they are, so nothing can be repeated: set '
@@ -109,11 +104,6 @@ class LatentGuidance(Control):
         object.__setattr__(self, "concepts", _checked_concepts(self._label, self.concepts))
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
-
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{self._label}: {name}={value!r} must be a whole number, {least} or more.")
 
     @property
     def nested(self) -> bool:
@@ -187,47 +177,13 @@ class LatentGuidance(Control):
         return tuple(s for s in sites if s.name in names)
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        return guide_sites(self._label, sites, family)
-
-    def default_source(self, family: Family) -> str | None:
-        return family.guide.source if family.guide else None
-
-
-def guide_sites(label: str, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-    """Choose the layers whose text maps a publication guides by, in one family.
-
-    Raises:
-        SiteError: The family has no such publication, or the model no cross- or joint attention.
-    """
-    reads = [s for s in sites if s.kind in LatentGuidance.kinds]
-    if not reads:
-        found = ", ".join(sorted({s.kind for s in sites}))
-        raise SiteError(
-            f"{label} reads how image tokens attend to words, but this {family.name} model has no cross- or joint "
-            f"attention (only {found})."
-        )
-    guide = family.guide
-    if guide is None:
-        shown = ", ".join([s.name for s in reads[:3]] + (["...", reads[-1].name] if len(reads) > 4 else []))
-        raise SiteError(
-            f"{label}: no publication names layers to guide by in {family.name} models, so `sites` must be given. "
-            f"Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
-        )
-    if guide.sites is not None:
-        reads = list(select(reads, guide.sites, kinds=LatentGuidance.kinds, what=label))
-    if guide.span is not None:
-        low, high = (int(f * len(reads) + 1e-9) for f in guide.span)
-        return tuple(reads[low : max(high, low + 1)])
-    if guide.reduction is None:
-        return tuple(reads)
-    # A UNet's layers at 1/4 of the latents' side (16 x 16 in SD at 512 px), or at the nearest finer level that it has.
-    finest = max((s.grid for s in sites if s.grid is not None), default=None, key=lambda g: g[1] * g[2])
-    levels = {s.grid[1] * s.grid[2] for s in reads if s.grid is not None}
-    if finest is None or not levels:
-        raise SiteError(f"{label}: the model does not tell the size of its latents, so `sites` must be given.")
-    wanted = math.ceil(finest[1] / guide.reduction) * math.ceil(finest[2] / guide.reduction)
-    level = min((n for n in levels if n >= wanted), default=max(levels))
-    return tuple(s for s in reads if s.grid is not None and s.grid[1] * s.grid[2] == level)
+        if not any(s.kind in LatentGuidance.kinds for s in sites):
+            kinds = ", ".join(sorted({s.kind for s in sites}))
+            raise SiteError(
+                f"{self._label} reads how image tokens attend to words, but this {family.name} model has no cross- or "
+                f"joint attention (only {kinds})."
+            )
+        return super().default_sites(sites, family)
 
 
 def _checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
@@ -238,6 +194,7 @@ def _checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
         if any(isinstance(word, tuple) for part in parts for word in part) or len({len(part) for part in parts}) > 1:
             raise ConfigError(f"{label}: concepts={concepts!r}: give every prompt of the batch equally many words.")
         return parts
+    concepts = tuple(map(unboxed, concepts))
     for word in concepts:
         if isinstance(word, bool) or not isinstance(word, (str, int)):
             raise ConfigError(f"{label}: {word!r} is neither a word of the prompt nor the place of a token.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,7 @@ from attnctl.kernels import temporal
 from attnctl.kernels.bands import Band, filter_frames, motion_beta
 from attnctl.kernels.checks import wide_dtype
 from attnctl.kernels.temporal import Layer, Reference, guided_maps, output_like, weigh
-
-if TYPE_CHECKING:
-    from attnctl.processors.broadway import BroadWay
+from attnctl.processors.broadway.fields import MotionFields, decoder_stage, reference_stage
 
 __all__ = ["Motion"]
 
@@ -36,7 +34,7 @@ class Motion(LiveControl):
             and queries of centred maps, and the gain that followed. Left on the device.
     """
 
-    def __init__(self, control: BroadWay, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
+    def __init__(self, control: MotionFields, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
         self.control = control
         self.family = family_of(denoiser)
         self.all_frames = all(s.kind != "temporal" for s in sites)
@@ -61,8 +59,6 @@ class Motion(LiveControl):
 
     def _pair(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
         """Find the reference of every later decoder site: the module of the same place in the reference stage."""
-        from attnctl.processors.broadway import decoder_stage, reference_stage
-
         stage = reference_stage(find_sites(denoiser), self.control.reference)
         names = {s.name for s in sites}
         for site in sites:

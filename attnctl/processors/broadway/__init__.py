@@ -1,0 +1,1 @@
+"""More motion in videos: BroadWay, its fields and what it does at each attention."""

@@ -1,0 +1,94 @@
+"""TPG: guidance away from a prediction whose transformer blocks see their image tokens in random order.
+
+    pred = base + w (c - p),   p: the prediction with block input := shuffled tokens in the chosen blocks
+
+"Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from attnctl.core.call import CallState
+from attnctl.core.control import Guidance
+from attnctl.core.guidance import Branch
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.listing import blocks_around
+from attnctl.core.registry import About, Conflict, Preset, knob
+from attnctl.core.sites import Site, select
+from attnctl.errors import SiteError
+
+__all__ = ["TPG"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TPG(Guidance):
+    """Guide away from the prediction whose blocks see their image tokens in random order (arXiv 2506.10036).
+
+    Attributes:
+        seed: Seed of the permutations. They are drawn anew for every block and step from a generator of their own.
+    """
+
+    seed: int = knob(0, 0, 2**62 - 1)
+
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "temporal")
+    about: ClassVar[About] = About(
+        does="guides away from shuffled tokens",
+        page="tpg",
+        paper="arXiv 2506.10036",
+        cite=("Rajabi et al., *Token Perturbation Guidance for Diffusion Models*, arXiv 2506.10036",),
+        sites="the down blocks of a UNet",
+    )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            ("PARO", "AgentAttention", "BroadWay", "EnhanceAVideo"),
+            "block",
+            "the one shuffles the tokens of the block, the other goes by their places",
+        ),
+    )
+    presets: ClassVar[tuple[Preset, ...]] = (Preset("shapes:mmdit", "TPG(scale=2.5, sites=6)"),)
+
+    def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
+        if any(s.name.startswith("down_blocks.") and s.kind == "self" for s in sites):
+            return select(sites, "down_blocks", kinds=("self",), what="TPG")
+        raise SiteError(
+            f"TPG: its paper perturbs the down blocks of UNets, and {family.name} models have none. Pass `sites=`."
+        )
+
+    def default_source(self, family: Family) -> str | None:
+        return "TPG, arXiv 2506.10036: the down blocks"
+
+    def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
+        blocks = blocks_around(sites, denoiser)
+        generator = torch.Generator().manual_seed(self.seed)
+        makers = {m: _shuffle(generator) for m in blocks}
+
+        def begin(state: CallState) -> None:
+            generator.manual_seed(self.seed + 10_007 * state.step)  # a run draws the same whatever ran before it
+
+        return Branch(("shuffle", self.seed, tuple(blocks.values())), blocks=makers, begin=begin)
+
+
+def _shuffle(generator: torch.Generator) -> Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]:
+    """Make a forward that permutes the tokens of a block's hidden states, [B, N, C]."""
+
+    def make(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        orders: dict[int, torch.Tensor] = {}  # gradient checkpointing runs the block again, in the same order
+
+        def shuffled(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            n = x.shape[1]
+            if n not in orders:
+                orders[n] = torch.randperm(n, generator=generator)
+            order = orders[n].to(x.device)
+            if args:
+                return forward(x[:, order], *args[1:], **kwargs)
+            return forward(**{**kwargs, "hidden_states": x[:, order]})
+
+        return shuffled
+
+    return make
