@@ -121,7 +121,7 @@ def _told_in_full(seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
     world.Clips(torch.zeros(1), [["a"]]).draw(generator, 1)
     torch.rand(2, generator=generator)  # the frames
-    return int(torch.multinomial(torch.tensor(world._TOLD), 1, replacement=True, generator=generator)) < 3
+    return int(torch.multinomial(torch.tensor(world.TOLD), 1, replacement=True, generator=generator)) < 3
 
 
 def test_a_run_remembers_the_runs_that_it_goes_back_to(tmp_path) -> None:

@@ -19,10 +19,12 @@ __all__ = ["MODELS", "WEIGHTS", "load_shapes"]
 MODELS = ("text2image", "video", "mmdit")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
+_LATENT_VIDEO = (9, 16, 16)  # frames, height and width of videodit's latents
 _TEXT = ("text_encoder/config.json", "text_encoder/model.safetensors")
 _TOKENS = ("tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
 _VAE = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
 _UNET = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
+_TRANSFORMER = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors")
 _COMMON = ("model_index.json", "scheduler/scheduler_config.json", *_TEXT, *_TOKENS, *_VAE)
 _FILES: dict[str, tuple[str, ...]] = {
     "text2image": (*_COMMON, *_UNET),
@@ -32,11 +34,15 @@ _FILES: dict[str, tuple[str, ...]] = {
         "motion_adapter/config.json",
         "motion_adapter/diffusion_pytorch_model.safetensors",
     ),
-    "mmdit": (
-        *_COMMON,
-        *(file.replace("/", "_2/") for file in (*_TEXT, *_TOKENS)),
-        "transformer/config.json",
-        "transformer/diffusion_pytorch_model.safetensors",
+    "mmdit": (*_COMMON, *(file.replace("/", "_2/") for file in (*_TEXT, *_TOKENS)), *_TRANSFORMER),
+    "videodit": (
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *_TEXT,
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/tokenizer.json",
+        *_VAE,
+        *_TRANSFORMER,
     ),
 }
 
@@ -52,16 +58,18 @@ def load_shapes(
 
     Args:
         name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames) or "mmdit"
-            (StableDiffusion3Pipeline).
+            (StableDiffusion3Pipeline). "videodit" (WanPipeline, 17 frames of 64x64) is not shipped and has to be
+            trained first.
         device: where to put it.
         dtype: float32 if not given; the files are float16.
         folder: another folder of the same layout, such as the result of a training.
 
     Raises:
         ConfigError: an unknown name, a missing or damaged weight file, a device that is not there. The video pipeline
-            raises it too, where it is called for more frames than its adapter was trained for.
+            raises it too, where it is called for more frames than its adapter was trained for, and videodit's where
+            its videos would be longer or larger than those that it was trained on.
     """
-    if name not in MODELS:
+    if name not in _FILES:
         raise ConfigError(f"Unknown shapes model {name!r}; known: {', '.join(MODELS)}." + nearest(name, MODELS))
     root = Path(folder) if folder is not None else WEIGHTS / name
     for file in _FILES[name]:
@@ -79,6 +87,8 @@ def load_shapes(
             torch.nn.Module.to(part, device=device, dtype=dtype or torch.float32)
     if name == "video":
         _watch_frames(pipe.unet)
+    elif name == "videodit":
+        _watch_size(pipe.transformer)
     return pipe
 
 
@@ -104,10 +114,17 @@ def _mmdit(root: str) -> DiffusionPipeline:
     )
 
 
+def _videodit(root: str) -> DiffusionPipeline:
+    from diffusers import WanPipeline
+
+    return WanPipeline.from_pretrained(root, local_files_only=True)
+
+
 _CLASSES: dict[str, Callable[[str], DiffusionPipeline]] = {
     "text2image": _text2image,
     "video": _video,
     "mmdit": _mmdit,
+    "videodit": _videodit,
 }
 
 
@@ -127,6 +144,21 @@ def _watch_frames(unet: torch.nn.Module) -> None:
     for name, module in unet.named_modules():
         if name.endswith(".pos_embed") and ".motion_modules." in name:
             module.register_forward_pre_hook(refuse)
+
+
+def _watch_size(transformer: torch.nn.Module) -> None:
+    """Let the transformer refuse videos that are longer or larger than those that it was trained on."""
+
+    def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        size = tuple(args[0].shape[2:])
+        if any(asked > most for asked, most in zip(size, _LATENT_VIDEO, strict=True)):
+            raise ConfigError(
+                f"videodit was trained on 17 frames of 64x64, {_LATENT_VIDEO} as latents, but latents of {size} were "
+                "asked for: pass num_frames=17, height=64 and width=64."
+            )
+
+    rope: Any = transformer.rope
+    rope.register_forward_pre_hook(refuse)
 
 
 @contextmanager
@@ -157,7 +189,11 @@ def _casts_something(record: Any) -> bool:
 
 def _check(path: Path, name: str) -> None:
     """Refuse a missing or damaged file by its name, before a library fails on it in its own words."""
-    cure = f"Reinstall attnctl, or train it anew: python -m attnctl.shapes.training.train {name} --out runs/{name}."
+    command = f"python -m attnctl.shapes.training.train {name} --out runs/{name}"
+    if name in MODELS:
+        cure = f"Reinstall attnctl, or train it anew: {command}."
+    else:
+        cure = f"It is not shipped with attnctl: train it by {command}, then pass folder='runs/{name}/pipeline'."
     if not path.is_file():
         raise ConfigError(f"The shapes model {name!r} lacks the file {path}. {cure}")
     try:

@@ -45,6 +45,7 @@ _RADII = (10.0, 14.0)  # as in still scenes, and the fastest motion just fits
 _STILL = 0.3  # below, an object stands still
 _FAST = 1.25  # from here on, it is fast
 _MARGIN = 2.0
+_MOST_FRAMES = 1 + int((SIZE - 2 * (_RADII[1] + _MARGIN)) / SPEEDS["fast"][1])
 _PHRASE = re.compile(r"^(?P<thing>.+?)(?: (?P<still>still)| moving (?P<way>\w+)(?: (?P<speed>\w+))?)?$")
 
 
@@ -143,8 +144,19 @@ def parse_clip(text: str) -> tuple[Scene, tuple[Motion, ...]]:
     return parse(" and ".join(things) + on + background), tuple(motions)
 
 
-def sample_clip(rng: np.random.Generator, motion: Motion | None = None) -> Clip:
-    """Draw a clip of one object that stays inside the picture; its motion is drawn too where it is not given."""
+def sample_clip(rng: np.random.Generator, motion: Motion | None = None, frames: int = FRAMES) -> Clip:
+    """Draw a clip of one object that stays inside the picture; its motion is drawn too where it is not given.
+
+    Args:
+        rng: NumPy generator; the clip is a function of its state.
+        motion: what the object shall do.
+        frames: For how many frames it stays inside, 1 to 17: at the fastest pace there is no room for more.
+
+    Raises:
+        ConfigError: `frames` is out of range.
+    """
+    if not 1 <= frames <= _MOST_FRAMES:
+        raise ConfigError(f"A clip that stays inside the picture has 1 to {_MOST_FRAMES} frames, got {frames}.")
     if motion is None or motion.direction is None:
         direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
     else:
@@ -154,7 +166,7 @@ def sample_clip(rng: np.random.Generator, motion: Motion | None = None) -> Clip:
     u, v = (pace * d for d in DIRECTIONS[direction])
     size = float(rng.uniform(*_RADII))
     low, high = size + _MARGIN, SIZE - size - _MARGIN
-    x, y = (_start(rng, low, high, step * (FRAMES - 1)) for step in (u, v))
+    x, y = (_start(rng, low, high, step * (frames - 1)) for step in (u, v))
     thing = Thing(_any(rng, SHAPES), _any(rng, tuple(COLORS)), x, y, size)
     return Clip(Scene((thing,), _any(rng, tuple(BACKGROUNDS))), ((u, v),))
 

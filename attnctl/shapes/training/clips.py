@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ __all__ = [
     "Motions",
     "assemble",
     "build_adapter",
+    "cache_clips",
     "flat_parameters",
     "make_clips",
     "motion_parameters",
@@ -52,12 +53,12 @@ __all__ = [
 
 # How often a training caption is told in full, without its speed, without its motion, or not at all.
 _RIGHT_OR_DOWN = re.compile(r" moving (right|down)\b")
-_TOLD = (0.65, 0.15, 0.1, 0.1)
+TOLD = (0.65, 0.15, 0.1, 0.1)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Hold scaled latents [n, 16, 4, 16, 16] (fp16) and, for each clip, its caption in three forms.
+    """Hold scaled latents [n, 16, 4, 16, 16] (fp16; of videodit: see there) and, for each clip, three captions.
 
     The forms are the full caption, the one without its speed, and the one without its motion.
     """
@@ -81,6 +82,25 @@ class Clips:
 @torch.no_grad()
 def make_clips(folder: str | Path, vae: AutoencoderKL, *, n: int, seed: int = 0) -> Clips:
     """Encode `n` training clips once, or read them back where `folder` already holds them."""
+
+    def encode(x: Tensor) -> Tensor:
+        return vae.encode(x.to(vae.device)).latent_dist.mean * vae.config.scaling_factor
+
+    return cache_clips(folder, encode, n=n, seed=seed)
+
+
+def cache_clips(
+    folder: str | Path, encode: Callable[[Tensor], Tensor], *, n: int, seed: int = 0, frames: int = FRAMES
+) -> Clips:
+    """Encode `n` training clips once, or read them back where `folder` already holds them.
+
+    Args:
+        folder: where they are kept.
+        encode: turns the frames of one clip, float [frames, 3, 64, 64] in -1..1, into its latents.
+        n: how many clips to encode.
+        seed: which clips.
+        frames: how long they are.
+    """
     from tqdm import tqdm
 
     folder = Path(folder)
@@ -88,10 +108,9 @@ def make_clips(folder: str | Path, vae: AutoencoderKL, *, n: int, seed: int = 0)
         rng = np.random.default_rng(seed)
         captions, parts = [], []
         for _ in tqdm(range(n), desc="encode"):
-            clip = sample_clip(rng)
+            clip = sample_clip(rng, frames=frames)
             captions.append([clip_caption(clip), clip_caption(clip, speed=False), clip_caption(clip, motion=False)])
-            x = to_tensor(render_clip(clip)).to(vae.device)
-            parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half().cpu())
+            parts.append(encode(to_tensor(render_clip(clip, frames))).half().cpu())
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": torch.stack(parts).contiguous()}, folder / "latents.safetensors")
         # Written last: its presence says that the cache is whole.
@@ -227,7 +246,7 @@ class Motions:
         index = self.clips.draw(generator, self.batch, skew)
         frames = self.draw_frames(generator)
         x = self.clips.values[index][:, frames].float()
-        form = torch.multinomial(torch.tensor(_TOLD), self.batch, replacement=True, generator=generator)
+        form = torch.multinomial(torch.tensor(TOLD), self.batch, replacement=True, generator=generator)
         ids, still = self.ids[form, index], torch.cat([self.ids[2, index], self.ids[3, :1]])
         noise = torch.randn(x.shape, generator=generator)
         # Stratified; more of the noisy steps, where motion is decided: the rest is what the frozen layers can do.

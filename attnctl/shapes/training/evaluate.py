@@ -195,14 +195,15 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("mmdit", "video"):
+    if argv and argv[0] in ("mmdit", "video", "videodit"):
         # They import this module, so it imports them only here.
-        module = importlib.import_module(f"attnctl.shapes.training.evaluate_{argv[0]}")
-        return int(module.main(argv[1:]))
+        name = "mmdit" if argv[0] == "mmdit" else "video"
+        module = importlib.import_module(f"attnctl.shapes.training.evaluate_{name}")
+        return int(module.main(argv[1:] if name == "mmdit" else argv))
     parser = argparse.ArgumentParser(
         prog="python -m attnctl.shapes.training.evaluate", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("model", choices=("text2image",), help="or mmdit or video, with their own options")
+    parser.add_argument("model", choices=("text2image",), help="or mmdit, video or videodit, with their own options")
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="64 pictures at one scale, nothing written")

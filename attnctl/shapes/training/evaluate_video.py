@@ -1,4 +1,4 @@
-"""Measure the shapes video model.
+"""Measure the shapes models of videos, video and videodit.
 
 `python -m attnctl.shapes.training.evaluate video [--folder DIR] [--quick] [--strip out.png]`
 
@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -24,29 +24,47 @@ from attnctl.data.motion import measure
 from attnctl.shapes.judge_video import judge_clip
 from attnctl.shapes.load import WEIGHTS, load_shapes
 from attnctl.shapes.motion import FRAMES, clip_prompts, parse_clip
-from attnctl.shapes.training.cards import write_video_card
+from attnctl.shapes.scenes import SIZE
+from attnctl.shapes.tokenizer import MAX_LENGTH
+from attnctl.shapes.training.cards import write_video_card, write_videodit_card
 from attnctl.shapes.training.evaluate import wilson
 
 if TYPE_CHECKING:
-    from diffusers import AnimateDiffPipeline
+    from diffusers import AnimateDiffPipeline, WanPipeline
 
 __all__ = ["evaluate_video", "generate_clips", "main", "mark", "strip", "totals"]
 
 SCALES = (2.0, 3.0, 4.0, 5.0)
 
+# What the pipelines are told about their videos; the text is padded no further than it has to be.
+_SIZES: dict[str, dict[str, int]] = {
+    "AnimateDiffPipeline": {"num_frames": FRAMES},
+    "WanPipeline": {"num_frames": 17, "height": SIZE, "width": SIZE, "max_sequence_length": MAX_LENGTH},
+}
+
 
 def generate_clips(
-    pipe: AnimateDiffPipeline, prompts: Sequence[str], *, scale: float, seed: int, steps: int = 20, batch: int = 4
+    pipe: AnimateDiffPipeline | WanPipeline,
+    prompts: Sequence[str],
+    *,
+    scale: float,
+    seed: int,
+    steps: int = 20,
+    batch: int = 4,
+    **call: Any,
 ) -> list[np.ndarray]:
-    """Make one video per prompt, uint8 RGB [16, 64, 64, 3]; video i has the noise of seed + i, whatever the batch."""
+    """Make one video per prompt, uint8 RGB [16, 64, 64, 3] (videodit: 17 frames).
+
+    Video i has the noise of seed + i, whatever the batch; `call` goes to the pipeline.
+    """
+    call = {**_SIZES[type(pipe).__name__], **call}
     videos: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
         out = pipe(
-            part, num_frames=FRAMES, num_inference_steps=steps, guidance_scale=scale, generator=generators,
-            output_type="np",
-        ).frames  # fmt: skip
+            part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np", **call
+        ).frames
         videos += list(np.round(np.asarray(out) * 255).astype(np.uint8))
     return videos
 
@@ -81,7 +99,12 @@ def totals(rows: Sequence[dict]) -> dict:
 
 
 def evaluate_video(
-    pipe: AnimateDiffPipeline, *, n: int = 128, tune: int = 27, steps: int = 20, scales: Sequence[float] = SCALES
+    pipe: AnimateDiffPipeline | WanPipeline,
+    *,
+    n: int = 128,
+    tune: int = 27,
+    steps: int = 20,
+    scales: Sequence[float] = SCALES,
 ) -> dict:
     """Choose the guidance scale on tuning prompts, then measure on other prompts; shares in percent."""
     sweep, prompts = {}, clip_prompts(1, tune)
@@ -112,10 +135,11 @@ def strip(videos: Sequence[np.ndarray], prompts: Sequence[str], every: int = 3) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line, whose first word is the model; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m attnctl.shapes.training.evaluate video", description=__doc__.splitlines()[0]
+        prog="python -m attnctl.shapes.training.evaluate", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("model", choices=("video", "videodit"))
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--n", type=int, default=128, help="videos of the card")
@@ -127,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     began = time.monotonic()
-    pipe = load_shapes("video", folder=args.folder)
+    pipe = load_shapes(args.model, folder=args.folder)
     if args.strip is not None:
         prompts = clip_prompts(4, 9)
         videos = generate_clips(pipe, prompts, scale=args.scale, seed=5, steps=args.steps)
@@ -138,10 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         print(totals(mark(videos, prompts)), flush=True)
     else:
         result = evaluate_video(pipe, n=args.n, tune=args.tune, steps=args.steps)
-        parts = (pipe.vae, pipe.text_encoder, pipe.unet)
+        parts = (pipe.vae, pipe.text_encoder, pipe.unet if args.model == "video" else pipe.transformer)
         result["params"] = round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
-        folder = args.folder or WEIGHTS / "video"
+        folder = args.folder or WEIGHTS / args.model
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_video_card(folder, result)
+        (write_video_card if args.model == "video" else write_videodit_card)(folder, result)
     print(f"{time.monotonic() - began:.0f} s")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,38 @@ def _run(out: Path) -> dict[str, Any]:
     return {"step": read_step(out), "history": read_history(out)}
 
 
-def settle(out: Path, target: Path, step: int) -> None:
-    """Make the pipeline saved in `target` readable everywhere and put the training record of `out` beside it."""
-    # The newest transformers writes formats that older ones cannot read; these files serve all of them.
-    for folder in target.glob("tokenizer*"):
-        shutil.rmtree(folder)
-        write_tokenizer(folder)
+def _name_as_clip(target: Path) -> None:
+    """Give the weights of CLIP's text encoders in `target` the prefix that older versions of transformers expect."""
     for text in target.glob("text_encoder*/model.safetensors"):
         tensors = {
             n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}": t
             for n, t in load_file(text).items()
         }
         save_file(tensors, text, metadata={"format": "pt"})
+
+
+def settle(
+    out: Path, target: Path, step: int, *, tokenizer: Callable[[Path], object] = write_tokenizer, clip: bool = True
+) -> None:
+    """Make the pipeline saved in `target` readable everywhere and put the training record of `out` beside it.
+
+    Args:
+        out: folder of the run.
+        target: folder of the pipeline.
+        step: how many steps were made.
+        tokenizer: writes the files of the tokenizer into a folder.
+        clip: whether the text encoders are CLIP's.
+    """
+    # The newest transformers writes formats and names that older ones cannot read; these serve all of them.
+    for folder in target.glob("tokenizer*"):
+        shutil.rmtree(folder)
+        tokenizer(folder)
+    if clip:
+        _name_as_clip(target)
+    else:
+        index = json.loads((target / "model_index.json").read_text(encoding="utf-8"))
+        index["tokenizer"] = ["transformers", "T5TokenizerFast"]
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for config in target.glob("*/config.json"):
         facts = json.loads(config.read_text(encoding="utf-8"))
         if facts.pop("_name_or_path", None) is not None:  # the folder on the machine that trained it

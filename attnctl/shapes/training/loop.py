@@ -208,7 +208,8 @@ def _optimizer(params: dict[str, Tensor], plan: Plan) -> torch.optim.Optimizer:
     if plan.optimizer == "adam":
         return torch.optim.AdamW(params.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
     # Rows of an embedding are words, and the last layer's outputs are channels: neither is one matrix to rotate.
-    words = ("embedding.weight", "conv_out", "conv_in")
+    # Nor are the gains of norms and the tables of shifts, whatever their number of dimensions.
+    words = ("embedding.weight", "conv_out", "conv_in", "shared.weight", "attention_bias", "gamma", "shift_table")
     ends = ("transformer/pos_embed", "transformer/proj_out")
     plain = [p for n, p in params.items() if n.startswith(ends) or any(w in n for w in words)]
     return Muon(params.values(), plain=plain, lr=plan.lr, weight_decay=plan.weight_decay)

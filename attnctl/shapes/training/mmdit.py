@@ -39,6 +39,7 @@ __all__ = [
     "build_scheduler",
     "build_text_encoder",
     "build_transformer",
+    "draw_levels",
     "inherit_text",
 ]
 
@@ -178,6 +179,14 @@ class NullAttention:
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
+def draw_levels(generator: torch.Generator, n: int, centre: float) -> Tensor:
+    """Draw `n` noise levels, 0..1: logit-normal around `centre`, uniform for a tenth; stratified."""
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.9999, 0.9999))
+    uniform = torch.rand(2, n, generator=generator)
+    return torch.where(uniform[0] < 0.1, uniform[1], torch.sigmoid(centre + normal))
+
+
 class Flow:
     """The training loss of mmdit: velocity of the straight path from noise to latent, a tenth of the prompts empty.
 
@@ -207,10 +216,7 @@ class Flow:
 
     def levels(self, generator: torch.Generator) -> Tensor:
         """Draw the batch's noise levels, 0..1; stratified, which leaves their distribution as it is."""
-        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
-        normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.9999, 0.9999))
-        uniform = torch.rand(2, self.batch, generator=generator)
-        return torch.where(uniform[0] < 0.1, uniform[1], torch.sigmoid(self.centre + normal))
+        return draw_levels(generator, self.batch, self.centre)
 
     def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens as the pipeline does: [batch, 16 + one null token, 192] and the pooled [batch, 192]."""

@@ -1,4 +1,4 @@
-"""What the trainings of mmdit and video share: command line options and the export of averaged weights."""
+"""What the trainings of mmdit, video and videodit share: command line options and the export of averaged weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["add_options", "load_average", "load_base", "plan_from", "put_average", "shares"]
 
 
-def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float, cooldown: float) -> None:
-    """Add the options that both trainings have, with their defaults."""
+def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int | None, lr: float, cooldown: float) -> None:
+    """Add the options that the trainings share, with their defaults; without `batch`, none of those of a base model."""
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
-    parser.add_argument("--base", type=Path, help="folder of a text2image pipeline (default: the shipped one)")
+    if batch is not None:
+        parser.add_argument("--base", type=Path, help="folder of a text2image pipeline (default: the shipped one)")
+        parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--cache", type=Path, help="folder of encoded scenes, made where missing (default: OUT/cache)")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--cooldown", type=float, default=cooldown, help="last part of the steps, where lr falls to 0")
@@ -47,7 +48,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
     """
     if str(args.device).startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"Device {args.device!r} was asked for, but this torch sees no CUDA GPU: use --device cpu.")
-    if args.batch < 1:
+    if getattr(args, "batch", 1) < 1:
         raise ConfigError(f"--batch must be at least 1, got {args.batch}.")
     return Plan(
         steps=args.steps, optimizer=args.optimizer, lr=args.lr, cooldown=args.cooldown,

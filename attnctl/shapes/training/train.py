@@ -3,7 +3,7 @@
 text2image takes four stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a
 cache of encoded scenes (`cache`), text encoder and UNet together (`unet`), and more training for the decoder
 (`decoder`). The model `vae` is the first and the last of them. `mmdit` and `video` build on its result: see
-`train_mmdit` and `train_video`.
+`train_mmdit` and `train_video`; `videodit` stands alone: see `train_videodit`.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("mmdit", "video"):
+    if argv and argv[0] in ("mmdit", "video", "videodit"):
         # They import this module, so it imports them only here.
         module = importlib.import_module(f"attnctl.shapes.training.train_{argv[0]}")
         return int(module.main(argv[1:]))
@@ -231,7 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m attnctl.shapes.training.train", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("model", choices=("text2image", "vae"), help="or mmdit or video, with their own options")
+    parser.add_argument(
+        "model", choices=("text2image", "vae"), help="or mmdit, video or videodit, with their own options"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
     parser.add_argument("--vae-steps", type=int, default=1450)
