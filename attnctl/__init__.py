@@ -16,9 +16,10 @@ from attnctl.data.quiet import hush_xformers
 
 if TYPE_CHECKING:
     from attnctl.backbones.swap import swap, swap_report, unswap
-    from attnctl.core.handle import Handle, control, handle_of
-    from attnctl.core.hosts.listing import find_sites
-    from attnctl.core.plug import attn_processors
+    from attnctl.core.control import Control
+    from attnctl.core.handle import Handle, handle_of
+    from attnctl.core.hosts.plug import attn_processors
+    from attnctl.core.hosts.rows import Layout
     from attnctl.core.sites import Site
     from attnctl.errors import AttnctlError
     from attnctl.kernels import attention
@@ -50,9 +51,7 @@ _HOMES = {
     "HeadSet": "plans",
     "Site": "core.sites",
     "attention": "kernels",
-    "attn_processors": "core.plug",
-    "control": "core.handle",
-    "find_sites": "core.hosts.listing",
+    "attn_processors": "core.hosts.plug",
     "handle_of": "core.handle",
     "load_shapes": "shapes.load",
     "swap": "backbones.swap",
@@ -61,6 +60,74 @@ _HOMES = {
 }
 
 provide("attnctl.processors")  # its controls are imported at the first look-up
+
+
+def control(
+    pipe: Any, *controls: Control, backend: str = "auto", layout: Layout = "auto", replay: bool = True
+) -> Handle:
+    """Put controls on a diffusers pipeline, or on a bare denoiser, until `detach()` or the end of the with block.
+
+    Args:
+        pipe: A diffusers pipeline, or its denoiser; or an image backbone of timm, which takes a `Capture`.
+        controls: What to do, in order.
+        backend: Attention kernel by name ("sdpa", "xformers", "math"), or "auto" for the fastest that runs.
+        layout: How the rows of a call are laid out, if attnctl cannot tell: "cond" (all rows carry the prompt),
+            "uncond_first" (first half negative), "sequential" (a prompt call, then a negative call).
+        replay: Let perturbed passes reuse the part of the base pass that is the same (exact; off for debugging).
+
+    Returns:
+        The handle, already attached.
+
+    Raises:
+        ConfigError: No control is given, or one of its fields is out of range.
+        ConflictError: The denoiser is under control already.
+        SiteError: A control selects sites that do not exist or that it cannot act on.
+        UnsupportedModelError: The model cannot be controlled exactly; the message says why.
+
+    Example:
+        >>> from attnctl.processors import PAG
+        >>> with control(pipe, PAG(scale=3.0)):  # doctest: +SKIP
+        ...     image = pipe("an astronaut").images[0]
+    """
+    if _is_backbone(pipe):
+        from attnctl.backbones.look.capture import BackboneHandle
+
+        return BackboneHandle(pipe, controls, backend=backend, layout=layout).attach()
+    from attnctl.core.attach import attach
+
+    return attach(pipe, *controls, backend=backend, layout=layout, replay=replay)
+
+
+def find_sites(target: Any) -> tuple[Site, ...]:
+    """List the attention sites of a pipeline, denoiser or timm backbone in execution order.
+
+    Example:
+        >>> from diffusers import UNet2DConditionModel
+        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
+        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4)
+        >>> [site.kind for site in find_sites(unet)][:2]
+        ['self', 'cross']
+
+    Raises:
+        UnsupportedModelError: The object holds no denoiser, or the denoiser no attention with a processor.
+    """
+    if _is_backbone(target):
+        from attnctl.backbones.look.sites import sites_of
+
+        return sites_of(target)
+    from attnctl.core.hosts import listing
+
+    return listing.find_sites(target)
+
+
+def _is_backbone(target: Any) -> bool:
+    """Tell whether a target is an image model of timm, or holds one."""
+    homes = ("timm.models.", "attnctl.backbones.")
+    modules = target.modules() if callable(getattr(target, "modules", None)) else ()
+    return any(type(m).__module__.startswith(homes) for m in modules)
+
+
 hush_xformers()  # before anything imports diffusers, which imports xformers
 
 

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 import attnctl
 from attnctl.processors import AStar, AttendExcite
-from attnctl.processors.latent.reader import MapReader, prepared, until_done
+from attnctl.processors.latent.reader import MapReader, prepared
 
 WORDS = (2, 5)
 FLOP_LIMIT, MEMORY_LIMIT, WALL_LIMIT, LATENT_LIMIT = 0.50, 1 / 6, 1.4, 1e-5
@@ -44,7 +44,7 @@ def guided(model: torch.nn.Module, inputs: dict[str, Any], sites: Any = None, **
             w.family = dataclasses.replace(w.family, grid=lambda model, bound: (1, 64, 64))
         names = [site.name for site in w.resolved[0]]
         reader = MapReader(names, lambda n: torch.zeros(1, n, 2, device="meta"), control.early_exit)
-        with torch.enable_grad(), prepared(model, control.checkpoint, w.snapshot), until_done(reader):
+        with torch.enable_grad(), prepared(model, control.checkpoint, w.snapshot):
             w.extra_pass("latents", inputs, dict.fromkeys(names, reader))
     return reader
 

@@ -95,7 +95,7 @@ def _transient(pipe: Any, inversion: Any, control: FateZero) -> int:
     """Return the most bytes of queries and keys that one step of a recomputing edit holds."""
     with attnctl.control(pipe, dataclasses.replace(control, inversion=inversion)) as handle:
         run(pipe, inversion, stop=1)
-        own: Any = handle._watched[0].attached[0][1]
+        own: Any = handle._watched[0].live[0][1]
         return int(own.kept.peak)
 
 

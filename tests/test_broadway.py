@@ -131,7 +131,7 @@ def test_the_right_modules_are_chosen(name: str) -> None:
     sites = attnctl.find_sites(model)
     with attnctl.control(model, BroadWay(stop=1.0), layout="cond") as handle:
         chosen = {s.name for s in handle.sites}
-        guides = handle._watched[0].attached[0][1].guides
+        guides = handle._watched[0].live[0][1].guides
     assert all(s.kind == "temporal" for s in sites if s.name in chosen)
     if name == "latte":
         assert len(chosen) == 3
@@ -187,7 +187,7 @@ def test_large_batches_are_cut_with_the_same_energies(monkeypatch: pytest.Monkey
         sites = ["up_blocks.*", "down_blocks.0"]
         with attnctl.control(model, BroadWay(sites=sites, stop=1.0), layout="uncond_first") as handle:
             out = zoo.call(model, inputs)
-            results.append((out, handle._watched[0].attached[0][1].figures))
+            results.append((out, handle._watched[0].live[0][1].figures))
     assert distance(results[0][0], results[1][0]) < 1e-12
     for name, (energies, gain) in results[0][1].items():
         torch.testing.assert_close(energies, results[1][1][name][0], atol=0, rtol=1e-12)
@@ -245,7 +245,7 @@ def test_no_map_is_made_where_none_is_needed(name: str, monkeypatch: pytest.Monk
         assert counted.maps == 0, "one projector of the band is the only matrix of frames by frames"
     with attnctl.control(model, BroadWay(stop=1.0), layout="uncond_first") as handle, Maps() as counted:
         zoo.call(model, inputs)
-        attached = handle._watched[0].attached[0][1]
+        attached = handle._watched[0].live[0][1]
     assert counted.softmaxes == 2 * len(set(attached.guides) | attached.keep), "one piece for each row of a guided site"
 
 

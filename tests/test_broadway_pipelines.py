@@ -26,7 +26,7 @@ def _controlled_calls(pipe: Any, kwargs: dict[str, Any], control: BroadWay, **op
     steps: list[int] = []
     with attnctl.control(pipe, control) as handle:
         watched = handle._watched[0]
-        own = watched.attached[0][1]
+        own = watched.live[0][1]
         wrap, first = own.wrap, next(iter(own.guides))
         for name, wrappers in watched.base.items():
             watched.base[name] = [(c, lambda call, proceed: note(call, proceed)) for c, _ in wrappers]

@@ -120,7 +120,7 @@ def test_true_guidance_passes_a_push_through_once_and_down_the_gradient() -> Non
 
     def spy(self: Any, *args: Any) -> None:
         move(self, *args)
-        pushes.append(self._push)
+        pushes.append(self.push)
 
     run = {"num_inference_steps": 1}
     plain = pipes.run(pipe, kwargs, **run)
@@ -267,11 +267,11 @@ def test_pag_sees_the_moved_latents_and_does_not_act_in_the_guidance_forward() -
     pipe, kwargs = sd(torch.float64)
     pag = PAG(scale=2.0, sites="mid")
     moved: list[Tensor] = []
-    stepped = engine.LatentEngine.stepped
+    stepping = engine.LatentEngine.stepping
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            engine.LatentEngine, "stepped", lambda self, s: moved.append(stepped(self, s)) or moved[-1]
+            engine.LatentEngine, "stepping", lambda self, s: moved.append(stepping(self, s)) or moved[-1]
         )  # what the scheduler goes on with
         with attnctl.control(pipe, pag, astar(stop=0.25)) as handle:
             both = pipes.run(pipe, kwargs, num_inference_steps=STEPS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.processors.latent import losses
-from attnctl.processors.latent.guidance import step_sizes
+from attnctl.processors.latent.fields import step_sizes
 
 FIXTURES = Path(__file__).parent / "fixtures" / "astar"
 CASES = ("nonsquare_multitoken", "single_concept", "three_raw_smooth", "two_ae_smooth", "two_raw")

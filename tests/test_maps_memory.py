@@ -21,7 +21,7 @@ def test_memory_does_not_grow_with_the_steps_and_no_map_is_built() -> None:
         pipe, kwargs = pipes.build("sd")
         with attnctl.control(pipe, Capture(words=("cat",))) as handle:
             pipes.run(pipe, kwargs, num_inference_steps=steps)
-            (own,) = [own for w in handle._watched for _, own in w.attached]
+            (own,) = [own for w in handle._watched for _, own in w.live]
             return sum(p.numel() for layer in own.layers.values() for p in layer.parts)
 
     assert kept(1) == kept(6)
@@ -35,7 +35,7 @@ def test_the_bytes_are_those_of_the_formula(options: dict[str, Any], apart: int,
     pipe, kwargs = pipes.build("sd", batch=2)
     with attnctl.control(pipe, Capture(words=("a",), sites=("mid", "up.1"), **options)) as handle:
         pipes.run(pipe, kwargs | {"num_images_per_prompt": 2})
-        ((_, own),) = handle._watched[0].attached
+        ((_, own),) = handle._watched[0].live
         tokens = sum(grid[1] * grid[2] for grid in (layer.site.grid for layer in own.layers.values()))
         # images x words x steps and heads that are kept apart x tokens of all layers x bytes of a number
         assert own.bytes == 4 * 1 * apart * tokens * each

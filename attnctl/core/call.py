@@ -18,8 +18,8 @@ import torch
 
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
-from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.prompt import PromptCall
+from attnctl.core.hosts.tokens import grid_of
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import columns, sdpa
@@ -208,14 +208,7 @@ class AttnCall:
         A UNet's site has the grid of its stage alone: as many tokens as another stage has may be merged ones.
         """
         n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
-        grid, family = self.state.grid, self.state.family
-        if grid is None or family is None:
-            return None
-        if family.unet:
-            level = stage_grid(self.state.denoiser, self.site.name, grid, n)
-            return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
-        frames, h, w = grid
-        return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
+        return grid_of(self.state, self.site.name, n)
 
     @property
     def own_kernel(self) -> bool:

@@ -108,16 +108,16 @@ def _plus(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def overridden(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of some modules for the length of one pass."""
-    held: list[tuple[torch.nn.Module, Any, Any]] = []
+    before: list[tuple[torch.nn.Module, Any, Any]] = []
     try:
         for module, forward in forwards.items():
             # A compiled module is called through its compiled forward: set that aside too.
-            held.append((module, vars(module).get("forward", _MISSING), module._compiled_call_impl))
+            before.append((module, vars(module).get("forward", _MISSING), module._compiled_call_impl))
             module._compiled_call_impl = None
             module.forward = forward
         yield
     finally:
-        for module, forward, compiled in reversed(held):
+        for module, forward, compiled in reversed(before):
             if forward is _MISSING:
                 del module.forward
             else:

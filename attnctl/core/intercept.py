@@ -1,17 +1,13 @@
-"""Standing between a module's own attention processor and the kernel that it calls.
+"""Standing between a module's attention processor and the kernel that it calls.
 
-The processor keeps its class, its code and its place in the module tree: attnctl swaps the object's class for a
-subclass made once per processor class, whose `__call__` runs the original code inside a function mode that hands every
-`scaled_dot_product_attention` to the controls. Nothing of the host is copied, so RoPE, q/k norms, masks, fused
-projections and IP-Adapters are the host's own. Detaching puts the class back.
+A controlled processor (`hosts.processors`) runs its own code inside `Intercept`, a torch function mode. The mode lets
+everything pass but `scaled_dot_product_attention`: that call becomes an `AttnCall`, goes through the wrappers that the
+current pass has put on the site's `SiteHook`, and at last to the kernel.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,21 +17,13 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
-from attnctl.core.hosts.linear import is_linear, run_linear
 from attnctl.core.hosts.listing import stage_grid
-from attnctl.core.hosts.processors import interceptable, native, native_backend
+from attnctl.core.hosts.tokens import split_tokens
 from attnctl.core.sites import Site
-from attnctl.errors import ConflictError, UnsupportedModelError
+from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import attention, sdpa
 
-__all__ = [
-    "SiteHook",
-    "attach_processor",
-    "controlled",
-    "detach_processor",
-    "is_controlled",
-    "release_processor",
-]
+__all__ = ["Intercept", "SiteHook"]
 
 
 class SiteHook:
@@ -85,7 +73,7 @@ class SiteHook:
         return run_wrappers(self.wrappers or (), call)
 
 
-class _Intercept(TorchFunctionMode):
+class Intercept(TorchFunctionMode):
     """Send scaled_dot_product_attention to a link; everything else passes."""
 
     def __init__(self, link: SiteHook, hidden: Any, encoder: Any) -> None:
@@ -117,7 +105,10 @@ class _Intercept(TorchFunctionMode):
             )
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        tokens = _token_slices(self.link, query.shape[-2], _tokens(self.hidden), _tokens(self.encoder))
+        state = self.link.state
+        tokens = split_tokens(
+            self.link.site.kind, state.family, state.image_tokens, query.shape[-2], self.hidden, self.encoder
+        )
         hidden = self.hidden if isinstance(self.hidden, torch.Tensor) else None
         kernel = self.link.kernel
         if self.link.observed:
@@ -125,129 +116,3 @@ class _Intercept(TorchFunctionMode):
         call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after)
         self.index += 1
         return self.link.run(call)
-
-
-def _token_slices(link: SiteHook, n: int, hidden: int | None, encoder: int | None) -> tuple[slice | None, slice | None]:
-    """Tell image from text tokens in a joint sequence of n tokens."""
-    family = link.state.family
-    if link.site.kind != "joint" or family is None or family.text is None:
-        return None, None
-    # Double-stream blocks bring both parts; single-stream ones bring the packed sequence.
-    n_image = hidden if encoder is not None else link.state.image_tokens
-    if n_image is None or hidden is None or not 0 < n_image <= n:
-        return None, None
-    if family.text == "first":
-        return slice(n - n_image, n), slice(0, n - n_image)
-    return slice(0, n_image), slice(n_image, n)
-
-
-def _tokens(value: Any) -> int | None:
-    return int(value.shape[1]) if isinstance(value, torch.Tensor) and value.ndim == 3 else None
-
-
-# Making a subclass is the only process-wide state: a cache of classes, harmless to share.
-_classes: dict[type, type] = {}
-_classes_lock = threading.Lock()
-
-
-def controlled(cls: type) -> type:
-    """Return the controlled subclass of a processor class, made once.
-
-    The signature of the original `__call__` is forwarded at class level: diffusers drops keyword arguments (rotary
-    embeddings among them) that it does not find there, and torch.compile cannot trace an instance-level `__call__`.
-    """
-    with _classes_lock:
-        if cls not in _classes:
-            _classes[cls] = _make_controlled(cls)
-        return _classes[cls]
-
-
-def _make_controlled(cls: Any) -> type:
-    linear, sdpa_backend = is_linear(cls), native()  # looked up here: torch.compile warns of caches that it traces
-
-    def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        link: SiteHook | None = self._attnctl
-        if link is None or link.wrappers is None:
-            return cls.__call__(self, attn, *args, **kwargs)
-        hidden: Any = args[0] if args else kwargs.get("hidden_states")
-        encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        encoder = None if encoder is hidden else encoder
-        if linear:
-            return run_linear(link, attn, hidden, encoder, AttnCall)
-        mode = _Intercept(link, hidden, encoder)
-        with native_backend(self, sdpa_backend), mode:
-            output = cls.__call__(self, attn, *args, **kwargs)
-        for change in mode.after:
-            output = change(output)
-        return output
-
-    __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
-    # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold. Hosts make new
-    # processors of an old one's class: those have no link and act like the original.
-    members = {"__call__": __call__, "__module__": cls.__module__, "_attnctl": None, "_attnctl_original": None}
-    return type(f"Controlled{cls.__name__}", (cls,), members)
-
-
-def attach_processor(site: Site, link: SiteHook) -> Any:
-    """Put a module's processor under control and return the controlled processor.
-
-    Raises:
-        ConflictError: The module carries a processor made by `attn_processors`.
-        UnsupportedModelError: The processor computes attention where it cannot be intercepted.
-    """
-    module: Any = site.module
-    _refuse_fixed(site)
-    original = module.processor = release_processor(module.processor)
-    inner = interceptable(site, original)
-    if getattr(inner, "_parallel_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{site.name} runs under context or tensor parallelism, whose attention takes another path: "
-            "disable it before attaching."
-        )
-    if isinstance(inner, torch.nn.Module):
-        new = inner  # its weights live in the module tree: the same object must stay registered
-    else:
-        new = copy.copy(inner)  # one processor object may serve every site
-    new.__class__ = controlled(type(inner))
-    new.__dict__["_attnctl"] = link
-    if new is not original:
-        new.__dict__["_attnctl_original"] = original
-        module.processor = new
-    return new
-
-
-def detach_processor(site: Site, link: SiteHook) -> bool:
-    """Give a module its own processor back; return False if another tool has put its own there meanwhile."""
-    module: Any = site.module
-    current = module.processor
-    if not is_controlled(current) or current._attnctl not in (link, None):
-        return False
-    restored = release_processor(current)
-    if restored is not current:
-        module.processor = restored
-    return True
-
-
-def is_controlled(processor: Any) -> bool:
-    """Tell whether a processor has a controlled class."""
-    return type(processor) in _classes.values()
-
-
-def release_processor(processor: Any) -> Any:
-    """Give a controlled processor its own class back, wherever it is kept; return the one that it stands for."""
-    if not is_controlled(processor):
-        return processor
-    original = processor._attnctl_original
-    processor.__class__ = type(processor).__mro__[1]
-    for name in ("_attnctl", "_attnctl_original"):
-        processor.__dict__.pop(name, None)
-    return processor if original is None else original
-
-
-def _refuse_fixed(site: Site) -> None:
-    module: Any = site.module
-    if is_controlled(module.processor) and getattr(module.processor._attnctl, "fixed", False):
-        raise ConflictError(
-            f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
-            "model's own processors with set_attn_processor before attaching a control."
-        )

@@ -1,7 +1,14 @@
 """One denoiser under control: what acts in its passes, and the guidance that its predictions receive.
 
-The session's hooks call `begin_pass` before and `end_pass` after the denoiser's own forward. Between them the base pass
-runs with the wrappers of the controls that act on it; after it, each guidance branch runs its perturbed pass.
+One call of the denoiser, in order; the handle's hooks call `begin_pass` before and `end_pass` after its own forward:
+
+    begin_pass   live controls prepare the call, and may change its arguments
+                 wrappers of the controls in their window are put on their sites, prefix replay begins to watch
+    forward      the base pass: the host's own code, its attention through the wrappers
+    end_pass     for each guidance branch that is due, the perturbed pass gives p; w (c - p) is added
+                 live controls may change the output; wrappers and watchers come off
+
+Whatever runs the denoiser or its blocks once more does so inside `during`, which puts everything back afterwards.
 """
 
 from __future__ import annotations
@@ -23,21 +30,15 @@ from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.outputs import main_output, with_main_output
+from attnctl.core.hosts.pipelines import safe_scale
+from attnctl.core.hosts.processors import Processors
 from attnctl.core.intercept import SiteHook
-from attnctl.core.live import LiveControl
+from attnctl.core.latents import StepLatents
+from attnctl.core.live import LiveControl, PassEnded
 from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site
-from attnctl.errors import ConfigError
 
 __all__ = ["ControlledDenoiser", "resolve"]
-
-
-@dataclass
-class _Memory:
-    """The last c - p of one branch, kept for the steps that reuse it."""
-
-    step: int
-    delta: Any
 
 
 @dataclass
@@ -50,17 +51,20 @@ class ControlledDenoiser:
     resolved: dict[int, tuple[Site, ...]]
     """Sites of each control, by the control's place in the list."""
     pipe: Any = None
+    latents: StepLatents = field(default_factory=lambda: StepLatents(None))
+    """The latents of the current step, shared by the denoisers of a pipeline."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What live controls keep for the run, shared by the denoisers of a pipeline."""
     running: bool = False
-    """Whether a perturbed pass is under way, whose own hooks must do nothing."""
+    """Whether a further pass is under way, whose own hooks must do nothing."""
     state: CallState = field(default_factory=CallState)
     links: dict[str, SiteHook] = field(default_factory=dict)
-    made: list[Any] = field(default_factory=list)
-    """Every processor that was put under control, those that a host set aside included."""
     base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
-    attached: list[tuple[Control, LiveControl]] = field(default_factory=list)
+    live: list[tuple[Control, LiveControl]] = field(default_factory=list)
     """Controls that keep something of their own while they are attached."""
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
-    memory: dict[Any, _Memory] = field(default_factory=dict)
+    memory: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+    """Step and value of the last c - p of each branch that later steps reuse, by the branch's key."""
     pending: tuple[Any, float | None] | None = None
     """Delta of the prompt call, waiting for the negative call of a sequential pair."""
     weights: list[tuple[Guidance, Branch, float]] = field(default_factory=list)
@@ -75,44 +79,28 @@ class ControlledDenoiser:
     """Handles of the hooks that the current call put on them."""
     began: set[Any] = field(default_factory=set)
     """Branches that have run in this run."""
+    processors: Processors = field(init=False)
 
-    def snapshot(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Note what the current pass does; the result does the same again, whenever it is entered."""
-        wrappers = [(link, link.wrappers) for link in self.links.values()]
-        state, forwards = dict(vars(self.state)), dict(self.forwards)
-
-        @contextlib.contextmanager
-        def again() -> Iterator[None]:
-            held = [(link, link.wrappers) for link, _ in wrappers]
-            now = dict(vars(self.state))
-            try:
-                for link, value in wrappers:
-                    link.wrappers = value
-                vars(self.state).update(state)
-                with overridden(forwards):
-                    yield
-            finally:
-                vars(self.state).update(now)
-                for link, value in held:
-                    link.wrappers = value
-
-        return again
+    def __post_init__(self) -> None:
+        self.processors = Processors(self.links)
 
     def begin_run(self) -> None:
         """Forget what earlier steps left for later ones."""
         self.memory.clear()
         self.began.clear()
         self.pending = None
-        for _, own in self.attached:
-            own.begin_run()
+        for _, live in self.live:
+            live.begin_run()
 
-    def begin_pass(self, replay: bool) -> None:
-        """Switch on what acts in the base pass of the call that `state` describes, and watch what can be replayed."""
+    # The base pass --------------------------------------------------------------------------------------------
+
+    def begin_pass(self, replay: bool) -> dict[str, Any] | None:
+        """Prepare the base pass of the call that `state` describes; return changed arguments for it, or None."""
+        changed = self._prepare()
+        if self.state.rows.role == "extra":  # the pipeline's own guidance: nothing acts in it
+            return changed
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
             self.checkpointing = Checkpointing(self.module, self.snapshot)
-        for c, own in self.attached:
-            if c.in_window(self.state):
-                own.before(self)
         for name, wrappers in self.base.items():
             active = tuple(wrap for c, wrap in wrappers if c.in_window(self.state))
             self.links[name].wrappers = active or None
@@ -122,9 +110,26 @@ class ControlledDenoiser:
         for c, block, link in self.listeners:
             if c.in_window(self.state):
                 self.listening.append(block.register_forward_pre_hook(_listen(link), with_kwargs=True))
-        if self.state.rows.role == "uncond":
-            return
-        self.weights = [(g, b, g.weight(self.state)) for g, b in self.branches]
+        if self.state.rows.role != "uncond":  # guidance is computed from the prompt's rows alone
+            self.weights = [(g, b, g.weight(self.state)) for g, b in self.branches]
+            self._watch_prefix(replay)
+        return changed
+
+    def _prepare(self) -> dict[str, Any] | None:
+        """Let live controls prepare the call, each with the arguments that the one before has made of it."""
+        changed = None
+        for c, live in self.live:
+            if not c.in_window(self.state):
+                continue
+            kwargs = live.before_call(self)
+            if kwargs is not None:
+                changed, rows = kwargs, self.state.rows
+                self.state.begin_call(self.module, self.family, kwargs)
+                self.state.rows = rows
+        return changed
+
+    def _watch_prefix(self, replay: bool) -> None:
+        """Have the base pass keep what the perturbed passes of this call need not compute again."""
         due = [b for g, b, weight in self.weights if weight != 0 and self.due(g, b)]
         if due and replay and Prefix.refusal(self.module) is None:
             targets = {m for b in due for m in b.targets}
@@ -141,7 +146,12 @@ class ControlledDenoiser:
             self.prefix.unwatch()
         try:
             check_reached(controlled, self.state, "the base pass")
-            return self.guide(output)
+            guided = self.guide(output)
+            for c, live in self.live:
+                if c.in_window(self.state):
+                    changed = live.after_call(output if guided is None else guided)
+                    guided = guided if changed is None else changed
+            return guided
         finally:
             self.stop()
             self.state.end_call()
@@ -151,7 +161,7 @@ class ControlledDenoiser:
         rows = self.state.rows
         if rows.role == "extra":
             return None
-        if rows.role == "uncond":
+        if rows.role == "uncond":  # the second call of a pair receives what the first has computed
             if self.pending is None:
                 return None
             delta, safe = self.pending
@@ -160,157 +170,37 @@ class ControlledDenoiser:
         if not any(weight for _, _, weight in self.weights):
             return None
         pred = main_output(output)
-        c = pred[rows.cond]
+        total = self._total(pred[rows.cond])
+        safe = safe_scale({g.combine for g, _, weight in self.weights if weight != 0}, self.pipe, self.state)
+        if rows.role == "all" and self.pipe is not None:
+            self.pending = (total, safe)
+            if safe is not None:
+                return None  # the whole share goes to the negative call
+        return with_main_output(output, combine(pred, total, rows, safe))
+
+    def _total(self, c: Any) -> Any:
+        """Sum up w (c - p) over the branches; those that perturb in the same way share one pass."""
         total: Any = None
-        ran: dict[Any, Any] = {}
+        units: dict[Any, Any] = {}
         for g, branch, weight in self.weights:
             if weight == 0:
                 continue
-            if branch.key in ran:  # two controls that perturb alike share the pass
-                unit = ran[branch.key]
-            elif self.due(g, branch):
-                unit = difference(c, self.perturbed(branch))
-                if g.every > 1:
-                    self.memory[branch.key] = _Memory(self.state.step, unit)
-            else:
-                unit = self.memory[branch.key].delta
-            ran[branch.key] = unit
-            total = added(total, scaled(unit, weight))
-        safe = self.rescale_safe()
-        if rows.role == "all" and self.pipe is not None:
-            self.pending = (total, safe)
-        if rows.role == "all" and safe is not None:
-            return None  # the whole share goes to the negative call
-        return with_main_output(output, combine(pred, total, rows, safe))
-
-    def perturbed(self, branch: Branch) -> Any:
-        """Run one perturbed pass on the prompt rows and return its prediction."""
-        state, rows = self.state, self.state.rows
-        frames = state.grid[0] if rows.role == "both" and state.grid else 1
-        kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
-        touched = {s.name: s for s in branch.sites}
-        base = {name: link.wrappers for name, link in self.links.items()}
-        held = dict(vars(state))
-        forwards: dict[torch.nn.Module, Any] = {}
-        replaced: set[torch.nn.Module] = set()
-        if branch.begin is not None:
-            branch.begin(state)
-        if self.prefix is not None:
-            forwards.update(self.prefix.stubs(rows, frames))
-        for module, make in branch.blocks.items():
-            forwards[module] = _noting(make(module, module.forward), module, replaced)
-        self.running = True
-        self.forwards = forwards
-        state.begin_call(self.module, self.family, kwargs)
-        state.phase, state.rows = str(branch.key), Rows.all(rows.prompts)
-        try:
-            for name, link in self.links.items():
-                if name in touched and branch.perturb is not None:
-                    link.wrappers = (branch.perturb, *(base[name] or ()))
-                link.reached = False
-            own = [b.key for _, b in self.branches].index(branch.key)
-            with own_context(self.module, f"attnctl_{own}") as cached, overridden(forwards):
-                output = self.module.forward(**kwargs)
-            reached = [(self.links[n].site.name, self.links[n].reached) for n in touched]
-            reached += [(name, module in replaced) for module, name in self.names(branch).items()]
-            # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
-            if not (cached and branch.key in self.began):
-                check_reached(reached, state, "the perturbed pass")
-            self.began.add(branch.key)
-        finally:
-            self.running = False
-            self.forwards = {}
-            vars(state).update(held)
-            for name, link in self.links.items():
-                link.wrappers = base[name]
-        self.passes += 1
-        return main_output(output)
-
-    def extra_pass(
-        self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
-    ) -> Any:
-        """Run the denoiser with other inputs and wrappers: see `core.control.LiveDenoiser`."""
-        state, held = self.state, dict(vars(self.state))
-        links = {name: link.wrappers for name, link in self.links.items()}
-        token, handle = object(), None
-        self.running = True
-        state.begin_call(self.module, self.family, kwargs)
-        state.phase, state.rows = phase, Rows.all(row_count(kwargs))
-        try:
-            for name, link in self.links.items():
-                link.wrappers = (wrappers[name],) if name in wrappers else None
-                link.reached = False
-            if last is not None and last.module is not None and Prefix.refusal(self.module) is None:
-                handle = last.module.register_forward_hook(_ending(token))
-            with own_context(self.module, f"attnctl_{phase}"), _cut_short(token) as cut:
-                cut.output = main_output(self.module.forward(**kwargs))
-            check_reached([(n, self.links[n].reached) for n in wrappers], state, f"the {phase} pass")
-        finally:
-            if handle is not None:
-                handle.remove()
-            self.running = False
-            vars(state).update(held)
-            for name, link in self.links.items():
-                link.wrappers = links[name]
-        return None if last is not None else cut.output
-
-    @contextlib.contextmanager
-    def beside(self, wrappers: Mapping[str, Wrapper]) -> Iterator[None]:
-        """Let modules run beside the pass that is under way: see `core.control.LiveDenoiser`."""
-        links = {name: link.wrappers for name, link in self.links.items()}
-        pause = contextlib.nullcontext() if self.prefix is None else self.prefix.paused()
-        try:
-            for name, link in self.links.items():
-                link.wrappers = (wrappers[name],) if name in wrappers else None
-            with pause:
-                yield
-        finally:
-            for name, link in self.links.items():
-                link.wrappers = links[name]
-
-    def names(self, branch: Branch) -> dict[torch.nn.Module, str]:
-        """Name the blocks whose forward a branch replaces."""
-        if not branch.blocks:
-            return {}
-        return {m: n for n, m in self.module.named_modules() if m in branch.blocks}
+            if branch.key not in units:
+                if self.due(g, branch):
+                    units[branch.key] = difference(c, self.perturbed(branch))
+                    if g.every > 1:
+                        self.memory[branch.key] = self.state.step, units[branch.key]
+                else:
+                    units[branch.key] = self.memory[branch.key][1]
+            total = added(total, scaled(units[branch.key], weight))
+        return total
 
     def due(self, g: Guidance, branch: Branch) -> bool:
         """Tell whether a branch must be computed on this step."""
-        memory = self.memory.get(branch.key)
-        if g.every == 1 or memory is None or self.state.step - memory.step >= g.every:
+        step, delta = self.memory.get(branch.key, (None, None))
+        if g.every == 1 or step is None or self.state.step - step >= g.every:
             return True
-        delta = memory.delta
         return isinstance(delta, torch.Tensor) and delta.shape[0] != self.state.rows.prompts
-
-    def rescale_safe(self) -> float | None:
-        """Return the CFG scale if guidance must leave the prompt rows alone, else None."""
-        modes = {g.combine for g, _, weight in self.weights if weight != 0}
-        explicit = modes - {"auto"}
-        if len(explicit) > 1:
-            raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
-        cfg = self.state.rows.role == "both" or getattr(self.pipe, "do_classifier_free_guidance", False) is True
-        rescale = getattr(self.pipe, "guidance_rescale", 0.0) or 0.0
-        wanted = explicit == {"rescale_safe"} or (not explicit and rescale > 0 and cfg)
-        if not wanted:
-            return None
-        if not cfg:
-            raise ConfigError(
-                'combine="rescale_safe" needs classifier-free guidance that the pipeline tells of; this run has no '
-                f'negative prompt, or {type(self.pipe).__name__} does not say so. Use combine="add".'
-            )
-        scale = getattr(self.pipe, "guidance_scale", None)
-        if self.module is getattr(self.pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
-            second = getattr(self.pipe, "_guidance_scale_2", None)
-            scale = scale if second is None else second
-        if not isinstance(scale, (int, float)):
-            raise ConfigError(
-                f'combine="rescale_safe" needs the CFG scale, which {type(self.pipe).__name__} does not tell. '
-                'Use combine="add".'
-            )
-        scale = scale + 1 if self.family.from_prompt else scale
-        if scale == 1:
-            raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
-        return float(scale)
 
     def stop(self) -> None:
         """Leave every link inactive and no watcher on any module."""
@@ -329,29 +219,118 @@ class ControlledDenoiser:
             self.checkpointing = None
         self.weights = []
 
+    # Further passes -------------------------------------------------------------------------------------------
 
-class _Ended(Exception):
-    """Ends a pass whose prediction nobody needs."""
+    @contextlib.contextmanager
+    def during(self) -> Iterator[None]:
+        """Let something else run; put state, wrappers, forwards, flags and prefix back, whatever happens in it."""
+        state, running, forwards = dict(vars(self.state)), self.running, self.forwards
+        links = [(link, link.wrappers, link.reached) for link in self.links.values()]
+        try:
+            with contextlib.nullcontext() if self.prefix is None else self.prefix.paused():
+                yield
+        finally:
+            vars(self.state).update(state)
+            self.running, self.forwards = running, forwards
+            for link, wrappers, reached in links:
+                link.wrappers, link.reached = wrappers, reached
+
+    def _run(
+        self,
+        phase: str,
+        context: str,
+        kwargs: dict[str, Any],
+        wrappers: Mapping[str, tuple[Wrapper, ...] | None],
+        forwards: dict[torch.nn.Module, Any] | None = None,
+    ) -> tuple[Any, bool]:
+        """Run a further pass inside `during`; return its prediction, and whether a cache of its own was on."""
+        self.running = True
+        self.state.begin_call(self.module, self.family, kwargs)
+        self.state.phase, self.state.rows = phase, Rows.all(row_count(kwargs))
+        for name, link in self.links.items():
+            link.wrappers, link.reached = wrappers.get(name), False
+        self.forwards = forwards or {}
+        with own_context(self.module, context) as cached, overridden(self.forwards):
+            return main_output(self.module.forward(**kwargs)), cached
+
+    def perturbed(self, branch: Branch) -> Any:
+        """Run one perturbed pass on the prompt rows and return its prediction."""
+        state, rows = self.state, self.state.rows
+        frames = state.grid[0] if rows.role == "both" and state.grid else 1
+        replaced: set[torch.nn.Module] = set()
+        with self.during():
+            if branch.begin is not None:
+                branch.begin(state)
+            # Modules ahead of the first perturbed one give what the base pass has computed.
+            forwards = {} if self.prefix is None else self.prefix.stubs(rows, frames)
+            for module, make in branch.blocks.items():
+                forwards[module] = _noting(make(module, module.forward), module, replaced)
+            # What acts on the base pass acts on this one too, inside of the perturbation.
+            wrappers = {name: link.wrappers for name, link in self.links.items()}
+            touched = [site.name for site in branch.sites]
+            if branch.perturb is not None:
+                wrappers |= {name: (branch.perturb, *(wrappers[name] or ())) for name in touched}
+            kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
+            context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
+            output, cached = self._run(str(branch.key), context, kwargs, wrappers, forwards)
+            reached = [(name, self.links[name].reached) for name in touched]
+            reached += [(name, module in replaced) for module, name in self._names(branch).items()]
+            # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
+            if not (cached and branch.key in self.began):
+                check_reached(reached, state, "the perturbed pass")
+            self.began.add(branch.key)
+        self.passes += 1
+        return output
+
+    def extra_pass(
+        self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None
+    ) -> Any:
+        """Run the denoiser with other inputs and wrappers: see `core.live.LiveDenoiser`."""
+        around = {name: (wrap,) for name, wrap in wrappers.items()}
+        output: Any = None
+        with self.during(), contextlib.ExitStack() as undo:
+            if last is not None and last.module is not None and Prefix.refusal(self.module) is None:
+                undo.callback(last.module.register_forward_hook(_end_pass).remove)
+            with contextlib.suppress(PassEnded):
+                output, _ = self._run(phase, f"attnctl_{phase}", kwargs, around)
+            check_reached([(name, self.links[name].reached) for name in wrappers], self.state, f"the {phase} pass")
+        return None if last is not None else output
+
+    @contextlib.contextmanager
+    def beside(self, wrappers: Mapping[str, Wrapper]) -> Iterator[None]:
+        """Let modules run beside the pass that is under way: see `core.live.LiveDenoiser`."""
+        with self.during():
+            for name, link in self.links.items():
+                link.wrappers = (wrappers[name],) if name in wrappers else None
+            yield
+
+    def snapshot(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Note what the current pass does; the result does the same again, whenever it is entered."""
+        wrappers = [(link, link.wrappers) for link in self.links.values()]
+        state, forwards = dict(vars(self.state)), dict(self.forwards)
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            with self.during(), overridden(forwards):
+                vars(self.state).update(state)
+                for link, around in wrappers:
+                    link.wrappers = around
+                yield
+                reached = [link for link, _ in wrappers if link.reached]
+            for link in reached:  # a checkpointed block runs in here in the pass itself, too
+                link.reached = True
+
+        return again
+
+    def _names(self, branch: Branch) -> dict[torch.nn.Module, str]:
+        """Name the blocks whose forward a branch replaces."""
+        if not branch.blocks:
+            return {}
+        return {m: n for n, m in self.module.named_modules() if m in branch.blocks}
 
 
-class _Cut:
-    output: Any = None
-
-
-@contextlib.contextmanager
-def _cut_short(token: object) -> Iterator[_Cut]:
-    try:
-        yield _Cut()
-    except _Ended as end:
-        if end.args[0] is not token:
-            raise
-
-
-def _ending(token: object) -> Callable[..., None]:
-    def end(module: torch.nn.Module, args: Any, output: Any) -> None:
-        raise _Ended(token)
-
-    return end
+def _end_pass(module: torch.nn.Module, args: Any, output: Any) -> None:
+    raise PassEnded
 
 
 def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torch.nn.Module]) -> Callable[..., Any]:
@@ -374,28 +353,37 @@ def _listen(link: SiteHook) -> Callable[..., None]:
 
 
 def resolve(
-    module: torch.nn.Module, controls: Sequence[Control], backend: str = "auto", pipe: Any = None
+    module: torch.nn.Module,
+    controls: Sequence[Control],
+    backend: str = "auto",
+    pipe: Any = None,
+    latents: StepLatents | None = None,
+    shared: dict[Any, Any] | None = None,
 ) -> ControlledDenoiser:
     """Find out everything about a denoiser before anything is touched."""
     family = family_of(module)
     sites = find_sites(module)
     resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
     check_conflicts(controls, resolved)
-    watched = ControlledDenoiser(module, family, sites, resolved, pipe)
+    w = ControlledDenoiser(
+        module, family, sites, resolved, pipe, latents or StepLatents(pipe), {} if shared is None else shared
+    )
     for i, c in enumerate(controls):
-        for site in watched.resolved[i]:
-            link = watched.links.setdefault(site.name, SiteHook(site, watched.state, backend))
+        for site in resolved[i]:
+            link = w.links.setdefault(site.name, SiteHook(site, w.state, backend))
             if c.wants_block_input():
-                watched.listeners.append((c, module.get_submodule(site.name.rpartition(".")[0]), link))
-        own = c.attached(watched.resolved[i], module, pipe)
-        if own is not None:
-            watched.attached.append((c, own))
-        wrap = c.wrapper(watched.resolved[i]) if own is None else own.wrap
+                w.listeners.append((c, module.get_submodule(site.name.rpartition(".")[0]), link))
+        live = c.attached(resolved[i], module, pipe)
+        if live is not None:
+            w.live.append((c, live))
+        wrap = c.wrapper(resolved[i]) if live is None else live.wrap
+        if live is not None and type(live).wrap is LiveControl.wrap:
+            wrap = None  # it has nothing to do at its sites in the base pass, which stay the host's own
         if wrap is not None:
-            for site in watched.resolved[i]:
-                around = watched.base.setdefault(site.name, [])
+            for site in resolved[i]:
+                around = w.base.setdefault(site.name, [])
                 # An observer sees what the model asks for, before controls cut or rewrite it, wherever it is given.
-                around.insert(0 if own is not None and own.observes else len(around), (c, wrap))
+                around.insert(0 if live is not None and live.observes else len(around), (c, wrap))
         if isinstance(c, Guidance):
-            watched.branches.append((c, c.branch(watched.resolved[i], module)))
-    return watched
+            w.branches.append((c, c.branch(resolved[i], module)))
+    return w

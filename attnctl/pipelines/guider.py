@@ -16,8 +16,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 
+from attnctl.core.attach import DenoiserHandle
 from attnctl.core.control import Control
-from attnctl.core.handle import Handle
 from attnctl.data.specs import control_from_dict, control_to_dict
 
 __all__ = ["ControlGuider"]
@@ -76,7 +76,7 @@ class ControlGuider(ClassifierFreeGuidance):
             stop=stop,
             enabled=enabled,
         )
-        self._handle: Handle | None = None
+        self._handle: DenoiserHandle | None = None
         self._denoiser: torch.nn.Module | None = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class ControlGuider(ClassifierFreeGuidance):
             return
         if self._handle is None or self._denoiser is not denoiser:
             host = _Host(self, denoiser)
-            self._handle = Handle(host, self.controls, backend="auto", layout="sequential", replay=True)
+            self._handle = DenoiserHandle(host, self.controls, backend="auto", layout="sequential", replay=True)
             self._denoiser = denoiser
             self._tell_step(self._handle)
         if not self._handle.attached:  # a call that raised may have left it on
@@ -103,7 +103,7 @@ class ControlGuider(ClassifierFreeGuidance):
         if self._handle is not None:
             self._handle.detach()
 
-    def _tell_step(self, handle: Handle) -> None:
+    def _tell_step(self, handle: DenoiserHandle) -> None:
         timestep = None
         if any(getattr(c, "adaptive", 0) for c in self.controls) and self._timestep is not None:
             timestep = float(self._timestep)

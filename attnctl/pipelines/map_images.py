@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.handle import control
+from attnctl.core.attach import attach
 from attnctl.data.maps import WordMaps
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
@@ -71,7 +71,7 @@ def image_maps(
     if not getattr(getattr(host, "transformer", None), "config", {}).get("guidance_embeds", False):
         options = {"guidance_scale": 1.0, **options}
     # The bar would count steps that are passed over.
-    with without_bar(host), control(host, capture) as handle:
+    with without_bar(host), attach(host, capture) as handle:
         host(
             image=image,
             strength=strength,

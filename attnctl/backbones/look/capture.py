@@ -10,6 +10,7 @@ A `WordMaps` comes back, as from a pipeline, with one layer an attention module;
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,11 @@ from attnctl.backbones.grid import GridRecorder, watch_grid
 from attnctl.backbones.look.probe import AttentionProbe, look
 from attnctl.backbones.look.sites import BackboneSite, find_places, owner_of, sites_of
 from attnctl.core.control import Control
-from attnctl.core.handle import Handle
+from attnctl.core.handle import Handle, Hook
+from attnctl.core.hosts.rows import Layout
 from attnctl.core.sites import select
 from attnctl.data.maps import WordMaps, reduced
-from attnctl.errors import ConfigError, ConflictError, NeverApplied, UnsupportedModelError, nearest
+from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError, nearest
 from attnctl.processors.capture.capture import Capture
 from attnctl.processors.capture.points import point_label, token_at
 
@@ -58,21 +60,17 @@ class GridWatch:
 class BackboneHandle(Handle):
     """A `Capture` attached to a backbone: run the model, read `maps`, and detach."""
 
-    def __init__(self, model: nn.Module, controls: Sequence[Control]) -> None:
-        self.controls = tuple(controls)
-        self.backend = "auto"
-        self.prompts = None
-        self._model = model
-        self._enabled, self._attached = True, False
-        self._undo = contextlib.ExitStack()
-        self._latents = None
-        self._watched = []
-        self._capture = _checked(self.controls)
+    def __init__(
+        self, model: nn.Module, controls: Sequence[Control], *, backend: str = "auto", layout: Layout = "auto"
+    ) -> None:
         if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
             raise UnsupportedModelError(
                 f"This {type(model).__name__} is compiled, and a compiled graph cannot be looked into. Give the model "
                 "from before torch.compile: it shares its weights with the compiled one."
             )
+        super().__init__([model], controls, backend=backend, layout=layout)
+        self._model = model
+        self._capture = _checked(self.controls)
         every = {p.name: p for p in find_places(model)}
         self._sites = sites_of(model)
         chosen = self._sites
@@ -83,20 +81,12 @@ class BackboneHandle(Handle):
         self._layers: dict[str, Tensor] = {}
         self._bytes = 0
 
-    def attach(self) -> Handle:
-        """Install the hooks; undo everything if any part fails."""
-        taken = [h for h in self._model._forward_pre_hooks.values() if isinstance(getattr(h, "__self__", None), Handle)]
-        if taken:
-            raise ConflictError("This model is under control already: detach that handle first.")
-        with contextlib.ExitStack() as undo:
-            self._grid = GridWatch(self._model, self._places, undo)
-            undo.callback(self._model.register_forward_pre_hook(self._begin).remove)
-            for place in self._places:
-                hook = place.module.register_forward_hook(_Seen(self, place), with_kwargs=True)
-                undo.callback(hook.remove)
-            self._undo = undo.pop_all()
-        self._attached = True
-        return self
+    def _install(self) -> None:
+        self._grid = GridWatch(self._model, self._places, self._undo)
+        self._undo.callback(self._model.register_forward_pre_hook(Hook(self, self._begin)).remove)
+        for place in self._places:
+            hook = Hook(self, functools.partial(self._see, place))
+            self._undo.callback(place.module.register_forward_hook(hook, with_kwargs=True).remove)
 
     @property
     def sites(self) -> tuple[Any, ...]:
@@ -104,13 +94,19 @@ class BackboneHandle(Handle):
         names = {p.name for p in self._places}
         return tuple(s for s in self._sites if s.name in names)
 
-    def result(self, capture: Capture) -> WordMaps:
+    @property
+    def maps(self) -> WordMaps:
+        """Return the maps of the last forward pass."""
+        return self.result(self._capture)
+
+    def result(self, control: Control) -> WordMaps:
         """Return the maps of the last forward pass.
 
-        Raises: ConfigError if another Capture was attached, NeverApplied before the first pass.
+        Raises: ConfigError if another control was attached, NeverApplied before the first pass.
         """
-        if capture is not self._capture:
-            raise ConfigError(f"{capture!r} is not a Capture that this handle has attached.")
+        capture = self._capture
+        if control is not capture:
+            raise ConfigError(f"{control!r} is not a {type(control).__name__} that this handle has attached.")
         if not self._layers:
             raise NeverApplied("Capture has recorded nothing yet: run the model with the handle enabled.")
         images = next(iter(self._layers.values())).shape[0]
@@ -129,7 +125,7 @@ class BackboneHandle(Handle):
         )
 
     def report(self) -> str:
-        """Say in words what is recorded where."""
+        """Describe what is recorded where."""
         return f"Capture of {', '.join(self._asks)} at {len(self._places)} sites of {type(self._model).__name__}:\n" + (
             "\n".join(f"  {p.name}: {p.heads} heads" for p in self._places)
         )
@@ -138,9 +134,11 @@ class BackboneHandle(Handle):
         if self.enabled:
             self._layers, self._bytes = {}, 0
 
-    def seen(self, place: BackboneSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(
+        self, place: BackboneSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Record one call of one place."""
-        if not self.enabled or torch.jit.is_tracing():
+        if module is not place.module or not self.enabled or torch.jit.is_tracing():
             return
         capture, x = self._capture, args[0]
         grid = (0, 0) if x.ndim == 4 or len(args) > 1 else self._grid(place, x.shape[1])
@@ -166,21 +164,6 @@ class BackboneHandle(Handle):
                 "or images, reduce the heads, or raise the budget."
             )
         self._layers[place.name] = maps
-
-
-class _Seen:
-    """Hears one place's calls. A copy of the model hears nothing: it would record into this one's maps."""
-
-    def __init__(self, handle: BackboneHandle, place: BackboneSite) -> None:
-        self._heard = (handle, place)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return lambda *_: None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        handle, place = self._heard
-        if module is place.module:
-            handle.seen(place, args, kwargs)
 
 
 def _checked(controls: Sequence[Any]) -> Capture:

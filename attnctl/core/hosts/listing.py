@@ -18,7 +18,6 @@ __all__ = [
     "find_sites",
     "halve",
     "image_level_grid",
-    "is_backbone",
     "stage_grid",
     "unet_halvings",
 ]
@@ -41,23 +40,11 @@ def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
 
 
 def find_sites(target: Any) -> tuple[Site, ...]:
-    """List the attention sites of a pipeline, denoiser or timm backbone in execution order.
-
-    Example:
-        >>> from diffusers import UNet2DConditionModel
-        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1,
-        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
-        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4)
-        >>> [site.kind for site in find_sites(unet)][:2]
-        ['self', 'cross']
+    """List the attention sites of a pipeline or denoiser in execution order: `attnctl.find_sites` without backbones.
 
     Raises:
         UnsupportedModelError: The object holds no denoiser, or the denoiser no attention with a processor.
     """
-    if is_backbone(target):
-        from attnctl.backbones.look.sites import sites_of  # here: it needs timm, and this module
-
-        return sites_of(target)
     return _sites_of(next(iter(denoisers_of(target).values())))
 
 
@@ -65,12 +52,6 @@ def blocks_around(sites: Iterable[Site], denoiser: torch.nn.Module) -> dict[torc
     """Return the transformer block around each site, and its name."""
     names = dict.fromkeys(s.name.rpartition(".")[0] for s in sites)
     return {denoiser.get_submodule(name): name for name in names}
-
-
-def is_backbone(target: Any) -> bool:
-    """Tell whether a model is an image model of timm, or holds one."""
-    homes = ("timm.models.", "attnctl.backbones.")
-    return isinstance(target, torch.nn.Module) and any(type(m).__module__.startswith(homes) for m in target.modules())
 
 
 def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:

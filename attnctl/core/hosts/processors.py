@@ -1,19 +1,192 @@
-"""diffusers' attention processors: which of them call SDPA, and how its dispatcher is made to call it."""
+"""diffusers' attention processors under control: a subclass of a processor's class, put on and taken off.
+
+The processor keeps its code and its place in the module tree: attnctl swaps the object's class for a subclass made once
+per processor class, whose `__call__` runs the original code inside a function mode that hands every
+`scaled_dot_product_attention` to the controls. Nothing of the host is copied, so RoPE, q/k norms, masks, fused
+projections and IP-Adapters are the host's own. Detaching puts the class back.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Iterator
+import inspect
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attnctl.errors import UnsupportedModelError
+import torch
 
-__all__ = ["interceptable", "native", "native_backend"]
+from attnctl.core.call import AttnCall
+from attnctl.core.hosts.linear import is_linear, run_linear
+from attnctl.core.intercept import Intercept, SiteHook
+from attnctl.core.sites import Site
+from attnctl.errors import ConflictError, UnsupportedModelError
+
+__all__ = ["Processors", "attach_processor", "controlled"]
+
+
+class Processors:
+    """The processors of a denoiser's controlled sites: put under control, kept there, and released.
+
+    Args:
+        links: The hook of each site, by the site's name.
+    """
+
+    def __init__(self, links: Mapping[str, SiteHook]) -> None:
+        self.links = links
+        self._made: list[Any] = []
+        """Every processor that was put under control, those that a host set aside included."""
+        self._warned: set[str] = set()
+
+    def attach(self, undo: contextlib.ExitStack) -> None:
+        """Put all under control; `undo` releases them."""
+        undo.callback(self._release_made)
+        for link in self.links.values():
+            self._made.append(attach_processor(link.site, link))
+            undo.callback(self._release, link)
+
+    def heal(self) -> None:
+        """Put the hooks back where another tool has replaced a controlled processor."""
+        for name, link in self.links.items():
+            module: Any = link.site.module
+            if vars(module.processor).get("_attnctl") is link:
+                continue
+            self._made.append(attach_processor(link.site, link))
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"attnctl: the processor of {name} was replaced while under control (IP-Adapter, fused projections "
+                    "and set_attn_processor do that); the control was attached to the new one.",
+                    stacklevel=3,
+                )
+
+    def _release(self, link: SiteHook) -> None:
+        if not _detach_processor(link.site, link):
+            warnings.warn(
+                f"attnctl: the processor of {link.site.name} was replaced after control() attached; it is left as it "
+                "is.",
+                stacklevel=4,
+            )
+
+    def _release_made(self) -> None:
+        for processor in self._made:  # a model that fused its projections keeps the old ones for later
+            _release_processor(processor)
+        self._made.clear()
+
+
+# Making a subclass is the only process-wide state: a cache of classes, harmless to share.
+_classes: dict[type, type] = {}
+_classes_lock = threading.Lock()
+
+
+def controlled(cls: type) -> type:
+    """Return the controlled subclass of a processor class, made once.
+
+    The signature of the original `__call__` is forwarded at class level: diffusers drops keyword arguments (rotary
+    embeddings among them) that it does not find there, and torch.compile cannot trace an instance-level `__call__`.
+    """
+    with _classes_lock:
+        if cls not in _classes:
+            _classes[cls] = _make_controlled(cls)
+        return _classes[cls]
+
+
+def _make_controlled(cls: Any) -> type:
+    linear, sdpa_backend = is_linear(cls), _native()  # looked up here: torch.compile warns of caches that it traces
+
+    def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        link: SiteHook | None = self._attnctl
+        if link is None or link.wrappers is None:
+            return cls.__call__(self, attn, *args, **kwargs)
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
+        encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        encoder = None if encoder is hidden else encoder
+        if linear:
+            return run_linear(link, attn, hidden, encoder, AttnCall)
+        mode = Intercept(link, hidden, encoder)
+        with _native_backend(self, sdpa_backend), mode:
+            output = cls.__call__(self, attn, *args, **kwargs)
+        for change in mode.after:
+            output = change(output)
+        return output
+
+    __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
+    # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold. Hosts make new
+    # processors of an old one's class: those have no link and act like the original.
+    members = {"__call__": __call__, "__module__": cls.__module__, "_attnctl": None, "_attnctl_original": None}
+    return type(f"Controlled{cls.__name__}", (cls,), members)
+
+
+def attach_processor(site: Site, link: SiteHook) -> Any:
+    """Put a module's processor under control and return the controlled processor.
+
+    Raises:
+        ConflictError: The module carries a processor made by `attn_processors`.
+        UnsupportedModelError: The processor computes attention where it cannot be intercepted.
+    """
+    module: Any = site.module
+    _refuse_fixed(site)
+    original = module.processor = _release_processor(module.processor)
+    inner = _interceptable(site, original)
+    if getattr(inner, "_parallel_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{site.name} runs under context or tensor parallelism, whose attention takes another path: "
+            "disable it before attaching."
+        )
+    if isinstance(inner, torch.nn.Module):
+        new = inner  # its weights live in the module tree: the same object must stay registered
+    else:
+        new = copy.copy(inner)  # one processor object may serve every site
+    new.__class__ = controlled(type(inner))
+    new.__dict__["_attnctl"] = link
+    if new is not original:
+        new.__dict__["_attnctl_original"] = original
+        module.processor = new
+    return new
+
+
+def _detach_processor(site: Site, link: SiteHook) -> bool:
+    """Give a module its own processor back; return False if another tool has put its own there meanwhile."""
+    module: Any = site.module
+    current = module.processor
+    if not _is_controlled(current) or current._attnctl not in (link, None):
+        return False
+    restored = _release_processor(current)
+    if restored is not current:
+        module.processor = restored
+    return True
+
+
+def _is_controlled(processor: Any) -> bool:
+    """Tell whether a processor has a controlled class."""
+    return type(processor) in _classes.values()
+
+
+def _release_processor(processor: Any) -> Any:
+    """Give a controlled processor its own class back, wherever it is kept; return the one that it stands for."""
+    if not _is_controlled(processor):
+        return processor
+    original = processor._attnctl_original
+    processor.__class__ = type(processor).__mro__[1]
+    for name in ("_attnctl", "_attnctl_original"):
+        processor.__dict__.pop(name, None)
+    return processor if original is None else original
+
+
+def _refuse_fixed(site: Site) -> None:
+    module: Any = site.module
+    if _is_controlled(module.processor) and getattr(module.processor._attnctl, "fixed", False):
+        raise ConflictError(
+            f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
+            "model's own processors with set_attn_processor before attaching a control."
+        )
 
 
 @contextlib.contextmanager
-def native_backend(processor: Any, native: Any) -> Iterator[None]:
+def _native_backend(processor: Any, native: Any) -> Iterator[None]:
     """Have diffusers' dispatcher call SDPA, where it can be seen, whatever backend is set."""
     if not hasattr(processor, "_attention_backend"):
         yield
@@ -33,13 +206,13 @@ _MISSING = object()
 
 
 @functools.cache
-def native() -> Any:
+def _native() -> Any:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     return AttentionBackendName.NATIVE
 
 
-def interceptable(site: Any, processor: Any) -> Any:
+def _interceptable(site: Any, processor: Any) -> Any:
     """Return a processor that calls SDPA and computes the same as this one."""
     from diffusers.models import attention_processor as ap
 

@@ -7,14 +7,16 @@ two halves of a batched call hold equal latents) and checks it when the schedule
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from attnctl.core.call import Rows
 from attnctl.core.hosts.arguments import main_input, row_count
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.core.hosts.pipelines import uses_guidance
+from attnctl.errors import UnsupportedModelError
 
 __all__ = ["Layout", "RowLayout"]
 
@@ -31,10 +33,9 @@ class RowLayout:
     """
 
     def __init__(self, pipe: Any, layout: Layout) -> None:
-        if layout not in get_args(Layout):
-            raise ConfigError(f"layout={layout!r} is unknown. Choose one of {', '.join(get_args(Layout))}.")
         self.pipe, self.layout = pipe, layout
         self.calls = 0
+        self._warned = False
         self._scaled: torch.Tensor | None = None
         self._first: Any = None
         self._read: Rows | None = None
@@ -80,12 +81,25 @@ class RowLayout:
             'Pass control(..., layout="cond") if every row carries the prompt.'
         )
 
+    def warn_bare(self, rows: Rows) -> None:
+        """Warn once that the rows of a bare model are all guided as prompt rows, where they may be halves."""
+        if self.pipe is None and self.layout == "auto" and rows.role != "extra" and rows.total % 2 == 0:
+            warn_once = not self._warned
+            self._warned = True
+            if warn_once:
+                warnings.warn(
+                    f"attnctl: a bare model tells nothing of its {rows.total} rows; each is guided as a prompt row. "
+                    'Pass control(..., layout="uncond_first") if the first half is the negative prompt, or '
+                    'layout="cond" to confirm.',
+                    stacklevel=3,
+                )
+
     def _first_rows(self, bound: Mapping[str, Any], total: int, cond_first: bool) -> Rows:
         if self.layout in ("cond", "sequential"):
             return Rows.all(total)
         if self.layout == "uncond_first":
             return self._told_halves(total)
-        flag = self._cfg_flag()
+        flag = uses_guidance(self.pipe)
         key = (total, flag)
         if key not in self._known:
             self._known[key] = flag is not False and total % 2 == 0 and self._halves_equal(bound, total)
@@ -98,14 +112,6 @@ class RowLayout:
                 f'layout="uncond_first" needs an even number of rows; the denoiser was called with {total}.'
             )
         return Rows.halves(total)
-
-    def _cfg_flag(self) -> bool | None:
-        """Return whether the pipeline says that it uses classifier-free guidance, or None if it does not say."""
-        try:
-            flag = self.pipe.do_classifier_free_guidance
-        except AttributeError:  # no such property, or one whose inputs are not set yet
-            return None
-        return flag if isinstance(flag, bool) else None
 
     def _halves_equal(self, bound: Mapping[str, Any], total: int) -> bool:
         x = main_input(bound) if self._scaled is None else self._scaled

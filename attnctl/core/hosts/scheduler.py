@@ -14,7 +14,22 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Listener", "unwatch_scheduler", "watch_scheduler"]
+__all__ = ["Listener", "SchedulerWatch", "later_evaluation"]
+
+
+def later_evaluation(scheduler: Any) -> bool:
+    """Tell whether the scheduler's next step only completes one that began with an earlier evaluation."""
+    if getattr(scheduler, "state_in_first_order", True) is False:  # Heun, KDPM2, DPM SDE
+        return True
+    orders, index = getattr(scheduler, "order_list", None), getattr(scheduler, "step_index", None)
+    if orders is not None and index is not None:  # DPM singlestep
+        return int(orders[index]) != 1
+    counter = getattr(scheduler, "counter", None)
+    if counter is None or not hasattr(scheduler, "prk_timesteps"):
+        return False
+    if scheduler.config.skip_prk_steps:  # PNDM
+        return bool(counter == 1)
+    return bool(counter < len(scheduler.prk_timesteps) and counter % 4 != 0)
 
 
 class Listener(Protocol):
@@ -90,7 +105,7 @@ def _scale(cls: Any, scheduler: Any, args: Any, kwargs: Any, sample: Any) -> Any
     return cls.scale_model_input(scheduler, sample, *args, **kwargs)
 
 
-def watch_scheduler(scheduler: Any, listener: Listener) -> None:
+def _watch(scheduler: Any, listener: Listener) -> None:
     """Report a scheduler's calls to a listener."""
     if not getattr(scheduler, "_attnctl_watched", False):
         original: type = type(scheduler)
@@ -98,8 +113,44 @@ def watch_scheduler(scheduler: Any, listener: Listener) -> None:
     scheduler.__dict__["_attnctl"] = _Slot(listener)
 
 
-def unwatch_scheduler(scheduler: Any) -> None:
+def _unwatch(scheduler: Any) -> None:
     """Give a scheduler its own class back."""
     if getattr(scheduler, "_attnctl_watched", False):
         scheduler.__class__ = type(scheduler).__mro__[1]
         scheduler.__dict__.pop("_attnctl", None)
+
+
+class SchedulerWatch:
+    """Watches the scheduler of a pipeline, and the next one where the user gives the pipeline another.
+
+    Args:
+        pipe: The pipeline, or None.
+        listener: What hears of the scheduler's calls.
+
+    Attributes:
+        current: The scheduler that is watched, or None.
+    """
+
+    def __init__(self, pipe: Any, listener: Listener) -> None:
+        self.pipe, self.listener = pipe, listener
+        self.current: Any = None
+
+    def follow(self) -> None:
+        """Watch the scheduler that the pipeline has now."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is None or scheduler is self.current:
+            return
+        former, self.current = self.current, scheduler
+        _watch(scheduler, self.listener)
+        if former is not None:  # nobody has noticed the set_timesteps of the new one
+            _unwatch(former)
+            self.listener.on_set_timesteps()
+
+    def release(self) -> None:
+        """Give the pipeline's schedulers their own classes back."""
+        if self.current is not None:
+            _unwatch(self.current)
+            self.current = None
+        latest = getattr(self.pipe, "scheduler", None)
+        if latest is not None and getattr(latest, "_attnctl", None) is None:
+            _unwatch(latest)  # made of a watched class, and given to the pipeline after the last run

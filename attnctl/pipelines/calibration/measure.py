@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attnctl.core.attach import attach
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
-from attnctl.core.handle import control
 from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, PlanError
@@ -140,7 +140,7 @@ def runner(
         told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **told}
         watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
-        with control(pipe, watch):
+        with attach(pipe, watch):
             pipe(**options)
         if unknown:
             warnings.warn(

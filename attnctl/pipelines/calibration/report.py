@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attnctl.core.attach import attach
 from attnctl.core.call import AttnCall, Proceed, Wrapper
-from attnctl.core.handle import control
 from attnctl.core.sites import Site
 from attnctl.data.pictures import grid
 from attnctl.errors import ConfigError
@@ -95,9 +95,9 @@ def check_plan(
             return out.double().cpu().numpy() if isinstance(out, Tensor) else np.asarray(out, np.float64)
 
         compare = _Compare(plan, **options)
-        with control(pipe, compare):
+        with attach(pipe, compare):
             dense = run()
-        with control(pipe, PARO(plan, **options)):
+        with attach(pipe, PARO(plan, **options)):
             sparse = run()
         error = float(((dense - sparse) ** 2).mean())
         peak = float(dense.max() - dense.min()) if settings["output_type"] == "latent" else 1.0

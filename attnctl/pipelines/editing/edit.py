@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attnctl.core.handle import control as attach
+from attnctl.core.attach import attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.data.clips import Clip, fit, open_clip

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnctl.core.attach import attach
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
-from attnctl.core.handle import control as attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
 from attnctl.core.live import LiveControl, LiveDenoiser
@@ -162,7 +162,7 @@ class _Recorder(LiveControl):
     def begin_run(self) -> None:
         self.inversion.latents.clear()
 
-    def before(self, passes: LiveDenoiser) -> None:
+    def before_call(self, passes: LiveDenoiser) -> None:
         state, inversion = passes.state, self.inversion
         inversion.latents.append(state.bound["sample"])
         if not inversion.inputs:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from attnctl.core.handle import control
+from attnctl.core.attach import attach
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
@@ -58,7 +58,7 @@ def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = Non
     heads = tuple(h for h, _ in rows)
     with without_bar(pipe), torch.no_grad():
         if any(heads):
-            with control(pipe, RowHeads(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
+            with attach(pipe, RowHeads(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
                 images = getattr(pipe(**options), "images", None)
         else:
             images = getattr(pipe(**options), "images", None)
@@ -105,7 +105,7 @@ def first_change(pipe: Any, plan: HuntPlan, site: str, heads: Sequence[int]) -> 
     options = _options(pipe, plan, list(range(plan.prune_pairs)), None)
     options |= {"output_type": "latent", "callback_on_step_end": _stop}
     probes = [SoftPAG(heads=((site, h),), u=1.0, scale=1.0, every=plan.steps + 1) for h in heads]
-    with without_bar(pipe), torch.no_grad(), control(pipe, *probes, replay=plan.replay) as handle:
+    with without_bar(pipe), torch.no_grad(), attach(pipe, *probes, replay=plan.replay) as handle:
         with contextlib.suppress(_FirstStep):
             pipe(**options)
         deltas = [handle.kept(p) for p in probes]

@@ -155,7 +155,7 @@ class ConceptRecorder(Recorder):
         self.blocks: dict[str, Any] = {s.name: denoiser.get_submodule(s.name.rpartition(".")[0]) for s in path}
         self.embedded, self.own = embed_concepts(pipe, capture.concepts)
 
-    def before(self, passes: LiveDenoiser) -> None:
+    def before_call(self, passes: LiveDenoiser) -> None:
         """Note where to run the concepts' blocks; refuse what they cannot run in."""
         if any(block._compiled_call_impl is not None for block in self.blocks.values()):
             raise UnsupportedModelError(
@@ -168,7 +168,7 @@ class ConceptRecorder(Recorder):
                 "cache, group offloading) would take them for it. Switch it off, as with transformer.disable_cache()."
             )
         self._passes = passes
-        super().before(passes)
+        super().before_call(passes)
 
     def _find(self, state: CallState, count: int) -> None:
         """Name the concepts, the same for each row."""

@@ -13,7 +13,7 @@ from attnctl.core.call import AttnCall, CallState, Proceed, Rows
 from attnctl.core.hosts.words import Concept, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
-from attnctl.data.maps import Of, WordMaps, reduced
+from attnctl.data.maps import Of, WordMaps, joined, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.words import WordFinder
@@ -42,6 +42,7 @@ class Recorder(LiveControl):
     """
 
     observes = True
+    records = True
     of: Of = "words"
     """What the maps are of."""
     reads_columns = True
@@ -75,7 +76,7 @@ class Recorder(LiveControl):
 
     # Words --------------------------------------------------------------------------------------------------
 
-    def before(self, passes: LiveDenoiser) -> None:
+    def before_call(self, passes: LiveDenoiser) -> None:
         """Find the words of the call's prompt, once a run."""
         state = passes.state
         rows = self._rows(state.rows)
@@ -204,6 +205,11 @@ class Recorder(LiveControl):
         return part.with_(q=part.q[:, heads], k=part.k[:, shared], v=part.v[:, shared], mask=mask, sums=sums)
 
     # Reading ------------------------------------------------------------------------------------------------
+
+    def result(self, parts: Sequence[LiveControl]) -> WordMaps:
+        """Return the maps of the last run, joined where several denoisers took turns."""
+        recorders = [part for part in parts if isinstance(part, Recorder)]
+        return joined([r.maps() for r in recorders if r.layers] or [self.maps()])
 
     def maps(self) -> WordMaps:
         """Return what was recorded in the last run.

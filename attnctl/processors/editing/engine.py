@@ -145,7 +145,7 @@ class Editing(LiveControl):
         self.splits: dict[int, Split] = {}
         self.summed: Tensor | None = None
 
-    def before(self, passes: LiveDenoiser) -> None:
+    def before_call(self, passes: LiveDenoiser) -> None:
         state, k = passes.state, passes.state.step
         if not self.checked:
             self._check_run(passes)

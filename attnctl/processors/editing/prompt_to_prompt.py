@@ -107,7 +107,7 @@ class _Pair(LiveControl):
         self.sums: dict[str, Tensor] = {}
         self.grid: Grid = (1, 1, 1)
 
-    def before(self, passes: LiveDenoiser) -> None:
+    def before_call(self, passes: LiveDenoiser) -> None:
         state = passes.state
         if self.follow is None:
             self._check_run(passes)

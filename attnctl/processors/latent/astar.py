@@ -115,7 +115,7 @@ class AStar(LatentGuidance):
             total = total + self.ret * retention(maps[:, free], before[:, free])
         return total
 
-    def snapshot(self, maps: Tensor, memory: dict[str, Any]) -> None:
+    def remember(self, maps: Tensor, memory: dict[str, Any]) -> None:
         memory["active"] = binarise(maps, self.binarise)
 
     def describe(self) -> str:

@@ -1,15 +1,10 @@
 """Moving the latents before a step, by gradients of a loss on attention maps.
 
 Before the denoiser's first call in a step the engine takes the latents z that the pipeline holds, runs the denoiser on
-the prompt rows with gradients as far as the last map that a control needs, and computes z' = z - alpha grad L. The call
-then sees z' in place of z, and so does the scheduler's `step`: the same as a loop that changes z before it scales it,
-with an unmodified pipeline, at every step including the first.
+the prompt rows with gradients as far as the last map that the control needs, and computes z' = z - alpha grad L. The
+call then sees z' in place of z, and so does the scheduler's `step` (`core.latents` says how).
 
-    scheduler.scale_model_input   tells z and how it is scaled; flow-matching pipelines never call it and hand z itself
-    denoiser pre-hook             computes z', puts it into the call
-    scheduler.step                is given z' as its sample
-
-With `update="velocity"` z stays and the gradient goes to the prediction of that call instead.
+With `update="velocity"` z stays and the gradient goes to the prediction of that step's calls instead.
 
 A scheduler that evaluates the denoiser several times a step (Heun, KDPM2, DPM singlestep, PNDM's warm-up) starts each
 step from the latents of its first evaluation; only those are moved, and the later evaluations are left alone.
@@ -17,192 +12,126 @@ step from the latents of its first evaluation; only those are moved, and the lat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnctl.core.call import CallState
 from attnctl.core.guidance import combine
 from attnctl.core.hosts.arguments import main_input, main_name, take_rows
 from attnctl.core.hosts.outputs import main_output, with_main_output
-from attnctl.core.hosts.prompt import PromptCall
+from attnctl.core.hosts.scheduler import later_evaluation
 from attnctl.core.hosts.words import Concept, find_words, weights
-from attnctl.core.passes import ControlledDenoiser
+from attnctl.core.live import LiveControl, LiveDenoiser
+from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.processors.latent.guidance import LatentGuidance, transformed
-from attnctl.processors.latent.reader import MapReader, exit_refusal, prepared, until_done, usable
+from attnctl.processors.latent.fields import LatentFields, transformed
+from attnctl.processors.latent.reader import MapReader, exit_refusal, prepared, usable
 
-__all__ = ["LatentEngine", "later_evaluation"]
-
-Scale = Callable[[Tensor], Tensor]
+__all__ = ["LatentEngine"]
 
 
-def later_evaluation(scheduler: Any) -> bool:
-    """Tell whether the scheduler's next step only completes one that began with an earlier evaluation."""
-    if getattr(scheduler, "state_in_first_order", True) is False:  # Heun, KDPM2, DPM SDE
-        return True
-    orders, index = getattr(scheduler, "order_list", None), getattr(scheduler, "step_index", None)
-    if orders is not None and index is not None:  # DPM singlestep
-        return int(orders[index]) != 1
-    counter = getattr(scheduler, "counter", None)
-    if counter is None or not hasattr(scheduler, "prk_timesteps"):
-        return False
-    if scheduler.config.skip_prk_steps:  # PNDM
-        return bool(counter == 1)
-    return bool(counter < len(scheduler.prk_timesteps) and counter % 4 != 0)
+class LatentEngine(LiveControl):
+    """One `LatentGuidance` at work on one denoiser.
 
-
-class LatentEngine:
-    """The latents of one pipeline's current step: what they were, what they become.
+    Args:
+        control: What to ask of the attention.
+        sites: Where its maps are read.
+        pipe: The pipeline, whose tokenizers find the words.
 
     Attributes:
         updates: Gradient steps taken since the controls were attached.
         forwards: Guidance forwards run for them.
     """
 
-    def __init__(self, pipe: Any, controls: Mapping[int, LatentGuidance]) -> None:
+    def __init__(self, control: LatentFields, sites: Sequence[Site], pipe: Any) -> None:
         if pipe is None:
             raise ConfigError(
-                f"{next(iter(controls.values())).describe()} moves the latents between scheduler steps, which a bare "
-                "model has not: pass the pipeline to control()."
+                f"{control.describe()} moves the latents between scheduler steps, which a bare model has not: pass the "
+                "pipeline to control()."
             )
-        self.pipe, self.controls = pipe, dict(controls)
+        self.control, self.sites, self.pipe = control, tuple(sites), pipe
         self.updates = self.forwards = 0
-        self.new_run()
+        self.begin_run()
 
-    def new_run(self) -> None:
-        """Forget what the last run left."""
-        self.memory: dict[int, dict[str, Any]] = {i: {} for i in self.controls}
-        self.shares: dict[Any, Tensor] = {}
-        self.end_step()
+    def begin_run(self) -> None:
+        self.tokens: dict[int, Tensor] = {}
+        self._end_step()
 
-    def end_step(self) -> None:
-        """Forget the latents of the last step."""
-        self._raw: Tensor | None = None
-        self._scale: Scale | None = None
-        self._moved: tuple[Tensor, Tensor] | None = None
-        self._push: Tensor | None = None
-        self._read = False
+    def _end_step(self) -> None:
+        self.passes: LiveDenoiser | None = None
+        self.moved: tuple[Tensor, Tensor] | None = None
+        self.push: Tensor | None = None
 
-    def scaled(self, sample: Tensor, scale: Scale) -> None:
-        """Note latents that the pipeline scales, and how."""
-        self._raw, self._scale = sample, scale
+    # The events of a step -------------------------------------------------------------------------------------
 
-    def stepped(self, sample: Any) -> Any:
-        """Give the scheduler the moved latents."""
-        moved = self._moved
-        self.end_step()
-        if moved is None or not isinstance(sample, Tensor):
-            return sample
-        old, new = moved
-        if sample.shape != old.shape:
+    def before_call(self, passes: LiveDenoiser) -> dict[str, Any] | None:
+        """Move the latents before the first call of a step; write them into every call of it."""
+        state = passes.state
+        if self.passes is None:
+            self.passes = passes
+            acts = state.rows.role in ("all", "both") and self.control.acts(state)
+            if acts and not later_evaluation(passes.pipe.scheduler):
+                self._move(passes)
+        return None if self.moved is None else passes.latents.written(state)
+
+    def _move(self, passes: LiveDenoiser) -> None:
+        old = passes.latents.of(passes.state)
+        update = _Update(self, passes)
+        if self.control.update == "velocity":
+            self.push = update.push(old) * self._noise_level(passes.state) ** 2
+        else:
+            self.moved = old, update.run(old)
+            passes.latents.move(self.moved[1])
+
+    def after_call(self, output: Any) -> Any:
+        """Add what `update="velocity"` asks for to a prediction; None where that is nothing."""
+        if self.push is None or self.passes is None or self.passes.state.rows.role == "extra":
+            return None
+        pred, push = main_output(output), self.push
+        if not isinstance(pred, Tensor) or pred.shape[1:] != push.shape[1:]:
             raise UnsupportedModelError(
-                f"{type(self.pipe).__name__} hands its scheduler latents {tuple(sample.shape)} and its denoiser "
-                f"{tuple(old.shape)}: attnctl cannot move them."
+                f"{type(self.pipe).__name__} predicts {tuple(getattr(pred, 'shape', ()))} for latents "
+                f"{tuple(push.shape)}: attnctl cannot change that velocity."
             )
-        if sample.dtype == old.dtype and torch.equal(sample, old):
-            return new
-        return sample + (new - old).to(sample)
+        return with_main_output(output, combine(pred, push.to(pred.device), self.passes.state.rows, None))
 
-    def before(self, w: ControlledDenoiser, call: PromptCall | None) -> dict[str, Any] | None:
-        """Move the latents before the denoiser runs; return the changed arguments, or None for no change."""
-        state = w.state
-        if not self._read:
-            self._read = True
-            active = [(i, c) for i, c in self.controls.items() if c.acts(state)]
-            if state.rows.role in ("all", "both") and active and not later_evaluation(self.pipe.scheduler):
-                self._move(w, call, active)
-        return None if self._moved is None else self._with_latents(w, self._moved[1])
+    def stepping(self, latents: Tensor) -> Tensor:
+        """Give the scheduler the moved latents."""
+        moved, passes = self.moved, self.passes
+        self._end_step()
+        return latents if moved is None or passes is None else passes.latents.carried(latents, *moved)
 
-    def _move(
-        self, w: ControlledDenoiser, call: PromptCall | None, active: Sequence[tuple[int, LatentGuidance]]
-    ) -> None:
-        rows, main = w.state.rows, main_input(w.state.bound)
-        if not isinstance(main, Tensor):
-            raise UnsupportedModelError(f"{w.family.name} models take latents as a list, which attnctl cannot move.")
-        raw = main if self._raw is None else self._raw
-        old = raw[rows.cond] if raw.shape[0] == rows.total else raw
-        if old.shape[0] != rows.prompts:
-            raise UnsupportedModelError(f"{raw.shape[0]} latents were scaled for {rows.total} rows of the denoiser.")
-        new = old
-        for i, control in active:
-            update = _Update(self, w, i, control, self._shares(w, control, call))
-            if control.update == "velocity":
-                push = update.push(new) * self._noise_level(w, control) ** 2
-                self._push = push if self._push is None else self._push + push
-            else:
-                new = update.run(new)
-        if new is not old:
-            self._moved = old, new
+    def describe(self) -> str:
+        return f"latents: {self.updates} updates by {self.forwards} guidance forwards so far"
 
-    def _noise_level(self, w: ControlledDenoiser, c: LatentGuidance) -> Tensor:
+    # Words and noise levels -----------------------------------------------------------------------------------
+
+    def _noise_level(self, state: CallState) -> Tensor:
         """Return the scheduler's sigma of the current step, in [0, 1]."""
         scheduler: Any = self.pipe.scheduler
         config, name = scheduler.config, type(scheduler).__name__
         flows = "FlowMatch" in name or bool(config.get("use_flow_sigmas"))
         if not flows or not isinstance(getattr(scheduler, "sigmas", None), Tensor):
             raise UnsupportedModelError(
-                f'{c.describe()}: update="velocity" changes the velocity of flow matching (SD3, FLUX and their kin), '
-                f'but {name} steps otherwise. Use update="latents".'
+                f'{self.control.describe()}: update="velocity" changes the velocity of flow matching (SD3, FLUX and '
+                f'their kin), but {name} steps otherwise. Use update="latents".'
             )
         timesteps = scheduler.timesteps
-        first = len(timesteps) - (w.state.steps or len(timesteps))  # image to image starts late in the list
-        return scheduler.sigmas[min(first + w.state.step, len(timesteps) - 1)].to(torch.float32)
+        first = len(timesteps) - (state.steps or len(timesteps))  # image to image starts late in the list
+        return scheduler.sigmas[min(first + state.step, len(timesteps) - 1)].to(torch.float32)
 
-    def pushed(self, w: ControlledDenoiser, output: Any) -> Any:
-        """Add what `update="velocity"` asks for to a prediction; None where that is nothing."""
-        push, rows = self._push, w.state.rows
-        if push is None or rows.role == "extra":
-            return None
-        pred = main_output(output)
-        if not isinstance(pred, Tensor) or pred.shape[1:] != push.shape[1:]:
-            raise UnsupportedModelError(
-                f"{type(self.pipe).__name__} predicts {tuple(getattr(pred, 'shape', ()))} for latents "
-                f"{tuple(push.shape)}: attnctl cannot change that velocity."
-            )
-        return with_main_output(output, combine(pred, push.to(pred.device), rows, None))
+    def share(self, state: CallState, n_text: int) -> Tensor:
+        """Return the share of each of the text tokens in each concept, [samples, n_text, C]."""
+        if n_text not in self.tokens:
+            self.tokens[n_text] = torch.stack([weights(concepts, n_text) for concepts in self._find(state)])
+        return self.tokens[n_text]
 
-    def _with_latents(self, w: ControlledDenoiser, new: Tensor) -> dict[str, Any]:
-        rows, bound = w.state.rows, dict(w.state.bound)
-        name = main_name(bound)
-        latents = torch.cat([new, new]) if rows.role == "both" else new
-        bound[name] = self.input(latents, bound[name])
-        return bound
-
-    def input(self, latents: Tensor, template: Tensor) -> Tensor:
-        """Write latents as the denoiser's input: scaled, cast, and with the channels that the pipeline adds."""
-        x = latents if self._scale is None else self._scale(latents)
-        x = x.to(template.dtype)
-        if x.shape == template.shape:
-            return x
-        same = x.shape[0] == template.shape[0] and x.shape[2:] == template.shape[2:]
-        if x.ndim != template.ndim or not same or x.shape[1] > template.shape[1]:
-            raise UnsupportedModelError(
-                f"{type(self.pipe).__name__} gives its denoiser {tuple(template.shape)} for latents {tuple(x.shape)}: "
-                "attnctl cannot move latents through that."
-            )
-        return torch.cat([x, template[:, x.shape[1] :]], 1)  # inpainting masks and images stand behind the latents
-
-    def unscaled(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Turn a gradient by the denoiser's input into one by the latents z."""
-        if grad.ndim > 1 and grad.shape != z.shape:
-            grad = grad[:, : z.shape[1]]
-        grad = grad.to(torch.promote_types(grad.dtype, z.dtype))
-        return grad if self._scale is None else self._scale(grad)
-
-    def _shares(self, w: ControlledDenoiser, c: LatentGuidance, call: PromptCall | None) -> Callable[[int], Tensor]:
-        def shares(n_text: int) -> Tensor:
-            key = (c.concepts, c.prompt, n_text)
-            if key not in self.shares:
-                self.shares[key] = torch.stack([weights(found, n_text) for found in self._find(w, c, call)])
-            return self.shares[key]
-
-        return shares
-
-    def _find(self, w: ControlledDenoiser, c: LatentGuidance, call: PromptCall | None) -> list[Any]:
-        """Find a control's concepts in the prompt of each sample."""
-        n = w.state.rows.prompts
+    def _find(self, state: CallState) -> list[Any]:
+        """Find the control's concepts in the prompt of each sample."""
+        c, call, n = self.control, state.prompts, state.rows.prompts
         if c.prompt is not None:
             prompts = [c.prompt] if isinstance(c.prompt, str) else list(c.prompt)
             texts: list[dict[str, Any]] = [{"prompt": p} for p in prompts]
@@ -238,23 +167,17 @@ class LatentEngine:
 class _Update:
     """The gradient steps of one control before one denoising step."""
 
-    def __init__(
-        self,
-        engine: LatentEngine,
-        w: ControlledDenoiser,
-        index: int,
-        control: LatentGuidance,
-        shares: Callable[[int], Tensor],
-    ) -> None:
-        self.engine, self.w, self.control, self.shares = engine, w, control, shares
-        self.sites, self.memory = w.resolved[index], engine.memory[index]
-        rows, state = w.state.rows, w.state
+    def __init__(self, engine: LatentEngine, passes: LiveDenoiser) -> None:
+        self.engine, self.passes, self.control = engine, passes, engine.control
+        # A pipeline's second denoiser goes on with what the first has remembered.
+        self.memory: dict[str, Any] = passes.shared.setdefault(id(engine.control), {})
+        state, rows = passes.state, passes.state.rows
         frames = state.grid[0] if rows.role == "both" and state.grid else 1
         self.bound = take_rows(state.bound, rows.cond, rows.total, frames)
 
     def run(self, z: Tensor) -> Tensor:
         """Return the moved latents."""
-        c, state = self.control, self.w.state
+        c, state = self.control, self.passes.state
         alpha, level = c.alpha(state), c.level(state)
         first: Tensor | None = None
         for n in range(c.iterations):
@@ -265,7 +188,7 @@ class _Update:
                     z, grad = self.refine(z, loss, grad, alpha, level)
             z = self.moved(z, grad, alpha)
         assert first is not None
-        c.snapshot(first, self.memory)
+        c.remember(first, self.memory)
         return z
 
     def push(self, z: Tensor) -> Tensor:
@@ -273,9 +196,9 @@ class _Update:
         c = self.control
         _, grad, maps = self.gradient(z)
         self.engine.updates += 1
-        c.snapshot(maps, self.memory)
+        c.remember(maps, self.memory)
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return c.alpha(self.w.state) * transformed(wide, c.grad_transform)
+        return c.alpha(self.passes.state) * transformed(wide, c.grad_transform)
 
     def refine(self, z: Tensor, loss: Tensor, grad: Tensor, alpha: float, level: float) -> tuple[Tensor, Tensor]:
         """Repeat updates of each sample until its loss is at the level, and once more, as Attend-and-Excite does."""
@@ -297,22 +220,20 @@ class _Update:
 
     def gradient(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute each sample's loss, its gradient by the latents, and the maps, in one forward for all samples."""
-        c, w, state = self.control, self.w, self.w.state
-        early = c.early_exit and exit_refusal(w.module, self.bound) is None
+        c, passes, state = self.control, self.passes, self.passes.state
+        early = c.early_exit and exit_refusal(passes.module, self.bound) is None
         every = c.map_norm == "ae"
-        reader = MapReader([s.name for s in self.sites], _one_hot if every else self.shares, early, c.looks)
+        reader = MapReader([s.name for s in self.engine.sites], _one_hot if every else self._share, early, c.looks)
         name, template = main_name(self.bound), main_input(self.bound)
-        scaled = self.engine.input(z, template)
+        scaled = passes.latents.input(z, template)
         self.engine.forwards += 1
-        with torch.inference_mode(False), torch.enable_grad(), prepared(w.module, c.checkpoint, w.snapshot):
+        with torch.inference_mode(False), torch.enable_grad(), prepared(passes.module, c.checkpoint, passes.snapshot):
             kwargs = usable(self.bound)
-            # Scaling is a factor: its own adjoint, applied to the gradient below.
             kwargs[name] = leaf = scaled.detach().clone().requires_grad_()
-            with until_done(reader):
-                w.extra_pass("latents", kwargs, {site.name: reader for site in self.sites})
+            passes.extra_pass("latents", kwargs, {site.name: reader for site in self.engine.sites})
             reader.reading = False
             attention = reader.maps()
-            tokens = self.shares(attention.shape[1]) if every else attention.new_empty(0)
+            tokens = self._share(attention.shape[1]) if every else attention.new_empty(0)
             folded = attention.shape[0] // z.shape[0]
             maps = c.concept_maps(attention, tokens.repeat_interleave(folded, 0) if every else tokens)
             loss = self.loss(maps, reader)
@@ -320,13 +241,16 @@ class _Update:
             boost = 1024.0 if leaf.dtype == torch.float16 else 1.0
             (grad,) = torch.autograd.grad(loss.sum() * boost, leaf)
         loss = loss.detach().unflatten(0, (z.shape[0], -1)).mean(1)
-        grad = self.engine.unscaled(grad, z) / boost
+        grad = passes.latents.unscaled(grad, z) / boost
         if not bool(torch.isfinite(loss).all() & torch.isfinite(grad).all()):
             raise UnsupportedModelError(
                 f"{c.describe()}: the loss of step {state.step} or its gradient is not a finite number. The attention "
                 f"maps hold NaN or overflow in {leaf.dtype}: run the model in float32 or bfloat16, or lower step_size."
             )
         return loss, grad, maps.detach()
+
+    def _share(self, n_text: int) -> Tensor:
+        return self.engine.share(self.passes.state, n_text)
 
     def loss(self, maps: Tensor, reader: MapReader) -> Tensor:
         """Compute each sample's loss, with the image's own attention where the control asks for it."""

@@ -19,18 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.checkpointing import Checkpointing
+from attnctl.core.live import PassEnded
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["MapReader", "exit_refusal", "prepared", "until_done", "usable"]
-
-
-class _Done(BaseException):
-    """Leaves a guidance forward whose maps are all there; not an Exception, so that no host swallows it."""
-
-    def __init__(self, reader: MapReader) -> None:
-        super().__init__()
-        self.reader = reader
+__all__ = ["MapReader", "exit_refusal", "prepared", "usable"]
 
 
 class MapReader:
@@ -71,7 +64,7 @@ class MapReader:
                 self.seen_heads += call.q.shape[1]
             self.remaining.discard(call.site.name)
             if self.early_exit and not self.remaining:
-                raise _Done(self)
+                raise PassEnded
         return proceed(call)
 
     def read(self, call: AttnCall) -> tuple[Tensor, Grid]:
@@ -110,16 +103,6 @@ class MapReader:
             p if p.shape[-2:] == size else F.interpolate(p, size, mode="bilinear", align_corners=False) for p in parts
         ]
         return sum(parts[1:], start=parts[0]) / self.heads
-
-
-@contextlib.contextmanager
-def until_done(reader: MapReader) -> Iterator[None]:
-    """Run a forward until a reader has all its maps."""
-    try:
-        yield
-    except _Done as done:
-        if done.reader is not reader:
-            raise
 
 
 def exit_refusal(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> str | None:

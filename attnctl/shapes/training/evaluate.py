@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.core.handle import control
+from attnctl.core.attach import attach
 from attnctl.processors import Capture
 from attnctl.shapes.judge import judge
 from attnctl.shapes.load import WEIGHTS, load_shapes
@@ -101,7 +101,7 @@ def localisation(
         words = tuple((parse(p).things[0].shape,) for p in prompts)
         # Early steps place nothing yet: the second half of the run.
         capture = Capture(words=words, sites=("mid", "up_blocks"), start=0.5)
-        with control(pipe, capture) as handle:
+        with attach(pipe, capture) as handle:
             images = generate(pipe, prompts, scale=scale, seed=seed + first, steps=steps, batch=batch)
             maps = handle.maps
         nouns = {name: _of_each(layer, [maps.words.index(w) for (w,) in words]) for name, layer in maps.layers.items()}

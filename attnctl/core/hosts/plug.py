@@ -8,7 +8,7 @@ import torch
 
 from attnctl.core.control import Control
 from attnctl.core.handle import check_controls, check_hookable
-from attnctl.core.intercept import attach_processor
+from attnctl.core.hosts.processors import attach_processor
 from attnctl.core.passes import resolve
 from attnctl.errors import UnsupportedModelError
 

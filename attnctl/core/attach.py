@@ -1,0 +1,195 @@
+"""Putting controls on a diffusers pipeline, or on a bare denoiser.
+
+`attach` is the only place that touches a pipeline. It installs controlled classes of the selected processors, two
+native torch hooks on each denoiser, and a watched class of the scheduler object. Hooks instead of a replaced `forward`,
+because accelerate's offloading silently deletes the latter.
+
+One step of a run, in order:
+
+    scheduler.scale_model_input   on_scale: the latents and their scaling are noted
+    denoiser, pre-hook            _before: what this call is (step, timestep, rows, prompts), then `begin_pass`
+    denoiser.forward              the base pass
+    denoiser, post-hook           _after: `end_pass` guides the prediction
+    scheduler.step                on_step: controls may move the latents; the step is counted
+                                  on_stepped: controls may change the latents that come out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attnctl.core.control import Control, Guidance
+from attnctl.core.handle import Handle, Hook
+from attnctl.core.hosts.arguments import bind_call
+from attnctl.core.hosts.listing import denoisers_of
+from attnctl.core.hosts.outputs import latents_of, with_latents
+from attnctl.core.hosts.pipelines import run_length
+from attnctl.core.hosts.prompt import PromptWatch
+from attnctl.core.hosts.rows import Layout, RowLayout
+from attnctl.core.hosts.scheduler import SchedulerWatch
+from attnctl.core.latents import StepLatents
+from attnctl.core.passes import ControlledDenoiser, resolve
+from attnctl.core.report import report
+from attnctl.errors import ConfigError
+
+__all__ = ["DenoiserHandle", "attach"]
+
+
+class DenoiserHandle(Handle):
+    """Controls attached to a pipeline or to a bare denoiser."""
+
+    def __init__(self, target: Any, controls: Sequence[Control], *, backend: str, layout: Layout, replay: bool) -> None:
+        modules = denoisers_of(target).values()
+        super().__init__(list(modules), controls, backend=backend, layout=layout)
+        self._pipe = None if isinstance(target, torch.nn.Module) else target
+        self._replay = replay
+        self._scheduler = SchedulerWatch(self._pipe, self)
+        self._rows = RowLayout(self._pipe, layout)
+        self._latents = StepLatents(self._pipe)
+        self._shared: dict[Any, Any] = {}
+        self._watched = [resolve(m, self.controls, backend, self._pipe, self._latents, self._shared) for m in modules]
+        if self._pipe is not None and any(c.needs_prompt() for c in self.controls):
+            self.prompts = PromptWatch(self._pipe)
+
+    # Installing -----------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        for w in self._watched:
+            self._install_denoiser(w)
+        self._scheduler.follow()
+        self._undo.callback(self._scheduler.release)
+        if self.prompts is not None:
+            self.prompts.attach()
+            self._undo.callback(self.prompts.detach)
+
+    def _install_denoiser(self, w: ControlledDenoiser) -> None:
+        w.processors.attach(self._undo)
+
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._before(w, args, kwargs)
+
+        def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._after(w, output)
+
+        self._undo.callback(w.module.register_forward_pre_hook(Hook(self, before), with_kwargs=True).remove)
+        self._undo.callback(w.module.register_forward_hook(Hook(self, after), with_kwargs=True).remove)
+        self._undo.callback(w.stop)
+
+    def detach(self) -> None:
+        super().detach()
+        self._end_step()
+        self._shared.clear()
+
+    # What the scheduler reports -------------------------------------------------------------------------------
+
+    def on_set_timesteps(self) -> None:
+        """Begin a run."""
+        self._rows.new_run()
+        self._begin_run(0, None, None)
+
+    def on_scale(self, sample: torch.Tensor, scale: Callable[[Any], Any]) -> None:
+        """Note the latents that the pipeline scales."""
+        self._rows.scaled(sample)
+        self._latents.note(sample, scale)
+
+    def on_step(self, sample: Any) -> Any:
+        """End a step, with the latents that the controls have made of the pipeline's."""
+        if self.enabled:
+            self._rows.check_step(sample)
+        for w in self._watched:
+            w.state.step += 1
+            w.pending = None
+            for _, live in w.live:
+                sample = live.stepping(sample) if isinstance(sample, torch.Tensor) else sample
+        self._end_step()
+        return sample
+
+    def on_stepped(self, result: Any) -> Any:
+        """Give the latents that a step returned to the controls that change them."""
+        if not self.enabled:
+            return result
+        for w in self._watched:
+            for c, live in w.live:
+                step = w.state.step - 1  # counted already
+                if live.changes_latents and c.in_window_at(step, w.state.steps):
+                    result = with_latents(result, live.stepped(step, latents_of(result)))
+        return result
+
+    def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
+        if step == 0:
+            self._begin_run(step, steps, timestep)
+        for w in self._watched:
+            w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
+            w.pending = None
+        self._rows.calls = 0
+
+    def _begin_run(self, step: int, steps: int | None, timestep: float | None) -> None:
+        self._end_step()
+        self._shared.clear()
+        for w in self._watched:
+            w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
+            w.begin_run()
+
+    def _end_step(self) -> None:
+        self._latents.end_step()
+
+    # What the denoiser's hooks do -----------------------------------------------------------------------------
+
+    def _before(self, w: ControlledDenoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if w.running:  # a further pass of our own
+            return None
+        w.stop()
+        if not self._enabled:
+            return None
+        w.processors.heal()
+        bound = bind_call(w.module, args, kwargs)
+        w.state.begin_call(w.module, w.family, bound)
+        self._time(w)
+        w.state.rows = self._rows.read(bound, w.family.cond_first)
+        if self.prompts is not None:
+            self.prompts.close()
+            w.state.prompts = self.prompts.call
+        if w.branches:
+            self._rows.warn_bare(w.state.rows)
+        changed = w.begin_pass(self._replay)
+        return None if changed is None else ((), changed)
+
+    def _after(self, w: ControlledDenoiser, output: Any) -> Any:
+        if not self._enabled or w.running or w.state.denoiser is None:
+            return None
+        return w.end_pass(output)
+
+    def _time(self, w: ControlledDenoiser) -> None:
+        """Fill in the length of the run and the timestep."""
+        self._scheduler.follow()
+        state = w.state
+        if self._pipe is None:
+            needy = [c for c in self.controls if c.needs_steps()]
+            if state.steps is None and needy:
+                raise ConfigError(
+                    f"{needy[0].describe()} depends on the step, which a bare model call does not tell. Call "
+                    "handle.set_step(i, n) before each call, or pass the pipeline to control()."
+                )
+            return
+        timesteps = getattr(self._scheduler.current, "timesteps", None)
+        if timesteps is None:
+            return
+        if state.steps is None:
+            state.steps = run_length(self._pipe, timesteps)
+        if any(isinstance(c, Guidance) and c.adaptive for c in self.controls):
+            # img2img starts late in the list: the run is its tail.
+            index = min(len(timesteps) - state.steps + state.step, len(timesteps) - 1)
+            state.timestep = float(timesteps[index])
+
+    def report(self) -> str:
+        return report(self, replay=self._replay)
+
+
+def attach(
+    target: Any, *controls: Control, backend: str = "auto", layout: Layout = "auto", replay: bool = True
+) -> Handle:
+    """Put controls on a diffusers pipeline or a bare denoiser: `attnctl.control` without backbones."""
+    return DenoiserHandle(target, controls, backend=backend, layout=layout, replay=replay).attach()

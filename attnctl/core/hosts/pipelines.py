@@ -1,0 +1,75 @@
+"""What a diffusers pipeline says of the run that is under way: classifier-free guidance, its scale, and the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnctl.core.call import CallState
+from attnctl.errors import ConfigError
+
+__all__ = ["run_length", "safe_scale", "uses_guidance"]
+
+
+def uses_guidance(pipe: Any) -> bool | None:
+    """Return whether a pipeline says that it uses classifier-free guidance, or None if it does not say."""
+    try:
+        flag = pipe.do_classifier_free_guidance
+    except AttributeError:  # no such property, or one whose inputs are not set yet
+        return None
+    return flag if isinstance(flag, bool) else None
+
+
+def _guidance_scale(pipe: Any, denoiser: torch.nn.Module) -> float | None:
+    """Return the scale of classifier-free guidance that a pipeline applies to a denoiser's prediction, or None."""
+    scale = getattr(pipe, "guidance_scale", None)
+    if denoiser is getattr(pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
+        second = getattr(pipe, "_guidance_scale_2", None)
+        scale = scale if second is None else second
+    return scale if isinstance(scale, (int, float)) else None
+
+
+def _guidance_rescale(pipe: Any) -> float:
+    """Return the factor by which a pipeline rescales its guided prediction; 0 for none."""
+    return getattr(pipe, "guidance_rescale", 0.0) or 0.0
+
+
+def run_length(pipe: Any, timesteps: Any) -> int:
+    """Return the number of steps of a run; image-to-image pipelines run only the end of the scheduler's list."""
+    steps = vars(pipe).get("_num_timesteps")
+    return min(int(steps), len(timesteps)) if steps else len(timesteps)
+
+
+def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
+    """Return the CFG scale if guidance must leave the prompt rows alone, else None.
+
+    Args:
+        modes: The fields `combine` of the controls that guide this call.
+        pipe: The pipeline, or None.
+        state: The call.
+
+    Raises:
+        ConfigError: The modes differ, or the pipeline does not say what "rescale_safe" needs.
+    """
+    explicit = modes - {"auto"}
+    if len(explicit) > 1:
+        raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
+    cfg = state.rows.role == "both" or uses_guidance(pipe) is True
+    if explicit == {"add"} or not (explicit or (cfg and _guidance_rescale(pipe) > 0)):
+        return None
+    name = type(pipe).__name__
+    if not cfg:
+        raise ConfigError(
+            'combine="rescale_safe" needs classifier-free guidance that the pipeline tells of; this run has no '
+            f'negative prompt, or {name} does not say so. Use combine="add".'
+        )
+    assert state.denoiser is not None
+    assert state.family is not None
+    scale = _guidance_scale(pipe, state.denoiser)
+    if scale is None:
+        raise ConfigError(f'combine="rescale_safe" needs the CFG scale, which {name} does not tell. Use combine="add".')
+    scale = scale + 1 if state.family.from_prompt else scale
+    if scale == 1:
+        raise ConfigError('combine="rescale_safe" cannot divide by guidance_scale - 1 = 0. Use combine="add".')
+    return float(scale)
