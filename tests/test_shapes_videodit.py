@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -23,7 +24,13 @@ from attnctl.shapes.training.clips import Clips
 from attnctl.shapes.training.evaluate_video import evaluate_video, generate_clips
 from attnctl.shapes.training.loop import Plan, step_generator
 from attnctl.shapes.training.train import main
-from attnctl.shapes.training.train_videodit import export_videodit, make_dit_clips, train_video_vae, train_videodit
+from attnctl.shapes.training.train_videodit import (
+    export_videodit,
+    make_dit_clips,
+    refine_video_decoder,
+    train_video_vae,
+    train_videodit,
+)
 from attnctl.shapes.training.video_flow import COURSE, Phase, VideoFlow, WrittenAttention, course, frames_at
 
 PLAN = Plan(steps=3, optimizer="muon", save_every=2, warmup=1)
@@ -138,6 +145,16 @@ def test_the_autoencoder_gives_latents_of_mean_0_and_spread_1(vae, tmp_path) -> 
     back = videodit.encode_video(vae, x) * torch.tensor(vae.config.latents_std).view(8, 1, 1, 1)
     assert torch.allclose(back + torch.tensor(vae.config.latents_mean).view(8, 1, 1, 1), z, atol=1e-5)
     assert vae.decode(z).sample.shape == x.shape
+
+
+def test_more_training_changes_the_decoder_alone(vae, tmp_path) -> None:
+    copied = copy.deepcopy(vae)
+    plan = Plan(steps=1, optimizer="muon", warmup=1, average=0.0)
+    refine_video_decoder(tmp_path, plan, copied, bf16=False, quiet=True)
+    assert same(vae.encoder, copied.encoder)
+    assert same(vae.quant_conv, copied.quant_conv)
+    assert not same(vae.decoder, copied.decoder)
+    assert not any(p.requires_grad for p in copied.parameters())
 
 
 def test_training_sees_text_and_null_tokens_as_the_pipeline_does(runs: dict) -> None:
@@ -255,12 +272,15 @@ def test_missing_and_damaged_weights_are_named(tmp_path, runs: dict, monkeypatch
 
 
 def test_command_line_of_training(tmp_path, capsys) -> None:
-    arguments = ["videodit", "--out", str(tmp_path), "--vae-steps", "1", "--clips", "2", "--steps", "1"]
+    arguments = ["videodit", "--out", str(tmp_path), "--clips", "2"]
+    arguments += ["--vae-steps", "1", "--steps", "1", "--decoder-steps", "1"]
     arguments += ["--course", "0:1x2", "--threads", "1", "--device", "cpu"]
     assert main(arguments) == 0
     assert "step 1" in capsys.readouterr().out
     assert load_shapes("videodit", folder=tmp_path / "pipeline")
     assert main([*arguments, "--export-only", "--export", str(tmp_path / "x")]) == 0
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "pipeline" / name).read_bytes()
     assert (tmp_path / "x/model_index.json").exists()
     with pytest.raises(ConfigError, match="--resume"):
         main(arguments)

@@ -122,8 +122,8 @@ _DIT_TAIL = """
 `python -m attnctl.shapes.training.train videodit`: the autoencoder on crops of clips of one to three objects; then
 transformer and text encoder together on encoded clips of one. Rectified flow, logit-normal noise levels around those of
 shift 5; a tenth of the prompts empty, a tenth without motion, some without speed. First single latent frames, then some
-that lie spread over the clip, at last all nine; averaged weights, stored as float16. The loss of every fiftieth step is
-in `training.jsonl`.
+that lie spread over the clip, at last all nine. The decoder is then trained on, on whole clips and for latents that are
+slightly wrong. Averaged weights, stored as float16. The loss of every fiftieth step is in `training.jsonl`.
 
 {runs}
 

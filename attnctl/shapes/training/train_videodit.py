@@ -1,7 +1,8 @@
 """Train the shapes videodit: `python -m attnctl.shapes.training.train videodit --out runs/videodit [--resume]`.
 
-It takes three stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a cache
-of encoded clips (`cache`), text encoder and transformer together (`videodit`). Nothing of another model is needed.
+It takes four stages, each of which is skipped when its result is already in `--out`: the autoencoder (`vae`), a cache
+of encoded clips (`cache`), text encoder and transformer together (`videodit`), and more training for the decoder
+(`decoder`). Nothing of another model is needed.
 """
 
 from __future__ import annotations
@@ -30,10 +31,18 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
     from transformers import T5TokenizerFast, UMT5EncoderModel
 
-__all__ = ["export_videodit", "main", "make_dit_clips", "train_video_vae", "train_videodit"]
+__all__ = [
+    "export_videodit",
+    "main",
+    "make_dit_clips",
+    "refine_video_decoder",
+    "train_video_vae",
+    "train_videodit",
+]
 
 _SEEN = 9  # frames of a clip that the autoencoder learns from: one alone, four after it, four after those
 _CROP = SIZE // 2
+_ROUGHNESS = 0.15  # in standard deviations of a latent
 
 
 def train_video_vae(
@@ -64,7 +73,7 @@ def train_video_vae(
     vae = videodit.build_vae().to(device)
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
-        x = _draw_crops(generator, batch).to(device)
+        x = _draw_crops(generator, batch, _SEEN).to(device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -92,18 +101,67 @@ def _standardise(vae: AutoencoderKLWan, n: int = 24) -> AutoencoderKLWan:
     return vae
 
 
-def _draw_crops(generator: torch.Generator, n: int) -> Tensor:
-    """Draw two crops each of `n` clips of one to three objects, float [2 n, 3, 9, 32, 32] in -1..1."""
+def refine_video_decoder(
+    out: Path,
+    plan: Plan,
+    vae: AutoencoderKLWan,
+    *,
+    batch: int = 1,
+    bf16: bool = True,
+    resume: bool = False,
+    quiet: bool = False,
+) -> AutoencoderKLWan:
+    """Train the decoder on, on whole clips and for latents that are slightly wrong, as generated ones are.
+
+    Args:
+        out: folder for `log.jsonl` and `checkpoint/`.
+        plan: length and rates.
+        vae: the trained autoencoder; its encoder stays as it is.
+        batch: clips in a batch, of each of which two crops are seen.
+        bf16: autocast to bfloat16.
+        resume: go on from the checkpoint in `out` where there is one.
+        quiet: no progress bar.
+
+    Raises:
+        ConfigError: `out` holds a checkpoint and `resume` is false, or the checkpoint is damaged.
+    """
+    parts = _decoder(vae)
+    device = vae.post_quant_conv.weight.device
+    spread = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
+
+    def loss(generator: torch.Generator, step: int) -> Tensor:
+        x = _draw_crops(generator, batch, videodit.DIT_FRAMES).to(device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                z = vae.encode(x).latent_dist.mean.float()
+            noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+            error = vae.decode(z + _ROUGHNESS * spread * noise.to(device)).sample.float() - x
+        return error.abs().mean() + 3 * error.square().mean()
+
+    average = train(parts, loss, out, plan, facts={"batch": batch}, resume=resume, quiet=quiet)
+    put_average(average, parts)
+    return vae.requires_grad_(False).eval()
+
+
+def _decoder(vae: AutoencoderKLWan) -> dict[str, torch.nn.Module]:
+    """Return what comes after the latents, ready to be trained; the rest is frozen."""
+    vae.requires_grad_(False)
+    names = ("decoder", "post_quant_conv")
+    return {name: getattr(vae, name).requires_grad_(True) for name in names}
+
+
+def _draw_crops(generator: torch.Generator, n: int, frames: int) -> Tensor:
+    """Draw two crops each of `n` clips of one to three objects, float [2 n, 3, frames, 32, 32] in -1..1."""
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     crops = []
     for _ in range(n):
         scene = sample(rng, 1 + int(rng.integers(3)), "any")
         angles, paces = rng.uniform(0, 2 * np.pi, len(scene.things)), rng.uniform(0, 2, len(scene.things))
         ways = zip(paces * np.cos(angles), paces * np.sin(angles), strict=True)
-        # Half of the clips begin in the middle, where objects have gone on and stand partly outside.
+        # Some frames later objects have come closer, and stand partly outside.
         clip = Clip(scene, tuple((float(u), float(v)) for u, v in ways))
         clip = replace(clip, scene=clip.frame(int(rng.integers(_SEEN))))
-        x = to_tensor(render_clip(clip, _SEEN)).transpose(0, 1)
+        x = to_tensor(render_clip(clip, frames)).transpose(0, 1)
         places = rng.integers(0, SIZE - _CROP + 1, (4, 2)).tolist()
         parts = torch.stack([x[:, :, i : i + _CROP, j : j + _CROP] for i, j in places])
         crops.append(parts[parts.std((2, 3, 4)).sum(1).topk(2).indices])
@@ -178,8 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m attnctl.shapes.training.train videodit", description=__doc__.splitlines()[0]
     )
     add_options(parser, steps=6000, batch=None, lr=2e-3, cooldown=0.3)
-    parser.add_argument("--vae-steps", type=int, default=1800)
-    parser.add_argument("--clips", type=int, default=4000, help="clips to encode")
+    parser.add_argument("--vae-steps", type=int, default=1100)
+    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--clips", type=int, default=2400, help="clips to encode")
     parser.add_argument(
         "--course", type=course, default=COURSE,
         help="latent frames and clips of a batch, STEP:FRAMESxCLIPS from a step on (default: "
@@ -198,6 +257,10 @@ def main(argv: list[str] | None = None) -> int:
         train_videodit(
             out / "videodit", plan, vae, clips, resume=args.resume, phases=args.course, bf16=bf16, device=args.device
         )
+        refine = replace(vae_plan, steps=args.decoder_steps, lr=1e-3, seed=args.seed + 1, cooldown=0.7)
+        vae = refine_video_decoder(out / "decoder", refine, vae, bf16=bf16, resume=True)
+    elif (out / "decoder" / "checkpoint").exists():
+        load_average(out / "decoder", _decoder(vae))
     target = args.export or out / "pipeline"
     step = export_videodit(out / "videodit", vae, target)
     print(f"wrote {target} (step {step})")

@@ -48,7 +48,7 @@ class Phase:
         return f"{self.first}:{self.frames}x{self.batch}"
 
 
-COURSE = (Phase(0, 1, 48), Phase(1200, 3, 16), Phase(2600, 9, 6))
+COURSE = (Phase(0, 1, 24), Phase(600, 3, 8), Phase(2400, 9, 4))
 
 
 def course(text: str) -> tuple[Phase, ...]:
