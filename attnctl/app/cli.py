@@ -13,6 +13,7 @@ import tyro
 from attnctl.app.commands.bench import Bench
 from attnctl.app.commands.calibrate import Calibrate
 from attnctl.app.commands.common import Result, UsageError
+from attnctl.app.commands.controls import Controls
 from attnctl.app.commands.demo import Demo
 from attnctl.app.commands.edit import Edit
 from attnctl.app.commands.env import Env
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, type] = {
     "calibrate": Calibrate,
     "hunt": Hunt,
     "bench": Bench,
+    "controls": Controls,
     "sites": Sites,
     "ui": Ui,
     "env": Env,

@@ -45,7 +45,7 @@ class Sheet:
 
 def columns_of(model: str) -> tuple[Panel, ...]:
     """List the columns for a model: plain, then the presets that methods declare with a column."""
-    from attnctl.core.registry import presets_for
+    from attnctl.data.catalogue import presets_for
 
     shown = sorted((p for p in presets_for(model).values() if p.column), key=lambda p: p.column)
     return (Panel("plain"), *(Panel(p.label or p.method, (p.form,)) for p in shown))

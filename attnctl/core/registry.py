@@ -29,7 +29,6 @@ __all__ = [
     "controls",
     "knob",
     "load_entry_points",
-    "presets_for",
     "provide",
     "register",
 ]
@@ -177,21 +176,6 @@ class Bounds:
             return whole(value, what, low, high, of=self.unit)
         return number(value, what, self.low, self.high, above=self.above, below=self.below, infinite=self.infinite)
 
-    def describe(self) -> str:
-        """Say in words what the field may hold; "" where a check of the control's own decides."""
-        if self.kind in ("free", "choice"):
-            text = ", ".join(map(repr, self.choices))
-        elif self.kind == "window":
-            text = "0 to 1, or a pair of them"
-        else:
-            least = f"above {self.above:g}" if self.above is not None else f"{self.low:.10g}"
-            most = f", below {self.below:g}" if self.below is not None else f" to {self.high:.10g}"
-            if math.isinf(self.high) and self.below is None:
-                most = " or more" if self.above is None else ""
-            endless = math.isinf(self.low) and math.isinf(self.high) and self.above is None
-            text = ("whole, " if self.kind == "whole" else "") + ("any" if endless else least + most)
-        return f"{text}, or None" if text and self.none else text
-
 
 def knob(
     default: Any = dataclasses.MISSING,
@@ -322,12 +306,6 @@ def controls(package: str = "") -> dict[str, type]:
         importlib.import_module(module)
     found = {name: _CONTROLS[name] for name in sorted(_CONTROLS)}
     return {n: c for n, c in found.items() if not package or c.__module__.partition(".")[0] == package}
-
-
-def presets_for(model: str) -> dict[str, Preset]:
-    """List the settings that controls declare for a model, by method."""
-    declared = [preset for cls in controls().values() for preset in vars(cls).get("presets", ())]
-    return {preset.method: preset for preset in declared if preset.model == model}
 
 
 def control_named(name: str, module: str | None = None) -> type:

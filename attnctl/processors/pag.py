@@ -94,7 +94,7 @@ class SoftPAG(Guidance):
     scope: Scope = knob("all", options=Scope, shown=True)
 
     about: ClassVar[About] = About(
-        does="the same with a strength `u`, chosen heads and other targets",
+        does="guides away from maps that lean towards a target, with a strength `u` and in chosen heads",
         page="pag",
         paper="arXiv 2506.10978",
         cite=(

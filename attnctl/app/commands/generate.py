@@ -33,7 +33,7 @@ class Generate(Common):
     """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
 
     control: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL")] = ()
-    """A method with its options, such as 'PAG(scale=3.0, sites="mid")'; several act together."""
+    """A method of `attnctl controls`, with options such as 'PAG(scale=3.0, sites="mid")'; several act together."""
 
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
     """Seed of the first image; image i has seed + i."""

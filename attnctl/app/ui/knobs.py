@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from attnctl.core.registry import Bounds, bounds_of, control_named, presets_for
+from attnctl.core.registry import Bounds, bounds_of, control_named
+from attnctl.data.catalogue import presets_for
 from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, JudgeError
 
