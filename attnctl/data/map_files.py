@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from attnctl.core.sites import Site
-from attnctl.data.maps import Of, Reduce, WordMaps
 from attnctl.data.record import RecordError
 from attnctl.errors import ConfigError
+from attnctl.plans.reading import Expected, open_tensors, read_json
 from attnctl.plans.writing import publish
 
-__all__ = ["SCHEMA", "describe", "load", "save"]
+__all__ = ["SCHEMA", "Of", "Reduce", "describe", "read_fields", "save"]
 
 SCHEMA = 1
+Of = Literal["words", "points", "concepts"]
+Reduce = Literal["mean", "sum", "max"]
 _KIND = "word_maps"
-_LARGEST = 16 << 20  # bytes of the JSON
+_JSON = Expected("a description of word maps", RecordError)
+_TENSORS = Expected("the tensors of word maps", RecordError)
+_MOST = 1 << 20  # sites, words, heads, places: no count or size in a description reaches this
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def describe(maps: WordMaps) -> dict[str, Any]:
-    """Say in plain JSON values what maps are: words, prompts, tokens, layers, steps, grid, normalisation."""
+def describe(maps: Any) -> dict[str, Any]:
+    """Describe `WordMaps` in plain JSON values: words, prompts, tokens, layers, steps, grid, normalisation."""
     return {
         "schema": SCHEMA,
         "kind": _KIND,
@@ -54,11 +59,11 @@ def describe(maps: WordMaps) -> dict[str, Any]:
     }
 
 
-def save(maps: WordMaps, path: str | Path, *, force: bool = False) -> None:
-    """Write `<name>.safetensors` and `<name>.json`, both or neither.
+def save(maps: Any, path: str | Path, *, force: bool = False) -> None:
+    """Write `WordMaps` as `<name>.safetensors` and `<name>.json`, both or neither.
 
     Raises:
-        ConfigError: The name does not end in .safetensors.
+        ConfigError: The name does not end in .safetensors, or `about` holds what JSON has not.
         FileExists: One of the two files is there and `force` is not set.
     """
     from safetensors.torch import save as to_bytes
@@ -66,88 +71,115 @@ def save(maps: WordMaps, path: str | Path, *, force: bool = False) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigError(f"Maps are kept in .safetensors files, got {path.name!r}.")
-    text = json.dumps(describe(maps), indent=1, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(describe(maps), indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The facts about these maps cannot be kept in JSON: {error}.") from None
     tensors = {name: layer.detach().cpu().contiguous() for name, layer in maps.layers.items()}
     content = to_bytes(tensors, metadata={"format": "pt", "attnctl": f"{_KIND} {SCHEMA}"})
     publish({path: content, path.with_suffix(".json"): text.encode()}, force=force)
 
 
-def load(path: str | Path) -> WordMaps:
-    """Read maps that `save` wrote.
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Read what `save` wrote, as the fields of `WordMaps`.
 
     Raises:
         RecordError: A file is missing or damaged, of another schema, or the two do not belong together.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
-    about = _json(path.with_suffix(".json"))
-    if not path.is_file() or path.suffix != ".safetensors":
+    about = read_json(path.with_suffix(".json"), _JSON, kind=_KIND, schema=SCHEMA)
+    if path.suffix != ".safetensors" or not path.is_file():
         raise RecordError(f"There are no maps {path.name}: expected a .safetensors file that attnctl wrote.")
     try:
-        layers = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RecordError(f"{path.name} is damaged: {error}.") from None
-    try:
-        maps = _maps(about, layers)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise RecordError(f"The JSON of {path.name} is damaged: {error!r:.120}.") from None
-    shape = (len(maps.prompts), len(maps.words))
-    for site in maps.sites:
-        layer = layers[site.name]
-        if layer.ndim != 7 or tuple(layer.shape[:2]) != shape or site.grid != tuple(layer.shape[4:]):
-            raise RecordError(
-                f"{path.name} and its JSON do not belong together: {site.name} has the shape {tuple(layer.shape)}, "
-                f"expected {shape[0]} images, {shape[1]} words and the grid {site.grid}."
-            )
-        if "steps" in maps.keep and layer.shape[2] != len(maps.steps):
-            raise RecordError(f"{path.name}: {site.name} has {layer.shape[2]} steps; the JSON lists {len(maps.steps)}.")
-    return maps
+        fields = _fields(about)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RecordError(f"The JSON of {path.name} is damaged: {error!r:.160}.") from None
+    with open_tensors(path, _TENSORS) as tensors:
+        if {s.name for s in fields["sites"]} != set(tensors.keys()):
+            raise RecordError(f"The JSON of {path.name} is damaged: its layers are not those of the tensors.")
+        layers = {s.name: tensors.get_tensor(s.name) for s in fields["sites"]}
+    for site in fields["sites"]:
+        _check_layer(path.name, site, layers[site.name], fields)
+    return {**fields, "layers": layers}
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise RecordError(f"There is no {path.name} beside the maps: it says what they are.")
-    if path.stat().st_size > _LARGEST:
-        raise RecordError(f"{path.name} is larger than {_LARGEST >> 20} MiB, which no description of maps is.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise RecordError(f"{path.name} is not readable JSON.") from None
-    if not isinstance(data, dict) or data.get("kind") != _KIND:
-        raise RecordError(f"{path.name} does not describe word maps.")
-    if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
-        raise RecordError(f"{path.name} has schema {data.get('schema')!r:.40}; this version reads schema {SCHEMA}.")
-    return data
+def _check_layer(name: str, site: Site, layer: torch.Tensor, fields: Mapping[str, Any]) -> None:
+    """Raise RecordError unless the tensor of a site has the shape that the description says."""
+    shape = (len(fields["prompts"]), len(fields["words"]))
+    if layer.dtype not in _DTYPES or layer.ndim != 7 or not layer.numel():
+        raise RecordError(f"{name} is damaged: {site.name} is {layer.dtype} {list(layer.shape)}; expected 7 axes.")
+    if tuple(layer.shape[:2]) != shape or site.grid != tuple(layer.shape[4:]):
+        raise RecordError(
+            f"{name} and its JSON do not belong together: {site.name} has the shape {tuple(layer.shape)}, "
+            f"expected {shape[0]} images, {shape[1]} words and the grid {site.grid}."
+        )
+    heads = site.heads if fields["heads"] is None else len(fields["heads"])
+    for axis, title, n in ((2, "steps", len(fields["steps"])), (3, "heads", heads)):
+        expected = n if title in fields["keep"] else 1
+        if layer.shape[axis] != expected:
+            raise RecordError(f"{name}: {site.name} has {layer.shape[axis]} {title}; the JSON lists {expected}.")
 
 
-def _maps(data: Mapping[str, Any], layers: dict[str, torch.Tensor]) -> WordMaps:
-    sites = []
-    for item in data["layers"]:
-        frames, h, w = item["grid"]
-        place = (str(item["name"]), str(item["kind"]), int(item["heads"]), int(item["head_dim"]), int(item["depth"]))
-        sites.append(Site(*place, grid=(int(frames), int(h), int(w))))
-    if not sites or {s.name for s in sites} != layers.keys():
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the description value by value.
+
+    Raises:
+        KeyError, TypeError, ValueError: Something is missing or is no such thing.
+    """
+    sites = tuple(_site(item) for item in _list(data["layers"], "layers"))
+    if not sites or len({s.name for s in sites}) != len(sites):
         raise ValueError("its layers are not those of the tensors")
-    if data["reduce"] not in get_args(Reduce):
-        raise ValueError(f"reduce is {data['reduce']!r}")
-    if data.get("of", "words") not in get_args(Of):
-        raise ValueError(f"its maps are of {data['of']!r}")
-    tokens = tuple(tuple(tuple(int(p) for p in places) for places in row) for row in data["tokens"])
-    if len(tokens) != len(data["prompts"]) or any(len(row) != len(data["words"]) for row in tokens):
+    words, prompts, keep = (_texts(data[name], name) for name in ("words", "prompts", "keep"))
+    tokens = tuple(tuple(_wholes(p, "tokens") for p in _list(row, "tokens")) for row in _list(data["tokens"], "tokens"))
+    if not words or not prompts or len(tokens) != len(prompts) or any(len(row) != len(words) for row in tokens):
         raise ValueError("its tokens are not one list a word for each prompt")
-    return WordMaps(
-        words=tuple(map(str, data["words"])),
-        layers={s.name: layers[s.name] for s in sites},
-        sites=tuple(sites),
-        steps=tuple(map(int, data["steps"])),
-        prompts=tuple(map(str, data["prompts"])),
-        tokens=tokens,
-        heads=None if data["heads"] is None else tuple(map(int, data["heads"])),
-        rows=str(data["rows"]),
-        reduce=data["reduce"],
-        keep=tuple(map(str, data["keep"])),
-        of=data.get("of", "words"),
-        about=dict(data["about"]),
-    )
+    for name, value, choices in (
+        ("reduce", data["reduce"], get_args(Reduce)),
+        ("of", data.get("of", "words"), get_args(Of)),
+        ("rows", data["rows"], ("cond", "uncond")),
+        *(("keep", value, ("steps", "heads")) for value in keep),
+    ):
+        if value not in choices:
+            raise ValueError(f"{'its maps are of' if name == 'of' else f'{name} is'} {value!r:.40}")
+    if not isinstance(data["about"], dict):
+        raise TypeError("about is no object")
+    return {
+        "words": words,
+        "sites": sites,
+        "steps": _wholes(data["steps"], "steps"),
+        "prompts": prompts,
+        "tokens": tokens,
+        "heads": None if data["heads"] is None else _wholes(data["heads"], "heads"),
+        "rows": data["rows"],
+        "reduce": data["reduce"],
+        "keep": keep,
+        "of": data.get("of", "words"),
+        "about": data["about"],
+    }
+
+
+def _site(item: Any) -> Site:
+    if not isinstance(item, dict):
+        raise TypeError(f"a layer is {item!r:.40}")
+    name, kind = _texts([item["name"], item["kind"]], "layer")
+    heads, width, depth = _wholes([item["heads"], item["head_dim"], item["depth"]], "layer")
+    frames, h, w = _wholes(item["grid"], "grid")
+    return Site(name, kind, heads, width, depth, grid=(frames, h, w))  # type: ignore[arg-type]
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is {value!r:.40}")
+    return value
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    if not all(isinstance(text, str) for text in _list(value, name)):
+        raise TypeError(f"{name} is {value!r:.40}")
+    return tuple(value)
+
+
+def _wholes(value: Any, name: str) -> tuple[int, ...]:
+    if not all(type(n) is int and 0 <= n < _MOST for n in _list(value, name)):
+        raise TypeError(f"{name} is {value!r:.40}")
+    return tuple(value)

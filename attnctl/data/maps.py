@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.sites import Selector, Site, select
+from attnctl.data.map_files import Of, Reduce, read_fields, save
 from attnctl.errors import ConfigError, nearest
+from attnctl.kernels.maps import otsu_split, stretched
 
 __all__ = ["Normalise", "Of", "Reduce", "WordMaps", "normalised", "otsu", "reduced", "resized"]
 
-Of = Literal["words", "points", "concepts"]
-Reduce = Literal["mean", "sum", "max"]
 Normalise = Literal["probability", "share", "minmax", "max", "ae"]
 
 
@@ -57,27 +57,13 @@ def normalised(maps: Tensor, how: Normalise) -> Tensor:
         return shares.masked_fill(maps.isnan(), torch.nan)
     if how == "share":
         return maps / maps.nansum(0, keepdim=True).clamp_min(1e-12)
-    dims = tuple(range(2, maps.ndim))
-    high = maps.amax(dims, keepdim=True)
-    low = maps.amin(dims, keepdim=True) if how == "minmax" else torch.zeros_like(high)
-    return (maps - low) / (high - low).clamp_min(1e-12)
+    return stretched(maps, tuple(range(2, maps.ndim)), from_zero=how == "max")
 
 
-def otsu(values: Tensor, bins: int = 256) -> float:
+def otsu(values: Tensor) -> float:
     """Find the threshold that parts values into two classes of the largest between-class variance (Otsu, 1979)."""
-    low, high = float(values.min()), float(values.max())
-    if high <= low:
-        return low
-    counts = torch.histc(values.float(), bins, low, high).double()
-    centers = torch.linspace(low, high, 2 * bins + 1, dtype=torch.float64)[1::2]
-    weight = counts.cumsum(0)
-    mean = (counts * centers).cumsum(0)
-    total, grand = weight[-1], mean[-1]
-    between = (grand * weight - total * mean) ** 2 / (weight * (total - weight)).clamp_min(1e-12)
-    best = (
-        (between[:-1] >= between[:-1].max() * (1 - 1e-9)).nonzero().double()
-    )  # a gap between classes ties: its middle
-    return low + (high - low) * (float(best.mean()) + 1) / bins
+    lower, upper = otsu_split(values.double().flatten())
+    return float((lower + upper) / 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -259,16 +245,12 @@ class WordMaps(Mapping[str, Tensor]):
 
     def save(self, path: Any, *, force: bool = False) -> None:
         """Write the maps as safetensors, and what they are as JSON beside them: see `attnctl.data.map_files`."""
-        from attnctl.data.map_files import save
-
         save(self, path, force=force)
 
     @classmethod
     def load(cls, path: Any) -> WordMaps:
         """Read what `save` wrote: see `attnctl.data.map_files`."""
-        from attnctl.data.map_files import load
-
-        return load(path)
+        return cls(**read_fields(path))
 
 
 def joined(parts: Sequence[WordMaps]) -> WordMaps:

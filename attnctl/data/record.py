@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -18,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
+from attnctl.data.png import png_with_text, text_of_png
 from attnctl.errors import AttnctlError, nearest
+from attnctl.plans.reading import Expected, parse_json, read_bytes
 from attnctl.plans.writing import publish
 
 __all__ = [
@@ -37,11 +38,13 @@ __all__ = [
 SCHEMA = 1
 CHUNK = "attnctl"
 _DEEPEST = 50  # levels of lists and objects: no record has ten
-_LARGEST = 16 << 20  # bytes of a sidecar; Pillow has its own limit for text chunks
 
 
 class RecordError(AttnctlError):
     """A record is missing, damaged, foreign, or of another schema."""
+
+
+_FILE = Expected("a record of attnctl", RecordError, 16 << 20)
 
 
 def _is_text(value: Any) -> bool:
@@ -223,11 +226,7 @@ def png_bytes(image: Image.Image, records: Record | Sequence[Record]) -> bytes:
     many = (records,) if isinstance(records, Record) else tuple(records)
     if not many:
         raise RecordError("A PNG of attnctl needs at least one record.")
-    info = PngImagePlugin.PngInfo()
-    info.add_text(CHUNK, _dumps(many, indent=None), zip=True)
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "png", pnginfo=info)
-    return buffer.getvalue()
+    return png_with_text(image, CHUNK, _dumps(many, indent=None), _FILE)
 
 
 def read(path: str | Path) -> tuple[Record, ...]:
@@ -237,13 +236,10 @@ def read(path: str | Path) -> tuple[Record, ...]:
         RecordError: the file is missing, damaged, or was not made by attnctl.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecordError(f"There is no file {path}.")
-    text = _sidecar_text(path) if path.suffix.lower() == ".json" else _png_text(path)
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise RecordError(f"The record in {path.name} is damaged: it is not JSON.") from None
+    if path.suffix.lower() == ".json":
+        data = parse_json(read_bytes(path, _FILE), path.name, _FILE)
+    else:
+        data = parse_json(text_of_png(path, CHUNK, _FILE), path.name, _FILE)
     try:
         if isinstance(data, Mapping) and "records" in data:
             if set(data) != {"schema", "records"} or data["schema"] != SCHEMA:
@@ -272,27 +268,3 @@ def _dumps(records: Sequence[Record], indent: int | None) -> str:
     many = [record.to_dict() for record in records]
     data = many[0] if len(many) == 1 else {"schema": SCHEMA, "records": many}
     return json.dumps(data, indent=indent, allow_nan=False)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _png_text(path: Path) -> str:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(CHUNK)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise RecordError(f"{path.name} is not a readable PNG.") from None
-    if not isinstance(text, str):
-        raise RecordError(f"{path.name} carries no record of attnctl; was it made or changed by another program?")
-    return text
-
-
-def _sidecar_text(path: Path) -> str:
-    if path.stat().st_size > _LARGEST:
-        raise RecordError(f"{path.name} is larger than {_LARGEST >> 20} MiB, which no record is.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise RecordError(f"{path.name} is not a readable text file.") from None

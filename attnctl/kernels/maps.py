@@ -23,7 +23,16 @@ from attnctl.errors import ConfigError
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
 
-__all__ = ["SelfMap", "columns", "key_columns", "linear_rows", "query_rows", "softmax_map"]
+__all__ = [
+    "SelfMap",
+    "columns",
+    "key_columns",
+    "linear_rows",
+    "otsu_split",
+    "query_rows",
+    "softmax_map",
+    "stretched",
+]
 
 # Up to this many keys a map has no more elements than queries of a usual head dimension.
 FEW_KEYS = 128
@@ -189,3 +198,32 @@ def softmax_map(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor |
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1).to(q.dtype)
+
+
+def stretched(maps: Tensor, dims: tuple[int, ...], *, from_zero: bool) -> Tensor:
+    """Divide maps by their largest value, or bring them to [0, 1] where `from_zero` is False; differentiably.
+
+    Shapes: maps [...], reduced over `dims` -> the same. A map that is constant (at 0, with `from_zero`) becomes 0.
+    """
+    if not from_zero:
+        maps = maps - maps.amin(dims, keepdim=True)
+    high = maps.amax(dims, keepdim=True)
+    return maps / torch.where(high > 0, high, torch.ones_like(high))
+
+
+def otsu_split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Split values where the variance between the two classes is greatest (Otsu, 1979), exactly.
+
+    Shapes: values [..., n] -> the largest value of the lower class and the smallest of the upper one, both [..., 1];
+    the value itself twice where there is but one.
+    """
+    values = values.sort(dim=-1).values
+    n = values.shape[-1]
+    if n == 1:
+        return values, values
+    count = torch.arange(1, n, device=values.device, dtype=values.dtype)
+    below = values.cumsum(-1)[..., :-1]
+    total = values.sum(-1, keepdim=True)
+    gap = (total - below) / (n - count) - below / count
+    split = (count * (n - count) * gap**2).argmax(-1, keepdim=True)
+    return values.gather(-1, split), values.gather(-1, split + 1)

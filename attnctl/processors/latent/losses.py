@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.errors import ConfigError
+from attnctl.kernels.maps import otsu_split, stretched
 
 __all__ = [
     "Binarise",
@@ -83,9 +84,7 @@ def normalise(maps: Tensor, how: MapNorm = "max") -> Tensor:
     maps = _wide(maps)
     if how in ("none", "ae"):
         return maps
-    if how == "minmax":
-        maps = maps - maps.amin((-2, -1), keepdim=True)
-    return _ratio(maps, maps.amax((-2, -1), keepdim=True))
+    return stretched(maps, (-2, -1), from_zero=how == "max")
 
 
 def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
@@ -123,23 +122,16 @@ def binarise(maps: Tensor, rule: Binarise | float = 0.5) -> Tensor:
     maps = _wide(maps.detach())
     if rule == "mean":
         return (maps >= maps.mean((-2, -1), keepdim=True)).to(maps)
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    stretched = _ratio(maps - low, high - low)
-    return _otsu(stretched) if isinstance(rule, str) else (stretched >= rule).to(maps)
+    spread = stretched(maps, (-2, -1), from_zero=False)
+    return _otsu(spread) if isinstance(rule, str) else (spread >= rule).to(maps)
 
 
 def _otsu(maps: Tensor) -> Tensor:
     """Split each map where the variance between the two classes is greatest."""
-    values = maps.flatten(-2).sort(dim=-1).values
-    n = values.shape[-1]
-    if n == 1:
+    values = maps.flatten(-2)
+    if values.shape[-1] == 1:
         return torch.ones_like(maps)
-    count = torch.arange(1, n, device=maps.device, dtype=maps.dtype)
-    below = values.cumsum(-1)[..., :-1]
-    total = values.sum(-1, keepdim=True)
-    gap = (total - below) / (n - count) - below / count
-    split = (count * (n - count) * gap**2).argmax(-1, keepdim=True)
-    return (maps > values.gather(-1, split)[..., None]).to(maps)
+    return (maps > otsu_split(values)[0][..., None]).to(maps)
 
 
 # A-STAR
