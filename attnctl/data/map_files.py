@@ -164,7 +164,7 @@ def _site(item: Any) -> Site:
     name, kind = _texts([item["name"], item["kind"]], "layer")
     heads, width, depth = _wholes([item["heads"], item["head_dim"], item["depth"]], "layer")
     frames, h, w = _wholes(item["grid"], "grid")
-    return Site(name, kind, heads, width, depth, grid=(frames, h, w))  # type: ignore[arg-type]
+    return Site(name, kind, heads, width, depth, grid=(frames, h, w))
 
 
 def _list(value: Any, name: str) -> list[Any]:

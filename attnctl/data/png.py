@@ -25,8 +25,8 @@ def png_with_text(image: Image.Image, name: str, text: str, expected: Expected) 
     """
     if len(text.encode()) > expected.limit:
         raise expected.error(
-            f"A picture holds {expected.noun} of {expected.limit} bytes at most; this one has {len(text)}: pass smaller "
-            "masks, or fewer."
+            f"A picture holds {expected.noun} of {expected.limit} bytes at most; this one has {len(text)}: pass "
+            "smaller masks, or fewer."
         )
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for i, first in enumerate(range(0, max(1, len(text)), _PART)):

@@ -25,6 +25,8 @@ from attnctl.kernels.sparse.block_mass import choose_masks, choose_masks_togethe
 from attnctl.pipelines.calibration.measure import Settings, Sums, over_prompts, runner
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import ORDERS, order_name
+from attnctl.plans.reading import Expected, read_bytes
+from attnctl.plans.writing import publish
 
 __all__ = ["Calibration", "calibrate", "checked"]
 
@@ -120,10 +122,25 @@ def calibrate(
     first = look("orders", 1, None)
     if not first:
         raise ConfigError("No self- or joint attention with a known token grid was seen: nothing can be calibrated.")
+    _check_looks(first, first)
     orders = {n: choose_orders(s.average(), settings.density, metric, alpha)[0].tolist() for n, s in first.items()}
     second = first if groups == 1 else look("masks", groups, orders)
+    _check_looks(first, second)
     texts = [p if isinstance(p, str) else f"({', '.join(p)})" for p in prompts]
     return _conclude(first, second, orders, settings, model, texts)
+
+
+def _check_looks(first: Mapping[str, Sums], second: Mapping[str, Sums]) -> None:
+    """Raise PlanError unless both looks at the model saw the same attention: a damaged store would pass for another."""
+    for name in {**first, **second}:
+        looks = [look[name] for look in (first, second) if name in look]
+        (heads, orders, *blocks), *others = (next(iter(sums.mass.values())).shape for sums in looks)
+        alike = all(other[0] == heads and list(other[2:]) == blocks for other in others)
+        if len(looks) < 2 or not alike or orders != len(ORDERS) or looks[0].call != looks[1].call:
+            raise PlanError(
+                f"The measurements of {name} do not belong together: one of them is damaged. Delete the folder of "
+                "measurements and run the calibration again."
+            )
 
 
 def checked(
@@ -209,8 +226,7 @@ def _claim(
     mark = hashlib.sha256(told.encode()).hexdigest()
     path = store / "settings.sha256"
     if path.exists():
-        if path.read_text(encoding="utf-8") != mark:
+        if read_bytes(path, Expected("the mark of a calibration", PlanError, 256)) != mark.encode():
             raise PlanError(f"{store} holds measurements of other prompts or settings: choose another folder.")
         return
-    store.mkdir(parents=True, exist_ok=True)
-    path.write_text(mark, encoding="utf-8")
+    publish({path: mark.encode()}, force=True)  # processes that start together write the same

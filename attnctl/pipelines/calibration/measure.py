@@ -7,7 +7,6 @@ so that an interrupted calibration goes on, and several processes can share the 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from attnctl.core.attach import attach
@@ -26,8 +24,14 @@ from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
+from attnctl.plans.orders import ORDERS
+from attnctl.plans.reading import Expected, open_tensors, parse_json
+from attnctl.plans.writing import publish
 
-__all__ = ["Settings", "Sums", "over_prompts", "processes", "runner"]
+__all__ = ["Settings", "Sums", "over_prompts", "processes", "read_store", "runner"]
+
+_STORE = Expected("what a calibration measured", PlanError)
+_MOST = 1 << 40  # tokens, calls and parts of a run: no count reaches this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +180,26 @@ def over_prompts(
     wait()
     total: dict[str, Sums] = {}
     for i in range(len(prompts)):
-        part = _read(store / f"{name}-{i}.safetensors") if store is not None else held[i]
+        part = read_store(store / f"{name}-{i}.safetensors") if store is not None else held[i]
         for site, sums in part.items():
             into = total.setdefault(site, Sums(sums.call))
+            _check_alike(site, into, sums)
             for group, mass in sums.mass.items():
                 into.calls[group] = into.calls.get(group, 0) + sums.calls[group]
                 into.mass[group] = into.mass.get(group, 0) + mass
             for mark, value in sums.marks.items():
                 into.marks[mark] = into.marks.get(mark, 0) + value
     return total
+
+
+def _check_alike(site: str, total: Sums, part: Sums) -> None:
+    """Raise PlanError where the measurements of two prompts cannot be added up."""
+    shapes = {tuple(t.shape) for s in (total, part) for t in s.mass.values()}
+    if total.call["grid"] != part.call["grid"] or len(shapes) != 1:
+        raise PlanError(
+            f"The prompts measured {site} on other grids or blocks ({total.call} and {part.call}): calibrate one "
+            "resolution at a time, and choose another folder."
+        )
 
 
 def processes() -> tuple[int, int, Callable[[], None]]:
@@ -202,29 +217,63 @@ def _write(path: Path, sums: dict[str, Sums]) -> None:
         facts[name] = {"i": i, "calls": held.calls, "call": held.call}
         tensors |= {f"{i}/mass/{g}": m.contiguous() for g, m in held.mass.items()}
         tensors |= {f"{i}/{mark}/0": m.contiguous() for mark, m in held.marks.items()}
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors or {"none": torch.zeros(1)}, fresh, metadata={"sites": json.dumps(facts)})
-    os.replace(fresh, path)
+    content = save(tensors or {"none": torch.zeros(1)}, metadata={"sites": json.dumps(facts)})
+    publish({path: content}, force=True)  # another process may have measured the same
 
 
-def _read(path: Path) -> dict[str, Sums]:
-    from safetensors import safe_open
+def read_store(path: Path) -> dict[str, Sums]:
+    """Read the sums of one prompt.
 
-    try:
-        with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {})["sites"])
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read ({error}): delete it and run the calibration again.") from None
-    found = {}
-    for name, fact in facts.items():
-        held = Sums(fact["call"], {int(group): n for group, n in fact["calls"].items()})
-        for key, tensor in tensors.items():
-            i, kind, group = key.split("/") if "/" in key else ("", "", "")
-            if i == str(fact["i"]):
-                if kind == "mass":
-                    held.mass[int(group)] = tensor
-                else:
-                    held.marks[kind] = tensor
-        found[name] = held
+    Raises:
+        PlanError: The file is missing or damaged.
+    """
+    cure = "Delete it and run the calibration again."
+    with open_tensors(path, _STORE, cure=cure) as file:
+        facts = parse_json((file.metadata() or {}).get("sites", ""), path.name, _STORE)
+        try:
+            found = {name: _sums(fact) for name, fact in facts.items()}
+            places = {fact["i"]: name for name, fact in facts.items()}
+            if len(places) != len(found):
+                raise ValueError("two sites have one place")
+            for key in list(file.keys()):
+                if key != "none":
+                    _add(found, places, key, file.get_tensor(key))
+            for name, sums in found.items():
+                if not sums.calls or sums.mass.keys() != sums.calls.keys():
+                    raise ValueError(f"{name} lacks a part of the run")
+                shapes = {tuple(t.shape) for t in sums.mass.values()}
+                if len(shapes) != 1 or any(tuple(t.shape) != next(iter(shapes))[:2] for t in sums.marks.values()):
+                    raise ValueError(f"{name} has parts of different shapes")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{path.name} cannot be read ({error!r:.160}): it is damaged. {cure}") from None
     return found
+
+
+def _sums(fact: Any) -> Sums:
+    """Check what a store says of one site: which part of the run had how many calls, and how its tokens lie."""
+    call, calls = fact["call"], {int(group): n for group, n in fact["calls"].items()}
+    grid, n_text, first = call["grid"], call["n_text"], call["text_first"]
+    wholes = [fact["i"], n_text, *grid, *calls]
+    if len(grid) != 3 or not all(type(n) is int and 0 <= n < _MOST for n in wholes) or not all(grid):
+        raise ValueError("a size is out of range")
+    if not all(type(n) is int and 0 < n < _MOST for n in calls.values()) or not isinstance(first, bool):
+        raise ValueError("a number of calls is out of range")
+    return Sums({"grid": grid, "n_text": n_text, "text_first": first}, calls)
+
+
+def _add(found: dict[str, Sums], places: Mapping[int, str], key: str, tensor: Tensor) -> None:
+    """Put a tensor of a store where its name says."""
+    place, kind, group = key.split("/")
+    sums = found[places[int(place)]]
+    axes = 4 if kind == "mass" else 2
+    shape = tensor.shape if tensor.ndim == axes and tensor.dtype in (torch.float32, torch.float64) else (0, 0)
+    if not tensor.numel() or shape[1] not in (1, len(ORDERS)):
+        raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
+    if not bool(tensor.isfinite().all()) or (kind == "mass" and bool((tensor < 0).any())):
+        raise ValueError(f"{key} holds what is no attention")
+    if kind == "mass":
+        sums.mass[int(group)] = tensor
+    elif kind in ("sparse", "uneven"):
+        sums.marks[kind] = tensor
+    else:
+        raise ValueError(f"{key} is unknown")

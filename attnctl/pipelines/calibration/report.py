@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from attnctl.errors import ConfigError
 from attnctl.pipelines.calibration.calibrate import Calibration
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import order_name
+from attnctl.plans.writing import publish
 from attnctl.processors.paro import PARO
 
 __all__ = ["check_plan", "draw_maps", "write_report"]
@@ -120,7 +122,6 @@ def write_report(
         checks: What `check_plan` returned.
     """
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in found.rows:
         measured = [c["sites"][row["site"]] for c in checks if row["site"] in c["sites"]]
@@ -131,9 +132,11 @@ def write_report(
         "mask_bytes": found.plan.packed_bytes, "sites": rows,
         "checks": [{k: c[k] for k in ("prompt", "psnr_db")} for c in checks],
     }  # fmt: skip
-    (path / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (path / "report.md").write_text(_markdown(data), encoding="utf-8")
-    draw_maps(found).save(path / "maps.png")
+    picture = io.BytesIO()
+    draw_maps(found).save(picture, "png")
+    files = {"report.json": (json.dumps(data, indent=1) + "\n").encode(), "report.md": _markdown(data).encode()}
+    files["maps.png"] = picture.getvalue()
+    publish({path / name: content for name, content in files.items()}, force=True)
     return data
 
 

@@ -19,20 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from attnctl.core.attach import attach
-from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.listing import find_sites
-from attnctl.data.clips import Clip, fit, open_clip
+from attnctl.data.clips import open_clip
 from attnctl.errors import ConfigError
-from attnctl.pipelines.editing.codec import check_pipeline, decode, encode, latent_factor
+from attnctl.pipelines.editing.codec import check_pipeline
 from attnctl.pipelines.editing.files import make_strip, output_files, parts_of, record_of, write
-from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert, running_on
+from attnctl.pipelines.editing.job import Job
 from attnctl.processors.editing.fatezero import FateZero
-from attnctl.processors.editing.fusion import frame_indices
-from attnctl.processors.editing.source import Offload, check_room
+from attnctl.processors.editing.source import Offload
 
 __all__ = ["Edited", "edit_video"]
 
@@ -140,7 +135,7 @@ def edit_video(
     rate = float(fps or clip.fps / every)
     call = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
     record = record_of(pipe, job, call, rate, model)
-    with parts_of(files, record) as parts, _bar(progress, 2 * steps * len(job.windows)) as tick:
+    with parts_of(files, record, job) as parts, _bar(progress, 2 * steps * len(job.windows)) as tick:
         report = ""
         for first in job.windows:
             if parts.has(first):
@@ -149,11 +144,11 @@ def edit_video(
                 continue
             before, after, report = job.run(first, call, offload, budget, folder, tick)
             parts.put(first, before, after)
-        strip = make_strip(parts, job)
-        record |= {"sha256": parts.digest(job), "command": command}
+        strip = make_strip(parts)
+        record |= {"sha256": parts.digest(), "command": command}
         if files:
-            write(files, parts, job, rate, record, strip, force)
-        whole = parts.whole(job) if keep else (None, None)
+            write(files, parts, rate, record, strip, force)
+        whole = parts.whole() if keep else (None, None)
     return Edited(whole[1], whole[0], rate, strip, record, report, next(iter(files), None))
 
 
@@ -178,85 +173,6 @@ def _edit_of(control: FateZero | None, fields: dict[str, Any]) -> FateZero:
             f"{', '.join(unknown) or 'nothing'}. Fields of FateZero: {', '.join(known)}."
         )
     return FateZero(**fields)
-
-
-class Job:
-    """One clip on its way through the model, window by window."""
-
-    def __init__(
-        self, pipe: Any, clip: Clip, chosen: range, edit: FateZero, steps: int, size: Any, window: int
-    ) -> None:
-        self.pipe, self.clip, self.chosen, self.edit, self.steps = pipe, clip, chosen, edit, steps
-        self.size, self.window = size, window
-        self.windows = range(0, len(chosen), window)
-        self.ddim = ddim_of(pipe.scheduler)
-        self.factor = latent_factor(pipe)
-
-    def frames(self, first: int) -> range:
-        """Return the frames of a window, counted in the clip as chosen."""
-        return range(first, min(first + self.window, len(self.chosen)))
-
-    def rows(self, first: int) -> list[int]:
-        """Return the frames that go through the model with a window: its own and those that they look at."""
-        total, own = len(self.chosen), self.frames(first)
-        looked = frame_indices(self.edit.keys, total)
-        return sorted({*own, *(f for i in own for f in looked[i])})
-
-    def read(self, rows: list[int]) -> np.ndarray:
-        """Read frames, brought to size."""
-        return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.factor)
-
-    def check(self, offload: Offload, budget: int | None, folder: str | Path | None) -> None:
-        """Refuse what cannot run, before anything runs."""
-        self.edit.resolve(find_sites(self.pipe.unet), family_of(self.pipe.unet))
-        self.edit.plan(self.pipe)
-        height, width = self.read([0]).shape[1:3]
-        self.height, self.width = height, width
-        rows = max(len(self.rows(first)) for first in self.windows)
-        h, w = height // self.factor, width // self.factor
-        self.bytes = estimate_bytes(self.pipe.unet, self.edit, rows, h, w, self.steps)[self.edit.store]
-        device = next(self.pipe.unet.parameters()).device
-        check_room(self.bytes, offload if self.edit.store != "recompute" else "none", device, budget, folder)
-
-    def run(
-        self, first: int, call: dict[str, Any], offload: Offload, budget: Any, folder: Any, tick: Callable[[], object]
-    ) -> tuple[np.ndarray, np.ndarray, str]:
-        """Invert and edit one window; return its source frames, its edited frames and the report."""
-        rows, pipe, n = self.rows(first), self.pipe, len(self.rows(first))
-        source = self.read(rows)
-        inversion = invert(
-            pipe,
-            encode(pipe, source),
-            control=self.edit,
-            steps=self.steps,
-            offload=offload,
-            folder=folder,
-            budget=budget,
-            rows=rows,
-            total=len(self.chosen),
-            step=tick,
-        )
-        with (
-            inversion,
-            torch.no_grad(),
-            running_on(pipe, self.ddim, tick) as options,
-            attach(pipe, dataclasses.replace(self.edit, inversion=inversion)) as handle,
-        ):
-            latents = pipe(
-                prompt=[self.edit.target] * n,
-                negative_prompt=[call["negative_prompt"]] * n,
-                guidance_scale=call["guidance_scale"],
-                latents=inversion.noise,
-                num_inference_steps=self.steps,
-                height=self.height,
-                width=self.width,
-                output_type="latent",
-                return_dict=False,
-                **options,
-            )[0]
-            report = handle.report() + f"\nsource: {self.edit.store}, {inversion.nbytes / 2**20:.2f} MiB a window"
-        own = [rows.index(i) for i in self.frames(first)]
-        return source[own], decode(pipe, latents[own]), report
 
 
 @contextlib.contextmanager

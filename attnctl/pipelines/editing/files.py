@@ -4,90 +4,106 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from PIL import Image
 
-from attnctl.data.clips import FileClip, mp4_bytes
+from attnctl.data.clips import ClipError, FileClip, mp4_bytes
 from attnctl.data.pictures import grid
+from attnctl.data.png import png_with_text
 from attnctl.data.provenance import hardware, versions
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import ConfigError
+from attnctl.pipelines.editing.job import Job
+from attnctl.plans.reading import Expected, open_tensors
 from attnctl.plans.writing import check_free, publish
-
-if TYPE_CHECKING:
-    from attnctl.pipelines.editing.edit import Job
 
 __all__ = ["Parts", "make_strip", "output_files", "parts_of", "record_of", "write"]
 
 _STRIP = 8  # frames shown before and after
 _MARK = "attnctl-edit"  # PNG text that holds the record
+_RECORD = Expected("the record of an edit", ConfigError, 16 << 20)
+_PART = Expected("a window of an edit that is done", ClipError)
 
 
 class Parts:
-    """Windows that are done: in memory, or in a folder beside the output."""
+    """Windows of a job that are done: in memory, or in a folder beside the output."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, job: Job, folder: Path | None) -> None:
+        self.job = job
         self.folder = folder
-        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def _path(self, first: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{first:06d}.safetensors"
 
     def has(self, first: int) -> bool:
-        return first in self.kept or (self.folder is not None and self._path(first).exists())
+        return first in self.windows or (self.folder is not None and self._path(first).exists())
 
     def put(self, first: int, before: np.ndarray, after: np.ndarray) -> None:
+        from safetensors.numpy import save
+
         if self.folder is None:
-            self.kept[first] = before, after
+            self.windows[first] = before, after
             return
-        draft = self._path(first).with_suffix(".tmp")
-        save_file({"before": np.ascontiguousarray(before), "after": after}, draft)
-        draft.replace(self._path(first))
+        content = save({"before": np.ascontiguousarray(before), "after": np.ascontiguousarray(after)})
+        publish({self._path(first): content}, force=True)
 
     def get(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.folder is None:
-            return self.kept[first]
-        with safe_open(self._path(first), "numpy") as file:
-            return file.get_tensor("before"), file.get_tensor("after")
+        """Return the frames of a window before and after.
 
-    def frames(self, job: Job) -> Iterator[np.ndarray]:
+        Raises:
+            ClipError: What an earlier run left is damaged.
+        """
+        if self.folder is None:
+            return self.windows[first]
+        path = self._path(first)
+        cure = f"Delete the folder {self.folder.name}: its windows are computed again."
+        shape = [len(self.job.frames(first)), self.job.height, self.job.width, 3]
+        with open_tensors(path, _PART, cure=cure) as file:
+            if set(file.keys()) != {"before", "after"}:
+                raise ClipError(f"{path.name} is no window of an edit. {cure}")
+            for side in ("before", "after"):
+                part = file.get_slice(side)
+                if part.get_dtype() != "U8" or list(part.get_shape()) != shape:
+                    given = f"{part.get_dtype()} {list(part.get_shape())}"
+                    raise ClipError(f"{path.name} is damaged: {side} is {given}, expected U8 {shape}. {cure}")
+            return file.get_tensor("before").numpy(), file.get_tensor("after").numpy()
+
+    def frames(self) -> Iterator[np.ndarray]:
         """Yield the edited frames, one window in memory at a time."""
-        for first in job.windows:
+        for first in self.job.windows:
             yield from self.get(first)[1]
 
-    def whole(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all frames, before and after."""
-        pairs = [self.get(first) for first in job.windows]
+        pairs = [self.get(first) for first in self.job.windows]
         return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 
-    def digest(self, job: Job) -> str:
+    def digest(self) -> str:
         """Hash the edited frames."""
-        found = hashlib.sha256()
-        for frame in self.frames(job):
-            found.update(frame.tobytes())
-        return found.hexdigest()
+        total = hashlib.sha256()
+        for frame in self.frames():
+            total.update(frame.tobytes())
+        return total.hexdigest()
 
 
 @contextlib.contextmanager
-def parts_of(files: list[Path], record: dict[str, Any]) -> Iterator[Parts]:
+def parts_of(files: list[Path], record: dict[str, Any], job: Job) -> Iterator[Parts]:
     """Give a place for windows that are done: what an earlier run of the same job left is taken up again."""
     if not files:
-        yield Parts(None)
+        yield Parts(job, None)
         return
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     folder = files[0].parent / f".{files[0].name}.{mark}.parts"
     folder.mkdir(parents=True, exist_ok=True)
-    yield Parts(folder)
+    yield Parts(job, folder)
     # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
     for left in folder.parent.iterdir():
         if left.name.startswith(f".{files[0].name}.") and left.name.endswith(".parts"):
@@ -110,22 +126,20 @@ def output_files(out: str | Path | None, frames: int, force: bool) -> list[Path]
     return files
 
 
-def write(
-    files: list[Path], parts: Parts, job: Job, fps: float, record: dict[str, Any], strip: Image.Image, force: bool
-) -> None:
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+def write(files: list[Path], parts: Parts, fps: float, record: dict[str, Any], strip: Image.Image, force: bool) -> None:
+    text = json.dumps(record, allow_nan=False)
     path, beside, picture = files
     made = {beside: json.dumps(record, indent=2, allow_nan=False).encode() + b"\n", picture: _png(strip, text)}
     if path.suffix.lower() == ".mp4":
-        made = {path: mp4_bytes(parts.frames(job), fps, text), **made}
+        made = {path: mp4_bytes(parts.frames(), fps, text), **made}
     elif path.suffix.lower() == ".png":
-        made = {path: _png(Image.fromarray(next(parts.frames(job))), text), **made}
+        made = {path: _png(Image.fromarray(next(parts.frames())), text), **made}
     else:
-        for i, frame in enumerate(parts.frames(job)):
+        for i, frame in enumerate(parts.frames()):
             made[path / f"{i:05d}.png"] = _png(Image.fromarray(frame), text)
     publish(made, force=force)
     if path.is_dir():
-        _remove_older(path, len(job.chosen))
+        _remove_older(path, len(parts.job.chosen))
 
 
 def _remove_older(folder: Path, count: int) -> None:
@@ -139,15 +153,12 @@ def _remove_older(folder: Path, count: int) -> None:
 
 
 def _png(image: Image.Image, text: str) -> bytes:
-    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_text(_MARK, text, zip=True)
-    image.save(buffer, "png", pnginfo=info)
-    return buffer.getvalue()
+    return png_with_text(image, _MARK, text, _RECORD)
 
 
-def make_strip(parts: Parts, job: Job) -> Image.Image:
+def make_strip(parts: Parts) -> Image.Image:
     """Lay some frames of the source over the same frames of the edit."""
-    n = len(job.chosen)
+    job, n = parts.job, len(parts.job.chosen)
     shown = sorted({round(i * (n - 1) / max(1, min(n, _STRIP) - 1)) for i in range(min(n, _STRIP))})
     pairs = [(i, parts.get(i // job.window * job.window)) for i in shown]
     images: list[Image.Image | None] = [

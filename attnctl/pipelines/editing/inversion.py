@@ -24,6 +24,7 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.data.clips import open_clip
+from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError, window
 from attnctl.pipelines.editing.codec import check_pipeline, encode, latent_factor
 from attnctl.processors.editing.align import follow_table
@@ -115,24 +116,19 @@ def running_on(pipe: Any, scheduler: Any, step: Callable[[], object] | None = No
     Yields:
         Further arguments of the pipeline's call.
     """
-    missing = object()
-    held, bar = pipe.scheduler, vars(pipe).get("_progress_bar_config", missing)
+    before = pipe.scheduler
 
     def report(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step is not None:
             step()
         return tensors
 
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield {"callback_on_step_end": report}
-    finally:
-        pipe.scheduler = held
-        if bar is missing:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
+    with without_bar(pipe):
+        pipe.scheduler = scheduler
+        try:
+            yield {"callback_on_step_end": report}
+        finally:
+            pipe.scheduler = before
 
 
 @dataclass(frozen=True, kw_only=True)

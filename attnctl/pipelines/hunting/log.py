@@ -18,11 +18,16 @@ from typing import Any
 import torch
 
 from attnctl.errors import AttnctlError, PlanError
+from attnctl.plans.reading import Expected, check_regular, parse_json, read_json
 
 __all__ = ["HuntLog", "LogError", "fingerprint_of", "key_of"]
 
 SCHEMA = 1
 _HEADER = "hunt.json"
+_CURE = "Delete that file: its pictures are generated again, the others are kept."
+_EXPECTED = Expected("the header of a search log", PlanError, 4 << 20)
+_MARKS = Expected("marks of a search log", PlanError, 256 << 20)
+_LINE = Expected("a line of marks", PlanError, 1 << 20)
 
 
 class LogError(AttnctlError):
@@ -73,12 +78,7 @@ class HuntLog:
             draft = path.with_name(f".{_HEADER}.{os.getpid()}")
             draft.write_text(json.dumps({"schema": SCHEMA, **self._about}, indent=1), encoding="utf-8")
             os.replace(draft, path)  # processes that start together write the same
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise PlanError(f"{path.name} is not JSON: it is damaged. Choose another folder for the log.") from None
-        if not isinstance(held, dict) or held.get("schema") != SCHEMA:
-            raise PlanError(f"{path.name} is no search log of schema {SCHEMA}: choose another folder for the log.")
+        held = read_json(path, _EXPECTED, schema=SCHEMA)
         for name, value in self._about.items():
             if held.get(name) != value:
                 other = "plan" if name in ("plan", "objective") else "model"
@@ -86,6 +86,20 @@ class HuntLog:
                     f"The log in {self.folder.name} belongs to another {other}: "
                     f"{_difference(name, held.get(name), value)}. Choose another folder, or search as before."
                 )
+
+    def marks(self, key: str, count: int) -> list[float]:
+        """Return the marks of a record.
+
+        Raises:
+            PlanError: The log holds more or fewer for it than were asked for.
+        """
+        marks: list[float] = self.records[key]["marks"]
+        if len(marks) != count:
+            raise PlanError(
+                f"The log holds {len(marks)} marks under {key}, and {count} are needed: it is damaged. Choose another "
+                "folder for the log."
+            )
+        return marks
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Keep a record; when this returns it survives a kill.
@@ -137,7 +151,7 @@ class HuntLog:
 def _create(folder: Path, rank: int) -> int:
     for n in range(1_000_000):
         try:
-            return os.open(folder / f"marks-{rank:03d}-{n:03d}.jsonl", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            return os.open(folder / f"marks-{rank:03d}-{n:03d}.jsonl", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             continue
     raise OSError("too many files")
@@ -149,22 +163,33 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         PlanError: A line that is not the last one is damaged.
     """
-    *lines, _torn = path.read_bytes().split(b"\n")
     found = []
-    for i, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            marks = record["marks"]
-            whole = isinstance(record["key"], str) and isinstance(marks, list)
-        except (ValueError, KeyError, TypeError):
-            whole, marks = False, []
-        if not whole or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in marks):
-            raise PlanError(
-                f"Line {i + 1} of {path.name} is damaged. Delete that file: its pictures are generated again, the "
-                "others are kept."
-            )
-        found.append(record)
+    size = check_regular(path, _MARKS).st_size
+    if size > _MARKS.limit:
+        raise PlanError(f"{path.name} holds {size} bytes; a file of marks has at most {_MARKS.limit}. {_CURE}")
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_LINE.limit + 1):
+            number += 1
+            if not line.endswith(b"\n"):
+                if len(line) > _LINE.limit:
+                    raise PlanError(f"Line {number} of {path.name} is damaged: it does not end. {_CURE}")
+                break  # a kill left it unfinished
+            found.append(_record(line, f"Line {number} of {path.name}"))
     return found
+
+
+def _record(line: bytes, name: str) -> dict[str, Any]:
+    """Check one line of marks: an object with a key and finite numbers."""
+    try:
+        record = parse_json(line, name, _LINE)
+    except PlanError:
+        record = None
+    if isinstance(record, dict) and isinstance(record.get("key"), str) and isinstance(record.get("marks"), list):
+        marks = record["marks"]
+        if all(type(x) in (int, float) and math.isfinite(x) for x in marks):
+            return {**record, "marks": [float(x) for x in marks]}
+    raise PlanError(f"{name} is damaged. {_CURE}")
 
 
 def _difference(name: str, held: Any, asked: Any) -> str:

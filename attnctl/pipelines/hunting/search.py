@@ -185,7 +185,7 @@ class _Search:
         todo = [(key_of("marks", unit.rows), unit) for unit in work]
         for key, unit in todo:
             if key in self.log.records:
-                self.learn(unit, self.log.records[key]["marks"])
+                self.learn(unit, self.log.marks(key, len(unit.rows)))
         missing = [(key, unit) for key, unit in todo if key not in self.log.records]
         for key, unit in missing[self.crew.rank :: self.crew.size]:
             images = draw(self.pipe, self.plan, unit.rows)
@@ -197,7 +197,7 @@ class _Search:
             self.learn(unit, marks)
         self.log.merge(self.crew.share)
         for key, unit in missing:
-            self.learn(unit, self.log.records[key]["marks"])
+            self.learn(unit, self.log.marks(key, len(unit.rows)))
 
     def learn(self, unit: Unit, marks: Sequence[float]) -> None:
         fresh = [row for row in unit.rows if row not in self.marks]
@@ -223,7 +223,7 @@ class _Search:
         return {
             (site, h): value
             for key, site, heads in todo
-            for h, value in zip(heads, self.log.records[key]["marks"], strict=True)
+            for h, value in zip(heads, self.log.marks(key, len(heads)), strict=True)
         }
 
     def kept(self, change: Mapping[Head, float]) -> tuple[Head, ...]:
