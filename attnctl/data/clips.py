@@ -1,6 +1,7 @@
 """Reading and writing clips: video files, folders of frames and single images, in uint8 RGB.
 
-OpenCV reads, frame by frame, so that a long clip is never in memory whole; PyAV writes H.264 in MP4 with a comment.
+OpenCV reads videos, frame by frame, so that a long clip is never in memory whole, and Pillow pictures and animations;
+PyAV writes H.264 in MP4 with a comment.
 """
 
 from __future__ import annotations
@@ -13,15 +14,33 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from attnctl.data.files import natural
+from attnctl.data.picture_files import SUFFIXES, PictureFile, check_pixels, is_picture, read_picture, upright
 from attnctl.errors import AttnctlError, ConfigError
+from attnctl.plans.reading import Expected, check_regular
 
 __all__ = ["ArrayClip", "Clip", "ClipError", "FileClip", "fit", "mp4_bytes", "open_clip"]
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_HEAD = 1024  # bytes that tell a format
+_MOST_FRAMES = 1_000_000
+_CONTAINERS = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"\0\0\x01\xba", b"\0\0\x01\xb3",  # MPEG program and video streams
+    b"FLV\x01", b"OggS", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF, WMV
+)  # fmt: skip
+_STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif")
+_CODEC_NAMES = (
+    "h264 avc1 avc3 x264 hevc hvc1 hev1 h265 x265 vp80 vp90 vp08 vp09 av01 mp4v fmp4 xvid divx dx50 mp42 mp43 div3 "
+    "mjpg jpeg mpg1 mpg2 mp1v mp2v m2v1 pim1 ap4h ap4x apch apcn apcs apco ffv1 ffvh hfyu mpng png theo wmv1 wmv2 "
+    "wmv3 wvc1 flv1 h263 s263 vp6f dvsd dvc dvcp avdn avdh raw i420 yv12 yuy2 uyvy rgba bgr0 cfhd svq3 "
+)
 
 
 class ClipError(AttnctlError):
     """A video cannot be read or written."""
+
+
+_EXPECTED = Expected("a video, an image or a folder of images", ClipError)
 
 
 class Clip:
@@ -51,7 +70,7 @@ class ArrayClip(Clip):
 
 
 class FileClip(Clip):
-    """Frames of a video file, a folder of images, or one image.
+    """Frames of a video file, an animation, a folder of images in natural order, or one image.
 
     Raises:
         ClipError: Nothing is there, or nothing that can be read.
@@ -59,26 +78,36 @@ class FileClip(Clip):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise ClipError(f"There is no video {self.path}.")
         self.fps = 8.0
         self._video: cv2.VideoCapture | None = None
+        self._moving: PictureFile | None = None
+        self._files: list[Path] = []
         self._at = 0
         if self.path.is_dir():
-            self._files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in _IMAGES)
+            self._files = _frames_in(self.path)
+            self.count = len(self._files)
+            return
+        check_regular(self.path, _EXPECTED)
+        head = read_head(self.path)
+        if is_picture(head):
+            self._moving = PictureFile(self.path, ClipError)
+            self.count = self._moving.count
+            self.fps = self._moving.fps or self.fps
         else:
-            self._files = [self.path] if self.path.suffix.lower() in _IMAGES else []
-        if self.path.is_dir() and not self._files:
-            raise ClipError(f"The folder {self.path} holds no images ({', '.join(_IMAGES)}).")
-        self.count = len(self._files) or self._open()
+            _check_container(self.path, head)
+            self.count = self._open()
 
     def _open(self) -> int:
         """Open the video and count its frames, since containers' own counts may be wrong."""
         video = self._reopen()
+        width, height = (int(video.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if video.isOpened():
+            check_pixels(width, height, self.path.name, ClipError)
+            _check_codec(self.path, int(video.get(cv2.CAP_PROP_FOURCC)))
         rate = video.get(cv2.CAP_PROP_FPS)
         self.fps = float(rate) if 0 < rate < 1000 else self.fps
         count = 0
-        while video.grab():
+        while count < _MOST_FRAMES and video.grab():
             count += 1
         if not count:
             raise ClipError(f"{self.path.name} has no frame that can be read: it is no video, damaged or empty.")
@@ -87,19 +116,24 @@ class FileClip(Clip):
 
     def _reopen(self) -> cv2.VideoCapture:
         self.close()
-        self._video, self._at = cv2.VideoCapture(str(self.path)), 0
+        # An absolute path is never taken for an address or a pattern of names, and only FFmpeg's readers are asked.
+        self._video, self._at = cv2.VideoCapture(str(self.path.resolve()), cv2.CAP_FFMPEG), 0
         return self._video
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        found = {i: self._image(self._files[i]) if self._files else self._frame(i) for i in sorted(set(indices))}
-        sizes = sorted({f.shape[:2] for f in found.values()})
+        frames = {i: self._frame(i) for i in sorted(set(indices))}
+        sizes = sorted({f.shape[:2] for f in frames.values()})
         if len(sizes) > 1:
             raise ClipError(
                 f"The frames in {self.path.name} differ in size: {sizes[0]} and {sizes[1]} (rows, columns)."
             )
-        return np.stack([found[i] for i in indices])
+        return np.stack([frames[i] for i in indices])
 
     def _frame(self, index: int) -> np.ndarray:
+        if self._files:
+            return np.asarray(read_picture(self._files[index], ClipError))
+        if self._moving is not None:
+            return np.asarray(self._moving.read(index))
         video = self._video
         if video is None or self._at > index:
             video = self._reopen()
@@ -112,18 +146,60 @@ class FileClip(Clip):
         self._at += 1
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
-    def _image(self, path: Path) -> np.ndarray:
-        data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-        if image is None:
-            raise ClipError(f"{path.name} is not an image that can be read.")
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
     def close(self) -> None:
         """Let go of the file."""
         if self._video is not None:
             self._video.release()
             self._video = None
+
+
+def _frames_in(folder: Path) -> list[Path]:
+    """List the images of a folder in natural order, without hidden ones such as the `._frame_1.png` of macOS."""
+    names = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    files = sorted((p for p in names if not p.is_dir()), key=natural)
+    if not files:
+        raise ClipError(f"The folder {folder} holds no images ({', '.join(SUFFIXES)}).")
+    for path in files:
+        check_regular(path, _EXPECTED)
+    return files
+
+
+def read_head(path: Path) -> bytes:
+    """Return the first bytes of a regular file, by which formats are told apart."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD)
+    except OSError as error:
+        raise ClipError(f"{path.name} cannot be read: {error.strerror or error}.") from None
+
+
+def _check_container(path: Path, head: bytes) -> None:
+    """Raise ClipError unless the first bytes are those of a video that holds its own frames.
+
+    Playlists and scripts name other files, and would be followed to them under any ending.
+    """
+    boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        raise ClipError(f"{path.name} is a HEIF or AVIF picture, which is not read: convert it to PNG or JPEG.")
+    own = (
+        head[4:8] in boxes
+        or head.startswith(_CONTAINERS)
+        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+        or any(head[first:][:1] == head[second:][:1] == b"G" for first, second in ((0, 188), (4, 196)))  # MPEG-TS
+    )
+    if not own:
+        raise ClipError(
+            f"{path.name} is no video that is read: expected MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, Ogg or ASF, an "
+            "image, or a folder of images."
+        )
+
+
+def _check_codec(path: Path, fourcc: int) -> None:
+    name = fourcc.to_bytes(4, "little", signed=fourcc < 0).decode("latin-1").strip("\0 ").lower()
+    if name and name not in _CODEC_NAMES.split():
+        raise ClipError(
+            f"{path.name} is compressed by {name!r}, which is not read: expected H.264, HEVC or VP9, for example."
+        )
 
 
 def open_clip(video: object, fps: float = 8.0) -> Clip:
@@ -142,7 +218,7 @@ def open_clip(video: object, fps: float = 8.0) -> Clip:
     if not isinstance(video, np.ndarray):
         if not isinstance(video, Sequence):
             raise ConfigError(f"A video is a path, an array, an image or a list of images, got {type(video).__name__}.")
-        parts = [np.asarray(f.convert("RGB")) if hasattr(f, "convert") else np.asarray(f) for f in video]
+        parts = [np.asarray(upright(f) if hasattr(f, "convert") else f) for f in video]
         sizes = sorted({p.shape for p in parts})
         if len(sizes) != 1:
             raise ConfigError(f"Frames must be of one size, and there must be one at least; got {sizes or 'none'}.")

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from attnctl.core.attach import attach
 from attnctl.data.maps import WordMaps
+from attnctl.data.picture_files import upright
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.processors.capture.capture import Capture
@@ -73,7 +75,7 @@ def image_maps(
     # The bar would count steps that are passed over.
     with without_bar(host), attach(host, capture) as handle:
         host(
-            image=image,
+            image=upright(image) if isinstance(image, Image.Image) else image,
             strength=strength,
             num_inference_steps=_STEPS,
             num_images_per_prompt=draws,

@@ -155,14 +155,13 @@ class Maps(Common):
 
     def _opened(self) -> Image.Image:
         """Read the picture, at --width and --height where they were given."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
+
+        from attnctl.data.picture_files import check_pixels, read_picture
 
         assert self.image is not None
-        try:
-            with Image.open(self.image) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise UsageError(f"--image {self.image} cannot be read: {error!s:.120}.") from None
+        image = read_picture(self.image, UsageError)
+        check_pixels(self.width or image.width, self.height or image.height, "The picture at that size", UsageError)
         return image.resize((self.width or image.width, self.height or image.height), Image.Resampling.LANCZOS)
 
     def _make(self, controls: Any, captures: Any, command: str) -> tuple[list[dict[str, Any]], str]:

@@ -5,6 +5,7 @@ They stand apart from `BroadWay`, which makes a `Motion`, so that `Motion` can r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -16,6 +17,7 @@ from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.registry import knob
 from attnctl.core.sites import Site
+from attnctl.data.picture_files import read_picture, upright
 from attnctl.errors import ConfigError, SiteError, number, whole
 from attnctl.kernels.temporal import Interpolation
 
@@ -134,13 +136,9 @@ def _checked_mask(mask: Any) -> tuple[tuple[float, ...], ...]:
     from PIL import Image
 
     if isinstance(mask, (str, bytes)) or hasattr(mask, "__fspath__"):
-        try:
-            with Image.open(mask) as image:
-                mask = image.convert("L")
-        except OSError as error:
-            raise ConfigError(f"BroadWay: the mask {mask!r} cannot be read as a picture: {error}.") from None
+        mask = read_picture(os.fsdecode(mask), ConfigError)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"), np.float32) / 255
+        mask = np.asarray(upright(mask).convert("L"), np.float32) / 255
     try:
         values: Any = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask, np.float32)
     except (TypeError, ValueError, OverflowError):
