@@ -79,7 +79,7 @@ def test_points_and_joint_attention() -> None:
     [
         ({"strength": 0.0}, "strength=0.0 is the noise level"),
         ({"strength": 1.5}, "strength=1.5"),
-        ({"draws": 0}, "draws=0"),
+        ({"draws": 0}, "draws is a whole number"),
         ({"capture": Capture(keep=("steps",))}, "runs one step"),
         ({"capture": Capture(start=0.5)}, "runs one step"),
         ({"capture": Capture(words=("dog",))}, "'dog' is not in the prompt"),

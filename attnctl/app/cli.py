@@ -24,6 +24,7 @@ from attnctl.app.commands.sites import Sites
 from attnctl.app.commands.ui import Ui
 from attnctl.data.provenance import command_line
 from attnctl.errors import AttnctlError
+from attnctl.plans.hub import fetching
 
 __all__ = ["main"]
 
@@ -67,7 +68,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # help, or a usage error that has been explained on stderr
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        result: Result = chosen.run(command_line(["attnctl", *args]))
+        with fetching(
+            getattr(chosen, "fetch", False)
+        ):  # --model names what the user wants; controls and records do not
+            result: Result = chosen.run(command_line(["attnctl", *args]))
         if result.data is not None:  # of several processes, one has the result
             text = json.dumps(result.data, indent=2, allow_nan=False) if chosen.json else result.text
             print(text, flush=True)

@@ -109,9 +109,10 @@ def _match(sites: Sequence[Site], part: Any, what: str) -> tuple[list[Site], boo
             raise SiteError(f"{what}: depth {part} is out of range: the model has depths 0 to {depths - 1}.")
         return matched, False
     if isinstance(part, (range, slice)):
-        wanted = set(range(depths)[part]) if isinstance(part, slice) else set(part)
+        wanted = range(depths)[part] if isinstance(part, slice) else part
         matched = [s for s in sites if s.depth in wanted]
-        if not matched or (isinstance(part, range) and not wanted <= set(range(depths))):
+        # A range is never unrolled: its ends say whether it leaves the depths, however many numbers it has.
+        if not matched or min(wanted[0], wanted[-1]) < 0 or max(wanted[0], wanted[-1]) >= depths:
             raise SiteError(f"{what}: {part} leaves the model's depths 0 to {depths - 1}.")
         return matched, False
     exact = [s for s in sites if s.name == part]

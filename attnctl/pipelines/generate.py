@@ -17,6 +17,7 @@ from attnctl.data.quiet import without_bar
 from attnctl.data.record import Record, RecordError, pixels_sha256
 from attnctl.data.specs import control_from_dict, control_to_dict
 from attnctl.errors import ConfigError, UnsupportedModelError, nearest
+from attnctl.pipelines.bounds import MOST, check_pixels_asked, check_wholes
 from attnctl.pipelines.models import Loaded
 
 __all__ = ["Call", "Sampled", "differences", "makes_videos", "sample", "sample_again"]
@@ -78,6 +79,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     import attnctl
     from attnctl.processors import Capture
 
+    _check_sizes(call)
     pipe = loaded.pipe
     acting = tuple(c for c in call.controls if not isinstance(c, Capture))  # a record holds what made the image
     controls = tuple(control_to_dict(control) for control in acting)
@@ -138,6 +140,7 @@ def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = la
     import torch
 
     pipe = loaded.pipe
+    check_wholes({"threads": max(1, record.threads)}, RecordError, "the record's ")
     if type(pipe).__name__ != record.pipeline:
         raise RecordError(f"The record was made with {record.pipeline}, but {loaded.name} is a {type(pipe).__name__}.")
     if _scheduler_config(pipe.scheduler) != record.scheduler:
@@ -173,6 +176,15 @@ def differences(before: Record, after: Record) -> dict[str, tuple[str, str]]:
     for name in ("revision", "device", "dtype", "threads", "hardware", "sites"):
         found[name] = str(getattr(before, name)), str(getattr(after, name))
     return {name: (a, b) for name, (a, b) in found.items() if a != b}
+
+
+def _check_sizes(call: Call) -> None:
+    """Raise ConfigError for a call that no machine should begin."""
+    check_wholes({"steps": call.steps, "width": call.width, "height": call.height}, ConfigError)
+    check_wholes({"num": len(call.prompts)}, ConfigError)
+    check_pixels_asked(call.width, call.height, ConfigError)
+    if call.guidance is not None and not math.isfinite(call.guidance):
+        raise ConfigError(f"guidance={call.guidance!r} is no finite number.")
 
 
 def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -262,11 +274,20 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise RecordError(f"The record's scheduler {name!r} is not one of diffusers' schedulers.")
+        raise RecordError(f"The record's scheduler {name!r:.80} is not one of diffusers' schedulers.")
+    for key, value in config.items():
+        if isinstance(value, int) and abs(value) > MOST["num_train_timesteps"]:
+            raise RecordError(
+                f"The record's scheduler has {key}={value}; expected {MOST['num_train_timesteps']} at most."
+            )
     infinite = {text: value for value, text in _INFINITE.items()}
     options = {
         key: infinite.get(value, value) if isinstance(value, str) else value
         for key, value in config.items()
         if not key.startswith("_")
     }
-    return cls.from_config(options)  # type: ignore[attr-defined]
+    try:
+        return cls.from_config(options)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever comes of values that it never had
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(f"The record's scheduler {name} cannot be made ({reason}): the record is damaged.") from None

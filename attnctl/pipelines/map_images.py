@@ -17,6 +17,7 @@ from attnctl.data.maps import WordMaps
 from attnctl.data.picture_files import upright
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.pipelines.bounds import check_whole
 from attnctl.processors.capture.capture import Capture
 
 __all__ = ["image_maps"]
@@ -60,8 +61,7 @@ def image_maps(
     """
     if isinstance(strength, bool) or not 1 / _STEPS <= strength <= 1:
         raise ConfigError(f"strength={strength!r} is the noise level: give a number from {1 / _STEPS} to 1.")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ConfigError(f"draws={draws!r}: give a whole number of noises, 1 or more.")
+    check_whole("draws", draws, ConfigError)
     if capture is None:
         capture = Capture()
     if "steps" in capture.keep or capture.start > 0 or capture.stop < 1:

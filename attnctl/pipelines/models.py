@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 import sys
 import warnings
@@ -15,11 +14,16 @@ from typing import Any
 
 from attnctl.data.provenance import fingerprint
 from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError
+from attnctl.plans import hub
+from attnctl.plans.reading import Expected, read_json
 
-__all__ = ["SHIPPED", "Loaded", "device_and_dtype", "load", "load_denoiser"]
+__all__ = ["SHIPPED", "Loaded", "check_folder", "device_and_dtype", "load", "load_denoiser"]
 
 SHIPPED = "shapes:"
 _DTYPES = ("float32", "float16", "bfloat16")
+_LIBRARIES = ("diffusers", "transformers")
+_CONFIG = Expected("a model's configuration", UnsupportedModelError)
+_LARGEST, _MOST_LAYERS = 1 << 22, 1000
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,18 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, st
     return device, dtype
 
 
-def load(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Loaded:
+def load(
+    name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32", recorded: bool = False
+) -> Loaded:
     """Load a pipeline.
+
+    Args:
+        name: "shapes:text2image", a Hub id, or a local folder.
+        revision: Commit or branch of a Hub model.
+        device: Where it runs.
+        dtype: How precisely.
+        recorded: The name comes from a record, which somebody else may have written: it is never that of a local
+            folder, and is looked up in the network only where `attnctl.plans.hub.fetching` allows it.
 
     Raises:
         AttnctlError: it cannot be had; the message says why.
@@ -72,16 +86,69 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", dtype: 
 
     from diffusers import DiffusionPipeline
 
+    local = not recorded and Path(name).is_dir()
     with _explained(name), _calm():
-        folder = Path(name)
-        if folder.is_dir() and revision is not None:
+        if local and revision is not None:
             raise ConfigError(f"{name} is a local folder and has no revision; got {revision!r}.")
-        if not folder.is_dir():
-            folder = Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+        folder = Path(name) if local else _downloaded(name, revision, fetch=not recorded or hub.may_fetch())
+        check_folder(folder)
         pipe = DiffusionPipeline.from_pretrained(
             str(folder), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
         )
-    return Loaded(pipe.to(device), *_identity(name, folder))
+    return Loaded(pipe.to(device), *_identity(name, folder, local))
+
+
+def _downloaded(name: str, revision: str | None, *, fetch: bool) -> Path:
+    """Return the folder of a Hub model, fetched where that is allowed."""
+    from diffusers import DiffusionPipeline
+
+    if not hub.HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"Cannot load {name!r}: it is neither here nor a hub id. Expected 'shapes:text2image', a hub id such as "
+            "'stabilityai/stable-diffusion-xl-base-1.0', or a local folder with a model_index.json."
+        )
+    if fetch:
+        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        raise ConfigError(
+            f"The record names the Hub model {name!r}, which is not on this machine, and nothing is fetched unasked: "
+            "give --fetch, or say with --model where it is."
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model's folder that would run code of its own when it is loaded.
+
+    Raises:
+        UnsupportedModelError: A Python file lies beside its configurations, or a part comes from a library that is
+            neither diffusers nor transformers.
+    """
+    import diffusers.pipelines
+
+    scripts = sorted(p for depth in ("*.py", "*/*.py") for p in folder.glob(depth))
+    if scripts:
+        raise UnsupportedModelError(
+            f"The model {folder.name} brings code of its own ({scripts[0].relative_to(folder)}), which is never run: "
+            "expected configurations and safetensors alone. Remove it, or use another copy of the model."
+        )
+    index = read_json(folder / "model_index.json", _CONFIG)
+    parts = index.items() if isinstance(index, dict) else ()
+    own_class = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(own_class, str) or not hasattr(diffusers, own_class):
+        raise UnsupportedModelError(f"The model {folder.name} is a {own_class!r:.80}, which diffusers does not have.")
+    for part, where in parts:
+        if isinstance(where, list) and where and where[0] is not None:
+            library = where[0]
+            if library not in _LIBRARIES and not (isinstance(library, str) and hasattr(diffusers.pipelines, library)):
+                raise UnsupportedModelError(
+                    f"The {part!s:.40} of the model {folder.name} comes from {library!r:.80}; expected "
+                    f"{' or '.join(_LIBRARIES)}. No other code is loaded for a model."
+                )
 
 
 def load_denoiser(name: str, *, revision: str | None = None) -> Any:
@@ -97,20 +164,37 @@ def load_denoiser(name: str, *, revision: str | None = None) -> Any:
     import torch
 
     with _explained(name):
-        parts = json.loads(_config_file(name, "model_index.json", revision).read_text(encoding="utf-8"))
+        parts = read_json(_config_file(name, "model_index.json", revision), _CONFIG)
         part = next((p for p in ("unet", "transformer") if isinstance(parts.get(p), list)), None)
         if part is None:
             found = ", ".join(k for k in parts if not k.startswith("_"))
             raise UnsupportedModelError(f"{name} has no `unet` and no `transformer`; its parts are {found}.")
         library, class_name = parts[part]
         cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
-        if cls is None or not hasattr(cls, "from_config"):
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
             raise UnsupportedModelError(
                 f"The {part} of {name} is {library}.{class_name}, which diffusers does not have."
             )
-        config = json.loads(_config_file(name, f"{part}/config.json", revision).read_text(encoding="utf-8"))
+        config = read_json(_config_file(name, f"{part}/config.json", revision), _CONFIG)
+        _check_sizes(name, config)
         with torch.device("meta"):
-            return cls.from_config(config)
+            return cls.from_config(config)  # type: ignore[attr-defined]
+
+
+def _check_sizes(name: str, config: Any) -> None:
+    """Raise UnsupportedModelError for a configuration that would build for hours."""
+    if not isinstance(config, dict):
+        raise UnsupportedModelError(f"The configuration of {name} is no JSON object.")
+    for key, value in config.items():
+        for n in value if isinstance(value, list) else (value,):
+            if isinstance(n, int) and abs(n) > _LARGEST:
+                raise UnsupportedModelError(f"The configuration of {name} has {key}={n}; expected at most {_LARGEST}.")
+        if "layers" in key or "blocks" in key or "depth" in key:
+            most = max((n for n in (value if isinstance(value, list) else [value]) if type(n) is int), default=0)
+            if most > _MOST_LAYERS:
+                raise UnsupportedModelError(
+                    f"The configuration of {name} has {key}={most}; expected at most {_MOST_LAYERS}."
+                )
 
 
 def _config_file(name: str, path: str, revision: str | None) -> Path:
@@ -121,9 +205,9 @@ def _config_file(name: str, path: str, revision: str | None) -> Path:
     return Path(hf_hub_download(name, path, revision=revision))
 
 
-def _identity(name: str, folder: Path) -> tuple[str, str | None]:
+def _identity(name: str, folder: Path, local: bool) -> tuple[str, str | None]:
     """Return the name and the revision that a record keeps: never where a folder lies on this machine."""
-    if Path(name).is_dir():
+    if local:
         return Path(name).resolve().name, fingerprint(folder)
     return name, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
 

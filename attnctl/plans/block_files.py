@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnctl.errors import PlanError
 from attnctl.plans import hub
-from attnctl.plans.reading import Expected, open_tensors, read_json
+from attnctl.plans.reading import Expected, check_unsealed, open_tensors, read_json
 from attnctl.plans.writing import publish
 
 __all__ = ["JSON", "read_masks", "write_masks"]
@@ -86,6 +86,7 @@ def read_masks(
     Raises:
         PlanError: A file is missing, damaged, hostile or of another schema.
     """
+    check_unsealed(_EXPECTED)
     folder = Path(path_or_repo)
     if not folder.is_dir():
         folder = hub.find(str(path_or_repo), (JSON, _MASKS), "a block plan", revision)

@@ -12,17 +12,29 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from attnctl.errors import AttnctlError
 
-__all__ = ["Expected", "check_regular", "check_schema", "open_tensors", "parse_json", "read_bytes", "read_json"]
+__all__ = [
+    "Expected",
+    "check_regular",
+    "check_schema",
+    "check_unsealed",
+    "open_tensors",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "sealed",
+]
 
 _DEPTH = 50  # levels of lists and objects: no file of the package has ten
 _DIGITS = 25  # of a whole number: seeds and byte counts have at most 20
 _HEADER = 16 << 20  # bytes of a safetensors header
+_SEALED: ContextVar[str] = ContextVar("attnctl_sealed", default="")
 _NODE_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -41,8 +53,25 @@ class Expected:
     limit: int = 16 << 20
 
 
+@contextlib.contextmanager
+def sealed(reason: str) -> Iterator[None]:
+    """Refuse inside the block to read any file, for a reason: what is parsed there names files of this machine."""
+    token = _SEALED.set(reason)
+    try:
+        yield
+    finally:
+        _SEALED.reset(token)
+
+
+def check_unsealed(expected: Expected) -> None:
+    """Raise the expected error where files may not be read: see `sealed`."""
+    if _SEALED.get():
+        raise expected.error(f"{_SEALED.get()} Expected {expected.noun} to be given otherwise.")
+
+
 def check_regular(path: Path, expected: Expected) -> os.stat_result:
     """Raise the expected error unless a path names a regular file: reading a pipe or a device could last for ever."""
+    check_unsealed(expected)
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # a ValueError is a name with a null byte
@@ -50,7 +79,8 @@ def check_regular(path: Path, expected: Expected) -> os.stat_result:
         reason = "it does not exist" if missing else getattr(error, "strerror", None) or error
         folder = path.parent.name or "."
         raise expected.error(
-            f"There is no file {path.name} in {folder}: {reason}. It is missing or damaged; expected {expected.noun}."
+            f"There is no file {path.name} in {folder} ({reason}): it is missing or damaged and cannot be read; "
+            f"expected {expected.noun}."
         ) from None
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for check, name in _NODE_KINDS if check(status.st_mode)), "a device")

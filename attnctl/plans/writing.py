@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FileExists", "WriteError", "check_free", "publish", "recover"]
+__all__ = ["FileExists", "WriteError", "check_free", "lock", "publish", "recover"]
 
 _PREFIX = ".attnctl-"  # of journals; their endings say how far the writing is
 _NEW, _DRAFTING, _PLACING, _DONE = ".new", ".drafting", ".placing", ".done"
@@ -188,7 +188,7 @@ def _journal(entries: Sequence[_Entry], token: str) -> Iterator[Path]:
     path = root / f"{_PREFIX}{token}{_NEW}"
     with path.open("w", encoding="utf-8") as file:
         try:
-            _lock(file)  # before it has the name that others look for
+            lock(file)  # before it has the name that others look for
             file.write(json.dumps({"schema": 1, "kind": "publishing", "files": facts}))
             file.flush()
             yield path.rename(path.with_suffix(_DRAFTING))
@@ -196,10 +196,10 @@ def _journal(entries: Sequence[_Entry], token: str) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-def _lock(file: object) -> bool:
-    """Lock an open file for this process; False where another one holds it."""
+def lock(file: object) -> bool:
+    """Lock an open file until it is closed; False where another process has it, or where files cannot be locked."""
     if fcntl is None:
-        return True
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
     except OSError:
@@ -224,7 +224,7 @@ def recover(folder: Path) -> None:
 def _abandoned(path: Path, file: BinaryIO) -> bool:
     if fcntl is None or path.suffix == _NEW:  # a new one may not be locked yet
         return time.time() - os.fstat(file.fileno()).st_mtime > _STALE
-    return _lock(file)
+    return lock(file)
 
 
 def _undo(journal: Path) -> None:

@@ -18,8 +18,9 @@ from attnctl.core.guidance import Branch
 from attnctl.core.hosts.linear import is_linear
 from attnctl.core.registry import About, Preset, knob
 from attnctl.core.sites import Site
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import blur_queries
+from attnctl.kernels.perturbation.blur import MOST_SIGMA
 
 __all__ = ["SEG"]
 
@@ -47,6 +48,11 @@ class SEG(Guidance):
         ),
     )
     presets: ClassVar[tuple[Preset, ...]] = (Preset("shapes:mmdit", "SEG(scale=2.5, sites=6)"),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if MOST_SIGMA < self.sigma < math.inf:
+            raise ConfigError(f"SEG: sigma={self.sigma} is out of range: give 0 to {MOST_SIGMA:g} tokens, or math.inf.")
 
     def weight(self, state: object) -> float:
         return 0.0 if self.sigma == 0 else super().weight(state)  # type: ignore[arg-type]

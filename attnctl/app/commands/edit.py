@@ -150,12 +150,10 @@ class Edit(Common):
         return Result(data, table(("path", "frames", "size", "strip"), rows))
 
     def _check(self) -> None:
-        for name in ("steps", "every", "window", "frames", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} is a whole number from 1 on, got {value}.")
-        if self.start < 0:
-            raise UsageError(f"--start is a whole number from 0 on, got {self.start}.")
+        from attnctl.pipelines.bounds import check_wholes
+
+        names = ("steps", "every", "window", "frames", "size", "start")
+        check_wholes({name: getattr(self, name) for name in names}, UsageError, "--")
         if not math.isfinite(self.guidance):
             raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass, replace
@@ -71,6 +72,9 @@ class Generate(Common):
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE", help_behavior_hint="")] = None
     """A PNG (or its JSON) made by attnctl: make the same image again and compare."""
 
+    fetch: bool = False
+    """Let models and plans that a record or a control names be fetched from the Hub, if they are not here."""
+
     fps: float = 8.0
     """Frames per second of a video's MP4, which is written beside its film strip."""
 
@@ -120,10 +124,15 @@ class Generate(Common):
         """Check the options, and describe one pipeline call of all images."""
         if not self.prompt or not all(text.strip() for text in self.prompt):
             raise UsageError("Give at least one --prompt that is not empty, or --from FILE.")
+        from attnctl.pipelines.bounds import check_pixels_asked
+
         num, seed = self._whole("num", 1), self._whole("seed", 0)
         prompts = tuple(prompt for prompt in self.prompt for _ in range(num))
         for name in ("batch", "steps", "height", "width"):
             self._whole(name, 1)
+        check_pixels_asked(self.width, self.height, UsageError)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
 
         from attnctl.data.specs import parse_control, parse_option
         from attnctl.errors import ConfigError
@@ -193,7 +202,8 @@ class Generate(Common):
         for record in records:
             device = record.device if self.device == "auto" else self.device
             dtype = record.dtype if self.dtype == "auto" else self.dtype
-            loaded = load(self._model_of(record), revision=_commit(record), device=device, dtype=dtype)
+            model, recorded = self._model_of(record), self.model is None
+            loaded = load(model, revision=_commit(record), device=device, dtype=dtype, recorded=recorded)
             if makes_videos(loaded.pipe):
                 these = paths[len(found) : len(found) + len(record.shows)]
                 check_free([path.with_suffix(".mp4") for path in these], force=self.force)
@@ -217,13 +227,10 @@ class Generate(Common):
         return Result(data, _table(found), 0 if same else 1)
 
     def _whole(self, name: str, default: int) -> int:
+        from attnctl.pipelines.bounds import check_whole
+
         value = getattr(self, name)
-        if value is None:
-            return default
-        least = 0 if name == "seed" else 1
-        if not least <= value < 2**63 - 2**32:
-            raise UsageError(f"--{name} is a whole number from {least} on, got {value}.")
-        return int(value)
+        return default if value is None else check_whole(name, value, UsageError, f"--{name}")
 
     def _model_of(self, record: Any) -> str:
         if self.model is not None:
@@ -237,9 +244,20 @@ class Generate(Common):
 
 
 def _commit(record: Any) -> str | None:
-    """Return the hub commit of a record, which a local folder has not."""
+    """Return the hub commit of a record, which a local folder has not.
+
+    Raises:
+        UsageError: The record names something else, such as a branch, which would be another model tomorrow.
+    """
     revision = record.revision or ""
-    return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
+    if not revision or revision.startswith("sha256:"):
+        return None
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UsageError(
+            f"The record names the revision {revision!r:.80}; expected a commit of 40 hexadecimal digits. Say with "
+            "--model where the model is."
+        )
+    return str(revision)
 
 
 def _verdict(same: bool, changed: dict[str, tuple[str, str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +93,9 @@ class Maps(Common):
     revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
     """The commit or branch of a hub model."""
 
+    fetch: bool = False
+    """Let plans that a control names be fetched from the Hub, if they are not here."""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -120,12 +124,15 @@ class Maps(Common):
         return Result({"model": model, "prompt": self.prompt, "images": images}, _text(images))
 
     def _check(self) -> None:
+        from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
+
         if not self.prompt.strip() and (self.image is None or not (self.point or self.concept)):
             raise UsageError("Give a --prompt that is not empty.")
-        for name, least in (("num", 1), ("seed", 0), ("steps", 1), ("height", 1), ("width", 1)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < 2**63 - 2**32:
-                raise UsageError(f"--{name} is a whole number from {least} on, got {value}.")
+        names = ("num", "seed", "steps", "height", "width")
+        check_wholes({name: getattr(self, name) for name in names}, UsageError, "--")
+        check_pixels_asked(self.width, self.height, UsageError)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
         if self.negative_words and not (self.negative or "").strip():
             raise UsageError("--negative-words shows the words of --negative: give one.")
         if self.point and (self.word or self.negative_words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import tempfile
 import time
@@ -16,6 +17,7 @@ from attnctl.data.files import slug
 from attnctl.data.provenance import command_line
 from attnctl.data.record import png_bytes, save_image
 from attnctl.errors import JudgeError
+from attnctl.pipelines.bounds import check_whole
 from attnctl.pipelines.generate import Call, Sampled, sample
 from attnctl.plans.writing import publish
 
@@ -43,12 +45,11 @@ class Ask:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UsageError("The prompt is empty: say what to show.")
-        for name, least in (("seed", 0), ("steps", 1)):
-            value = getattr(self, name)
-            if value is None and name == "steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63 - 2**32:
-                raise UsageError(f"{name.capitalize()} is a whole number from {least} on, got {value!r}.")
+        check_whole("seed", self.seed, UsageError, "Seed")
+        if self.steps is not None:
+            check_whole("steps", self.steps, UsageError, "Steps")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"Guidance is a finite number, got {self.guidance}.")
 
     def command(self, controls: Sequence[Any] = (), verb: str = "generate") -> list[str]:
         """Write the command that makes the same."""

@@ -16,6 +16,7 @@ from attnctl.core.hosts.words import prompt_words
 from attnctl.data.specs import parse_control
 from attnctl.errors import AttnctlError
 from attnctl.pipelines.models import SHIPPED
+from attnctl.plans.reading import sealed
 
 __all__ = [
     "Fields",
@@ -96,8 +97,9 @@ def ask(
 
 
 def written(text: str | None) -> list[Any]:
-    """Read controls in their short form, one a line."""
-    return [parse_control(line) for line in (text or "").splitlines() if line.strip()]
+    """Read controls in their short form, one per line; names of files and Hub ids in them are refused."""
+    with sealed("The page reads no files and fetches nothing that a control names as text."):
+        return [parse_control(line) for line in (text or "").splitlines() if line.strip()]
 
 
 def ticks(progress: Any, models: Models, asked: Ask, runs: int = 1) -> Step:

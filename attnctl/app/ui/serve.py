@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from attnctl.app.ui.guard import Guard
 from attnctl.app.ui.models import Models
 from attnctl.errors import AttnctlError, ConfigError
+from attnctl.plans.writing import lock
 
-__all__ = ["POLICY", "UiError", "require_gradio", "serving"]
+__all__ = ["UiError", "clear_left_over", "require_gradio", "serving"]
 
-# The browser itself refuses whatever is not served by this page.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
-    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
-)
+_FOLDER = "attnctl-ui-"  # of the files of one page, in the system's temporary folder
 
 
 class UiError(AttnctlError):
@@ -56,12 +54,14 @@ def serving(
     """
     if port is not None and not 1 <= port <= 65535:
         raise ConfigError(f"A port is a whole number from 1 to 65535, got {port}.")
-    with TemporaryDirectory(prefix="attnctl-ui-") as name, _temporary(name):
+    clear_left_over(Path(gettempdir()))
+    with _own_folder() as folder, _temporary(folder / "uploads"):
         require_gradio()
         from attnctl.app.ui.page import CSS, build, theme
 
-        folder = Path(name)
-        page = build(models, folder)
+        made = folder / "made"
+        made.mkdir()
+        page = build(models, made)
         try:
             _, url, _ = page.queue(default_concurrency_limit=1).launch(
                 server_name=host,
@@ -79,9 +79,9 @@ def serving(
                 enable_monitoring=False,
                 pwa=False,
                 mcp_server=False,
-                allowed_paths=[name],
+                allowed_paths=[str(made)],
                 max_file_size="500mb",
-                app_kwargs={"middleware": [_policy()]},
+                app_kwargs={"middleware": [_guard(host)]},
             )
         except OSError as error:
             raise UiError(f"Cannot listen on {host}, port {port or '7860 and up'}: {error}") from None
@@ -92,10 +92,28 @@ def serving(
 
 
 @contextlib.contextmanager
-def _temporary(folder: str) -> Iterator[None]:
-    """Let gradio keep uploads and results in a folder that goes when the page does."""
+def _own_folder() -> Iterator[Path]:
+    """Make a folder that goes when the block is left, and that is locked as long as this process lives."""
+    with TemporaryDirectory(prefix=_FOLDER) as name, (Path(name) / "lock").open("w") as file:
+        lock(file)
+        yield Path(name)
+
+
+def clear_left_over(parent: Path) -> None:
+    """Remove the folders of pages whose process was killed; those of pages that run are locked, and stay."""
+    for folder in parent.glob(f"{_FOLDER}*"):
+        if folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError), (folder / "lock").open("r+") as file:
+            if lock(file) and folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[None]:
+    """Let gradio keep uploads in a folder that goes when the page does."""
     before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
     try:
         yield
     finally:
@@ -105,22 +123,7 @@ def _temporary(folder: str) -> Iterator[None]:
             os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _policy() -> Any:
+def _guard(host: str) -> Any:
     from starlette.middleware import Middleware
 
-    return Middleware(_Policy)
-
-
-class _Policy:
-    """Send the policy with every answer."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+    return Middleware(Guard, host=host)

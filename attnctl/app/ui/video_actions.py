@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from attnctl.data.pictures import enlarge, grid
 from attnctl.data.provenance import command_line
 from attnctl.data.record import png_bytes
 from attnctl.errors import JudgeError
+from attnctl.pipelines.bounds import check_whole
 
 __all__ = ["EditAsk", "EditMade", "edit", "film", "frames_sheet", "preview", "sample_clip", "video_marks"]
 
@@ -64,9 +66,9 @@ class EditAsk:
             if not str(getattr(self, name) or "").strip():
                 raise UsageError(f"The {name} prompt is empty: say what the video {_SAYS[name]}.")
         for name in ("steps", "frames", "size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name.capitalize()} is a whole number from 1 on, got {value!r}.")
+            check_whole(name, getattr(self, name), UsageError, name.capitalize())
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"Guidance is a finite number, got {self.guidance}.")
 
     def command(self) -> list[str]:
         """Write the command that does the same."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from attnctl.errors import ConfigError
 from attnctl.kernels.checks import token_slice, wide_dtype
 
-__all__ = ["blur_queries"]
+__all__ = ["MOST_SIGMA", "blur_queries"]
+
+MOST_SIGMA = 10_000.0  # tokens: wider than any grid, and the blur is its mean to the last bit
 
 
 def blur_queries(q: Tensor, grid: tuple[int, int], sigma: float, image: slice | None = None) -> Tensor:
@@ -24,8 +26,10 @@ def blur_queries(q: Tensor, grid: tuple[int, int], sigma: float, image: slice | 
     Shapes: q [B, H, N, D] with grid = (rows, columns) of the image tokens -> new q [B, H, N, D].
     Raises: ConfigError for a negative or NaN sigma, or a grid that does not hold the image tokens.
     """
-    if not sigma >= 0:
-        raise ConfigError(f"sigma={sigma} was given; expected 0 (no blur) to inf (the mean query), in tokens.")
+    if not (0 <= sigma <= MOST_SIGMA or sigma == math.inf):
+        raise ConfigError(
+            f"sigma={sigma} was given; expected 0 (no blur) to {MOST_SIGMA:g} tokens, or inf (the mean query)."
+        )
     rows = token_slice(slice(None) if image is None else image, q.shape[2], "image")
     if grid[0] * grid[1] != rows.stop - rows.start:
         raise ConfigError(

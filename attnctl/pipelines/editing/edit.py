@@ -23,6 +23,7 @@ from PIL import Image
 
 from attnctl.data.clips import open_clip
 from attnctl.errors import ConfigError
+from attnctl.pipelines.bounds import check_wholes
 from attnctl.pipelines.editing.codec import check_pipeline
 from attnctl.pipelines.editing.files import make_strip, output_files, parts_of, record_of, write
 from attnctl.pipelines.editing.job import Job
@@ -117,11 +118,7 @@ def edit_video(
         UnsupportedModelError: The model or its scheduler cannot be edited.
     """
     edit = _edit_of(control, fields)
-    numbers = {"start": start, "every": every, "window": window, "steps": steps, "count": 1 if count is None else count}
-    for name, value in numbers.items():
-        least = 0 if name == "start" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: give a whole number from {least} on.")
+    check_wholes({"start": start, "every": every, "window": window, "steps": steps, "frames": count}, ConfigError)
     _check_finite("guidance_scale", guidance_scale)
     _check_finite("fps", 1.0 if fps is None else fps, 0.0)
     check_pipeline(pipe)
