@@ -252,7 +252,7 @@ def test_what_is_no_video_is_said(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "text.mp4"
     path.write_text("no video")
     asked = EditAsk(model="shapes:text2image", video=str(path), source="a red circle on gray", target="a blue circle")
-    with pytest.raises(AttnctlError, match="no frame that can be read"):
+    with pytest.raises(AttnctlError, match="is no video that is read"):
         video_actions.edit(models, asked, tmp_path)
 
 

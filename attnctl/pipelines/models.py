@@ -136,6 +136,11 @@ def check_folder(folder: Path) -> None:
             f"The model {folder.name} brings code of its own ({scripts[0].relative_to(folder)}), which is never run: "
             "expected configurations and safetensors alone. Remove it, or use another copy of the model."
         )
+    if not (folder / "model_index.json").is_file():
+        raise UnsupportedModelError(
+            f"Cannot load {folder.name!r}: it has no model_index.json. Expected 'shapes:text2image', a hub id, or the "
+            "folder of a saved pipeline."
+        )
     index = read_json(folder / "model_index.json", _CONFIG)
     parts = index.items() if isinstance(index, dict) else ()
     own_class = index.get("_class_name") if isinstance(index, dict) else None
