@@ -215,39 +215,6 @@ def test_triton_with_odd_numbers(interpreted: dict[str, Any]) -> None:
     assert "no backward pass" in gradient
 
 
-@pytest.mark.slow
-@pytest.mark.compile
-@pytest.mark.parametrize("int8", [False, True])
-def test_triton_compiles_for_hopper(int8: bool) -> None:
-    """Compiling needs no GPU: tensor cores are used, loads run ahead, and shared memory suffices."""
-    compiler = pytest.importorskip("triton.compiler")
-    from triton.backends.compiler import GPUTarget
-
-    from attnctl.kernels.sparse.triton_forward import forward
-
-    sizes = {"WIDTH": 128, "WIDTH_V": 128, "PADDED": 128, "PADDED_V": 128, "BLOCK_Q": 128, "BLOCK_K": 64}
-    fixed = sizes | {"TILE_Q": 128, "TILE_K": 64, "REORDERED": True, "INT8": int8, "PRECISION": "ieee"}
-    low, types = ("*i8" if int8 else "*bf16"), {}
-    aligned = {"q", "k", "v", "out", "order", "rows", "counts", "lists", "q_scales", "k_scales", "n"}
-    for name in forward.arg_names:
-        tensors = {"q": low, "k": low, "v": "*bf16", "out": "*bf16", "q_scales": "*fp32", "k_scales": "*fp32"}
-        numbers = {"scale": "fp32"} | dict.fromkeys(("order", "rows", "counts", "lists"), "*i32")
-        types[name] = "constexpr" if name in fixed else (tensors | numbers).get(name, "i32")
-    # What the launcher sees at run time: addresses and strides that are multiples of 16.
-    places = {n: (i,) for i, n in enumerate(forward.arg_names)}
-    known = {
-        places[n]: [["tt.divisibility", 16]] for n in types if n in aligned or n.endswith(("_batch", "_head", "_token"))
-    }
-    source = compiler.ASTSource(
-        fn=forward, signature=types, constexprs={places[n]: value for n, value in fixed.items()}, attrs=known
-    )
-    target = GPUTarget("cuda", 90, 32)
-    found = compiler.compile(source, target=target, options={"num_warps": 8, "num_stages": 3})
-    assert "wgmma.mma_async" in found.asm["ptx"]
-    assert "cp.async" in found.asm["ptx"]
-    assert found.metadata.shared <= 227 << 10
-
-
 @pytest.mark.parametrize(
     ("backend", "message"),
     [("triton", "Triton compiles for GPUs"), ("triton_int8", "Triton compiles for GPUs"), ("xformers", "CUDA only")],

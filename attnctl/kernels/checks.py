@@ -7,6 +7,7 @@ broadcasts to [B, H, Nq, Nk].
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,14 +22,18 @@ __all__ = [
     "chunk_rows",
     "masked_softmax",
     "repeat_heads",
+    "room",
     "rows_of",
     "token_slice",
     "wide_dtype",
 ]
 
-# Largest block of logits held at once. The row cap keeps even short sequences from forming their whole map.
+# Largest block of logits held at once on a CPU. The row cap keeps even short sequences from forming their whole map.
 _MAX_ELEMENTS = 2**23
 _MAX_ROWS = 256
+# On other devices every block costs launches: it may take this share of the memory, which is assumed where unknown.
+_SHARE = 12
+_ASSUMED_MEMORY = 80 << 30
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor | None:
@@ -93,9 +98,19 @@ def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
-def chunk_rows(batch: int, heads: int, keys: int) -> int:
-    """Return how many query rows fit into one bounded block of logits."""
-    return min(_MAX_ROWS, max(1, _MAX_ELEMENTS // max(1, batch * heads * keys)))
+def chunk_rows(batch: int, heads: int, keys: int, device: torch.device) -> int:
+    """Return how many query rows fit into one bounded block of float32 logits on a device."""
+    a_row = max(1, batch * heads * keys)
+    if device.type == "cpu":
+        return min(_MAX_ROWS, max(1, _MAX_ELEMENTS // a_row))
+    return max(1, room(device) // (4 * a_row))
+
+
+@cache
+def room(device: torch.device) -> int:
+    """Return how many bytes a kernel may take at once on a device that is no CPU."""
+    real = device.type == "cuda" and torch.cuda.is_available()
+    return (torch.cuda.get_device_properties(device).total_memory if real else _ASSUMED_MEMORY) // _SHARE
 
 
 def masked_softmax(logits: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: floa
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kt = repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
     vw = repeat_heads(v, q.shape[1]).to(wide)
-    step = chunk_rows(q.shape[0], q.shape[1], k.shape[2])
+    step = chunk_rows(q.shape[0], q.shape[1], k.shape[2], q.device)
     blocks = []
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels.bands import Band
-from attnctl.kernels.checks import Memory, wide_dtype
+from attnctl.kernels.checks import Memory, room, wide_dtype
 
 __all__ = [
     "MAX_POSITIONS",
@@ -29,7 +29,7 @@ __all__ = [
 
 MAX_POSITIONS = 65_535  # CUDA's grid bound: fused kernels refuse a larger batch
 _LONG_ROW = 64
-_MAX_ELEMENTS = 2**17  # of maps at once: with their queries, keys and values they stay in a cache
+_MAX_ELEMENTS = 2**17  # of maps at once on a CPU: with their queries, keys and values they stay in a cache
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -175,7 +175,7 @@ def guided_maps(
     graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     room = None if graph or maps is not None else _room(q, out)
     pieces: list[Tensor] = []
-    for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2):
+    for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2, q.device):
         if maps is None:
             own = None if room is None else room[part].flatten()[: q[part, ..., 0].numel() * q.shape[2]]
             a = centred_map(q[part], k[part], scale, None if own is None else own.view(*q[part].shape[:3], -1))
@@ -272,10 +272,11 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
     return torch.cat(outputs) if out is None else out
 
 
-def _parts(layer: Layer, unit: int, elements: int) -> Iterator[tuple[int, slice]]:
+def _parts(layer: Layer, unit: int, elements: int, device: torch.device) -> Iterator[tuple[int, slice]]:
     """Cut the positions into bounded pieces that end with a row and with what shares a row of the reference."""
     per_row = layer.grid[0] * layer.grid[1]
-    step = max(1, min(MAX_POSITIONS, _MAX_ELEMENTS // elements) // unit) * unit
+    most = _MAX_ELEMENTS if device.type == "cpu" else room(device) // 16
+    step = max(1, min(MAX_POSITIONS, most // elements) // unit) * unit
     for row in range(layer.rows):
         for start in range(0, per_row, step):
             yield row, slice(row * per_row + start, row * per_row + min(start + step, per_row))

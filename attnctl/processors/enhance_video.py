@@ -24,12 +24,12 @@ from attnctl.core.hosts.families import Family
 from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.kernels.checks import repeat_heads, wide_dtype
+from attnctl.kernels.checks import repeat_heads, room, wide_dtype
 
 __all__ = ["EnhanceAVideo", "cross_frame_intensity"]
 
 _WEIGHTS = {"CogVideoX": 3.4, "HunyuanVideo": 4.0, "Wan": 4.0}
-_MAX_ELEMENTS = 2**23
+_MAX_ELEMENTS = 2**23  # at once on a CPU
 
 
 def cross_frame_intensity(q: Tensor, k: Tensor, frames: int, scale: float | None = None) -> Tensor:
@@ -48,7 +48,8 @@ def cross_frame_intensity(q: Tensor, k: Tensor, frames: int, scale: float | None
     wide = wide_dtype(q.dtype)
     a, b = (x.unflatten(2, (frames, -1)).transpose(2, 3) for x in (q, k))  # [B, H, S, T, D]
     total = q.new_zeros((), dtype=wide)
-    step = max(1, _MAX_ELEMENTS // (frames * max(frames, q.shape[-1]) * q.shape[0] * q.shape[1]))
+    most = _MAX_ELEMENTS if q.device.type == "cpu" else room(q.device) // 16
+    step = max(1, most // (frames * max(frames, q.shape[-1]) * q.shape[0] * q.shape[1]))
     for start in range(0, a.shape[2], step):
         part = slice(start, start + step)
         logits = (a[:, :, part].to(wide) * scale) @ b[:, :, part].to(wide).transpose(-2, -1)

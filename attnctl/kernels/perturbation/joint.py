@@ -83,7 +83,8 @@ def block_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     k_text, v_text = (_outside(x, image).to(wide) for x in (k, v))
-    step = chunk_rows(q.shape[0], heads, 1 + k_text.shape[2])
+    # Beside the logits, a row of queries, keys and values is made wide.
+    step = chunk_rows(q.shape[0], heads, 1 + k_text.shape[2] + 3 * q.shape[3], q.device)
     blocks = []
     for start in range(image.start, image.stop, step):
         rows = slice(start, min(start + step, image.stop))

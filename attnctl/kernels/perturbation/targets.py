@@ -57,7 +57,7 @@ def uniform(v: Tensor, n_query: int, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return v.mean(dim=2, keepdim=True, dtype=wide).to(v.dtype).expand(-1, -1, n_query, -1)
     mask = check_mask(mask, (v.shape[0], v.shape[1], n_query, v.shape[2])).expand(-1, -1, -1, v.shape[2])
-    step, vw = chunk_rows(v.shape[0], v.shape[1], v.shape[2]), v.to(wide)
+    step, vw = chunk_rows(v.shape[0], v.shape[1], v.shape[2], v.device), v.to(wide)
     parts = [masked_softmax(as_bias(rows, wide)) @ vw for rows in mask.split(step, dim=2)]
     return torch.cat(parts, dim=2).to(v.dtype).expand(-1, -1, n_query, -1)
 
@@ -93,17 +93,15 @@ def argmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
     wide = wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kt = repeat_heads(k, q.shape[1]).detach().to(wide).transpose(-2, -1)
-    v = repeat_heads(v, q.shape[1])
-    step = chunk_rows(q.shape[0], q.shape[1], k.shape[2])
-    blocks = []
-    for start in range(0, q.shape[2], step):
+    queries = q.detach().to(wide) * scale
+    best = []
+    for start in range(0, q.shape[2], step := chunk_rows(q.shape[0], q.shape[1], k.shape[2], q.device)):
         rows = slice(start, start + step)
-        logits = (q[..., rows, :].detach().to(wide) * scale) @ kt
-        cut = rows_of(mask, rows)
-        best, index = (logits if cut is None else logits + as_bias(cut.detach(), wide)).max(dim=-1, keepdim=True)
-        picked = v.gather(2, index.expand(-1, -1, -1, v.shape[-1]))
-        blocks.append(picked if cut is None else picked.masked_fill(best.isneginf(), 0.0))
-    return torch.cat(blocks, dim=2)
+        logits, cut = queries[..., rows, :] @ kt, rows_of(mask, rows)
+        best.append((logits if cut is None else logits + as_bias(cut.detach(), wide)).max(dim=-1, keepdim=True))
+    index = torch.cat([b.indices for b in best], 2).expand(-1, -1, -1, v.shape[-1])
+    picked = repeat_heads(v, q.shape[1]).gather(2, index)
+    return picked if mask is None else picked.masked_fill(torch.cat([b.values for b in best], 2).isneginf(), 0.0)
 
 
 def temperature(

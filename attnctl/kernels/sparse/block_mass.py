@@ -69,53 +69,118 @@ def block_mass(
         Float32 (float64 stays) on the device of q, the orders as the second dimension.
     """
     image = slice(0, q.shape[2]) if image is None else image
-    heads, n = q.shape[1], image.stop - image.start
-    tried = [range(len(ORDERS))] * heads if orders is None else orders
+    heads, n, wide = q.shape[1], image.stop - image.start, wide_dtype(q.dtype)
     # On an image, or any grid with an axis of one, several orders are the same layout: measured once.
     same = [_first_alike(grid, o) for o in range(len(ORDERS))]
-    kept = sorted({same[o] for o in tried[0]}) if orders is None else None
-    back = None if kept is None else torch.tensor([kept.index(same[o]) for o in tried[0]], device=q.device)
-    tried = tried if kept is None else [kept] * heads
-    layouts = torch.stack([torch.stack([permutation(grid, o) for o in head]) for head in tried]).to(q.device)
-    places = layouts.argsort(-1)
-    nq, nk = -(-n // block_q), -(-n // block_k)
-    wide = wide_dtype(q.dtype)
-    pads = torch.zeros(nk, dtype=wide, device=q.device)
-    pads[-1] = nk * block_k - n
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    distinct = sorted(set(same))
+    tried = [distinct] * heads if orders is None else orders
+    tallies = _tallies(grid, tried, block_q, block_k, eps, q)
+    shape = heads, len(tried[0]), -(-n // block_q), -(-n // block_k)
+    queries = q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
     keys = repeat_heads(k, heads).to(wide).transpose(-2, -1)
-    sums = torch.zeros(heads, places.shape[1], nq, nk, dtype=wide, device=q.device)
-    step = chunk_rows(1, heads, keys.shape[-1])
-    sparse = uneven = None
+    step = chunk_rows(1, heads, keys.shape[-1], q.device)
+    mass = queries.new_zeros(shape)
     marks: list[tuple[Tensor, Tensor]] = []
     for b in range(q.shape[0]):
-        part = torch.zeros_like(sums)  # of this sample alone: the marks are of one map each
-        low, top = (torch.zeros_like(sums), torch.zeros_like(sums)) if eps is not None else (None, None)
         for first in range(0, n, step):
             rows = slice(image.start + first, image.start + min(first + step, n))
-            p = ((q[b, :, rows].to(wide) * scale) @ keys[b]).softmax(-1)[..., image]
-            for h in range(heads):
-                for o in range(places.shape[1]):
-                    laid = F.pad(p[h].index_select(1, layouts[h, o]), (0, nk * block_k - n)).unflatten(1, (nk, block_k))
-                    row_block = places[h, o, first : first + p.shape[1]] // block_q
-                    part[h, o].index_add_(0, row_block, laid.sum(-1))
-                    if low is not None and top is not None and eps is not None:
-                        # Padding is not empty: it is 0, and counted off again.
-                        small = (laid < eps).sum(-1, dtype=wide) - pads
-                        low[h, o].index_add_(0, row_block, small)
-                        index = row_block[:, None].expand(-1, nk)
-                        top[h, o].scatter_reduce_(0, index, laid.amax(-1), "amax")
-        sums += part
-        if low is not None and top is not None:
+            p = (queries[b, :, rows] @ keys[b]).softmax(-1)[..., image]
+            for tally in tallies:
+                tally.add(p, first)
+        part = _assembled(shape, tallies, "sums")  # of this sample alone: the marks are of one map each
+        mass += part
+        if eps is not None:
+            low, top = (_assembled(shape, tallies, name) for name in ("low", "top"))
             marks.append(_marks(part, low, top, n, block_q, block_k, sigma))
-    if marks:
-        sparse = torch.stack([m[0] for m in marks]).mean(0)
-        uneven = torch.stack([m[1] for m in marks]).mean(0)
-    mass = sums / _sizes(n, block_q, sums)[:, None] / q.shape[0]
-    if back is None:
+        for tally in tallies:
+            tally.clear()
+    sparse, uneven = (torch.stack(m).mean(0) for m in zip(*marks, strict=True)) if marks else (None, None)
+    mass = mass / _sizes(n, block_q, mass)[:, None] / q.shape[0]
+    if orders is not None:
         return BlockMass(mass, sparse, uneven)
-    marked = [None if m is None else m.index_select(1, back) for m in (sparse, uneven)]
-    return BlockMass(mass.index_select(1, back), *marked)
+    back = torch.tensor([distinct.index(o) for o in same], device=q.device)
+    return BlockMass(*(None if x is None else x.index_select(1, back) for x in (mass, sparse, uneven)))  # type: ignore[arg-type]
+
+
+class _Tally:
+    """The sums of blocks in one order, of the heads that try it.
+
+    Args:
+        heads: These heads; indices where they do not lie side by side.
+        slot: Place of the order among those that a head tries.
+        order: Tokens in the order, int64 [n].
+        block_q: Tokens in a block of queries.
+        block_k: Tokens in a block of keys.
+        eps: Entries below it count as empty; None counts none.
+        like: A tensor of the device.
+    """
+
+    def __init__(
+        self,
+        heads: slice | Tensor,
+        slot: int,
+        order: Tensor,
+        block_q: int,
+        block_k: int,
+        eps: float | None,
+        like: Tensor,
+    ) -> None:
+        self.heads, self.slot, self.eps, self.n = heads, slot, eps, len(order)
+        self.block_q, self.block_k, self.blocks = block_q, block_k, -(-len(order) // block_k)
+        # What fills the last block is the first token, and set to zero once it is there.
+        self.columns = F.pad(order, (0, self.blocks * block_k - self.n)).to(like.device)
+        self.row_blocks = (order.argsort() // block_q).to(like.device)
+        count = heads.stop - heads.start if isinstance(heads, slice) else len(heads)
+        self.sums = like.new_zeros(count, -(-self.n // block_q), self.blocks, dtype=wide_dtype(like.dtype))
+        self.low = None if eps is None else torch.zeros_like(self.sums)
+        self.top = None if eps is None else torch.zeros_like(self.sums)
+
+    def add(self, p: Tensor, first: int) -> None:
+        """Add rows of the map, [H, rows, n], the first of which is the image's token `first`."""
+        p = p[self.heads] if isinstance(self.heads, slice) else p.index_select(0, self.heads)
+        laid = p.index_select(-1, self.columns)
+        if laid.shape[-1] > self.n:
+            laid[..., self.n :].zero_()
+        laid = laid.unflatten(-1, (self.blocks, self.block_k))
+        row_blocks = self.row_blocks[first : first + p.shape[1]]
+        self.sums.index_add_(1, row_blocks, laid.sum(-1))
+        if self.low is not None and self.top is not None:
+            self.low.index_add_(1, row_blocks, (laid < self.eps).sum(-1, dtype=laid.dtype))
+            index = row_blocks[None, :, None].expand(len(p), -1, self.blocks)
+            self.top.scatter_reduce_(1, index, laid.amax(-1), "amax")
+
+    def clear(self) -> None:
+        """Begin another map."""
+        for x in (self.sums, self.low, self.top):
+            if x is not None:
+                x.zero_()
+
+
+def _tallies(
+    grid: tuple[int, int, int], tried: Sequence[Sequence[int]], block_q: int, block_k: int, eps: float | None, q: Tensor
+) -> list[_Tally]:
+    """Return a tally for every order, of all heads that try it in the same slot.
+
+    A CPU takes one head at a time, whose part of the map stays in its cache; a GPU takes all of them in one launch.
+    """
+    found = []
+    for slot in range(len(tried[0])):
+        for order in dict.fromkeys(head[slot] for head in tried):
+            heads = [h for h, head in enumerate(tried) if head[slot] == order]
+            parts: list[slice | Tensor] = [slice(h, h + 1) for h in heads]
+            if q.device.type != "cpu":
+                parts = [slice(0, len(tried)) if len(heads) == len(tried) else torch.tensor(heads).to(q.device)]
+            tokens = permutation(grid, order)
+            found += [_Tally(part, slot, tokens, block_q, block_k, eps, q) for part in parts]
+    return found
+
+
+def _assembled(shape: tuple[int, int, int, int], tallies: list[_Tally], name: str) -> Tensor:
+    """Put one kind of sums together, [H, orders, nq, nk]."""
+    whole = tallies[0].sums.new_zeros(shape)
+    for tally in tallies:
+        whole[tally.heads, tally.slot] = getattr(tally, name)
+    return whole
 
 
 def _first_alike(grid: tuple[int, int, int], order: int) -> int:
@@ -129,6 +194,8 @@ def _marks(
 ) -> tuple[Tensor, Tensor]:
     """Return M_sparse and M_quant; what pads the last blocks does not count."""
     entries = _sizes(n, block_q, sums)[:, None] * _sizes(n, block_k, sums)
+    # The zeros that fill the last block were counted as empty in every row.
+    low = low - (block_k - _sizes(n, block_k, sums)) * _sizes(n, block_q, sums)[:, None]
     sparse = (low / entries >= sigma).to(sums.dtype).mean((-2, -1))
     mean = sums / entries
     uneven = torch.where(mean > 0, top / mean, torch.ones_like(mean)).mean((-2, -1))

@@ -73,7 +73,7 @@ def reference(
     keep = F.pad(keep, (k_text.shape[2], 0), value=True)
     shown = F.pad(q.new_ones((1, k_text.shape[2]), dtype=torch.bool) if words is None else words, (0, n), value=True)
     parts = []
-    step = chunk_rows(q.shape[0], heads, keys.shape[-1])
+    step = chunk_rows(q.shape[0], heads, keys.shape[-1], q.device)
     for first in range(0, n, step):
         rows = torch.arange(first, min(first + step, n), device=q.device)
         logits = (q[..., rows, :].to(wide) * scale) @ keys
@@ -256,7 +256,7 @@ def choose_sparse(
     check_sparse(backend)
     tracing = torch.compiler.is_compiling()
     if backend == "auto":
-        if q.device.type != "cuda":
+        if not _on_cuda(q):
             return "gather"
         if tracing:
             return _dense("torch.compile is tracing, and a kernel cannot be tried meanwhile")
@@ -279,6 +279,10 @@ def choose_sparse(
             f"{', '.join(map(repr, others)) or repr('gather')}. Or leave the choice to 'auto'."
         )
     return backend
+
+
+def _on_cuda(q: Tensor) -> bool:
+    return q.device.type == "cuda"
 
 
 @torch.compiler.assume_constant_result

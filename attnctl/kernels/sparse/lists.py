@@ -173,7 +173,7 @@ def _bundles(keep: Tensor, n: int, block_q: int, block_k: int) -> list[Bundle]:
 def csr(plan: BlockPlan, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the number of key blocks of every row and their numbers, ascending, padded with zeros.
 
-    Shapes: int32 [H, nq] and int16 (int32 for more than 32,767 blocks) [H, nq, nk].
+    Shapes: int32 [H, nq] and int32 [H, nq, nk].
     """
 
     def make() -> tuple[Tensor, Tensor]:
@@ -182,6 +182,6 @@ def csr(plan: BlockPlan, group: int, device: torch.device) -> tuple[Tensor, Tens
         # A stable sort puts the kept blocks first, in their order.
         numbers = keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         inside = torch.arange(keep.shape[-1], device=device) < counts[..., None]
-        return counts, (numbers * inside).to(torch.int16 if keep.shape[-1] <= 2**15 else torch.int32)
+        return counts, (numbers * inside).int()
 
     return derived(plan, group, ("csr", device), make)

@@ -75,7 +75,7 @@ def _listed(
     """Attend to the image tiles `begin` to `end` of a list of key blocks; tokens beyond n are left out if MASKED."""
     steps: tl.constexpr = BLOCK_K // TILE_K
     for i in range(begin, end):
-        first = tl.load(listed + i // steps).to(tl.int32) * BLOCK_K + i % steps * TILE_K
+        first = tl.load(listed + i // steps) * BLOCK_K + i % steps * TILE_K
         column = first + tl.arange(0, TILE_K)
         inside = column < n
         spot = column
@@ -134,7 +134,8 @@ def forward(
         q_scales, k_scales: Float32 [B, H, tiles of queries] and [B, H, tiles of keys], if INT8.
         ids, order: Int32 [H] and [6, n]: every head's order, and where token i of an order lies among the image's.
         rows: Int32 [H, query blocks]: blocks in the order in which they are computed, the longest lists first.
-        counts, lists: [H, query blocks] and [H, query blocks, list_length]: key blocks of every query block, ascending.
+        counts, lists: Int32 [H, query blocks] and [H, query blocks, list_length]: the key blocks of every query block,
+            in ascending order.
         words: Int8 [B, text]: which text keys are attended to, if WORDS.
         n, text: Number of image and text tokens.
         k_first, v_first: First image token in k and v.
@@ -172,7 +173,7 @@ def forward(
     count = tl.load(counts + head * row_count + row)
     listed = lists + (head * row_count + row) * list_length
     # Only the image's last tile can be a partial one, and it stands last in a list. Nothing is masked before it.
-    last = tl.load(listed + count - 1).to(tl.int32) * BLOCK_K
+    last = tl.load(listed + count - 1) * BLOCK_K
     whole = (count - 1) * (BLOCK_K // TILE_K) + tl.minimum(n - last, BLOCK_K) // TILE_K
     end = whole + tl.where(last + BLOCK_K > n, tl.minimum(n % TILE_K, 1), 0)
     for i in tl.static_range(2):
