@@ -76,6 +76,7 @@ class DenoiserHandle(Handle):
 
         self._undo.callback(w.module.register_forward_pre_hook(Hook(self, before), with_kwargs=True).remove)
         self._undo.callback(w.module.register_forward_hook(Hook(self, after), with_kwargs=True).remove)
+        self._undo.callback(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
         self._undo.callback(w.stop)
 
     def detach(self) -> None:
