@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import attnctl
 from attnctl.backbones import any_size
 from attnctl.backbones.hosts import split_qkv
-from attnctl.backbones.look.probe import look
-from attnctl.backbones.look.sites import find_places
+from attnctl.backbones.look.probe import probe_attention
+from attnctl.backbones.look.sites import backbone_sites
 from attnctl.errors import ConfigError, ConflictError, NeverApplied, SiteError, UnsupportedModelError
 from attnctl.processors import PAG, Capture
 
@@ -142,13 +142,13 @@ def test_windows_lie_where_they_should() -> None:
 def test_swapped_forms(kind: str) -> None:
     options = {"agent": {"num_agents": 4}, "bra": {"window_size": 2, "topk": 1}, "neighborhood": {"kernel": 3}}
     model = attnctl.swap(vit(), kind, **options.get(kind, {}))
-    (place, _), images = find_places(model), torch.rand(1, 3, 32, 32)
+    (site, _), images = backbone_sites(model), torch.rand(1, 3, 32, 32)
     inputs: list[Any] = []
-    place.module.register_forward_pre_hook(lambda _, args: inputs.append(args))
+    site.module.register_forward_pre_hook(lambda _, args: inputs.append(args))
     model(images)
-    host: Any = place.module
-    with look(place, inputs[0], {}, (4, 4)) as asked:
-        rows = torch.stack([asked.one(n) for n in range(17)], 2)
+    host: Any = site.module
+    with probe_attention(site, inputs[0], {}, (4, 4)) as probe:
+        rows = torch.stack([probe.one(n) for n in range(17)], 2)
     v = split_qkv(host.qkv(inputs[0][0]), 4)[2]
     order = [*range(1, 17), 0]  # the grid first, then the class token
     want = host.mixer(*split_qkv(host.qkv(inputs[0][0]), 4), inputs[0][0], (4, 4))

@@ -1,1 +1,1 @@
-"""Looking inside backbones: sites, maps, what heads do."""
+"""Reading what backbones attend to: sites, maps, what heads do."""

@@ -1,4 +1,4 @@
-"""What the heads of a backbone do: how much each is needed, and how far each looks.
+"""What the heads of a backbone do: how much each is needed, and how far each attends.
 
 Leave-one-out importance of heads and their share of attention by neighbourhood follow "How Does Attention Work in
 Vision Transformers? A Visual Analytics Attempt" (arXiv 2303.13731); the mean distance is that of "An Image is Worth
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.look.capture import GridWatch
-from attnctl.backbones.look.probe import AttentionProbe, look
-from attnctl.backbones.look.sites import BackboneSite, find_places, sites_of
+from attnctl.backbones.look.grids import GridWatch
+from attnctl.backbones.look.probe import AttentionProbe, probe_attention
+from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
 from attnctl.core.sites import Selector, select
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
@@ -64,7 +64,7 @@ class HeadImportance:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionDistance:
-    """How far each head looks, by site name.
+    """How far each head attends, by site name.
 
     Attributes:
         pixels: Mean distance from a place to what it attends to, in pixels of the image, [H].
@@ -120,21 +120,21 @@ def head_importance(
             f"{len(images)} images, {'no' if labels is None else len(labels)} labels and batch={batch} were given; "
             "expected at least one image, one label an image or None, and a positive batch."
         )
-    places = _chosen(model, sites)
-    with _still(model):
+    chosen = _chosen(model, sites)
+    with _evaluating(model):
         base = _answers(model, images, batch)
         right = base.argmax(-1) if labels is None else labels.flatten().to(base.device)
         accuracy = float((base.argmax(-1) == right).double().mean())
-        found: dict[str, list[tuple[float, float, float]]] = {p.name: [] for p in places}
-        heads = [(p, h) for p in places for h in range(p.heads)]
-        for place, head in tqdm(heads, disable=None, desc="leave one out", unit="head"):
-            with place.out.register_forward_pre_hook(_without(place, head)):
+        losses: dict[str, list[tuple[float, float, float]]] = {s.name: [] for s in chosen}
+        heads = [(s, h) for s in chosen for h in range(s.heads)]
+        for site, head in tqdm(heads, disable=None, desc="leave one out", unit="head"):
+            with site.reading.out.register_forward_pre_hook(_without(site, head)):
                 answers = _answers(model, images, batch)
-            kept = (answers.argmax(-1) == right).double().mean()
+            remaining = (answers.argmax(-1) == right).double().mean()
             lost = (base - answers).gather(-1, right[:, None]).double().mean()
-            found[place.name].append((accuracy - float(kept), float(lost), float(_divergence(base, answers))))
+            losses[site.name].append((accuracy - float(remaining), float(lost), float(_divergence(base, answers))))
     drop, probability, divergence = (
-        {name: torch.tensor([row[i] for row in rows]) for name, rows in found.items()} for i in range(3)
+        {name: torch.tensor([row[i] for row in rows]) for name, rows in losses.items()} for i in range(3)
     )
     return HeadImportance(accuracy=accuracy, accuracy_drop=drop, probability_drop=probability, divergence=divergence)
 
@@ -142,11 +142,11 @@ def head_importance(
 def distance_profile(
     model: nn.Module, images: Tensor, *, sites: Selector | None = None, queries: int = 64
 ) -> AttentionDistance:
-    """Measure how far each head looks, averaged over images and over places spread evenly.
+    """Measure how far each head attends, averaged over images and over places spread evenly.
 
     Args:
         model: A backbone. images: [n, C, H, W], one batch. sites: Selector of attention sites, all if None.
-        queries: Places to look from at each site, at most; all where it has fewer. Class and register tokens do not
+        queries: Places to measure from at each site, at most; all where it has fewer. Class and register tokens do not
             count, neither as queries nor as keys.
 
     Raises:
@@ -154,42 +154,40 @@ def distance_profile(
     """
     if len(images) == 0 or queries < 1:
         raise ConfigError(f"{len(images)} images and queries={queries} were given; expected at least one of each.")
-    places = _chosen(model, sites)
+    chosen = _chosen(model, sites)
     pixels: dict[str, Tensor] = {}
     hops: dict[str, Tensor] = {}
     size = (images.shape[-2], images.shape[-1])
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_still(model))
-        grid_of = GridWatch(model, places, undo)
+        undo.enter_context(_evaluating(model))
+        grid_of = GridWatch(model, chosen, undo)
 
-        def measure(place: BackboneSite) -> Any:
+        def measure(site: BackboneSite) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
-                x = args[0]
-                grid = (0, 0) if x.ndim == 4 or len(args) > 1 else grid_of(place, x.shape[1])
-                with look(place, args, kwargs, grid) as asked:
-                    pixels[place.name], hops[place.name] = _spread(asked, size, queries)
+                with probe_attention(site, args, kwargs, grid_of(site, args)) as probe:
+                    pixels[site.name], hops[site.name] = _spread(probe, size, queries)
 
             return hook
 
-        for place in places:
-            undo.callback(place.module.register_forward_hook(measure(place), with_kwargs=True).remove)
+        for site in chosen:
+            undo.callback(site.module.register_forward_hook(measure(site), with_kwargs=True).remove)
         with torch.no_grad():
             model(images)
     return AttentionDistance(pixels=pixels, hops=hops)
 
 
-def _spread(asked: AttentionProbe, size: tuple[int, int], queries: int) -> tuple[Tensor, Tensor]:
+def _spread(probe: AttentionProbe, size: tuple[int, int], queries: int) -> tuple[Tensor, Tensor]:
     """Average distances in pixels [H], and the cumulative share by neighbourhood [H, hops]."""
-    (h, w), (kh, kw) = asked.grid, asked.key_grid
+    (h, w), (kh, kw) = probe.grid, probe.key_grid
     side = max(1, int(queries**0.5)) if h * w > queries else max(h, w)
-    near = torch.zeros(asked.heads, max(h, w), dtype=torch.float64)
-    total = torch.zeros(asked.heads, dtype=torch.float64)
+    near = torch.zeros(probe.heads, max(h, w), dtype=torch.float64)
+    total = torch.zeros(probe.heads, dtype=torch.float64)
     # Keys of a reduced map stand for the middle of what they were reduced from; distances count in query tokens.
     ys, xs = (torch.arange(kh) + 0.5) * h / kh - 0.5, (torch.arange(kw) + 0.5) * w / kw - 0.5
     rows, columns = (torch.linspace(0, n - 1, min(n, side)).round().long().tolist() for n in (h, w))
     for row in rows:
         for column in columns:
-            share = asked.one(row * w + column)[..., : kh * kw].double().mean(0).cpu()
+            share = probe.one(row * w + column)[..., : kh * kw].double().mean(0).cpu()
             share = share / share.sum(-1, keepdim=True).clamp_min(1e-12)
             dy, dx = (ys - row).abs()[:, None], (xs - column).abs()[None]
             total += share @ torch.hypot(dy * size[0] / h, dx * size[1] / w).flatten().double()
@@ -200,15 +198,15 @@ def _spread(asked: AttentionProbe, size: tuple[int, int], queries: int) -> tuple
 
 
 def _chosen(model: nn.Module, sites: Selector | None) -> list[BackboneSite]:
-    every = find_places(model)
+    every = backbone_sites(model)
     if sites is None:
         return list(every)
     names = {s.name for s in select(sites_of(model), sites, kinds=("self",), what="The selector")}
-    return [p for p in every if p.name in names]
+    return [s for s in every if s.name in names]
 
 
 @contextlib.contextmanager
-def _still(model: nn.Module) -> Any:
+def _evaluating(model: nn.Module) -> Any:
     """Switch to evaluation and back, module by module."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -226,12 +224,14 @@ def _answers(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _without(place: BackboneSite, head: int) -> Any:
+def _without(site: BackboneSite, head: int) -> Any:
+    channels = 1 if isinstance(site.reading.out, nn.Conv2d) else -1
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mixed = args[0].unflatten(-1, (place.heads, -1))
-        keep = torch.ones(place.heads, 1, dtype=mixed.dtype, device=mixed.device)
-        keep[head] = 0
-        return ((mixed * keep).flatten(-2), *args[1:])
+        mixed = args[0].movedim(channels, -1).unflatten(-1, (site.heads, -1))
+        remaining = torch.ones(site.heads, 1, dtype=mixed.dtype, device=mixed.device)
+        remaining[head] = 0
+        return ((mixed * remaining).flatten(-2).movedim(-1, channels), *args[1:])
 
     return hook
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.grid import GridRecorder, watch_grid
-from attnctl.backbones.look.probe import AttentionProbe, look
-from attnctl.backbones.look.sites import BackboneSite, find_places, owner_of, sites_of
+from attnctl.backbones.look.frames import class_tokens
+from attnctl.backbones.look.grids import GridWatch
+from attnctl.backbones.look.probe import AttentionProbe, probe_attention
+from attnctl.backbones.look.sites import BackboneSite, backbone_sites, owner_of, sites_of
 from attnctl.core.control import Control
 from attnctl.core.handle import Handle, Hook
 from attnctl.core.hosts.rows import Layout
@@ -29,32 +30,7 @@ from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError, nea
 from attnctl.processors.capture.capture import Capture
 from attnctl.processors.capture.points import point_label, token_at
 
-__all__ = ["BackboneHandle", "GridWatch"]
-
-Grid = tuple[int, int]
-
-
-class GridWatch:
-    """Tells the token grid of every place: from its patch embedding, or square."""
-
-    def __init__(self, model: nn.Module, places: Sequence[BackboneSite], undo: contextlib.ExitStack) -> None:
-        self._owners = {p.name: owner_of(model, p.name) for p in places}
-        self._recorders: dict[nn.Module, GridRecorder] = {}
-        for owner in self._owners.values():
-            if owner not in self._recorders and hasattr(owner, "patch_embed"):
-                self._recorders[owner], hook = watch_grid(owner)
-                undo.callback(hook.remove)
-
-    def __call__(self, place: BackboneSite, tokens: int) -> Grid:
-        """Return (height, width) of a sequence. Raises: UnsupportedModelError where nothing tells."""
-        owner, n = self._owners[place.name], tokens - place.prefix
-        live = self._recorders[owner].grid if owner in self._recorders else None
-        grid = live or getattr(getattr(owner, "patch_embed", None), "grid_size", None)
-        side = round(n**0.5)
-        for known in (grid, (side, side)):
-            if known is not None and known[0] * known[1] == n:
-                return int(known[0]), int(known[1])
-        raise UnsupportedModelError(f"Nothing tells how the {n} tokens of {place.name} lie on the image.")
+__all__ = ["BackboneHandle"]
 
 
 class BackboneHandle(Handle):
@@ -71,7 +47,7 @@ class BackboneHandle(Handle):
         super().__init__([model], controls, backend=backend, layout=layout)
         self._model = model
         self._capture = _checked(self.controls)
-        every = {p.name: p for p in find_places(model)}
+        every = {p.name: p for p in backbone_sites(model)}
         self._sites = sites_of(model)
         chosen = self._sites
         if self._capture.sites is not None:
@@ -140,11 +116,10 @@ class BackboneHandle(Handle):
         """Record one call of one place."""
         if module is not place.module or not self.enabled or torch.jit.is_tracing():
             return
-        capture, x = self._capture, args[0]
-        grid = (0, 0) if x.ndim == 4 or len(args) > 1 else self._grid(place, x.shape[1])
-        with look(place, args, kwargs, grid) as asked:
-            rows = torch.stack([asked.rows(_weights(ask, asked)) for ask in self._asks.values()], dim=1)
-            h, w = asked.key_grid
+        capture = self._capture
+        with probe_attention(place, args, kwargs, self._grid(place, args)) as probe:
+            rows = torch.stack([probe.rows(_weights(ask, probe)) for ask in self._asks.values()], dim=1)
+            h, w = probe.key_grid
         maps = rows[..., : h * w].unflatten(-1, (1, h, w)).unsqueeze(2)  # [B, labels, steps, heads, frames, h, w]
         if capture.heads is not None:
             past = [n for n in capture.heads if n >= place.heads]
@@ -188,7 +163,7 @@ def _questions(capture: Capture, places: Sequence[BackboneSite], model: nn.Modul
     if capture.points is not None:
         return {point_label(p): p for p in capture.points}
     owner = owner_of(model, places[0].name)
-    first = ["class"] if getattr(owner, "cls_token", None) is not None else []
+    first = ["class"] * class_tokens(owner)
     names = (first + [f"register{n}" for n in range(1, 100)])[: min(p.prefix for p in places)]
     known: dict[str, Any] = {name: n for n, name in enumerate(names)} | {"mean": None}
     for word in capture.words or ():
@@ -200,10 +175,10 @@ def _questions(capture: Capture, places: Sequence[BackboneSite], model: nn.Modul
     return {word: known[word] for word in capture.words or list(known)[:1]}
 
 
-def _weights(question: Any, asked: AttentionProbe) -> Tensor:
+def _weights(question: Any, probe: AttentionProbe) -> Tensor:
     """Weigh the queries for a question."""
-    h, w = asked.grid
-    weights = torch.zeros(h * w + asked.prefix)
+    h, w = probe.grid
+    weights = torch.zeros(h * w + probe.prefix)
     if question is None:
         weights[: h * w] = 1 / (h * w)
     elif isinstance(question, int):

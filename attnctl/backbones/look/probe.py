@@ -1,4 +1,4 @@
-"""Looking into a backbone's attention without touching it: which values reach which place, head by head.
+"""Reading a backbone's attention without touching it: which values reach which place, head by head.
 
 Attention is linear in its values: out = A v. One backward pass from a query's output to the values, with queries and
 keys held constant, is that query's row of A, exactly. So one reader serves softmax attention over the map, in windows,
@@ -9,7 +9,7 @@ attention and are left out. The module runs a second time for it: what the model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnctl.backbones.look.kernel import AtKernel
 from attnctl.backbones.look.sites import BackboneSite
 
-__all__ = ["AttentionProbe", "look"]
+__all__ = ["AttentionProbe", "probe_attention"]
 
 Grid = tuple[int, int]
 # Depthwise branches beside attention: their output does not count.
@@ -27,12 +28,12 @@ _BRANCHES = ("lepe", "dwc", "get_v")
 
 
 class _Reached(Exception):
-    """Ends the second run of a module where enough was seen."""
+    """Ends a run of a module where its purpose is reached."""
 
 
 @dataclass
 class AttentionProbe:
-    """One call of one attention, ready to be asked.
+    """One call of one attention, ready to be read.
 
     heads: H. mixed: the result before the output projection, [B, queries, C]. leaf: the values, [B, keys, C].
     query_at, key_at: where each query and key lies: row by row in its grid, from h * w on prefix tokens, -1 padding.
@@ -71,46 +72,83 @@ class AttentionProbe:
 
 
 @contextmanager
-def look(place: BackboneSite, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid) -> Iterator[AttentionProbe]:
+def probe_attention(
+    site: BackboneSite, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid
+) -> Iterator[AttentionProbe]:
     """Run an attention once more on the inputs of a call, and yield what can be asked of it.
 
-    grid: (height, width) in tokens, where the input is a sequence that does not tell.
+    grid: (height, width) in tokens of one image's map, as a `GridWatch` finds it.
     """
+    reading = site.reading
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.callback(_restore, {m: m.training for m in place.module.modules()})
-        for module in place.module.modules():
+        stack.callback(_restore, {m: m.training for m in site.module.modules()})
+        for module in site.module.modules():
             module.training = False  # no dropout of attention weights
-            if _leaf_name(place.module, module) in _BRANCHES:
+            if _leaf_name(site.module, module) in _BRANCHES:
                 stack.callback(module.register_forward_hook(lambda _, __, y: y.detach()).remove)
+        stack.enter_context(_set(reading.core, reading.settings))
         x = args[0].detach().clone()
-        if place.norm is not None:
-            x = place.norm(x).detach()
-        if x.ndim == 4:
-            grid = (x.shape[1], x.shape[2])
-        elif len(args) > 1 and args[1] is not None:
-            grid = (int(args[1][0]), int(args[1][1]))
-        at = _layout(place, x, grid)
-        seen: dict[str, Tensor] = {}
-
-        def values(_: nn.Module, __: Any, y: Tensor) -> Tensor:
-            seen["leaf"], whole = _with_leaf(y.detach(), place, x.shape[0])
-            return whole
-
-        def mixed(_: nn.Module, inputs: Any) -> None:
-            seen["mixed"] = inputs[0]
-            raise _Reached
-
-        hooks = place.values.register_forward_hook(values), place.out.register_forward_pre_hook(mixed)
-        with hooks[0], hooks[1], contextlib.suppress(_Reached):
-            place.enter(x, *args[1:], **kwargs)
-        out, leaf = seen["mixed"].flatten(0, -2).unflatten(0, (x.shape[0], -1)), seen["leaf"]
-        query_at = at if out.shape[1] == len(at) else _padded(grid, seen["mixed"].shape[1:3]).to(x.device)
+        if reading.norm is not None:
+            x = reading.norm(x).detach()
+        parts, at = _places(site, x, grid)
+        batch = x.shape[0] // parts
+        kernel = AtKernel(reading.heads, batch)
+        if reading.values is None:
+            with kernel:
+                reading.enter(x, *args[1:], **kwargs)
+            mixed, leaf, padded = kernel.mixed, kernel.leaf, None
+        else:
+            mixed, leaf, padded = _run_to_out(site, x, args[1:], kwargs, batch)
+        query_at = at if mixed.shape[1] == len(at) else _padded(grid, padded or grid).to(x.device)
         key_at, key_grid = at, grid
         if leaf.shape[1] != len(at):
             key_at, key_grid = torch.arange(leaf.shape[1], device=x.device), _reduced(leaf.shape[1], grid)
-        yield AttentionProbe(place.heads, out, leaf, query_at, key_at, grid, key_grid, place.prefix)
+        yield AttentionProbe(reading.heads, mixed, leaf, query_at, key_at, grid, key_grid, site.prefix)
+
+
+def _run_to_out(
+    site: BackboneSite, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], batch: int
+) -> tuple[Tensor, Tensor, Grid | None]:
+    """Run from the values to the layer behind attention.
+
+    Returns what that layer is given, [B, queries, C], the values as a leaf, [B, keys, C], and the (height, width) of
+    what the layer is given where that is a map.
+    """
+    reading = site.reading
+    tensors: dict[str, Tensor] = {}
+
+    def values(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        tensors["leaf"], whole = _with_leaf(y.detach(), site, batch)
+        return whole
+
+    def mixed(_: nn.Module, inputs: Any) -> None:
+        tensors["mixed"] = inputs[0]
+        raise _Reached
+
+    hooks = reading.values.register_forward_hook(values), reading.out.register_forward_pre_hook(mixed)  # type: ignore[union-attr]
+    with hooks[0], hooks[1], contextlib.suppress(_Reached):
+        reading.enter(x, *rest, **kwargs)
+    out = tensors["mixed"]
+    return (
+        out.flatten(0, -2).unflatten(0, (batch, -1)),
+        tensors["leaf"],
+        (out.shape[1], out.shape[2] if out.ndim == 4 else 1),
+    )
+
+
+@contextmanager
+def _set(module: nn.Module | None, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of a module, and set them back."""
+    before = {name: getattr(module, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def _restore(modes: dict[nn.Module, bool]) -> None:
@@ -122,23 +160,29 @@ def _leaf_name(parent: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in parent.named_modules() if m is module).rpartition(".")[2]
 
 
-def _layout(place: BackboneSite, x: Tensor, grid: Grid) -> Tensor:
-    """Tell where the tokens lie that reach the projection, by sending their numbers instead of features."""
-    h, w = grid
-    if not place.windowed:
-        n = h * w
-        first = torch.arange(n, n + place.prefix, device=x.device)
-        return torch.cat([first, torch.arange(n, device=x.device)])
-    seen: list[Tensor] = []
+def _places(site: BackboneSite, x: Tensor, grid: Grid) -> tuple[int, Tensor]:
+    """Count the parts of the batch that one image takes, and number its tokens as attention gets them.
 
-    def arrived(_: nn.Module, inputs: Any) -> None:
-        seen.append(inputs[0])
+    Blocks that cut windows are sent the numbers instead of features.
+    """
+    h, w = grid
+    n = h * w
+    if site.frame is not None and site.frame.places is not None:
+        places = site.frame.places(h, w).to(x.device)
+        return places.shape[0], places.flatten()
+    if not site.reading.windowed:
+        first = torch.arange(n, n + site.prefix, device=x.device)
+        return 1, torch.cat([first, torch.arange(n, device=x.device)])
+    arrived: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: Any) -> None:
+        arrived.append(inputs[0])
         raise _Reached
 
-    numbers = torch.arange(1, h * w + 1, device=x.device, dtype=torch.float32).reshape(1, h, w, 1)
-    with place.values.register_forward_pre_hook(arrived), contextlib.suppress(_Reached):
-        place.enter(numbers)
-    return seen[0].flatten().round().long() - 1  # padding is zero
+    numbers = torch.arange(1, n + 1, device=x.device, dtype=torch.float32).reshape(1, h, w, 1)
+    with site.reading.values.register_forward_pre_hook(stop), contextlib.suppress(_Reached):  # type: ignore[union-attr]
+        site.reading.enter(numbers)
+    return 1, arrived[0].flatten().round().long() - 1  # padding is zero
 
 
 def _padded(grid: Grid, size: Sequence[int]) -> Tensor:
@@ -148,19 +192,19 @@ def _padded(grid: Grid, size: Sequence[int]) -> Tensor:
     return nn.functional.pad(numbers, [0, pw - w, 0, ph - h]).flatten() - 1
 
 
-def _with_leaf(y: Tensor, place: BackboneSite, batch: int) -> tuple[Tensor, Tensor]:
+def _with_leaf(y: Tensor, site: BackboneSite, batch: int) -> tuple[Tensor, Tensor]:
     """Cut the values out of a projection's output [..., channels] and put them back as a leaf [batch, keys, C]."""
-    if place.by_head:
-        q, k, v = y.unflatten(-1, (place.heads, 3, -1)).unbind(-2)
+    if site.reading.by_head:
+        q, k, v = y.unflatten(-1, (site.heads, 3, -1)).unbind(-2)
         leaf = v.flatten(-2).flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
         return leaf, torch.stack([q, k, leaf.reshape(v.shape)], dim=-2).flatten(-3)
-    rest, v = y.split([y.shape[-1] - place.width, place.width], dim=-1)
+    rest, v = y.split([y.shape[-1] - site.reading.width, site.reading.width], dim=-1)
     leaf = v.flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
     return leaf, torch.cat([rest, leaf.reshape(v.shape)], dim=-1)
 
 
 def _reduced(count: int, grid: Grid) -> Grid:
-    """Tell the grid of keys that were reduced to fewer than the map has."""
+    """Guess the grid of keys that were reduced to fewer than the map has."""
     for r in range(1, max(grid) + 1):
         for h, w in ((grid[0] // r, grid[1] // r), (-(-grid[0] // r), -(-grid[1] // r))):
             if h * w == count:
