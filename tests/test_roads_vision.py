@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 import attnctl
 from attnctl.backbones import any_size
 from attnctl.backbones.mixers import MIXERS
-from attnctl.errors import ConfigError
+from attnctl.backbones.models import biformer
+from attnctl.errors import BackendError, ConfigError, ConflictError
+from attnctl.processors import Capture
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "agent": {"num_agents": 4}, "bra": {"window_size": 2, "topk": 1},
@@ -233,3 +236,87 @@ def test_registered_models_export_with_any_batch(name: str) -> None:
     model, x = timm.create_model(name, num_classes=3).eval(), torch.rand(5, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(exported(model, images())(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_any_size_after_a_swap_is_refused() -> None:
+    model = attnctl.swap(host("maxvit"), "agent", num_agents=4)
+    with pytest.raises(ConflictError, match="any_size before swap"):
+        any_size(model)
+    assert any_size(attnctl.unswap(model))(images(36)).isfinite().all()
+
+
+OWN_SIZES: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
+    ("swin_tiny_patch4_window7_224", SWIN | {"img_size": (32, 64), "in_chans": 1, "features_only": True}, (1, 32, 64)),
+    ("vit_tiny_patch16_224", VIT | {"img_size": (16, 32), "in_chans": 4}, (4, 16, 32)),
+    ("pvt_v2_b0", PVT | {"in_chans": 4, "features_only": True, "out_indices": (0, 1)}, (4, 224, 224)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "size"), OWN_SIZES, ids=[n for n, *_ in OWN_SIZES])
+def test_dry_runs_use_the_size_of_the_model(name: str, options: dict[str, Any], size: tuple[int, int, int]) -> None:
+    model = timm.create_model(name, **options).eval()
+    sizes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+    attnctl.swap(model, "bra", window_size=2, topk=1)
+    attnctl.swap_report(model).macs()
+    hook.remove()
+    assert set(sizes) == {(1, *size)}
+
+
+def test_a_dry_run_of_a_rectangular_maxvit() -> None:
+    windows = MaxxVitTransformerCfg(window_size=(2, 4), grid_size=(2, 4), dim_head=8)
+    layout = MaxxVitCfg((16, 32), (1, 1), ("M", "M"), 16, transformer_cfg=windows)
+    model = MaxxVit(layout, img_size=(16, 32), in_chans=1, num_classes=3).eval()
+    attnctl.swap(model, "agent", num_agents=4)
+    host_: Any = model.get_submodule(attnctl.swap_report(model).sites[0])
+    assert host_.attn.mixer.grid == (4, 8)
+
+
+def as_released(model: nn.Module) -> dict[str, Tensor]:
+    """Name a BiFormer's weights as the authors' files do: no stage modules, and a perceptron without a convolution."""
+    state = {}
+    for key, value in model.state_dict().items():
+        part = key.split(".")
+        if part[0] == "stages" and part[2] == "downsample":
+            key = ".".join(["downsample_layers", part[1], *part[3:]])
+        elif part[0] == "stages":
+            key = ".".join(["stages", part[1], *part[3:]])
+        state[key.replace(".mlp.3.", ".mlp.2.")] = value
+    return state
+
+
+STL = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "head_dim": 8, "n_win": 1, "topks": (1, 1, 1, -2)}
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: s])
+def test_biformer_stl_loads_the_names_of_the_authors(wrap: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("biformer_stl", num_classes=1000, **STL).eval()
+    file = tmp_path / "stl.pth"
+    torch.save(wrap(as_released(model)), file)
+    again = timm.create_model("biformer_stl", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **STL).eval()
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(again(x), model(x), atol=1e-5, rtol=0)
+    own = biformer.checkpoint_filter_fn(model.state_dict(), model)
+    assert set(own) == set(model.state_dict())
+
+
+def test_full_size_names_of_biformer_stl() -> None:
+    model = timm.create_model("biformer_stl", device="meta")
+    assert set(biformer.checkpoint_filter_fn({"model": as_released(model)}, model)) == set(model.state_dict())
+
+
+def test_handles_of_backbones_behave_as_those_of_denoisers() -> None:
+    model = host("vit")
+    for given, error in (({"backend": "nonsense"}, BackendError), ({"layout": "sideways"}, ConfigError)):
+        with pytest.raises(error, match=r"nonsense|sideways"):
+            attnctl.control(model, Capture(), **given)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with attnctl.control(model, Capture()) as handle:
+        assert attnctl.handle_of(model) is handle
+        with pytest.raises(ConfigError, match="set_step"):
+            handle.set_step(3, 2)
+        handle.set_step(0, 2)
+        model(images())
+        assert handle.maps.images == 2
+    assert attnctl.handle_of(model) is None

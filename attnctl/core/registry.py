@@ -337,18 +337,18 @@ def control_named(name: str, module: str | None = None) -> type:
     return known[name]
 
 
-def load_entry_points() -> None:
-    """Import the controls of other packages that are installed.
+def load_entry_points(group: str = GROUP) -> None:
+    """Import the controls of other packages that are installed, or what they offer in another group.
 
     Raises:
         ConfigError: One of them cannot be imported.
     """
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=group):
         try:
             point.load()
         except Exception as error:
             package = point.dist.name if point.dist else "that brings it"
             raise ConfigError(
-                f"The entry point {point.name} = {point.value!r} of the group {GROUP} cannot be imported "
+                f"The entry point {point.name} = {point.value!r} of the group {group} cannot be imported "
                 f"({type(error).__name__}: {error}). Mend or remove the package {package}."
             ) from error

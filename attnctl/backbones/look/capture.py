@@ -9,7 +9,6 @@ A `WordMaps` comes back, as from a pipeline, with one layer an attention module;
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -41,33 +40,33 @@ class BackboneHandle(Handle):
     ) -> None:
         if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
             raise UnsupportedModelError(
-                f"This {type(model).__name__} is compiled, and a compiled graph cannot be looked into. Give the model "
+                f"This {type(model).__name__} is compiled, and a compiled graph cannot be read. Give the model "
                 "from before torch.compile: it shares its weights with the compiled one."
             )
         super().__init__([model], controls, backend=backend, layout=layout)
         self._model = model
         self._capture = _checked(self.controls)
-        every = {p.name: p for p in backbone_sites(model)}
+        every = {s.name: s for s in backbone_sites(model)}
         self._sites = sites_of(model)
         chosen = self._sites
         if self._capture.sites is not None:
             chosen = select(self._sites, self._capture.sites, kinds=("self",), what="Capture")
-        self._places = [every[s.name] for s in chosen]
-        self._asks = _questions(self._capture, self._places, model)
+        self._recorded = [every[s.name] for s in chosen]
+        self._questions = _questions_of(self._capture, self._recorded, model)
         self._layers: dict[str, Tensor] = {}
         self._bytes = 0
 
     def _install(self) -> None:
-        self._grid = GridWatch(self._model, self._places, self._undo)
+        self._grid = GridWatch(self._model, self._recorded, self._undo)
         self._undo.callback(self._model.register_forward_pre_hook(Hook(self, self._begin)).remove)
-        for place in self._places:
-            hook = Hook(self, functools.partial(self._see, place))
-            self._undo.callback(place.module.register_forward_hook(hook, with_kwargs=True).remove)
+        for site in self._recorded:
+            hook = Hook(self, functools.partial(self._see, site))
+            self._undo.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
 
     @property
     def sites(self) -> tuple[Any, ...]:
         """Return the sites that are recorded."""
-        names = {p.name for p in self._places}
+        names = {s.name for s in self._recorded}
         return tuple(s for s in self._sites if s.name in names)
 
     @property
@@ -87,12 +86,12 @@ class BackboneHandle(Handle):
             raise NeverApplied("Capture has recorded nothing yet: run the model with the handle enabled.")
         images = next(iter(self._layers.values())).shape[0]
         return WordMaps(
-            words=tuple(self._asks),
+            words=tuple(self._questions),
             layers=dict(self._layers),
             sites=tuple(s for s in self.sites if s.name in self._layers),
             steps=(0,),
             prompts=("",) * images,
-            tokens=(tuple((n,) for n in range(len(self._asks))),) * images,
+            tokens=(tuple((n,) for n in range(len(self._questions))),) * images,
             heads=None if capture.heads is None else tuple(capture.heads),
             reduce="mean" if capture.reduce == "none" else capture.reduce,  # type: ignore[arg-type]
             keep=tuple(capture.keep),
@@ -102,8 +101,9 @@ class BackboneHandle(Handle):
 
     def report(self) -> str:
         """Describe what is recorded where."""
-        return f"Capture of {', '.join(self._asks)} at {len(self._places)} sites of {type(self._model).__name__}:\n" + (
-            "\n".join(f"  {p.name}: {p.heads} heads" for p in self._places)
+        return (
+            f"Capture of {', '.join(self._questions)} at {len(self._recorded)} sites of {type(self._model).__name__}:\n"
+            + ("\n".join(f"  {s.name}: {s.heads} heads" for s in self._recorded))
         )
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -111,20 +111,20 @@ class BackboneHandle(Handle):
             self._layers, self._bytes = {}, 0
 
     def _see(
-        self, place: BackboneSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, site: BackboneSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Record one call of one place."""
-        if module is not place.module or not self.enabled or torch.jit.is_tracing():
+        """Record one call of a site."""
+        if module is not site.module or not self.enabled or torch.jit.is_tracing():
             return
         capture = self._capture
-        with probe_attention(place, args, kwargs, self._grid(place, args)) as probe:
-            rows = torch.stack([probe.rows(_weights(ask, probe)) for ask in self._asks.values()], dim=1)
+        with probe_attention(site, args, kwargs, self._grid(site, args)) as probe:
+            rows = torch.stack([probe.rows(_weights(q, probe)) for q in self._questions.values()], dim=1)
             h, w = probe.key_grid
         maps = rows[..., : h * w].unflatten(-1, (1, h, w)).unsqueeze(2)  # [B, labels, steps, heads, frames, h, w]
         if capture.heads is not None:
-            past = [n for n in capture.heads if n >= place.heads]
+            past = [n for n in capture.heads if n >= site.heads]
             if past:
-                raise ConfigError(f"Capture: heads={past} do not exist in {place.name}, which has {place.heads} heads.")
+                raise ConfigError(f"Capture: heads={past} do not exist in {site.name}, which has {site.heads} heads.")
             maps = maps[:, :, :, list(capture.heads)]
         if "heads" not in capture.keep:
             maps = reduced(maps, 3, "mean" if capture.reduce == "none" else capture.reduce).unsqueeze(3)  # type: ignore[arg-type]
@@ -135,10 +135,10 @@ class BackboneHandle(Handle):
         self._bytes += maps.numel() * maps.element_size()
         if self._bytes > capture.budget:
             raise ConfigError(
-                f"Capture: the maps take more than budget={capture.budget} bytes by {place.name}: record fewer sites "
+                f"Capture: the maps take more than budget={capture.budget} bytes by {site.name}: record fewer sites "
                 "or images, reduce the heads, or raise the budget."
             )
-        self._layers[place.name] = maps
+        self._layers[site.name] = maps
 
 
 def _checked(controls: Sequence[Any]) -> Capture:
@@ -158,13 +158,13 @@ def _checked(controls: Sequence[Any]) -> Capture:
     return capture
 
 
-def _questions(capture: Capture, places: Sequence[BackboneSite], model: nn.Module) -> dict[str, Any]:
+def _questions_of(capture: Capture, sites: Sequence[BackboneSite], model: nn.Module) -> dict[str, Any]:
     """Map each label to what it asks: a point, the number of a prefix token, or None for the mean over the image."""
     if capture.points is not None:
         return {point_label(p): p for p in capture.points}
-    owner = owner_of(model, places[0].name)
+    owner = owner_of(model, sites[0].name)
     first = ["class"] * class_tokens(owner)
-    names = (first + [f"register{n}" for n in range(1, 100)])[: min(p.prefix for p in places)]
+    names = (first + [f"register{n}" for n in range(1, 100)])[: min(s.prefix for s in sites)]
     known: dict[str, Any] = {name: n for n, name in enumerate(names)} | {"mean": None}
     for word in capture.words or ():
         if word not in known:

@@ -79,10 +79,12 @@ class GridWatch:
 
     def _watch(self, frame: Frame) -> Any:
         def before(module: nn.Module, args: Any) -> None:
-            self._framed[module] = frame.grid(args)
+            if module is frame.module:  # and not that of a copy, which takes the hook along
+                self._framed[module] = frame.grid(args)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._framed[module] = frame.grid(output)
+            if module is frame.module:
+                self._framed[module] = frame.grid(output)
 
         if frame.shown == "input":
             return frame.module.register_forward_pre_hook(before)

@@ -8,12 +8,12 @@ come first and lie outside the grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attnctl.core.registry import load_entry_points
 from attnctl.errors import ConfigError, nearest
 
 __all__ = ["MIXERS", "Mixer", "Slot", "find_mixer", "join_heads", "side_conv", "split_heads", "zero_conv"]
@@ -112,8 +112,8 @@ def find_mixer(kind: str | type[Mixer]) -> type[Mixer]:
     """Return the mixer of a kind, or the mixer itself where a class is given.
 
     A kind that no imported class has is looked up among the entry points of installed packages, group
-    `attnctl.mixers`. Raises: ConfigError for an unknown kind, a class that is no mixer or has no kind, and an entry
-    point that fails to import or does not define the kind that it is named after.
+    `attnctl.mixers`. Raises: ConfigError for an unknown kind, naming an entry point that fails to import, and for a
+    class that is no mixer or has no kind.
     """
     if isinstance(kind, type):
         if not issubclass(kind, Mixer):
@@ -126,26 +126,18 @@ def find_mixer(kind: str | type[Mixer]) -> type[Mixer]:
         return kind
     if not isinstance(kind, str):
         raise ConfigError(f"kind={kind!r} was given; expected a kind by name or a subclass of Mixer.")
+    broken = ""
     if kind not in MIXERS:
-        _import_entry_point(kind)
+        try:
+            load_entry_points("attnctl.mixers")
+        except ConfigError as error:
+            broken = f" {error}"
     if kind not in MIXERS:
         raise ConfigError(
-            f"kind={kind!r} was given; expected one of {', '.join(map(repr, MIXERS))}.{nearest(kind, MIXERS)}"
+            f"kind={kind!r} was given; expected one of {', '.join(map(repr, MIXERS))}.{nearest(kind, MIXERS)} A mixer "
+            f"of your own is known once its module is imported.{broken}"
         )
     return MIXERS[kind]
-
-
-def _import_entry_point(kind: str) -> None:
-    """Import the class that an installed package offers under a kind, if one does."""
-    for entry in entry_points(group="attnctl.mixers", name=kind):
-        try:
-            entry.load()
-        except Exception as error:
-            raise ConfigError(
-                f"kind={kind!r} is the entry point {entry.value!r}, which fails to import: {error!r}."
-            ) from error
-        if kind not in MIXERS:
-            raise ConfigError(f"kind={kind!r} is the entry point {entry.value!r}, which defines no mixer of that kind.")
 
 
 def _full_name(cls: type) -> str:
