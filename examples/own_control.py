@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import attnctl
-from attnctl.errors import ConfigError
+from attnctl.core.registry import knob
 from attnctl.processors import AttnCall, Branch, Guidance, Proceed
 
 
@@ -20,12 +20,7 @@ from attnctl.processors import AttnCall, Branch, Guidance, Proceed
 class Tempered(Guidance):
     """Guide away from softmax(s q k^T / temperature) v; the temperature is above 0, and 1 changes nothing."""
 
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"Tempered: temperature={self.temperature!r}; expected a finite number above 0.")
+    temperature: float = knob(4.0, above=0.0)
 
     def branch(self, sites: tuple[attnctl.Site, ...], denoiser: torch.nn.Module) -> Branch:
         key = ("tempered", self.temperature, tuple(site.name for site in sites))

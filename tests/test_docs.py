@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from attnctl.app.cli import _COMMANDS, _parse
+from attnctl.core.registry import controls
 from attnctl.data.specs import methods, parse_control, parse_option
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +30,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OWN = ("README", "CONTRIBUTING", "UPGRADING", "SECURITY", "CHANGELOG")
 TEXTS = [*PAGES, *(ROOT / f"{n}.md" for n in OWN), *sorted((ROOT / "examples").glob("*.md"))]
-METHODS = (
-    *("agent", "astar", "attend_excite", "backbones", "broadway", "enhance_video", "fatezero", "hunt", "maps"),
-    *("nag", "pag", "paro", "prompt_to_prompt", "seg", "slg", "tpg"),
-)
+METHODS = sorted({cls.about.page for cls in controls("attnctl").values()} | {"backbones", "hunt"})  # type: ignore[attr-defined]
 SECTIONS = (*("What it does", "Formula", "When to use it", "Cost", "Parameters", "Before and after", "Limits", "Cite"),)
 PUBLIC = ("attnctl", *(f"attnctl.{n}" for n in ("processors", "pipelines", "backbones", "kernels", "plans", "shapes")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

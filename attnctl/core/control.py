@@ -182,7 +182,7 @@ class Guidance(Control, abstract=True):
     """
 
     scale: float = knob(3.0, -math.inf, span=(0.0, 10.0, 0.1), shown=True)
-    adaptive: float = knob(0.0, kind="free", hint="0 to 1; with 'timestep' 0 or more")
+    adaptive: float = knob(0.0, kind="free", values="0 to 1; with 'timestep' 0 or more")
     adaptive_form: AdaptiveForm = knob("knob", options=AdaptiveForm)
     every: int = knob(1, 1, unit="steps", span=(1, 10, 1), shown=True, last=True)
     combine: Combine = knob("auto", options=Combine)

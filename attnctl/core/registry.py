@@ -46,6 +46,7 @@ class About:
     Attributes:
         does: What it does, in half a sentence that begins with a verb.
         page: Name of its page in the docs, without the ending.
+        goal: What a user wants who takes it, as a verb: "sharpen structure".
         title: Its name in words; empty for the name of the class.
         paper: Where it was published, such as "arXiv 2403.17377"; empty for no publication.
         cite: Authors, title and number of each publication.
@@ -58,6 +59,7 @@ class About:
 
     does: str
     page: str
+    goal: str = ""
     title: str = ""
     paper: str = ""
     cite: tuple[str, ...] = ()
@@ -138,6 +140,7 @@ class Bounds:
         none: Whether None is a value.
         choices: The values of a choice.
         unit: What a number counts.
+        values: What a free field may hold, in words.
         hint: What a page says beside the field.
         span: Lowest and highest value and the step of a page's slider.
         shown: Whether a page shows the field; others are for the short form.
@@ -153,6 +156,7 @@ class Bounds:
     none: bool = False
     choices: tuple[Any, ...] = ()
     unit: str = ""
+    values: str = ""
     hint: str = ""
     span: tuple[float, float, float] | None = None
     shown: bool = False
@@ -187,6 +191,7 @@ def knob(
     options: Any = None,
     kind: Kind | None = None,
     unit: str = "",
+    values: str = "",
     hint: str = "",
     span: tuple[float, float, float] | None = None,
     shown: bool = False,
@@ -207,6 +212,7 @@ def knob(
         options: The values of a choice: a Literal, or a tuple.
         kind: "window" for a fraction of the run or a pair of them, "free" for a check of your own.
         unit: What a number counts, such as "steps".
+        values: What a free field may hold, in words.
         hint: What a page says beside the field.
         span: Lowest and highest value and the step of a page's slider; by default the limits, in steps of 0.05.
         shown: Whether a page shows the field.
@@ -235,6 +241,7 @@ def knob(
         none=default is None,
         choices=options or (),
         unit=unit,
+        values=values,
         hint=hint,
         span=span,
         shown=shown,

@@ -109,7 +109,7 @@ def range_in_words(bounds: Bounds | None) -> str:
     if bounds is None:
         return ""
     if bounds.kind in ("free", "choice"):
-        text = ", ".join(repr(option) for option in bounds.choices) or bounds.hint
+        text = ", ".join(repr(option) for option in bounds.choices) or bounds.values
     elif bounds.kind == "window":
         text = "0 to 1, or a pair of them"
     else:

@@ -110,6 +110,7 @@ class AgentAttention(Control):
     about: ClassVar[About] = About(
         does="self-attention of large latents through few agent tokens",
         page="agent",
+        goal="compute less",
         paper="arXiv 2312.08874",
         cite=("Han et al., *Agent Attention: On the Integration of Softmax and Linear Attention*, arXiv 2312.08874",),
         group="Speed",

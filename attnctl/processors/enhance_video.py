@@ -77,6 +77,7 @@ class EnhanceAVideo(Control):
     about: ClassVar[About] = About(
         does="more cross-frame attention in 3D video transformers",
         page="enhance_video",
+        goal="make a video move more, or more steadily",
         title="Enhance-A-Video",
         paper="arXiv 2502.07508",
         cite=("Luo et al., *Enhance-A-Video: Better Generated Video for Free*, arXiv 2502.07508",),

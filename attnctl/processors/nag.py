@@ -68,6 +68,7 @@ class NAG(Control):
     about: ClassVar[About] = About(
         does="a negative prompt inside cross-attention, without an extra pass",
         page="nag",
+        goal="keep something out",
         paper="arXiv 2505.21179",
         cite=(
             "Chen et al., *Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models*, "

@@ -60,6 +60,7 @@ class PAG(Guidance):
     about: ClassVar[About] = About(
         does="guides away from the prediction whose attention maps are the identity",
         page="pag",
+        goal="sharpen structure",
         paper="arXiv 2403.17377",
         cite=("Ahn et al., *Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance*, arXiv 2403.17377",),
     )
@@ -96,6 +97,7 @@ class SoftPAG(Guidance):
     about: ClassVar[About] = About(
         does="guides away from maps that lean towards a target, with a strength `u` and in chosen heads",
         page="pag",
+        goal="sharpen structure",
         paper="arXiv 2506.10978",
         cite=(
             "Ahn et al., *Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow "

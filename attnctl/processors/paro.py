@@ -55,6 +55,7 @@ class PARO(Control):
     about: ClassVar[About] = About(
         does="reordered block-sparse attention by a calibrated plan",
         page="paro",
+        goal="compute less",
         paper="arXiv 2506.16054",
         cite=(
             "Zhao et al., *PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in "

@@ -41,6 +41,7 @@ class SEG(Guidance):
     about: ClassVar[About] = About(
         does="guides away from blurred queries",
         page="seg",
+        goal="sharpen structure",
         paper="arXiv 2408.00760",
         cite=(
             "Hong, *Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention*, "

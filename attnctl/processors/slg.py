@@ -46,11 +46,9 @@ class SLG(Guidance):
     about: ClassVar[About] = About(
         does="guides away from skipped blocks",
         page="slg",
+        goal="sharpen structure",
         paper="SD3.5 reference; for video arXiv 2411.18664",
-        cite=(
-            "Hyung et al., *Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling*, arXiv 2411.18664 "
-            "(STG, for `SLG`)",
-        ),
+        cite=("Hyung et al., *Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling*, arXiv 2411.18664",),
     )
     published: ClassVar[Mapping[str, Default]] = {
         "Stable Diffusion 3, 3.5": Default(

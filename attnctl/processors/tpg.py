@@ -39,6 +39,7 @@ class TPG(Guidance):
     about: ClassVar[About] = About(
         does="guides away from shuffled tokens",
         page="tpg",
+        goal="sharpen structure",
         paper="arXiv 2506.10036",
         cite=("Rajabi et al., *Token Perturbation Guidance for Diffusion Models*, arXiv 2506.10036",),
         sites="the down blocks of a UNet",

@@ -63,10 +63,11 @@ class BroadWay(MotionFields):
     about: ClassVar[About] = About(
         does="more and steadier motion in video models",
         page="broadway",
+        goal="make a video move more, or more steadily",
         paper="arXiv 2410.06241",
         cite=(
             "Bu et al., *ByTheWay: Boost Your Text-to-Video Generation Model to Higher Quality in a Training-free "
-            "Way*, arXiv 2410.06241 (BroadWay)",
+            "Way*, arXiv 2410.06241",
         ),
         group="Video",
         offered=False,

@@ -35,8 +35,8 @@ class MotionFields(Control, abstract=True):
     """Hold and check the fields of a `BroadWay`, whose docstring describes them."""
 
     alpha: float = knob(0.6, 0.0, 1.0, shown=True)
-    beta: Beta = knob(1.5, kind="free", shown=True, hash=False)
-    tau: int | Literal["auto"] = knob("auto", unit="bins", shown=True)
+    beta: Beta = knob(1.5, kind="free", values="0 or more; a course of them; these by selector", shown=True, hash=False)
+    tau: int | Literal["auto"] = knob("auto", values="'auto', or whole, 0 or more (bins)", shown=True)
     stop: float = 0.2
     motion: float | None = knob(None, 0.0, 10.0, span=(0.0, 4.0, 0.1), shown=True)
     reference: str | None = None

@@ -61,6 +61,7 @@ class Capture(CaptureFields):
     about: ClassVar[About] = About(
         does="records word maps and changes nothing",
         page="maps",
+        goal="see where an image attends",
         title="Word maps",
         cite=(
             "Tang et al., *What the DAAM: Interpreting Stable Diffusion Using Cross Attention*, arXiv 2210.04885",

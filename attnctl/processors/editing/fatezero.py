@@ -57,6 +57,7 @@ class FateZero(SourceEdit):
     about: ClassVar[About] = About(
         does="edits a video with a prompt, by the attention of its inversion",
         page="fatezero",
+        goal="edit a video or an image with a prompt",
         paper="arXiv 2303.09535",
         cite=("Qi et al., *FateZero: Fusing Attentions for Zero-shot Text-based Video Editing*, arXiv 2303.09535",),
         group="Editing",

@@ -55,6 +55,7 @@ class PromptToPrompt(WordEdit):
     about: ClassVar[About] = About(
         does="edits an image with a prompt",
         page="prompt_to_prompt",
+        goal="edit a video or an image with a prompt",
         title="Prompt-to-prompt",
         paper="arXiv 2208.01626",
         cite=("Hertz et al., *Prompt-to-Prompt Image Editing with Cross Attention Control*, arXiv 2208.01626",),

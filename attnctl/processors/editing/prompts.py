@@ -90,7 +90,7 @@ class WordEdit(Control, abstract=True):
     target: str
     mode: WordMode = knob("refine", options=WordMode)
     cross_replace: float | Sequence[float] | Mapping[str, float | Sequence[float]] = knob(
-        0.8, kind="free", hint="0 to 1, or a pair of them; or these by word"
+        0.8, kind="free", values="0 to 1, or a pair of them; or these by word"
     )
     self_replace: float | Sequence[float] = knob(0.8, kind="window")
     blend_words: Sequence[str] | Sequence[Sequence[str]] | None = None

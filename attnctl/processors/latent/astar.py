@@ -56,11 +56,12 @@ class AStar(LatentGuidance):
     seg: float = knob(1.0, 0.0, span=(0.0, 5.0, 0.1), shown=True)
     ret: float = knob(1.0, 0.0, span=(0.0, 5.0, 0.1), shown=True)
     masks: Any = None
-    binarise: Binarise | float = knob(0.5, kind="free", hint="above 0, below 1; 'mean', 'otsu'")
+    binarise: Binarise | float = knob(0.5, kind="free", values="above 0, below 1; 'mean', 'otsu'")
 
     about: ClassVar[About] = About(
         does="moves the latents so that each noun keeps a place of its own",
         page="astar",
+        goal="get every object of the prompt, in its place",
         title="A-STAR",
         paper="arXiv 2306.14544",
         cite=(

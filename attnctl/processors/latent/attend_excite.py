@@ -47,6 +47,7 @@ class AttendExcite(LatentGuidance):
     about: ClassVar[About] = About(
         does="moves the latents so that no noun is neglected",
         page="attend_excite",
+        goal="get every object of the prompt, in its place",
         title="Attend-and-Excite",
         paper="arXiv 2301.13826",
         cite=(

@@ -1,0 +1,260 @@
+"""Write what the docs can read off the code: tables of methods and families, references of methods, the navigation.
+
+    python docs/generate.py            # write the files anew
+    python docs/generate.py --check    # name the files that are out of date
+
+A file says where: what stands between `<!-- generated: NAME -->` and `<!-- end -->` (in YAML, `# generated: NAME` and
+`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api` and `nav`, or `reference` with the
+name of a control.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # the tiny models that the tables of families and pairs are run on
+
+from attnctl.core.hosts.families import FAMILIES, family_of  # noqa: E402
+from attnctl.core.registry import controls  # noqa: E402
+from attnctl.data.catalogue import entry  # noqa: E402
+from attnctl.errors import AttnctlError, SiteError  # noqa: E402
+from attnctl.processors import Guidance  # noqa: E402
+
+__all__ = ["acting", "outdated", "written"]
+
+DOCS = ROOT / "docs"
+GROUPS = ("Guidance", "Words and layout", "Editing", "Video", "Speed")
+MARK = re.compile(
+    r"^([ ]*)(?:<!-- generated: (?P<html>[\w ]+) -->|# generated: (?P<yaml>[\w ]+))\n"
+    r".*?^[ ]*(?:<!-- end -->|# end)$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def methods() -> dict[str, Any]:
+    """List the package's controls by the kind of task that they are for, those of one page together."""
+    known: dict[str, Any] = controls("attnctl")
+    return dict(
+        sorted(known.items(), key=lambda item: (GROUPS.index(item[1].about.group), *_order(item[1].about.page)))
+    )
+
+
+def _order(page: str) -> tuple[int, str]:
+    return (page != "pag", page)  # the guidance that the others are told by comes first
+
+
+@cache
+def page(name: str) -> Path:
+    """Find the page of a method.
+
+    Raises:
+        LookupError: There is none.
+    """
+    found = DOCS / "reference" / "methods" / f"{name}.md"
+    if not found.is_file():
+        raise LookupError(f"There is no page {found.relative_to(ROOT)}, which a control names as its `about.page`.")
+    return found
+
+
+def link(name: str, at: Path) -> str:
+    """Return the address of a page from a file."""
+    return Path(os.path.relpath(page(name), at.parent)).as_posix()
+
+
+# What is written
+
+
+def method_rows(at: Path) -> Iterator[str]:
+    """Write a row for each method."""
+    yield "| control | what it does | paper |"
+    yield "|---|---|---|"
+    for name, cls in methods().items():
+        yield f"| [`{name}`]({link(cls.about.page, at)}) | {cls.about.does} | {cls.about.paper} |"
+
+
+def goal_rows(at: Path) -> Iterator[str]:
+    """Write a row for each goal, with the methods that serve it."""
+    goals: dict[str, dict[str, list[str]]] = {}
+    for name, cls in methods().items():
+        pages = goals.setdefault(cls.about.goal, {})
+        pages.setdefault(cls.about.page, []).append(cls.about.title or name)
+    yield "| to | use |"
+    yield "|---|---|"
+    for goal, pages in goals.items():
+        links = (f"[{', '.join(names)}]({link(name, at)})" for name, names in pages.items())
+        yield f"| {goal} | {', '.join(links)} |"
+
+
+def citations(at: Path) -> Iterator[str]:
+    """Write the publications of all methods, each once."""
+    named: dict[str, list[str]] = {}
+    for name, cls in methods().items():
+        for text in cls.about.cite:
+            named.setdefault(text, []).append(f"`{name}`")
+    yield from (f"- {text} ({', '.join(names)})" for text, names in named.items())
+
+
+def api_entries(at: Path) -> Iterator[str]:
+    """Name every control for the pages that are made of docstrings."""
+    for name in methods():
+        yield f"::: attnctl.processors.{name}"
+        yield ""
+
+
+def navigation(at: Path) -> Iterator[str]:
+    """Write the pages of the methods by group, for the site's menu."""
+    for group in GROUPS:
+        titles: dict[str, list[str]] = {}
+        for name, cls in methods().items():
+            if cls.about.group == group:
+                titles.setdefault(cls.about.page, []).append(cls.about.title or name)
+        yield f"- {group}:"
+        for name, parts in titles.items():
+            yield f"    - {', '.join(parts)}: {page(name).relative_to(DOCS).as_posix()}"
+
+
+def family_rows(at: Path) -> Iterator[str]:
+    """Write a row for each family of models, with the guidances that act on its tiny model."""
+    columns = {name: cls for name, cls in methods().items() if issubclass(cls, Guidance)}
+    yield f"| family | published layers | {' | '.join(columns)} |"
+    yield "|---" * (2 + len(columns)) + "|"
+    ticks = acting()
+    for family in FAMILIES:
+        default = family.published.get("Guidance")
+        place = "name them" if default is None else default.describe()
+        marks = (" ✓ " if name in ticks.get(family.name, ()) else "  " for name in columns)
+        yield f"| {family.name} | {place} |{'|'.join(marks)}|"
+
+
+@cache
+def acting() -> dict[str, frozenset[str]]:
+    """Find which guidances act on the tiny models of each family: they change what the model predicts."""
+    import torch
+    import zoo
+
+    found: dict[str, set[str]] = {}
+    for name in zoo.NAMES:
+        model, inputs = zoo.build(name)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = zoo.call(model, inputs)
+            taken = {
+                n for n, cls in methods().items() if issubclass(cls, Guidance) and _acts(model, inputs, cls, plain)
+            }
+        found.setdefault(family_of(model).name, set()).update(taken)
+    return {family: frozenset(names) for family, names in found.items()}
+
+
+def _acts(model: Any, inputs: Any, cls: Any, plain: Any) -> bool:
+    import zoo
+
+    import attnctl
+
+    sites = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
+    if not sites:
+        return False
+    control = cls(scale=1.0, sites=sites[len(sites) // 2], start=0.0, stop=1.0)
+    try:
+        with attnctl.control(model, control, layout="cond"):
+            guided = zoo.call(model, inputs)
+    except SiteError:
+        raise
+    except AttnctlError:
+        return False
+    return bool(guided.isfinite().all()) and not guided.equal(plain)
+
+
+def reference(at: Path, name: str) -> Iterator[str]:
+    """Write what a control takes: fields, published layers, and what it cannot act together with."""
+    one = entry(controls("attnctl")[name])
+    yield f"Every field of `{name}`:"
+    yield ""
+    yield "| field | default | range | meaning |"
+    yield "|---|---|---|---|"
+    for f in one.fields:
+        yield f"| `{f.name}` | {_cell(f.default)} | {_cell(f.range)} | {_cell(f.meaning)} |"
+    if one.sites:
+        yield ""
+        yield "With `sites=None` it acts on the published layers of the model's family:"
+        yield ""
+        yield "| family | layers |"
+        yield "|---|---|"
+        yield from (f"| {family} | {_cell(place)} |" for family, place in one.sites)
+    elif one.about is not None and one.about.sites:
+        yield ""
+        yield f"With `sites=None` it acts on {one.about.sites}."
+    if one.conflicts:
+        yield ""
+        yield "It cannot act together with these, at the same time and place:"
+        yield ""
+        yield "| control | | because |"
+        yield "|---|---|---|"
+        yield from (f"| `{other}` | {where} | {reason} |" for other, where, reason in one.conflicts)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "methods": method_rows,
+    "goals": goal_rows,
+    "cite": citations,
+    "api": api_entries,
+    "nav": navigation,
+    "families": family_rows,
+}
+
+
+def written(path: Path) -> str:
+    """Return a file with its generated parts written anew."""
+
+    def replace(found: re.Match[str]) -> str:
+        part, _, name = (found["html"] or found["yaml"]).partition(" ")
+        lines = reference(path, name) if part == "reference" else PARTS[part](path)
+        first, last = found[0].split("\n", 1)[0], found[0].rsplit("\n", 1)[-1]
+        indent = found[1]
+        body = [f"{indent}{line}".rstrip() for line in lines]
+        space = "" if found["yaml"] else "\n"
+        return f"{first}\n{space}{chr(10).join(body).rstrip()}\n{space}{last}"
+
+    return MARK.sub(replace, path.read_text(encoding="utf-8"))
+
+
+def files() -> list[Path]:
+    """List the files that have generated parts, and the table of pairs last."""
+    known = [ROOT / "README.md", ROOT / "mkdocs.yml", *sorted(DOCS.rglob("*.md"))]
+    return [path for path in known if MARK.search(path.read_text(encoding="utf-8"))]
+
+
+def outdated() -> list[str]:
+    """Name the files whose generated parts are not what the code says."""
+    return [str(p.relative_to(ROOT)) for p in files() if written(p) != p.read_text(encoding="utf-8")]
+
+
+def main() -> int:
+    """Write the files, or with --check name those that are out of date."""
+    import conftest  # noqa: F401  (offline, quiet, one thread)
+    import pairs
+
+    table = next(path for path in DOCS.rglob("pairs.md"))
+    if "--check" in sys.argv[1:]:
+        old = [*outdated(), *([] if table.read_text(encoding="utf-8") == pairs.markdown() else [str(table)])]
+        print("\n".join(old) or "up to date")
+        return 1 if old else 0
+    for path in files():
+        path.write_text(written(path), encoding="utf-8")
+    table.write_text(pairs.markdown(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
