@@ -23,7 +23,7 @@ import torch
 
 from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle, Hook
-from attnctl.core.hosts.arguments import bind_call
+from attnctl.core.hosts.arguments import as_given, bind_call
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.pipelines import run_length
@@ -146,7 +146,7 @@ class DenoiserHandle(Handle):
         if not self._enabled:
             return None
         w.processors.heal()
-        bound = bind_call(w.module, args, kwargs)
+        bound, w.positional = bind_call(w.module, args, kwargs), len(args)
         w.state.begin_call(w.module, w.family, bound)
         self._time(w)
         w.state.rows = self._rows.read(bound, w.family.cond_first)
@@ -156,7 +156,7 @@ class DenoiserHandle(Handle):
         if w.branches:
             self._rows.warn_bare(w.state.rows)
         changed = w.begin_pass(self._replay)
-        return None if changed is None else ((), changed)
+        return None if changed is None else as_given(w.module, changed, w.positional)
 
     def _after(self, w: ControlledDenoiser, output: Any) -> Any:
         if not self._enabled or w.running or w.state.denoiser is None:

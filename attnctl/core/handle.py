@@ -19,7 +19,7 @@ from attnctl.core.hosts.rows import Layout
 from attnctl.core.live import LiveControl
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.core.sites import Site
-from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError
+from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError, unboxed
 from attnctl.kernels import backends
 
 __all__ = ["Handle", "Hook", "check_controls", "check_hookable", "handle_of"]
@@ -100,6 +100,7 @@ class Handle:
 
     def set_step(self, step: int, steps: int, timestep: float | None = None) -> None:
         """Set the step of a hand-written loop: step i of n, and the timestep (1000 = noise) where weights adapt."""
+        step, steps, timestep = unboxed(step), unboxed(steps), unboxed(timestep)
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (step, steps))
         if not whole or not 0 <= step < steps:
             raise ConfigError(

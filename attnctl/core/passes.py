@@ -24,7 +24,7 @@ from attnctl.core.call import CallState, Rows, Wrapper
 from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch, added, check_reached, combine, difference, overridden, scaled
-from attnctl.core.hosts.arguments import row_count, take_rows
+from attnctl.core.hosts.arguments import as_given, own_containers, row_count, take_rows
 from attnctl.core.hosts.caches import check_rows_kept, own_context
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
@@ -55,6 +55,8 @@ class ControlledDenoiser:
     """The latents of the current step, shared by the denoisers of a pipeline."""
     shared: dict[Any, Any] = field(default_factory=dict)
     """What live controls keep for the run, shared by the denoisers of a pipeline."""
+    positional: int = 0
+    """How many arguments of the current call were given by position."""
     running: bool = False
     """Whether a further pass is under way, whose own hooks must do nothing."""
     state: CallState = field(default_factory=CallState)
@@ -124,7 +126,7 @@ class ControlledDenoiser:
             kwargs = live.before_call(self)
             if kwargs is not None:
                 changed, rows = kwargs, self.state.rows
-                self.state.begin_call(self.module, self.family, kwargs)
+                self.state.begin_call(self.module, self.family, own_containers(kwargs))
                 self.state.rows = rows
         return changed
 
@@ -251,7 +253,8 @@ class ControlledDenoiser:
             link.wrappers, link.reached = wrappers.get(name), False
         self.forwards = forwards or {}
         with own_context(self.module, context) as cached, overridden(self.forwards):
-            return main_output(self.module.forward(**kwargs)), cached
+            args, named = as_given(self.module, kwargs, self.positional)
+            return main_output(self.module.forward(*args, **named)), cached
 
     def perturbed(self, branch: Branch) -> Any:
         """Run one perturbed pass on the prompt rows and return its prediction."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["bind_call", "cut_tensor", "main_input", "main_name", "row_count", "take_rows"]
+__all__ = ["as_given", "bind_call", "cut_tensor", "main_input", "main_name", "own_containers", "row_count", "take_rows"]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
 _SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
@@ -20,14 +23,45 @@ _MAIN = ("sample", "hidden_states", "x")
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name a call's arguments by the parameters of the denoiser's own forward."""
-    bound = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs)
-    arguments = dict(bound.arguments)
-    arguments.pop("self", None)
-    extra = arguments.pop("kwargs", None)
-    if isinstance(extra, dict):
-        arguments.update(extra)
+    """Name a call's arguments by the parameters of the denoiser's own forward; its lists and dicts are copies."""
+    signature = _signature(type(denoiser).forward)
+    arguments: dict[str, Any] = {}
+    for name, value in list(signature.bind_partial(denoiser, *args, **kwargs).arguments.items())[1:]:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(own_containers(value))
+        else:
+            arguments[name] = own_containers(value)
     return arguments
+
+
+@functools.cache
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def as_given(
+    denoiser: torch.nn.Module, arguments: Mapping[str, Any], positional: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return named arguments as a call gives them, the first so many by position; lists and dicts are copies.
+
+    Tools that wrap a denoiser's `forward` may read its arguments by position (DeepCache does).
+    """
+    own = own_containers(dict(arguments))
+    parameters = list(_signature(type(denoiser).forward).parameters)[1 : positional + 1]
+    names = list(itertools.takewhile(own.__contains__, parameters))
+    return tuple(own.pop(name) for name in names), own
+
+
+def own_containers(value: Any) -> Any:
+    """Copy the lists, dicts and tuples of nested arguments, not the tensors in them.
+
+    Hosts empty containers that they are handed (lists of residuals are popped one by one): each pass needs its own.
+    """
+    if type(value) is dict:
+        return {k: own_containers(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(own_containers(v) for v in value)
+    return copy.copy(value) if isinstance(value, (list, dict)) else value
 
 
 def main_input(bound: Mapping[str, Any]) -> Any:

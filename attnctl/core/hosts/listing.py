@@ -28,15 +28,22 @@ _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
     """Name the denoisers of a pipeline ("unet", "transformer", "transformer_2"), or of a bare model ("")."""
     if isinstance(target, torch.nn.Module):
-        return {"": target}
-    found = {n: getattr(target, n, None) for n in ("unet", "transformer", "transformer_2")}
-    modules = {n: m for n, m in found.items() if isinstance(m, torch.nn.Module)}
+        return {"": _inner(target)}
+    parts = {n: getattr(target, n, None) for n in ("unet", "transformer", "transformer_2")}
+    modules = {n: _inner(m) for n, m in parts.items() if isinstance(m, torch.nn.Module)}
     if not modules:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no `unet` or `transformer` that is a torch module. "
             "Pass a diffusers pipeline that denoises with attention, or the denoiser itself."
         )
     return modules
+
+
+def _inner(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside wrappers for data parallelism, which put "module." in front of every name."""
+    while type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        module = module.module  # type: ignore[assignment]
+    return module
 
 
 def find_sites(target: Any) -> tuple[Site, ...]:
