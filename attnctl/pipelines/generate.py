@@ -170,12 +170,12 @@ def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = la
 
 def differences(before: Record, after: Record) -> dict[str, tuple[str, str]]:
     """Name what differs between two runs of one record and can change pixels."""
-    found: dict[str, tuple[str, str]] = {}
+    changes: dict[str, tuple[str, str]] = {}
     for name in sorted({*before.versions, *after.versions}):
-        found[name] = before.versions.get(name, "not installed"), after.versions.get(name, "not installed")
+        changes[name] = before.versions.get(name, "not installed"), after.versions.get(name, "not installed")
     for name in ("revision", "device", "dtype", "threads", "hardware", "sites"):
-        found[name] = str(getattr(before, name)), str(getattr(after, name))
-    return {name: (a, b) for name, (a, b) in found.items() if a != b}
+        changes[name] = str(getattr(before, name)), str(getattr(after, name))
+    return {name: (a, b) for name, (a, b) in changes.items() if a != b}
 
 
 def _check_sizes(call: Call) -> None:
@@ -209,14 +209,14 @@ def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ConfigError(f"{type(pipe).__name__} takes no {name!r}." + nearest(name, signature))
     if "generator" not in signature:
         raise UnsupportedModelError(f"{type(pipe).__name__} takes no generator, so no run of it can be repeated.")
-    kept = {
+    settings = {
         name: options.get(name, signature[name].default)
         for name in ("num_inference_steps", "guidance_scale")
         if name in signature
     }
-    if not isinstance(kept.get("num_inference_steps"), int):
+    if not isinstance(settings.get("num_inference_steps"), int):
         raise ConfigError(f"{type(pipe).__name__} has no default number of steps; give one.")
-    return options, kept
+    return options, settings
 
 
 @contextlib.contextmanager
@@ -241,9 +241,9 @@ def _site_names(pipe: Any, controls: tuple[Any, ...]) -> tuple[tuple[str, ...], 
     from attnctl.core.hosts.listing import denoisers_of, find_sites
 
     models = denoisers_of(pipe).values() if controls else ()
-    found = [(find_sites(model), family_of(model)) for model in models]
+    hosts = [(find_sites(model), family_of(model)) for model in models]
     return tuple(
-        tuple(dict.fromkeys(site.name for sites, family in found for site in control.resolve(sites, family)))
+        tuple(dict.fromkeys(site.name for sites, family in hosts for site in control.resolve(sites, family)))
         for control in controls
     )
 

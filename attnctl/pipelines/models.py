@@ -172,8 +172,8 @@ def load_denoiser(name: str, *, revision: str | None = None) -> Any:
         parts = read_json(_config_file(name, "model_index.json", revision), _CONFIG)
         part = next((p for p in ("unet", "transformer") if isinstance(parts.get(p), list)), None)
         if part is None:
-            found = ", ".join(k for k in parts if not k.startswith("_"))
-            raise UnsupportedModelError(f"{name} has no `unet` and no `transformer`; its parts are {found}.")
+            names = ", ".join(k for k in parts if not k.startswith("_"))
+            raise UnsupportedModelError(f"{name} has no `unet` and no `transformer`; its parts are {names}.")
         library, class_name = parts[part]
         cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
         if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):

@@ -94,25 +94,25 @@ class Verdict:
         Raises:
             JudgeError: the caption is not of this world.
         """
-        asked = parse(text)
+        scene = parse(text)
         colors = {f.color for f in self.things}
         left = list(self.things)
         bound, quality = [], []
-        for thing in asked.things:
+        for thing in scene.things:
             hit = next((f for f in left if (f.color, f.shape) == thing.pair), None)
             bound.append(hit is not None)
             if hit is not None:
                 left.remove(hit)
                 quality.append(hit.iou)
         # A region that has the colour of an object which is missing is that object misdrawn, not one too many.
-        for thing, ok in zip(asked.things, bound, strict=True):
+        for thing, ok in zip(scene.things, bound, strict=True):
             if not ok and (miss := next((f for f in left if f.color == thing.color), None)) is not None:
                 left.remove(miss)
         return Match(
-            present=tuple(t.color in colors for t in asked.things),
+            present=tuple(t.color in colors for t in scene.things),
             bound=tuple(bound),
             extra=len(left),
-            background=self.background == asked.background,
+            background=self.background == scene.background,
             iou=float(np.mean(quality)) if quality else 0.0,
         )
 
@@ -136,7 +136,7 @@ def judge(image: object) -> Verdict:
     nearest = np.argmin(((lab[:, :, None] - palette) ** 2).sum(-1), axis=-1)
     grounds = np.bincount(nearest.ravel(), minlength=len(names))[_N_COLORS:]
     background = names[_N_COLORS + int(np.argmax(grounds))]
-    found = []
+    things = []
     for index in range(_N_COLORS):
         mask = (nearest == index).astype(np.uint8)
         if int(mask.sum()) < MIN_AREA:
@@ -144,12 +144,12 @@ def judge(image: object) -> Verdict:
         # Opening takes away the seams of mixed colour between an object and its background.
         core = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
         n, labels, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=8)
-        found += [
+        things += [
             _look(rgb, labels == i, names[index], background)
             for i in range(1, n)
             if stats[i, cv2.CC_STAT_AREA] >= MIN_AREA
         ]
-    return Verdict(tuple(sorted(found, key=lambda f: -f.area)), background)
+    return Verdict(tuple(sorted(things, key=lambda f: -f.area)), background)
 
 
 def _look(rgb: np.ndarray, region: np.ndarray, color: str, background: str) -> Found:

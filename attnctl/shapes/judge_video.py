@@ -83,8 +83,8 @@ class ClipVerdict:
 
     def track(self, thing: Thing) -> Track:
         """Follow an object by its colour; where that is seen more than once, by its shape and then by its area."""
-        found = [_pick(v, thing) for v in self.frames]
-        seen = [(i, f) for i, f in enumerate(found) if f is not None]
+        picked = [_pick(v, thing) for v in self.frames]
+        seen = [(i, f) for i, f in enumerate(picked) if f is not None]
         n = len(self.frames)
         bound = sum(f.shape == thing.shape for _, f in seen) / n
         if len(seen) < max(2, _SEEN * n):
@@ -106,11 +106,11 @@ class ClipVerdict:
         """
         scene, motions = parse_clip(text)
         tracks = tuple(self.track(thing) for thing in scene.things)
-        told = tuple((m, t.motion) for m, t in zip(motions, tracks, strict=True))
+        pairs = tuple((m, t.motion) for m, t in zip(motions, tracks, strict=True))
         return ClipMatch(
             tracks=tracks,
-            direction=tuple(saw is not None and asked.direction in (None, saw.direction) for asked, saw in told),
-            speed=tuple(saw is not None and asked.speed in (None, saw.speed) for asked, saw in told),
+            direction=tuple(saw is not None and wanted.direction in (None, saw.direction) for wanted, saw in pairs),
+            speed=tuple(saw is not None and wanted.speed in (None, saw.speed) for wanted, saw in pairs),
             background=float(np.mean([v.background == scene.background for v in self.frames])),
             extra=float(np.mean([_extra(v, scene.things) for v in self.frames])),
         )
@@ -136,8 +136,8 @@ def judge_clip(frames: object) -> ClipVerdict:
 
 
 def _pick(verdict: Verdict, thing: Thing) -> Found | None:
-    own = [f for f in verdict.things if f.color == thing.color]
-    return max(own, key=lambda f: (f.shape == thing.shape, f.area), default=None)
+    alike = [f for f in verdict.things if f.color == thing.color]
+    return max(alike, key=lambda f: (f.shape == thing.shape, f.area), default=None)
 
 
 def _slope(t: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -133,12 +133,12 @@ def _watch_frames(unet: torch.nn.Module) -> None:
 
     def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         places: Any = module.pe
-        asked, known = args[0].shape[1], places.shape[1]
-        if asked > known:
+        frames, most = args[0].shape[1], places.shape[1]
+        if frames > most:
             raise ConfigError(
-                f"The motion adapter was trained for {known} frames, but {asked} were asked for: pass "
-                f"num_frames={known} or fewer, or let diffusers slide a window: pipe.enable_free_noise("
-                f"context_length={known})."
+                f"The motion adapter was trained for {most} frames, but {frames} were asked for: pass "
+                f"num_frames={most} or fewer, or let diffusers slide a window: pipe.enable_free_noise("
+                f"context_length={most})."
             )
 
     for name, module in unet.named_modules():
@@ -151,7 +151,7 @@ def _watch_size(transformer: torch.nn.Module) -> None:
 
     def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         size = tuple(args[0].shape[2:])
-        if any(asked > most for asked, most in zip(size, _LATENT_VIDEO, strict=True)):
+        if any(length > most for length, most in zip(size, _LATENT_VIDEO, strict=True)):
             raise ConfigError(
                 f"videodit was trained on 17 frames of 64x64, {_LATENT_VIDEO} as latents, but latents of {size} were "
                 "asked for: pass num_frames=17, height=64 and width=64."

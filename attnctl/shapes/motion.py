@@ -118,10 +118,10 @@ def render_clip(clip: Clip, frames: int = FRAMES) -> np.ndarray:
 
 def clip_caption(clip: Clip, *, speed: bool = True, motion: bool = True) -> str:
     """Say the clip: "a red circle moving left fast on gray"; without its speed or its motion on request."""
-    told = [describe(v) for v in clip.velocities] if motion else [Motion()] * len(clip.velocities)
+    motions = [describe(v) for v in clip.velocities] if motion else [Motion()] * len(clip.velocities)
     if not speed:
-        told = [replace(m, speed=None) for m in told]
-    pairs = zip(clip.scene.things, told, strict=True)
+        motions = [replace(m, speed=None) for m in motions]
+    pairs = zip(clip.scene.things, motions, strict=True)
     return " and ".join(_phrase(t.color, t.shape, m) for t, m in pairs) + f" on {clip.scene.background}"
 
 
@@ -134,8 +134,8 @@ def parse_clip(text: str) -> tuple[Scene, tuple[Motion, ...]]:
     head, on, background = text.strip().lower().rstrip(".").partition(" on ")
     things, motions = [], []
     for part in re.split(r"\s+and\s+", " ".join(head.split())):
-        found = _PHRASE.match(part)
-        words = found.groupdict() if found else {"thing": part, "still": None, "way": None, "speed": None}
+        phrase = _PHRASE.match(part)
+        words = phrase.groupdict() if phrase else {"thing": part, "still": None, "way": None, "speed": None}
         try:
             motions.append(Motion(words["still"] or words["way"], words["speed"]))
         except ConfigError as error:

@@ -258,11 +258,11 @@ def _apart(a: Thing, b: Thing) -> bool:
 
 
 def _refusal(text: str, part: str, words: list[str]) -> str:
-    known = (*COLORS, *SHAPES, *BACKGROUNDS)
+    vocabulary = (*COLORS, *SHAPES, *BACKGROUNDS)
     hints = [
         f"{w!r}: did you mean {c[0]!r}?"
         for w in words
-        if w not in known and (c := difflib.get_close_matches(w, known, n=1))
+        if w not in vocabulary and (c := difflib.get_close_matches(w, vocabulary, n=1))
     ]
     return (
         f"Cannot read {part!r} in {text!r}. Expected 'a COLOUR SHAPE [and a COLOUR SHAPE] on BACKGROUND' with colours "

@@ -63,7 +63,7 @@ def catalogue(folder: Path) -> tuple[Benchmark, ...]:
 
 def figures_of(benchmark: Benchmark, data: Any) -> dict[str, Any]:
     """Look the headline numbers of a result up; those that this run did not measure are left out."""
-    found = {}
+    figures = {}
     for label, place in benchmark.figures.items():
         value = data
         try:
@@ -71,8 +71,8 @@ def figures_of(benchmark: Benchmark, data: Any) -> dict[str, Any]:
                 value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, TypeError, ValueError):
             continue
-        found[label] = value
-    return found
+        figures[label] = value
+    return figures
 
 
 def command_of(benchmark: Benchmark, quick: bool = False) -> str:
@@ -120,13 +120,13 @@ class Bench(Common):
     def run(self, command: str) -> Result:
         """Run, list or show."""
         folder = _found(self.folder)
-        known = {b.name: b for b in catalogue(folder)}
+        catalogued = {b.name: b for b in catalogue(folder)}
         for name in self.only:
-            if name not in known:
+            if name not in catalogued:
                 raise UsageError(
-                    f"There is no benchmark {name!r}.{nearest(name, known)} `attnctl bench --list` names them."
+                    f"There is no benchmark {name!r}.{nearest(name, catalogued)} `attnctl bench --list` names them."
                 )
-        chosen = [b for b in known.values() if b.name in self.only or not self.only]
+        chosen = [b for b in catalogued.values() if b.name in self.only or not self.only]
         if self.list:
             rows = [(b.name, b.about, b.needs, "yes" if b.quick is not None else "") for b in chosen]
             return Result(

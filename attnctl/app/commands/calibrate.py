@@ -94,24 +94,26 @@ class Calibrate(Common):
         say(f"Loading {self.model} ({device}, {dtype})")
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         loaded.pipe.set_progress_bar_config(disable=True)
-        found = calibrate(
+        result = calibrate(
             loaded.pipe, self.prompt, density=self.density, block=self.block, groups=self.groups, metric=self.metric,
             budget=self.budget, seed=self.seed, call=call, out=self.out / "measured", model=loaded.name,
         )  # fmt: skip
         if processes()[0]:
             return Result({"plan": str(self.out)}, "")  # the first process concludes for all of them
-        found.plan.save_pretrained(self.out)
-        checks = check_plan(loaded.pipe, found.plan, self.check, seed=self.seed + 1000, call=call) if self.check else []
-        report = write_report(found, self.out, checks)
+        result.plan.save_pretrained(self.out)
+        checks = (
+            check_plan(loaded.pipe, result.plan, self.check, seed=self.seed + 1000, call=call) if self.check else []
+        )
+        report = write_report(result, self.out, checks)
         data = {
-            "plan": str(self.out), "model": loaded.name, "density": found.plan.density, "captured": found.captured,
-            "bytes": found.plan.packed_bytes, "sites": report["sites"], "checks": report["checks"],
+            "plan": str(self.out), "model": loaded.name, "density": result.plan.density, "captured": result.captured,
+            "bytes": result.plan.packed_bytes, "sites": report["sites"], "checks": report["checks"],
             "report": str(self.out / "report.md"), "picture": str(self.out / "maps.png"),
         }  # fmt: skip
         return Result(data, _text(data, self.check))
 
 
-def _text(data: dict[str, Any], asked: tuple[str, ...]) -> str:
+def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:
     rows = [
         (
             s["site"], s["heads"], " ".join(f"{n} {c}" for n, c in s["orders"].items()),
@@ -128,8 +130,8 @@ def _text(data: dict[str, Any], asked: tuple[str, ...]) -> str:
         f"{data['picture']}"
     )
     for check in data["checks"]:
-        told = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"
-        lines.append(f"checked on {check['prompt']!r}: {told}")
-    if not asked:
+        quality = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"
+        lines.append(f"checked on {check['prompt']!r}: {quality}")
+    if not prompts:
         lines.append("Not checked: give --check PROMPT to compare dense and sparse pictures of another prompt.")
     return "\n".join(lines)

@@ -74,12 +74,12 @@ class Demo(Common):
 
         from attnctl.shapes import pair_prompts
 
-        asked = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
-        done = [self._sheet(sheet, asked[: max(1, len(asked) // sheet.share)], command) for sheet in SHEETS]
+        prompts = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
+        done = [self._sheet(sheet, prompts[: max(1, len(prompts) // sheet.share)], command) for sheet in SHEETS]
         done.append(
             demo_video.make(
                 below(self.out, f"{demo_video.FILE}.png"),
-                videos=max(1, len(asked) // _VIDEO_SHARE),
+                videos=max(1, len(prompts) // _VIDEO_SHARE),
                 rows=min(self.rows, 4),
                 steps=self.steps,
                 guidance=self.guidance,
@@ -99,7 +99,7 @@ class Demo(Common):
         }
         return Result(data, "\n\n".join(map(_text, done)) + f"\n\n{_NOTES}")
 
-    def _sheet(self, sheet: Sheet, asked: tuple[str, ...], command: str) -> dict[str, Any]:
+    def _sheet(self, sheet: Sheet, prompts: tuple[str, ...], command: str) -> dict[str, Any]:
         """Make one picture, and a second one of maps where it has one."""
         from tqdm import tqdm
 
@@ -107,20 +107,22 @@ class Demo(Common):
         from attnctl.pipelines.generate import Call
         from attnctl.pipelines.models import load
 
-        seeds = tuple(range(self.seed, self.seed + len(asked)))
+        seeds = tuple(range(self.seed, self.seed + len(prompts)))
         loaded = load(sheet.model)
         panels = sheet.panels
-        say(f"{sheet.model}: {len(panels)} panels of {len(asked)} images, {self.steps} steps, on {loaded.pipe.device}")
+        say(
+            f"{sheet.model}: {len(panels)} panels of {len(prompts)} images, {self.steps} steps, on {loaded.pipe.device}"
+        )
         calls = [
             Call(
-                prompts=asked[first : first + self.batch],
+                prompts=prompts[first : first + self.batch],
                 seeds=seeds[first : first + self.batch],
                 steps=self.steps,
                 guidance=self.guidance,
                 options=dict(sheet.options),
                 command=command,
             )
-            for first in range(0, len(asked), self.batch)
+            for first in range(0, len(prompts), self.batch)
         ]
         started = time.perf_counter()
         columns = []
@@ -133,10 +135,10 @@ class Demo(Common):
                 columns.append(_column(loaded, asks, bar.update))
         seconds = time.perf_counter() - started
 
-        shown = min(self.rows, self.prompts, self.batch, len(asked))
+        shown = min(self.rows, self.prompts, self.batch, len(prompts))
         pictures = [below(self.out, f"{sheet.file}.png")]
         save_image(
-            _grid(sheet, columns, asked[:shown], seeds[:shown], self, len(asked)),
+            _grid(sheet, columns, prompts[:shown], seeds[:shown], self, len(prompts)),
             pictures[0],
             [replace(column["records"][0], shows=tuple(range(shown))) for column in columns],
             force=self.force,
@@ -145,7 +147,7 @@ class Demo(Common):
             pictures.append(below(self.out, f"{sheet.maps}.png"))
             plain = columns[[panel.controls for panel in panels].index(())]
             save_image(
-                _maps_sheet(plain, asked[:shown], seeds[:shown]),
+                _maps_sheet(plain, prompts[:shown], seeds[:shown]),
                 pictures[1],
                 replace(plain["records"][0], shows=tuple(range(shown))),
                 force=self.force,
@@ -158,7 +160,7 @@ class Demo(Common):
             "model": sheet.model,
             "pictures": [str(path) for path in pictures],
             "seconds": round(seconds, 1),
-            "images_per_panel": len(asked),
+            "images_per_panel": len(prompts),
             "panels": marks,
         }
 

@@ -94,12 +94,12 @@ def judged(video: Sequence[Any], prompt: str) -> dict[str, Any]:
 
 
 def _panel(name: str, column: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": name, "controls": list(column.record.controls)}
-    found["sites"] = [list(names) for names in column.record.sites]
+    panel: dict[str, Any] = {"name": name, "controls": list(column.record.controls)}
+    panel["sites"] = [list(names) for names in column.record.sites]
     for mark in MARKS:
-        found[mark] = tally([row[mark] for row in rows])
-    found["motion"] = round(sum(row["motion"] for row in rows) / len(rows), 3)
-    return found
+        panel[mark] = tally([row[mark] for row in rows])
+    panel["motion"] = round(sum(row["motion"] for row in rows) / len(rows), 3)
+    return panel
 
 
 def _strips(

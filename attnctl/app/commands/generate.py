@@ -197,7 +197,7 @@ class Generate(Common):
         ]
         paths = [below(self.out, name) for name in names]
         check_free([*paths, *map(sidecar, paths)], force=self.force)
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         changed: dict[str, tuple[str, str]] = {}
         for record in records:
             device = record.device if self.device == "auto" else self.device
@@ -205,26 +205,26 @@ class Generate(Common):
             model, recorded = self._model_of(record), self.model is None
             loaded = load(model, revision=_commit(record), device=device, dtype=dtype, recorded=recorded)
             if makes_videos(loaded.pipe):
-                these = paths[len(found) : len(found) + len(record.shows)]
+                these = paths[len(rows) : len(rows) + len(record.shows)]
                 check_free([path.with_suffix(".mp4") for path in these], force=self.force)
             with _bar(loaded.pipe, record.steps, 1) as bar:
                 done = sample_again(loaded, record, bar.update)
             changed |= differences(record, done.record)
             for i in record.shows:
-                path = paths[len(found)]
+                path = paths[len(rows)]
                 save_image(done.images[i], path, replace(done.record, shows=(i,)), force=self.force)
                 if done.videos:
                     _video(done.videos[i], path, self.fps, self.force)
                 same = done.record.sha256[i] == record.sha256[i]
-                found.append({**_row(path, done.record, i), "identical": same})
-        same = all(row["identical"] for row in found)
+                rows.append({**_row(path, done.record, i), "identical": same})
+        same = all(row["identical"] for row in rows)
         data = {
             "identical": same,
             "differences": {name: {"recorded": a, "here": b} for name, (a, b) in changed.items()},
-            "images": found,
+            "images": rows,
         }
         say(_verdict(same, changed))
-        return Result(data, _table(found), 0 if same else 1)
+        return Result(data, _table(rows), 0 if same else 1)
 
     def _whole(self, name: str, default: int) -> int:
         from attnctl.pipelines.bounds import check_whole
@@ -294,10 +294,10 @@ def _video(frames: tuple[Any, ...], strip: Path, fps: float, force: bool) -> dic
     return {"video": str(path)}
 
 
-def _table(found: list[dict[str, Any]]) -> str:
-    names = [name for name in ("path", "seed", "identical", "prompt") if name in found[0]]
+def _table(images: list[dict[str, Any]]) -> str:
+    names = [name for name in ("path", "seed", "identical", "prompt") if name in images[0]]
     words = {True: "yes", False: "no"}
-    rows = [[words[row[n]] if isinstance(row[n], bool) else row[n] for n in names] for row in found]
+    rows = [[words[row[n]] if isinstance(row[n], bool) else row[n] for n in names] for row in images]
     return table(names, rows)
 
 

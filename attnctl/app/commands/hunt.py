@@ -136,23 +136,23 @@ class Hunt(Common):
         }  # fmt: skip
         hours = seconds_of(loaded.pipe, plan) * cost.images / 3600 / crew.size if self.dry_run or not crew.rank else 0.0
         data["hours"] = round(hours, 4)
-        told = (
+        outlook = (
             f"{len(pool)} heads, {len(plan.pairs)} prompt-seed pairs, {plan.rounds} rounds of {plan.k}: {cost.images} "
             f"images, {cost.passes} denoiser rows, about {_duration(hours)} on this machine ({crew.size} processes)"
         )
         if self.dry_run:
-            return Result(data, told)
+            return Result(data, outlook)
         if not crew.rank:
-            say(told)
+            say(outlook)
         name = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore")
-        found = hunt(
+        result = hunt(
             loaded.pipe, plan, objective_of(name, device), log=self.log or self.out / "log", model=loaded.name,
             objective=name,
         )  # fmt: skip
         if crew.rank:
             return Result(None, "")
-        found.save(self.out, force=self.force)
-        return Result(data | found.to_dict() | {"out": str(self.out)}, _text(found, self.out, self.model))
+        result.save(self.out, force=self.force)
+        return Result(data | result.to_dict() | {"out": str(self.out)}, _text(result, self.out, self.model))
 
     def _plan(self) -> Any:
         """Build the plan that the flags describe."""
@@ -224,22 +224,22 @@ def _duration(hours: float) -> str:
     return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"
 
 
-def _text(found: Any, out: Path, model: str) -> str:
+def _text(result: Any, out: Path, model: str) -> str:
     rows = [
         (i + 1, f"{site} head {head}", round(r.scores[site, head], 4), r.seen[site, head])
-        for i, r in enumerate(found.rounds)
+        for i, r in enumerate(result.rounds)
         for site, head in r.chosen
     ]
     lines = [table(("round", "head", "mark", "pairs"), rows)]
-    if found.baseline is not None:
-        lines.append(f"without perturbation: {found.baseline:.4f}")
-    lines += [f"after round {i + 1}: {r.score:.4f}" for i, r in enumerate(found.rounds) if r.score is not None]
-    strength = f"u={found.plan.u:g}, scale={found.plan.scale:g})"
-    told = shlex.join(("--model", model, "--prompt", found.plan.pairs[0][0]))
-    pairs = "".join(f'("{site}", {head}), ' for site, head in found.heads.pairs).rstrip()
+    if result.baseline is not None:
+        lines.append(f"without perturbation: {result.baseline:.4f}")
+    lines += [f"after round {i + 1}: {r.score:.4f}" for i, r in enumerate(result.rounds) if r.score is not None]
+    strength = f"u={result.plan.u:g}, scale={result.plan.scale:g})"
+    arguments = shlex.join(("--model", model, "--prompt", result.plan.pairs[0][0]))
+    pairs = "".join(f'("{site}", {head}), ' for site, head in result.heads.pairs).rstrip()
     lines += [
-        f"{found.images} images; {out}: head set, marks, heat map. To use them:",
+        f"{result.images} images; {out}: head set, marks, heat map. To use them:",
         f'  SoftPAG(heads=HeadSet.from_pretrained("{out}"), {strength}',
-        f"  attnctl generate {told} --control 'SoftPAG(heads=({pairs}), {strength}'",
+        f"  attnctl generate {arguments} --control 'SoftPAG(heads=({pairs}), {strength}'",
     ]
     return "\n".join(lines)

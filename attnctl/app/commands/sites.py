@@ -27,7 +27,7 @@ class Sites(Common):
         import attnctl
         from attnctl.pipelines.models import load_denoiser
 
-        found = attnctl.find_sites(load_denoiser(self.model, revision=self.revision))
+        sites = attnctl.find_sites(load_denoiser(self.model, revision=self.revision))
         data = [
             {
                 "depth": site.depth,
@@ -37,11 +37,11 @@ class Sites(Common):
                 "head_dim": site.head_dim,
                 "grid": None if site.grid is None else list(site.grid),
             }
-            for site in found
+            for site in sites
         ]
         rows = [(s["depth"], s["name"], s["kind"], s["heads"], s["head_dim"], _grid(s["grid"])) for s in data]
         if not self.json:
-            say(f"{len(found)} sites of {self.model}; select by name, glob, stage, depth or kind.")
+            say(f"{len(sites)} sites of {self.model}; select by name, glob, stage, depth or kind.")
         text = table(("depth", "name", "kind", "heads", "head dim", "grid"), rows)
         return Result({"model": self.model, "sites": data}, text)
 

@@ -146,7 +146,7 @@ def image_marks(done: Compared, prompt: str) -> tuple[list[str], list[list[str]]
         except JudgeError:
             return ["", "seconds"], [[n, f"{s:.1f}"] for n, _, s in done.runs]
         seen = ", ".join(f"{f.color} {f.shape or 'something'}" for f in verdict.things) or "nothing"
-        marks = [f"{sum(found)} of {len(found)}" for found in (match.present, match.bound)]
+        marks = [f"{sum(flags)} of {len(flags)}" for flags in (match.present, match.bound)]
         rows.append([name, *marks, _YES[match.right], f"{seen} on {verdict.background}", f"{seconds:.1f}"])
     return header, rows
 

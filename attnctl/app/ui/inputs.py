@@ -102,13 +102,13 @@ def written(text: str | None) -> list[Any]:
         return [parse_control(line) for line in (text or "").splitlines() if line.strip()]
 
 
-def ticks(progress: Any, models: Models, asked: Ask, runs: int = 1) -> Step:
+def ticks(progress: Any, models: Models, request: Ask, runs: int = 1) -> Step:
     """Return what moves the page's bar by one step of so many runs."""
     import inspect
 
-    steps = asked.steps
+    steps = request.steps
     if steps is None:
-        call = inspect.signature(type(models.get(asked.model).pipe).__call__).parameters
+        call = inspect.signature(type(models.get(request.model).pipe).__call__).parameters
         steps = call["num_inference_steps"].default
     return following(progress, runs * steps if isinstance(steps, int) else None)
 

@@ -98,16 +98,16 @@ def control_of(method: str, values: Mapping[str, Any], model: str = "", prompt: 
     Raises:
         ConfigError: a value is refused, by the control's own words.
     """
-    found = {"method": method, **preset(model, method)}
+    fields = {"method": method, **preset(model, method)}
     for knob in knobs_of(method):
         if knob.field in values:
-            found.pop(knob.field, None)
+            fields.pop(knob.field, None)
             value = _read(knob, values[knob.field])
             if value is not None:
-                found[knob.field] = value
-    if any(knob.field == "concepts" for knob in knobs_of(method)) and not found.get("concepts"):
-        found["concepts"] = nouns(prompt)
-    return control_from_dict(found)
+                fields[knob.field] = value
+    if any(knob.field == "concepts" for knob in knobs_of(method)) and not fields.get("concepts"):
+        fields["concepts"] = nouns(prompt)
+    return control_from_dict(fields)
 
 
 def selector(text: Any) -> Any:

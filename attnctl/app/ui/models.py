@@ -69,9 +69,9 @@ class Models:
         Raises:
             ConfigError: the page has no such model.
         """
-        known = (*_IMAGES, *_VIDEOS, *([self.given] if self.given else []))
-        if name not in known:
-            raise ConfigError(f"This page has no model {name!r}; it has {', '.join(known)}.")
+        offered = (*_IMAGES, *_VIDEOS, *([self.given] if self.given else []))
+        if name not in offered:
+            raise ConfigError(f"This page has no model {name!r}; it has {', '.join(offered)}.")
         with self._lock:
             if name not in self._loaded:
                 revision = None if name.startswith(SHIPPED) else self._revision

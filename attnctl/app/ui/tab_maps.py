@@ -41,15 +41,15 @@ def words_tab(models: Models, folder: Path) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[str, ...]:
         """Make a picture and show where it attends to words: paths of two PNGs."""
-        asked = ask(model, prompt, seed, steps, guidance)
-        sheets = actions.words(models, asked, words, ticks(progress, models, asked))
+        request = ask(model, prompt, seed, steps, guidance)
+        sheets = actions.words(models, request, words, ticks(progress, models, request))
         return tuple(actions.keep_bytes(folder, f"{name}.png", sheet) for name, sheet in sheets.items())
 
     go.click(words, [*fields.all, chosen], [over, steps], api_name="words", **_ALONE)
 
     def read(prompt: str, before: list[str]) -> Any:
-        choices, kept = word_choices(prompt, before)
-        return gr.update(choices=choices, value=kept)
+        choices, ticked = word_choices(prompt, before)
+        return gr.update(choices=choices, value=ticked)
 
     _on_prompt(fields, read, chosen)
     _on_model(fields)
@@ -82,15 +82,15 @@ def heads_tab(models: Models, folder: Path) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> str:
         """Make a picture and show where each head looks for a word: the path of a PNG."""
-        asked = ask(model, prompt, seed, steps, guidance)
-        sheet = actions.heads(models, asked, word, selector(layers), ticks(progress, models, asked))["heads"]
+        request = ask(model, prompt, seed, steps, guidance)
+        sheet = actions.heads(models, request, word, selector(layers), ticks(progress, models, request))["heads"]
         return actions.keep_bytes(folder, "heads.png", sheet)
 
     go.click(heads, [*fields.all, word, sites], grid, api_name="heads", **_ALONE)
 
     def read(prompt: str, before: str) -> Any:
-        choices, kept = word_choices(prompt, [before] if before else [])
-        return gr.update(choices=choices, value=kept[0] if kept else choices[-1] if choices else None)
+        choices, ticked = word_choices(prompt, [before] if before else [])
+        return gr.update(choices=choices, value=ticked[0] if ticked else choices[-1] if choices else None)
 
     _on_prompt(fields, read, word)
     _on_model(fields)

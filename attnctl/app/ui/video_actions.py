@@ -108,11 +108,11 @@ def video_marks(done: Compared, prompt: str) -> tuple[list[str], list[list[str]]
     rows = []
     for name, run, seconds in done.runs:
         try:
-            found = judged(run.videos[0], prompt)
+            flags = judged(run.videos[0], prompt)
         except JudgeError:
             return ["", "seconds"], [[n, f"{s:.1f}"] for n, _, s in done.runs]
-        marks = ["yes" if found[mark] else "no" for mark in MARKS]
-        rows.append([name, *marks, f"{found['motion']:.2f}", f"{seconds:.1f}"])
+        marks = ["yes" if flags[mark] else "no" for mark in MARKS]
+        rows.append([name, *marks, f"{flags['motion']:.2f}", f"{seconds:.1f}"])
     return ["", *MARKS.values(), "motion, px a frame", "seconds"], rows
 
 

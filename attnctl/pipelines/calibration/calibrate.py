@@ -176,12 +176,12 @@ def _conclude(
     prompts: list[str],
 ) -> Calibration:
     """Choose the blocks and say how much they hold."""
-    laid, own = {}, {}
+    laid, model_mass = {}, {}
     for name, sums in second.items():
         heads, order = torch.arange(len(orders[name])), torch.tensor(orders[name])
         parts = [m[heads, order] if m.shape[1] == len(ORDERS) else m[:, 0] for m in sums.by_group()]
-        laid[name], own[name] = torch.stack(parts), first[name].average().mass[:, 0]
-    keeps, in_model_order = _keep(laid, settings), _keep(own, settings)
+        laid[name], model_mass[name] = torch.stack(parts), first[name].average().mass[:, 0]
+    keeps, in_model_order = _keep(laid, settings), _keep(model_mass, settings)
     plans: dict[str, BlockPlan] = {}
     rows: list[dict[str, Any]] = []
     for name, mass in laid.items():
@@ -195,7 +195,7 @@ def _conclude(
         rows.append({
             "site": name, "heads": len(orders[name]),
             "orders": {order_name(o): orders[name].count(o) for o in sorted(set(orders[name]))}, "captured": captured,
-            "captured_model_order": float((own[name] * in_model_order[name]).sum() / own[name].sum()),
+            "captured_model_order": float((model_mass[name] * in_model_order[name]).sum() / model_mass[name].sum()),
             "dropped": dropped, "predicted_error": 2 * dropped, "density_image": float(keep.float().mean()),
             "density": plans[name].density,
         })  # fmt: skip
@@ -203,7 +203,7 @@ def _conclude(
         "density": settings.density, "metric": settings.metric, "budget": settings.budget, "prompts": prompts,
         "captured": round(sum(r["captured"] for r in rows) / len(rows), 6),
     }  # fmt: skip
-    pictures = {name: torch.stack([own[name], mass.mean(0)]) for name, mass in laid.items()}
+    pictures = {name: torch.stack([model_mass[name], mass.mean(0)]) for name, mass in laid.items()}
     return Calibration(plan=ModelPlan(plans=plans, model=model, about=about), rows=tuple(rows), mass=pictures)
 
 
@@ -222,8 +222,10 @@ def _claim(
     call: Mapping[str, Any] | None,
 ) -> None:
     """Make the folder this calibration's own, or see that it is."""
-    told = json.dumps([vars(settings), repr(list(prompts)), seed, repr(sorted((call or {}).items()))], sort_keys=True)
-    mark = hashlib.sha256(told.encode()).hexdigest()
+    identity = json.dumps(
+        [vars(settings), repr(list(prompts)), seed, repr(sorted((call or {}).items()))], sort_keys=True
+    )
+    mark = hashlib.sha256(identity.encode()).hexdigest()
     path = store / "settings.sha256"
     if path.exists():
         if read_bytes(path, Expected("the mark of a calibration", PlanError, 256)) != mark.encode():

@@ -58,10 +58,10 @@ class Sums:
     mass: dict[int, Tensor] = field(default_factory=dict)
     marks: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, group: int, found: BlockMass) -> None:
+    def add(self, group: int, mass: BlockMass) -> None:
         self.calls[group] = self.calls.get(group, 0) + 1
-        self.mass[group] = self.mass.get(group, 0) + found.mass.cpu()
-        for name, value in (("sparse", found.sparse), ("uneven", found.uneven)):
+        self.mass[group] = self.mass.get(group, 0) + mass.mass.cpu()
+        for name, value in (("sparse", mass.sparse), ("uneven", mass.uneven)):
             if value is not None:
                 self.marks[name] = self.marks.get(name, 0) + value.cpu()
 
@@ -108,7 +108,7 @@ class _Look(Control):
                 group = call.state.step * self.groups // max(call.state.steps or 1, 1) if self.groups > 1 else 0
                 chosen = None if self.orders is None else [[o] for o in self.orders[call.site.name]]
                 with torch.no_grad():
-                    found = block_mass(
+                    mass = block_mass(
                         call.q, call.k, grid, s.block_q, s.block_k, image=image, scale=call.scale, orders=chosen,
                         eps=s.eps if s.metric != "mass" and chosen is None else None, sigma=s.sigma,
                     )  # fmt: skip
@@ -116,13 +116,13 @@ class _Look(Control):
                     "grid": list(grid), "n_text": call.q.shape[2] - (image.stop - image.start),
                     "text_first": image.start > 0 or call.image is None,
                 }  # fmt: skip
-                held = self.sums.setdefault(call.site.name, Sums(facts))
-                if held.call["grid"] != facts["grid"]:
+                sums = self.sums.setdefault(call.site.name, Sums(facts))
+                if sums.call["grid"] != facts["grid"]:
                     raise ConfigError(
-                        f"{call.site.name} saw the grids {held.call['grid']} and {facts['grid']}: calibrate one "
+                        f"{call.site.name} saw the grids {sums.call['grid']} and {facts['grid']}: calibrate one "
                         "resolution at a time."
                     )
-                held.add(min(group, self.groups - 1), found)
+                sums.add(min(group, self.groups - 1), mass)
             return proceed(call)
 
         return watch
@@ -141,8 +141,8 @@ def runner(
     def run(prompt: str | Mapping[str, Any], seed: int) -> dict[str, Sums]:
         sums: dict[str, Sums] = {}
         unknown: set[str] = set()
-        told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **told}
+        call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **call}
         watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
         with attach(pipe, watch):
             pipe(**options)
@@ -169,18 +169,18 @@ def over_prompts(
     from tqdm import tqdm
 
     rank, world, wait = processes() if store is not None else (0, 1, lambda: None)
-    held: dict[int, dict[str, Sums]] = {}
+    by_prompt: dict[int, dict[str, Sums]] = {}
     for i in tqdm(range(rank, len(prompts), world), desc=f"calibrate {name}", disable=True if quiet else None):
         path = None if store is None else store / f"{name}-{i}.safetensors"
         if path is not None and path.exists():
             continue
-        held[i] = run(prompts[i], seed + i)
+        by_prompt[i] = run(prompts[i], seed + i)
         if path is not None:
-            _write(path, held[i])
+            _write(path, by_prompt[i])
     wait()
     total: dict[str, Sums] = {}
     for i in range(len(prompts)):
-        part = read_store(store / f"{name}-{i}.safetensors") if store is not None else held[i]
+        part = read_store(store / f"{name}-{i}.safetensors") if store is not None else by_prompt[i]
         for site, sums in part.items():
             into = total.setdefault(site, Sums(sums.call))
             _check_alike(site, into, sums)
@@ -213,10 +213,10 @@ def processes() -> tuple[int, int, Callable[[], None]]:
 def _write(path: Path, sums: dict[str, Sums]) -> None:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for i, (name, held) in enumerate(sums.items()):
-        facts[name] = {"i": i, "calls": held.calls, "call": held.call}
-        tensors |= {f"{i}/mass/{g}": m.contiguous() for g, m in held.mass.items()}
-        tensors |= {f"{i}/{mark}/0": m.contiguous() for mark, m in held.marks.items()}
+    for i, (name, site_sums) in enumerate(sums.items()):
+        facts[name] = {"i": i, "calls": site_sums.calls, "call": site_sums.call}
+        tensors |= {f"{i}/mass/{g}": m.contiguous() for g, m in site_sums.mass.items()}
+        tensors |= {f"{i}/{mark}/0": m.contiguous() for mark, m in site_sums.marks.items()}
     content = save(tensors or {"none": torch.zeros(1)}, metadata={"sites": json.dumps(facts)})
     publish({path: content}, force=True)  # another process may have measured the same
 

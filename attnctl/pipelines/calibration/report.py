@@ -50,9 +50,9 @@ class _Compare(PARO):
             image = call.image or slice(0, call.q.shape[2])
             want = dense[:, :, image].double()
             error = (sparsely(call, proceed)[:, :, image].double() - want).square().sum()
-            held = self.sums.setdefault(call.site.name, [0.0, 0.0])
-            held[0] += float(error)
-            held[1] += float(want.square().sum())
+            errors = self.sums.setdefault(call.site.name, [0.0, 0.0])
+            errors[0] += float(error)
+            errors[1] += float(want.square().sum())
             return dense
 
         return compare
@@ -87,10 +87,10 @@ def check_plan(
     """
     if isinstance(prompts, str) or not prompts:
         raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
-    found = []
+    rows = []
     for i, prompt in enumerate(prompts):
-        told = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        settings = {"output_type": "np", **dict(call or {}), **told}
+        inputs = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        settings = {"output_type": "np", **dict(call or {}), **inputs}
 
         def run(settings: dict[str, Any] = settings, i: int = i) -> np.ndarray:
             out = pipe(**settings, generator=torch.Generator().manual_seed(seed + i))[0]
@@ -103,12 +103,12 @@ def check_plan(
             sparse = run()
         error = float(((dense - sparse) ** 2).mean())
         peak = float(dense.max() - dense.min()) if settings["output_type"] == "latent" else 1.0
-        found.append({
+        rows.append({
             "prompt": prompt if isinstance(prompt, str) else f"({', '.join(prompt)})",
             "psnr_db": None if error == 0 else round(float(10 * np.log10(peak**2 / error)), 2),
             "sites": {name: (e / max(n, 1e-300)) ** 0.5 for name, (e, n) in compare.sums.items()},
         })  # fmt: skip
-    return found
+    return rows
 
 
 def write_report(
@@ -153,8 +153,8 @@ def _markdown(data: Mapping[str, Any]) -> str:
         "relative L2 error of an attention's image rows on the checked prompts, its inputs being the dense run's.", "",
     ]  # fmt: skip
     for check in data["checks"]:
-        told = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"
-        lines.append(f'- checked on "{check["prompt"]}": {told}')
+        quality = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"
+        lines.append(f'- checked on "{check["prompt"]}": {quality}')
     if not data["checks"]:
         lines.append("Not checked on another prompt.")
     return "\n".join([*lines, "", "![maps before and after](maps.png)", ""])

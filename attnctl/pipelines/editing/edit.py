@@ -162,12 +162,12 @@ def _edit_of(control: FateZero | None, fields: dict[str, Any]) -> FateZero:
             what = f"{control!r:.80} and {sorted(fields)}" if fields else f"{control!r:.80}"
             raise ConfigError(f"Give a FateZero control or its fields, not {what}.")
         return dataclasses.replace(control, inversion=None)
-    known = [f.name for f in dataclasses.fields(FateZero)]
-    unknown = sorted(set(fields) - set(known))
+    names = [f.name for f in dataclasses.fields(FateZero)]
+    unknown = sorted(set(fields) - set(names))
     if unknown or not {"source", "target"} <= set(fields):
         raise ConfigError(
             f"edit_video needs source= (what the video shows) and target= (what it shall show); unknown: "
-            f"{', '.join(unknown) or 'nothing'}. Fields of FateZero: {', '.join(known)}."
+            f"{', '.join(unknown) or 'nothing'}. Fields of FateZero: {', '.join(names)}."
         )
     return FateZero(**fields)
 

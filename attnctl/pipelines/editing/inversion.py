@@ -61,8 +61,8 @@ def ddim_of(scheduler: Any) -> Any:
             f"{name} does not run on the noise schedule of DDIM, so attnctl cannot invert it. Editing works with the "
             "models of SD 1, SD 2 and SDXL."
         )
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    options = {n: config[n] for n in (*kept, "rescale_betas_zero_snr") if n in config}
+    copied = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    options = {n: config[n] for n in (*copied, "rescale_betas_zero_snr") if n in config}
     spacing = config.get("timestep_spacing")
     return DDIMScheduler(
         **options,

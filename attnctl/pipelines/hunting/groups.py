@@ -57,9 +57,9 @@ def worth(rows: Sequence[Row], marks: Mapping[Row, float], pool: Sequence[Head])
     given = torch.tensor([marks[row] for row in rows], dtype=torch.float64)
     mean = float(given.mean())
     for i in {i for _, i in rows}:
-        own = torch.tensor([i == pair for _, pair in rows])
-        acts[own] -= acts[own].mean(0)
-        given[own] -= given[own].mean()
+        same_pair = torch.tensor([i == pair for _, pair in rows])
+        acts[same_pair] -= acts[same_pair].mean(0)
+        given[same_pair] -= given[same_pair].mean()
     square = acts.T @ acts + _RIDGE * torch.eye(len(pool), dtype=torch.float64)
     adds = torch.linalg.solve(square, acts.T @ given)
     return {head: mean + float(adds[i]) for head, i in place.items()}

@@ -78,13 +78,13 @@ class HuntLog:
             draft = path.with_name(f".{_HEADER}.{os.getpid()}")
             draft.write_text(json.dumps({"schema": SCHEMA, **self._about}, indent=1), encoding="utf-8")
             os.replace(draft, path)  # processes that start together write the same
-        held = read_json(path, _EXPECTED, schema=SCHEMA)
+        recorded = read_json(path, _EXPECTED, schema=SCHEMA)
         for name, value in self._about.items():
-            if held.get(name) != value:
+            if recorded.get(name) != value:
                 other = "plan" if name in ("plan", "objective") else "model"
                 raise PlanError(
                     f"The log in {self.folder.name} belongs to another {other}: "
-                    f"{_difference(name, held.get(name), value)}. Choose another folder, or search as before."
+                    f"{_difference(name, recorded.get(name), value)}. Choose another folder, or search as before."
                 )
 
     def marks(self, key: str, count: int) -> list[float]:
@@ -136,16 +136,16 @@ class HuntLog:
         self, share: Callable[[list[dict[str, Any]]], Sequence[dict[str, Any]]], *, everything: bool = False
     ) -> None:
         """Learn what the other processes have found; `share` gives each process the records of all."""
-        told = list((self.records if everything else self._own).values())
-        for record in share(told):
+        records = list((self.records if everything else self._own).values())
+        for record in share(records):
             self.records.setdefault(record["key"], record)
         self._own = {}
 
     def close(self) -> None:
         """Close the file."""
         if self._file >= 0:
-            held, self._file = self._file, -1
-            os.close(held)
+            file, self._file = self._file, -1
+            os.close(file)
 
 
 def _create(folder: Path, rank: int) -> int:
@@ -163,7 +163,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         PlanError: A line that is not the last one is damaged.
     """
-    found = []
+    parsed = []
     size = check_regular(path, _MARKS).st_size
     if size > _MARKS.limit:
         raise PlanError(f"{path.name} holds {size} bytes; a file of marks has at most {_MARKS.limit}. {_CURE}")
@@ -175,8 +175,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
                 if len(line) > _LINE.limit:
                     raise PlanError(f"Line {number} of {path.name} is damaged: it does not end. {_CURE}")
                 break  # a kill left it unfinished
-            found.append(_record(line, f"Line {number} of {path.name}"))
-    return found
+            parsed.append(_record(line, f"Line {number} of {path.name}"))
+    return parsed
 
 
 def _record(line: bytes, name: str) -> dict[str, Any]:
@@ -192,12 +192,12 @@ def _record(line: bytes, name: str) -> dict[str, Any]:
     raise PlanError(f"{name} is damaged. {_CURE}")
 
 
-def _difference(name: str, held: Any, asked: Any) -> str:
-    if isinstance(held, dict) and isinstance(asked, dict):
-        for key in {**held, **asked}:
-            if held.get(key) != asked.get(key):
-                return f"{key} was {_short(held.get(key))} and is {_short(asked.get(key))}"
-    return f"{name} was {_short(held)} and is {_short(asked)}"
+def _difference(name: str, recorded: Any, requested: Any) -> str:
+    if isinstance(recorded, dict) and isinstance(requested, dict):
+        for key in {**recorded, **requested}:
+            if recorded.get(key) != requested.get(key):
+                return f"{key} was {_short(recorded.get(key))} and is {_short(requested.get(key))}"
+    return f"{name} was {_short(recorded)} and is {_short(requested)}"
 
 
 def _short(value: Any) -> str:

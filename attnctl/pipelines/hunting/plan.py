@@ -178,10 +178,10 @@ class HuntPlan:
             SiteError: Nothing is left, or a head does not exist.
         """
         if self.heads is None:
-            found = [s for s in sites if s.kind in _KINDS]
+            attention = [s for s in sites if s.kind in _KINDS]
             if self.sites is not None:
-                found = list(select(sites, self.sites, kinds=_KINDS, what="the pool"))
-            heads = tuple((s.name, h) for s in found for h in range(s.heads))
+                attention = list(select(sites, self.sites, kinds=_KINDS, what="the pool"))
+            heads = tuple((s.name, h) for s in attention for h in range(s.heads))
         else:
             heads = self._named(sites)
         if not heads:
@@ -194,7 +194,7 @@ class HuntPlan:
     def _named(self, sites: Sequence[Site]) -> tuple[Head, ...]:
         pairs = self.heads.pairs if isinstance(self.heads, HeadSet) else tuple(self.heads or ())
         allowed = {s.name for s in select(sites, self.sites, kinds=_KINDS, what="the pool")} if self.sites else None
-        found = []
+        named = []
         for where, head in pairs:
             (site, *more) = select(sites, where, kinds=_KINDS, what="the pool")
             if more or not 0 <= head < site.heads:
@@ -203,18 +203,18 @@ class HuntPlan:
                     f"{site.heads - 1}" + (f", and {len(more)} more sites match." if more else ".")
                 )
             if allowed is None or site.name in allowed:
-                found.append((site.name, head))
+                named.append((site.name, head))
         order = {s.name: i for i, s in enumerate(sites)}
-        return tuple(sorted(set(found), key=lambda p: (order[p[0]], p[1])))
+        return tuple(sorted(set(named), key=lambda p: (order[p[0]], p[1])))
 
     def stages(self, n: int) -> list[tuple[range, int]]:
         """List the stages of a round over n candidates: the pairs that each adds, and how many candidates see them."""
-        found, seen, left = [], 0, n
+        stages, seen, left = [], 0, n
         for upto, keep in self.halving:
             if keep < left:  # a later round's pool may be this small already
-                found.append((range(seen, upto), left))
+                stages.append((range(seen, upto), left))
                 seen, left = upto, keep
-        return [*found, (range(seen, len(self.pairs)), left)]
+        return [*stages, (range(seen, len(self.pairs)), left)]
 
     def groups(self, n: int) -> int:
         """Count the groups that n heads are dealt out into: of nearly equal size, none larger than `group`."""
@@ -227,13 +227,13 @@ class HuntPlan:
             ConfigError: The pool has fewer heads than the rounds choose, or fewer than two groups.
         """
         n, m = len(pool), len(self.pairs)
-        kept = n - int(self.prune * n)
-        if self.rounds * self.k > kept:
+        remaining = n - int(self.prune * n)
+        if self.rounds * self.k > remaining:
             raise ConfigError(
-                f"{self.rounds} rounds of k={self.k} choose {self.rounds * self.k} heads, but the pool has {kept}"
-                f"{f' ({n} before pruning)' if kept < n else ''}: choose fewer, or widen the pool."
+                f"{self.rounds} rounds of k={self.k} choose {self.rounds * self.k} heads, but the pool has {remaining}"
+                f"{f' ({n} before pruning)' if remaining < n else ''}: choose fewer, or widen the pool."
             )
-        sizes = [kept - (self.k * r if self.skip_chosen else 0) for r in range(self.rounds)]
+        sizes = [remaining - (self.k * r if self.skip_chosen else 0) for r in range(self.rounds)]
         if self.group and self.groups(min(sizes)) < 2:
             raise ConfigError(
                 f"group={self.group} leaves the pool of {min(sizes)} heads undivided, so that no head can be told from "
@@ -319,14 +319,14 @@ def _texts(prompts: Sequence[str]) -> tuple[str, ...]:
 def _checked_pairs(pairs: Any) -> tuple[tuple[str, int], ...]:
     if not isinstance(pairs, (list, tuple)) or not pairs:
         raise ConfigError(f"pairs={pairs!r} was given; expected at least one (prompt, seed).")
-    found = []
+    checked = []
     for pair in pairs:
         fine = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
         if not fine or isinstance(pair[1], bool) or not isinstance(pair[1], int) or not 0 <= pair[1] < 2**63:
             raise ConfigError(
                 f"The pair {pair!r} is out of range; expected (prompt, seed) with a seed from 0 to 2**63 - 1."
             )
-        if (pair[0], pair[1]) in found:
+        if (pair[0], pair[1]) in checked:
             raise ConfigError(f"The pair {pair!r} is there twice; the same picture would count double.")
-        found.append((pair[0], pair[1]))
-    return tuple(found)
+        checked.append((pair[0], pair[1]))
+    return tuple(checked)

@@ -40,11 +40,11 @@ class RowHeads(Guidance, abstract=True):
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         names = {name for row in self.rows for name, _ in row}
-        found = tuple(s for s in sites if s.name in names)
-        if len(found) != len(names) or not names:
-            missing = sorted(names - {s.name for s in found})
+        chosen = tuple(s for s in sites if s.name in names)
+        if len(chosen) != len(names) or not names:
+            missing = sorted(names - {s.name for s in chosen})
             raise SiteError(f"No attention site {missing[0] if missing else '(none was named)'} in this model.")
-        return found
+        return chosen
 
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         tables: dict[str, torch.Tensor] = {}

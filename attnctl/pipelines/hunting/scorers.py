@@ -137,12 +137,14 @@ def objective_of(name: str, device: str = "cpu") -> Callable[..., Any]:
             + nearest(name, OBJECTIVES)
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        objective = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"The objective {name!r} cannot be imported: {error}.") from None
-    if not callable(found):
-        raise ConfigError(f"The objective {name!r} is {type(found).__name__}; expected a callable (images, prompts).")
-    return found
+    if not callable(objective):
+        raise ConfigError(
+            f"The objective {name!r} is {type(objective).__name__}; expected a callable (images, prompts)."
+        )
+    return objective
 
 
 def _local(load: Callable[..., Any], name: str) -> Any:

@@ -76,13 +76,13 @@ def hunt(
         "fingerprint": fingerprint_of(denoiser),
     }  # fmt: skip
     crew = Workers(next(denoiser.parameters()).device.type)
-    held = HuntLog(None if log is None else Path(log), about, crew.rank)
+    history = HuntLog(None if log is None else Path(log), about, crew.rank)
     try:
-        held.merge(crew.share, everything=True)
-        search = _Search(pipe, plan, scorer, pool, held, crew, quiet)
+        history.merge(crew.share, everything=True)
+        search = _Search(pipe, plan, scorer, pool, history, crew, quiet)
         return search.run(model, name, max(s.depth for s in sites) + 1)
     finally:
-        held.close()
+        history.close()
 
 
 def seconds_of(pipe: Any, plan: HuntPlan) -> float:
@@ -132,12 +132,12 @@ class _Search:
             rounds: list[Round] = []
             chosen: tuple[Head, ...] = ()
             for _ in range(plan.rounds):
-                found = self.round(pool, chosen)
-                chosen = (*chosen, *found.chosen)
+                result = self.round(pool, chosen)
+                chosen = (*chosen, *result.chosen)
                 if plan.validate:
                     self.mark([chosen], pairs)
-                    found = found.validated(self.mean(chosen, pairs))
-                rounds.append(found)
+                    result = result.validated(self.mean(chosen, pairs))
+                rounds.append(result)
             shown = self.show(chosen)
         heads = HeadSet.from_pairs(
             chosen, model=model, layers=layers, method="HeadHunter, arXiv 2506.10978", u=plan.u, scale=plan.scale,

@@ -45,7 +45,11 @@ def cut(rows: Sequence[Row], plan: HuntPlan) -> list[Unit]:
     for heads, i in rows:
         layer = heads[-1][0] if heads and plan.replay and not plan.group else ""
         layers.setdefault(layer, []).append((heads, i))
-    return [Unit(tuple(own[i : i + plan.batch])) for own in layers.values() for i in range(0, len(own), plan.batch)]
+    return [
+        Unit(tuple(layer_rows[i : i + plan.batch]))
+        for layer_rows in layers.values()
+        for i in range(0, len(layer_rows), plan.batch)
+    ]
 
 
 def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = None) -> list[Any]:
@@ -121,8 +125,8 @@ def _stop(*_: Any) -> Any:
 
 
 def _options(pipe: Any, plan: HuntPlan, pairs: Sequence[int], steps: int | None) -> dict[str, Any]:
-    known = inspect.signature(type(pipe).__call__).parameters
-    if "generator" not in known:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "generator" not in parameters:
         raise UnsupportedModelError(f"{type(pipe).__name__} takes no generator, so no run of it can be repeated.")
     options: dict[str, Any] = {
         "prompt": [plan.pairs[i][0] for i in pairs],
@@ -130,11 +134,11 @@ def _options(pipe: Any, plan: HuntPlan, pairs: Sequence[int], steps: int | None)
         "num_inference_steps": steps or plan.steps,
         "output_type": "pil",
     }
-    if "guidance_scale" in known:
+    if "guidance_scale" in parameters:
         options["guidance_scale"] = plan.guidance
     for name in plan.call:
         if name in options and name != "guidance_scale":
             raise ConfigError(f"The option {name!r} is set by the search itself.")
-        if name not in known:
+        if name not in parameters:
             raise ConfigError(f"{type(pipe).__name__} takes no {name!r}.")
     return options | dict(plan.call)

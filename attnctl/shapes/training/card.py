@@ -78,10 +78,12 @@ def write_card(folder: str | Path, result: dict) -> Path:
         f"object: mid block {share(maps['mid'])}, up blocks {share(maps['up'])}, both together "
         f"{share(maps['mid+up'])}; a random place would be inside in {maps['chance']:g} %.",
     ]
-    held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
+    unseen = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
     head = _HEAD.format(params=result["params"], scale=result["scale"])
     path = folder / "README.md"
-    path.write_text(head + "\n".join(lines) + "\n" + _TAIL.format(held=held, runs=runs_table(folder)), encoding="utf-8")
+    path.write_text(
+        head + "\n".join(lines) + "\n" + _TAIL.format(held=unseen, runs=runs_table(folder)), encoding="utf-8"
+    )
     return path
 
 
@@ -92,14 +94,14 @@ def runs_table(folder: Path) -> str:
     ends = [h["from"] for h in history[1:]] + [record["step"]]
     rows = ["| steps | batch | optimizer, rate | two-object scenes | different scenes |", "|---|---|---|---|---|"]
     for h, end in zip(history, ends, strict=True):
-        told = (
+        cells = (
             f"{h['from']} to {end}",
             h["batch"],
             f"{h['optimizer']}, {h['lr']:g}",
             _shares(h["pairs"]),
             h["scenes"],
         )
-        rows.append(f"| {' | '.join(map(str, told))} |")
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 

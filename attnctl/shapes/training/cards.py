@@ -169,9 +169,9 @@ def write_mmdit_card(folder: str | Path, result: dict) -> Path:
         "|---|---|---|",
         *(f"| {s} | {share(v['single'])} | {share(v['pairs'])} |" for s, v in result["sweep"].items()),
     ]
-    held = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
+    unseen = ", ".join(f"{color} {shape}" for color, shape in HELD_OUT)
     head = _MMDIT_HEAD.format(params=result["params"], scale=result["scale"])
-    tail = _MMDIT_TAIL.format(held=held, runs=runs_table(folder))
+    tail = _MMDIT_TAIL.format(held=unseen, runs=runs_table(folder))
     return _write(folder, head, lines, tail)
 
 
@@ -242,9 +242,9 @@ def _video_runs(runs: Sequence[dict]) -> str:
         history = run["history"]
         ends = [h["from"] for h in history[1:]] + [run["step"]]
         for h, end in zip(history, ends, strict=True):
-            told = [number, f"{h['from']} to {end}", f"{h['batch']} x {h.get('frames', FRAMES)}", f"{h['lr']:g}"]
-            told += [_told(h.get(name)) for name in names.values()]
-            rows.append(f"| {' | '.join(map(str, told))} |")
+            cells = [number, f"{h['from']} to {end}", f"{h['batch']} x {h.get('frames', FRAMES)}", f"{h['lr']:g}"]
+            cells += [_told(h.get(name)) for name in names.values()]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 

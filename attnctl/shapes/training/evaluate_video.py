@@ -75,9 +75,9 @@ def mark(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict]:
     for video, prompt in zip(videos, prompts, strict=True):
         verdict = judge_clip(video)
         match, figures = verdict.matches(prompt), measure(video)
-        (track,), (asked,) = match.tracks, parse_clip(prompt)[1]
+        (track,), (wanted,) = match.tracks, parse_clip(prompt)[1]
         rows.append({
-            "asked": str(asked), "present": track.present, "bound": track.bound, "background": match.background,
+            "asked": str(wanted), "present": track.present, "bound": track.bound, "background": match.background,
             "direction": match.direction[0], "speed": match.speed[0], "right": match.right, "wobble": track.wobble,
             "pulse": track.pulse, "flicker": verdict.flicker, "motion_mean": figures.motion_mean,
             "dynamic": figures.dynamic, "warp_error": figures.warp_error, "flow_accel": figures.flow_accel,

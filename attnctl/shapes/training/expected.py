@@ -80,10 +80,10 @@ def make_expected(
         images = [render(Scene((Thing(shape, color, x, y, _SIZE),), background)) for y, x in product(axis, axis)]
         z = vae.encode(to_tensor(np.stack(images)).to(vae.device)).latent_dist.mean * vae.config.scaling_factor
         values.append(z.half().cpu().unflatten(0, (_PLACES, _PLACES)))
-    told = [Motion(d, s) for d in DIRECTIONS for s in (None, *SPEEDS) if d != "still" or s is None]
+    motions = [Motion(d, s) for d in DIRECTIONS for s in (None, *SPEEDS) if d != "still" or s is None]
     rng = np.random.default_rng(seed)
-    places = torch.stack([_places(rng, motion, frames) for motion in told])
-    return Expected(torch.stack(values), kinds, places, tuple(told))
+    places = torch.stack([_places(rng, motion, frames) for motion in motions])
+    return Expected(torch.stack(values), kinds, places, tuple(motions))
 
 
 def _places(rng: np.random.Generator, motion: Motion, frames: int) -> Tensor:

@@ -92,10 +92,10 @@ def first_unfinished(out: Path, stages: Sequence[Stage], plans: Sequence[Plan]) 
     Raises:
         ConfigError: a stage in `out` was trained with other settings, or one that a later one goes back to is gone.
     """
-    found = [_finished(out / stage.name, stage, plan) for stage, plan in zip(stages, plans, strict=True)]
-    first = next((n for n, done in enumerate(found) if not done), len(found))
+    states = [_finished(out / stage.name, stage, plan) for stage, plan in zip(stages, plans, strict=True)]
+    first = next((n for n, done in enumerate(states) if not done), len(states))
     later = [
-        stage.name for stage, done in zip(stages[first + 1 :], found[first + 1 :], strict=True) if done is not None
+        stage.name for stage, done in zip(stages[first + 1 :], states[first + 1 :], strict=True) if done is not None
     ]
     if later:
         raise ConfigError(
@@ -110,12 +110,12 @@ def _finished(folder: Path, stage: Stage, plan: Plan) -> bool | None:
     if not mend_checkpoint(folder):
         return None
     # How often it is saved changes no weight.
-    asked = json.loads(json.dumps({**asdict(plan), **stage.facts()})) | {"save_every": None}
-    held = read_history(folder)[-1] | {"save_every": None}
-    for name, value in asked.items():
-        if held.get(name) != value:
+    wanted = json.loads(json.dumps({**asdict(plan), **stage.facts()})) | {"save_every": None}
+    recorded = read_history(folder)[-1] | {"save_every": None}
+    for name, value in wanted.items():
+        if recorded.get(name) != value:
             raise ConfigError(
-                f"{folder} was trained with {name}={held.get(name)!r}, and {value!r} is asked for now: repeat the "
+                f"{folder} was trained with {name}={recorded.get(name)!r}, and {value!r} is asked for now: repeat the "
                 "options that it was begun with, or pass another --out."
             )
     return read_step(folder) >= stage.steps

@@ -130,9 +130,9 @@ def train_recipe(
         for n in range(first, len(stages)):
             stage = stages[n]
             start = out / stages[n - 1].name if n else None
-            told = {**stage.options(), "teach": stage.teach, "stage": stage.name}
-            told["expected"] = means if stage.expect else None
-            train_video(out / stage.name, plans[n], base, data, resume=True, start=start, **told, **options)
+            settings = {**stage.options(), "teach": stage.teach, "stage": stage.name}
+            settings["expected"] = means if stage.expect else None
+            train_video(out / stage.name, plans[n], base, data, resume=True, start=start, **settings, **options)
     return out / stages[-1].name
 
 
@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         where = {"bf16": not args.fp32, "device": args.device}
         if args.single:
             data, means = clips(), expected() if any(share for _, share in args.expect) else None
-            told = {name: getattr(args, name) for name in _SINGLE if name not in ("steps", "lr", "cooldown")}
-            train_video(folder, plan, base, data, resume=args.resume, expected=means, **told, **where)
+            options = {name: getattr(args, name) for name in _SINGLE if name not in ("steps", "lr", "cooldown")}
+            train_video(folder, plan, base, data, resume=args.resume, expected=means, **options, **where)
         else:
             folder = train_recipe(out, plan, base, clips, expected, stages=STAGES, scale=args.scale, **where)
     target = args.export or out / "pipeline"

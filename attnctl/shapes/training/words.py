@@ -46,8 +46,8 @@ def teach_motion(
     """Train the text encoder in place and return the last loss, a mean square."""
     motions = [Motion(d, s) for d in DIRECTIONS for s in (None, *SPEEDS) if d != "still" or s is None]
     kinds = list(product(COLORS, SHAPES, BACKGROUNDS))
-    told = encode_captions(tokenizer, [say(*kind, motion) for motion in motions for kind in kinds])
-    ids = told.unflatten(0, (len(motions), len(kinds)))
+    caption_ids = encode_captions(tokenizer, [say(*kind, motion) for motion in motions for kind in kinds])
+    ids = caption_ids.unflatten(0, (len(motions), len(kinds)))
     plain = encode_captions(tokenizer, [say(*kind, Motion()) for kind in kinds])
     first = int((ids[0] != plain).any(0).nonzero()[0])  # behind "a red circle"
     extra = torch.tensor([len(str(motion).split()) for motion in motions])
