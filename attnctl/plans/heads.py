@@ -6,9 +6,9 @@ A plan file is never trusted: its size, schema and every value are checked, and 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -181,7 +181,7 @@ def _check_facts(values: dict[str, Any], error: type[Exception], source: str) ->
         value = values.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise error(f"{source}: {name}={value!r:.80} should be a number.")
-        if value is not None and not abs(value) < math.inf:
+        if value is not None and not abs(value) <= sys.float_info.max:
             raise error(f"{source}: {name}={value!r} should be a finite number.")
 
 

@@ -94,6 +94,11 @@ class _Entry:
         return self._beside("tmp")
 
     @property
+    def second(self) -> Path:
+        """A second name of the draft, which takes the place of what stood there."""
+        return self._beside("new")
+
+    @property
     def backup(self) -> Path:
         return self._beside("old")
 
@@ -126,9 +131,8 @@ class _Entry:
         except FileExistsError:
             if not force:
                 check_free([self.path], force=False)
-            again = self._beside("new")
-            os.link(self.draft, again)
-            os.replace(again, self.path)
+            os.link(self.draft, self.second)
+            os.replace(self.second, self.path)
         except OSError:  # a file system without hard links
             if not force:
                 check_free([self.path], force=False)
@@ -174,7 +178,7 @@ def _write_all(files: dict[Path, bytes], force: bool) -> None:
 
 def _sweep(entries: Sequence[_Entry]) -> None:
     for entry in entries:
-        for path in (entry.draft, entry.backup):
+        for path in (entry.draft, entry.second, entry.backup):
             path.unlink(missing_ok=True)
 
 

@@ -60,7 +60,8 @@ def serving(
         from attnctl.app.ui.page import CSS, build, theme
 
         made = folder / "made"
-        made.mkdir()
+        for part in (made, folder / "uploads"):
+            part.mkdir()
         page = build(models, made)
         try:
             _, url, _ = page.queue(default_concurrency_limit=1).launch(
