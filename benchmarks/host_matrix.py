@@ -1,7 +1,7 @@
 """Which versions of diffusers, timm and torch attnctl runs on: `python benchmarks/host_matrix.py`.
 
     python benchmarks/host_matrix.py --list
-    python benchmarks/host_matrix.py --only diffusers-0.35.2 timm-1.0.30
+    python benchmarks/host_matrix.py --only diffusers-0.38.0 timm-1.0.30
 
 Each host gets a virtual environment of its own, removed afterwards: the package is installed in the version asked for
 with what that version pins, everything else is the environment's that runs this script. Then a part of the tests runs
@@ -62,25 +62,14 @@ class Host:
 HOSTS = (
     Host("newest"),
     Host(
-        "diffusers-0.35.2", ("diffusers==0.35.2",), _DENOISERS, "the oldest that is supported",
-        (("[qwen]", "it lays QwenImage's text out by `txt_seq_lens`, which padded text does not fit"),),
-    ),
-    Host(
-        "diffusers-0.37.1", ("diffusers==0.37.1", "huggingface-hub<2", "httpx<1"), _DENOISERS,
-        "asks for huggingface-hub below 2 and httpx",
+        "diffusers-0.38.0", ("diffusers==0.38.0", "huggingface-hub<2", "httpx<1"), _DENOISERS,
+        "the oldest that is supported; asks for huggingface-hub below 2 and httpx",
     ),
     Host(
         "diffusers-0.40.0", ("diffusers==0.40.0", "huggingface-hub<2", "httpx<1"), _DENOISERS,
         "asks for huggingface-hub below 2 and httpx",
     ),
-    Host(
-        "transformers-4.48.0", ("diffusers==0.37.1", "transformers==4.48.0", "huggingface-hub<1"), _DENOISERS,
-        "the oldest that is supported, with a diffusers of its time",
-        (
-            ("cannot be converted to type float", "its CLIP makes masks in float32, where these tests run in float64"),
-            ("Failed to import diffusers.pipelines.qwenimage", "QwenImage asks for a Qwen2.5-VL, which is newer"),
-        ),
-    ),
+    Host("transformers-5.23.0", ("transformers==5.23.0",), _DENOISERS, "the oldest that is supported"),
     Host("timm-1.0.30", ("timm==1.0.30",), ("swap", "backbones"), "the oldest that is supported"),
     Host("torch-2.10.0", ("torch==2.10.0", "torchvision==0.25.0"), note="the oldest that is supported"),
 )  # fmt: skip

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnctl.backbones.grid import GridRecorder, GridSource, watch_grid
 from attnctl.backbones.hosts import HOSTS, Host, build_host, put
 from attnctl.backbones.mixers import Mixer, find_mixer
+from attnctl.backbones.modes import evaluating
 from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest
 
 __all__ = ["SwapReport", "swap", "swap_report", "unswap"]
@@ -316,20 +317,15 @@ def _dry_run(model: nn.Module, size: tuple[int, int, int]) -> None:
 
     Raises: UnsupportedModelError if the model refuses an image of that size.
     """
-    modes = {m: m.training for m in model.modules()}
     first = next(model.parameters())
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on an image of {size[0]} x {size[1]} x {size[2]}, the size that it "
             f"seems to be built for: {error}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _count(model: nn.Module, size: tuple[int, int, int]) -> int:

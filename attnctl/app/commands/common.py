@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attnctl.data.proportions import wilson
 from attnctl.errors import ConfigError
 
 __all__ = ["Common", "Result", "UsageError", "say", "table", "tally", "wilson"]
@@ -53,17 +53,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
-
-
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Bound a proportion k/n by Wilson's score interval; z is 1.96 for 95 %."""
-    if not n:
-        return 0.0, 1.0
-    p, zz = k / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    # None and all are their own bounds, which rounding would miss by a last bit.
-    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
 def tally(marks: Sequence[bool]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attnctl.backbones.look.grids import GridWatch
 from attnctl.backbones.look.probe import AttentionProbe, probe_attention
 from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
+from attnctl.backbones.modes import evaluating
 from attnctl.core.sites import Selector, select
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
@@ -121,7 +122,7 @@ def head_importance(
             "expected at least one image, one label an image or None, and a positive batch."
         )
     chosen = _chosen(model, sites)
-    with _evaluating(model):
+    with evaluating(model):
         base = _answers(model, images, batch)
         right = base.argmax(-1) if labels is None else labels.flatten().to(base.device)
         accuracy = float((base.argmax(-1) == right).double().mean())
@@ -159,7 +160,7 @@ def distance_profile(
     hops: dict[str, Tensor] = {}
     size = (images.shape[-2], images.shape[-1])
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_evaluating(model))
+        undo.enter_context(evaluating(model))
         grid_of = GridWatch(model, chosen, undo)
 
         def measure(site: BackboneSite) -> Any:
@@ -203,18 +204,6 @@ def _chosen(model: nn.Module, sites: Selector | None) -> list[BackboneSite]:
         return list(every)
     names = {s.name for s in select(sites_of(model), sites, kinds=("self",), what="The selector")}
     return [s for s in every if s.name in names]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """Switch to evaluation and back, module by module."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()

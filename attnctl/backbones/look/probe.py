@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attnctl.backbones.look.kernel import AtKernel
 from attnctl.backbones.look.sites import BackboneSite
+from attnctl.backbones.modes import evaluating
 
 __all__ = ["AttentionProbe", "probe_attention"]
 
@@ -83,9 +84,8 @@ def probe_attention(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.callback(_restore, {m: m.training for m in site.module.modules()})
+        stack.enter_context(evaluating(site.module))  # no dropout of attention weights
         for module in site.module.modules():
-            module.training = False  # no dropout of attention weights
             if _leaf_name(site.module, module) in _BRANCHES:
                 stack.callback(module.register_forward_hook(lambda _, __, y: y.detach()).remove)
         stack.enter_context(_set(reading.core, reading.settings))
@@ -149,11 +149,6 @@ def _set(module: nn.Module | None, settings: Mapping[str, Any]) -> Iterator[None
     finally:
         for name, value in before.items():
             setattr(module, name, value)
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def _leaf_name(parent: nn.Module, module: nn.Module) -> str:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.attach import attach
+from attnctl.data import proportions
 from attnctl.processors import Capture
 from attnctl.shapes.judge import judge
 from attnctl.shapes.load import WEIGHTS, load_shapes
@@ -42,12 +43,8 @@ SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 def wilson(hits: int, n: int) -> tuple[float, float, float]:
     """Return a share and its 95 % Wilson interval, in percent."""
-    if n == 0:
-        return 0.0, 0.0, 100.0
-    z, p = 1.96, hits / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return round(100 * p, 1), round(100 * (middle - half), 1), round(100 * (middle + half), 1)
+    low, high = proportions.wilson(hits, n, 1.96)
+    return round(100 * hits / max(n, 1), 1), round(100 * low, 1), round(100 * high, 1)
 
 
 def generate(
