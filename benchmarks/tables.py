@@ -39,6 +39,20 @@ numbers: the largest difference of any element, and the largest element (`python
 
 | method | formula | difference | largest element |
 |---|---|---|---|"""
+CALLS = """\
+### Calls
+
+What one call goes through (`python benchmarks/calls.py --before FOLDER`, where FOLDER is a checkout of the other
+commit): functions of the package, the files they lie in, and the moves, which are calls into another file than the call
+before. Times are those of the shipped text2image model with one thread: medians of rounds that take turns."""
+TIMES = {
+    "attach PAG": "attaching PAG",
+    "plain": "a step without control",
+    "PAG": "a step under PAG",
+    "switched off": "a step under PAG that is switched off",
+    "Capture": "a step under Capture",
+    "import": "importing attnctl after torch, diffusers and transformers",
+}
 ENDED = "whole runs, exceptions and KeyboardInterrupt in every step, with the handle lost"
 
 
@@ -105,6 +119,21 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def calls(data: dict[str, Any]) -> list[str]:
+    """Lay out what one call goes through, and what it takes, at each commit."""
+    sides = [data[side] for side in ("before", "after") if side in data]
+    commits = [side["commit"] for side in sides]
+    lines = [CALLS, "", f"| functions (files; moves) | {' | '.join(commits)} |", f"|---|{'---|' * len(sides)}"]
+    for name in sides[0]["counts"]:
+        counts = [side["counts"][name] for side in sides]
+        cells = [f"{c['functions']} ({c['files']}; {c['moves']})" for c in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| milliseconds | {' | '.join(commits)} |", f"|---|{'---|' * len(sides)}"]
+    for name in sides[0]["milliseconds"]:
+        lines.append(f"| {TIMES[name]} | {' | '.join(str(side['milliseconds'][name]) for side in sides)} |")
+    return [*lines, ""]
+
+
 def kept(data: dict[str, Any]) -> list[tuple[str, str]]:
     """List what recorded maps weigh and how much is annotated, and the value."""
     if not data:
@@ -145,6 +174,8 @@ def markdown() -> str:
             *(f"| {n} | {r['formula']} | {r['difference']:.1e} | {r['largest']:.3g} |" for n, r in rows),
         ]
         lines += [""]
+    if followed := recorded("calls.json"):
+        lines += calls(followed)
     lines += [TESTED, "", "## Host versions", ""]
     if not hosts:
         return "\n".join([*lines, "Measured by `python benchmarks/host_matrix.py`; nothing is recorded yet.", ""])

@@ -8,33 +8,26 @@ VRAM: about 8 GB for 16 frames of 512 px in float16 (an estimate, not measured).
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from _run import arguments, prompt_of, save_gif
 
 import attnctl
 from attnctl.data.motion import measure
 from attnctl.errors import AttnctlError
 from attnctl.processors import BroadWay
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--shapes", action="store_true", help="use the shipped video model")
-parser.add_argument("--prompt", help="what to show")
-parser.add_argument("--motion", type=float, default=1.0, help="0 changes nothing, 1 is the published setting")
-parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--out", type=Path, default=Path("out"))
-args = parser.parse_args()
-
+motion = {"type": float, "default": 1.0, "help": "0 changes nothing, 1 is the published setting"}
+shapes, steps = "use the shipped video model", {"type": int, "default": 20}
+args = arguments(__doc__, shapes=shapes, prompt={"help": "what to show"}, motion=motion, steps=steps)
+prompt = prompt_of(args, "a horse gallops along the beach", "a red circle moving right on gray")
 if args.shapes:
     try:
         pipe = attnctl.load_shapes("video")
     except AttnctlError as error:
         sys.exit(f"The shipped video model cannot be used: {error}")
-    prompt = args.prompt or "a red circle moving right on gray"
 else:
     from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 
@@ -46,21 +39,17 @@ else:
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", steps_offset=1
     )
-    prompt = args.prompt or "a horse gallops along the beach"
 
 
 def film(name: str) -> None:
-    """Generate from the same noise every time, save, and tell how much moves."""
-    generator = torch.Generator("cpu").manual_seed(args.seed)
-    frames = pipe(
-        prompt, num_frames=16, num_inference_steps=args.steps, guidance_scale=3.0, generator=generator
-    ).frames[0]
-    frames[0].save(args.out / f"{name}.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
+    """Generate from the same noise every time, save, and print how much moves."""
+    call = {"num_frames": 16, "num_inference_steps": args.steps, "guidance_scale": 3.0}
+    frames = pipe(prompt, **call, generator=torch.Generator("cpu").manual_seed(args.seed)).frames[0]
+    save_gif(frames, args.out / f"{name}.gif", 125)
     figures = measure([np.asarray(f.convert("RGB")) for f in frames])
     print(f"{name}: motion {figures.motion_mean:.2f} pixels a frame, warp error {figures.warp_error:.5f}")
 
 
-args.out.mkdir(parents=True, exist_ok=True)
 film("plain")
 with attnctl.control(pipe, BroadWay(motion=args.motion)) as handle:
     film("broadway")

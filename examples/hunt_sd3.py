@@ -10,10 +10,8 @@ shares it between GPUs. VRAM: about 24 GB with PickScore beside the model in flo
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from _run import arguments
 from PIL import Image
 
 import attnctl
@@ -21,12 +19,13 @@ from attnctl.data.pictures import pair
 from attnctl.pipelines import HuntPlan, hunt
 from attnctl.pipelines.hunting.scorers import ShapesJudge, pick_score
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--shapes", action="store_true", help="use the shipped model and its judge")
-parser.add_argument("--style", default="golden hour", help="what to search for")
-parser.add_argument("--prompt", help="what to draw with the heads that were found")
-parser.add_argument("--out", type=Path, default=Path("out"))
-args = parser.parse_args()
+args = arguments(
+    __doc__,
+    shapes="use the shipped model and its judge",
+    seed=False,
+    style={"default": "golden hour", "help": "what to search for"},
+    prompt={"help": "what to draw with the heads that were found"},
+)
 
 if args.shapes:
     pipe = attnctl.load_shapes("mmdit")
@@ -52,11 +51,11 @@ else:
 
 cost = plan.estimate(plan.pool(attnctl.find_sites(pipe)))
 print(f"{cost.images} images, {cost.passes} rows through the denoiser")
-found = hunt(
+result = hunt(
     pipe, plan, objective, log=args.out / "log", model="shapes:mmdit" if args.shapes else pipe.config._name_or_path
 )
-found.save(args.out, force=True)
-for number, part in enumerate(found.rounds, 1):
+result.save(args.out, force=True)
+for number, part in enumerate(result.rounds, 1):
     for site, head in part.chosen:
         print(f"round {number}: {site} head {head}, mark {part.scores[site, head]:.3f}")
 
@@ -68,7 +67,7 @@ def draw() -> Image.Image:
 
 
 plain = draw()
-with attnctl.control(pipe, found.control()):
+with attnctl.control(pipe, result.control()):
     hunted = draw()
 plain.save(args.out / "plain.png")
 hunted.save(args.out / "hunted.png")

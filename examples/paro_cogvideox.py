@@ -8,36 +8,29 @@ VRAM: about 30 GB for 49 frames of 720 x 480 in bfloat16 (an estimate, not measu
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from _run import arguments, model, prompt_of
 
 import attnctl
 from attnctl.pipelines import calibrate, check_plan, write_report
 from attnctl.processors import PARO
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--shapes", action="store_true", help="use the shipped model")
-parser.add_argument("--prompt", help="what to calibrate on and to show")
-parser.add_argument("--check", help="another prompt, to compare dense and sparse on")
-parser.add_argument("--density", type=float, default=0.5, help="share of the blocks to compute")
-parser.add_argument("--steps", type=int, help="denoising steps")
-parser.add_argument("--out", type=Path, default=Path("out"))
-args = parser.parse_args()
-
+share = {"type": float, "default": 0.5, "help": "share of the blocks to compute"}
+args = arguments(
+    __doc__,
+    seed=False,
+    prompt={"help": "what to calibrate on and to show"},
+    check={"help": "another prompt, to compare dense and sparse on"},
+    density=share,
+    steps={"type": int, "help": "denoising steps"},
+)
+pipe = model(args, "mmdit", "CogVideoXPipeline", "THUDM/CogVideoX-5b", dtype="bfloat16", cpu=True)
+prompt = prompt_of(args, "a panda plays the guitar in a bamboo forest")
 if args.shapes:
-    pipe = attnctl.load_shapes("mmdit")
-    prompt = args.prompt or "a red circle and a blue square on gray"
     other = args.check or "a green ring and a white cross on black"
     # A grid of 16 x 16 tokens: one row of it is a block.
     block, call = 16, {"num_inference_steps": args.steps or 10, "guidance_scale": 4.0, "max_sequence_length": 0}
 else:
-    from diffusers import CogVideoXPipeline
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b", torch_dtype=dtype).to(device)
-    prompt = args.prompt or "a panda plays the guitar in a bamboo forest"
     other = args.check or "a boat on a lake at dawn"
     block, call = 64, {"num_inference_steps": args.steps or 50, "guidance_scale": 6.0}
 
