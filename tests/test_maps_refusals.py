@@ -52,7 +52,7 @@ def test_bad_fields(fields: dict[str, Any], message: str) -> None:
         ({"words": ("catt",)}, "'catt' is not in the prompt 'a cat'. Did you mean 'cat'"),
         ({"words": (0,)}, "start token"),
         ({"words": ("cat",), "heads": (4,)}, r"heads=\(4,\) do not all exist"),
-        ({"words": (("cat",), ("dog",))}, "lists for 2 prompts, but the call has 1"),
+        ({"words": (("cat",), ("dog",))}, "lists for 2 prompts, but there are 1"),
         ({"words": ("cat",), "budget": 1000}, r"budget=1000 bytes: \d+ with .*, which is layer \d+ of 7"),
         ({"words": ("cat",), "budget": 30_000, "reduce": "none"}, "budget=30000 bytes"),
         ({"words": ("cat",), "prompt": ("a cat", "a cat")}, "1 rows for 2 prompts"),

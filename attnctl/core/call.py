@@ -252,7 +252,8 @@ class AttnCall:
         if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
             mask = mask[cut]
         sums = None if self.sums is None else self.sums[cut]
-        return self.with_(q=self.q[cut], k=self.k[cut], v=self.v[cut], mask=mask, sums=sums)
+        k, v = (x.expand(self.q.shape[0], *x.shape[1:])[cut] for x in (self.k, self.v))  # all rows may share one text
+        return self.with_(q=self.q[cut], k=k, v=v, mask=mask, sums=sums)
 
     def on_image(self) -> tuple[slice, Grid]:
         """Return the query tokens that lie on the image, and how they lie on it."""

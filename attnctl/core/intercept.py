@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
+from attnctl.core.hosts.kinds import shown_site
 from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.tokens import split_tokens
 from attnctl.core.sites import Site
@@ -105,14 +106,18 @@ class Intercept(TorchFunctionMode):
             )
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        state = self.link.state
-        tokens = split_tokens(
-            self.link.site.kind, state.family, state.image_tokens, query.shape[-2], self.hidden, self.encoder
-        )
+        state, queries = self.link.state, query.shape[-2]
+        if self.link.seen is None and state.family is not None and not state.family.classes:
+            # What its name says of an unlisted model's site is a hint; later calls find what the first one showed.
+            self.link.site = shown_site(self.link.site, state, queries, key.shape[-2], self.hidden, self.encoder)
+        tokens = split_tokens(self.link.site.kind, state.family, state.image_tokens, queries, self.hidden, self.encoder)
         hidden = self.hidden if isinstance(self.hidden, torch.Tensor) else None
         kernel = self.link.kernel
         if self.link.observed:
             kernel = functools.partial(sdpa.as_called, is_causal=is_causal, enable_gqa=enable_gqa)
+        elif key.shape[0] != query.shape[0]:  # text that all rows share: SDPA broadcasts it, other kernels do not
+            rows = max(query.shape[0], key.shape[0])
+            query, key, value = (x.expand(rows, *x.shape[1:]) if x.shape[0] == 1 else x for x in (query, key, value))
         call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after)
         self.index += 1
         return self.link.run(call)

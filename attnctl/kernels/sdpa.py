@@ -77,7 +77,7 @@ def with_sums(
     """
     mask = None if is_causal else mask
     call: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    plain = q.ndim == k.ndim == v.ndim == 4 and not torch.compiler.is_compiling()
+    plain = q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] and not torch.compiler.is_compiling()
     kernel = torch._fused_sdp_choice(q, k, v, mask, 0.0, **call) if plain else 0
     aten, output, sums = torch.ops.aten, None, None
     # Numbers of torch's SDPBackend: 1 is flash, 2 memory-efficient attention. On CUDA both take other paths with masks

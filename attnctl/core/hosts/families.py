@@ -226,7 +226,7 @@ def _packed(model: torch.nn.Module, bound: Bound) -> int:
 
 _SD = Default(sites="mid", source="PAG, arXiv 2403.17377: the mid block")
 _WORDS = Default(reduction=4, source="Attend-and-Excite, arXiv 2301.13826: 16 x 16 maps of 64 x 64 latents")
-_UNET = (("attn2", "cross"), ("attn1", "self"))
+_UNET = (("fuser", "aux"), ("attn2", "cross"), ("attn1", "self"))  # GLIGEN's fuser attends to places and phrases
 _DIT = (("attn2", "cross"), ("attn1", "self"))
 _TEMPORAL = r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in"
 _VIDEO_UNET = ((rf"(?:{_TEMPORAL}).*attn", "temporal"), *_UNET)
@@ -443,7 +443,7 @@ def family_of(denoiser: torch.nn.Module) -> Family:
 
 
 def kind_of(family: Family, name: str, module: torch.nn.Module) -> str:
-    """Name the kind of attention at one site: self, cross, joint, dual, temporal or text."""
+    """Name the kind of attention at one site: self, cross, joint, dual, temporal, text or aux."""
     for pattern, kind in family.kinds:
         if re.search(pattern, name):
             return kind

@@ -12,6 +12,12 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
+from torch import Tensor
+
+from attnctl.core.hosts.encoding import EncoderWatch
+from attnctl.core.hosts.reading import Reading
+from attnctl.core.hosts.textlayout import text_before
+
 __all__ = ["PromptCall", "PromptWatch"]
 
 
@@ -26,6 +32,8 @@ class PromptCall:
         negatives: The negative prompts, as many, or None where the call has none.
         images: Pictures (or videos) a prompt.
         max_sequence_length: Most tokens of the long text encoder, if the call says so.
+        readings: How the text encoders read each prompt, where that can be told.
+        negative_readings: The same for the negative prompts.
     """
 
     prompts: tuple[str, ...]
@@ -34,6 +42,8 @@ class PromptCall:
     negatives: tuple[str, ...] | None = None
     images: int = 1
     max_sequence_length: int | None = None
+    readings: tuple[tuple[Reading, ...], ...] | None = None
+    negative_readings: tuple[tuple[Reading, ...], ...] | None = None
 
 
 class PromptWatch:
@@ -51,6 +61,8 @@ class PromptWatch:
         self.call: PromptCall | None = None
         self._open = False
         self._seen = 0
+        self._width = 0
+        self._again = self._negative_given = False
 
     def attach(self) -> PromptWatch:
         """Listen on this object; its class and other objects of it stay as they are."""
@@ -68,7 +80,7 @@ class PromptWatch:
 
     def begin(self) -> None:
         """Forget the last call: a new one checks its inputs, or encodes after the denoiser has run."""
-        self.call, self._open, self._seen = None, True, 0
+        self.call, self._open, self._seen, self._width = None, True, 0, 0
 
     def close(self) -> None:
         """Take the texts as they are: the denoiser runs, and what is encoded next belongs to the next call."""
@@ -88,10 +100,14 @@ class PromptWatch:
         except TypeError:
             return  # the pipeline's own error comes next
         prompts = _texts(given.get("prompt"))
+        self._again = given.get("text_encoder_index") is not None
+        self._negative_given = given.get("negative_prompt") is not None
         if self._seen > 1:
-            # Pipelines with two calls of the denoiser encode the negative prompt by itself, second.
-            if self.call is not None and prompts is not None and self.call.negatives is None:
-                self.call = _with_negatives(self.call, prompts)
+            # Pipelines with two calls of the denoiser encode the negative prompt by itself, second. HunyuanDiT encodes
+            # the same prompt once for each encoder, FreeNoise a negative prompt beside an empty one.
+            negatives = _texts(given.get("negative_prompt")) or prompts
+            if self.call is not None and negatives is not None and self.call.negatives is None and not self._again:
+                self.call = _with_negatives(self.call, negatives)
             return
         if prompts is None:
             return
@@ -105,6 +121,34 @@ class PromptWatch:
         )
         negatives = _texts(given.get("negative_prompt"))
         self.call = call if negatives is None else _with_negatives(call, negatives)
+
+    def encoded(self, encoders: EncoderWatch, result: Any) -> None:
+        """Note how the prompts of the call were read, after `encode_prompt` returned its embeddings."""
+        call, parts = self.call, list(result) if isinstance(result, (tuple, list)) else [result]
+        if call is None or not parts or not encoders.encoded:
+            return
+        before = text_before(self.pipe)
+        first = parts[0]
+        like = [p for p in parts[1:] if _alike(p, first)]
+        if self._seen == 1 or self._again:
+            prompts = self._read(encoders, call.prompts, first, before + self._width)
+            negatives = self._read(encoders, call.negatives, like[0], before + self._width) if like else None
+            self._width += len(first[0]) if _alike(first, first) else 0
+            self.call = replace(
+                call,
+                readings=_joined(call.readings, prompts) if self._again and self._seen > 1 else prompts,
+                negative_readings=_joined(call.negative_readings, negatives)
+                if self._again and self._seen > 1
+                else negatives,
+            )
+        elif call.negative_readings is None:
+            held = like[0] if like and self._negative_given else first
+            self.call = replace(call, negative_readings=self._read(encoders, call.negatives, held, before))
+
+    def _read(
+        self, encoders: EncoderWatch, prompts: tuple[str, ...] | None, embeddings: Any, before: int
+    ) -> tuple[tuple[Reading, ...], ...] | None:
+        return None if not prompts else encoders.readings(prompts, embeddings, before)
 
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -121,11 +165,35 @@ class _Heard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.heard(self.name, args, kwargs)
-        return self.method(*args, **kwargs)
+        if self.name != "encode_prompt":
+            return self.method(*args, **kwargs)
+        encoders = EncoderWatch(self.watch.pipe)
+        with encoders.listening():
+            result = self.method(*args, **kwargs)
+        self.watch.encoded(encoders, result)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         other = memo.get(id(self.watch.pipe), self.watch.pipe)  # nobody listens to the copy of a pipeline
         return MethodType(getattr(type(other), self.name), other)
+
+
+def _joined(
+    first: tuple[tuple[Reading, ...], ...] | None, second: tuple[tuple[Reading, ...], ...] | None
+) -> tuple[tuple[Reading, ...], ...] | None:
+    """Join the readings of two encoders, prompt by prompt; None where one is not known."""
+    if first is None or second is None:
+        return None
+    return tuple((*a, *b) for a, b in zip(first, second, strict=True))
+
+
+def _alike(value: Any, first: Any) -> bool:
+    """Tell whether a returned value holds embeddings of as many prompts as the first one does."""
+    if isinstance(first, Tensor):
+        same = isinstance(value, Tensor) and value.ndim == first.ndim == 3 and value.is_floating_point()
+        return same and value.shape[0] == first.shape[0] and value.shape[-1] == first.shape[-1]
+    rows = value if isinstance(value, (list, tuple)) and isinstance(first, (list, tuple)) else ()
+    return len(rows) > 0 and len(rows) == len(first) and all(isinstance(r, Tensor) and r.ndim == 2 for r in rows)
 
 
 def _texts(value: Any) -> tuple[str, ...] | None:

@@ -1,24 +1,27 @@
 """Words of a prompt as places in the text that attention sees.
 
 Every text encoder cuts a prompt into tokens its own way, and every pipeline lays the encoders' tokens out its own way:
-SDXL's two CLIPs share their places, SD3 appends T5's tokens to CLIP's, FLUX attends to T5 alone. `find_words` answers
-with the places of a word in that layout, all encoders' copies together.
+SDXL's two CLIPs share their places, SD3 appends T5's tokens to CLIP's, FLUX attends to T5 alone. `row_words` answers
+with the places of words for each row of a running pipeline, from what its encoders were given; `find_words` for a
+prompt that no encoder has read, from the layouts of `hosts.textlayout`.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attnctl.core.hosts.textlayout import TextPart, is_known, text_parts
-from attnctl.errors import ConfigError
+from attnctl.core.hosts.prompt import PromptCall
+from attnctl.core.hosts.reading import Reading
+from attnctl.core.hosts.textlayout import is_known, layout_readings
+from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["Concept", "find_words", "prompt_words", "weights"]
+__all__ = ["Concept", "RowText", "find_words", "given_text", "prompt_words", "row_texts", "weights", "words_in"]
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,12 @@ def find_words(
     prompt_3: str | None = None,
     max_sequence_length: int | None = None,
 ) -> tuple[Concept, ...]:
-    """Find words in a prompt, as places among the text tokens of the pipeline's attention.
-
-    A word is matched whole and whatever its case; a phrase may span several words. A word that occurs several times
-    means all its occurrences together; "cat#2" means the second alone. A whole number is a place itself. Where a prompt
-    does not hold these words itself, "<start>" and "<end>" are the tokens that mark its ends, and "<pad>" is what fills
-    the rest.
+    """Find words in a prompt that no encoder has read, as places among the text tokens of the pipeline's attention.
 
     Args:
         pipe: The pipeline, whose tokenizers decide.
         prompt: The prompt.
-        words: Words, phrases or places.
+        words: Words, phrases or places: see `words_in`.
         prompt_2: What the second tokenizer reads, if it differs.
         prompt_3: What the third tokenizer reads, if it differs.
         max_sequence_length: The call's own, where it was given.
@@ -65,16 +63,165 @@ def find_words(
             the end.
         UnsupportedModelError: The pipeline has no tokenizer, or lays its text out in a way that is not known here.
     """
+    _check_words(words)
+    if all(_is_place(w) for w in words) and not is_known(pipe):
+        return tuple(_bare_place(int(w)) for w in words)
+    return words_in(layout_readings(pipe, (prompt, prompt_2, prompt_3), max_sequence_length), words)
+
+
+def words_in(readings: Sequence[Reading], words: Sequence[str | int]) -> tuple[Concept, ...]:
+    """Find words in a prompt as its encoders read it.
+
+    A word is matched whole and whatever its case; a phrase may span several words. A word that occurs several times
+    means all its occurrences together; "cat#2" means the second alone. A whole number is a place itself. Where a prompt
+    does not hold these words itself, "<start>" and "<end>" are the tokens that mark its ends, and "<pad>" is what fills
+    the rest.
+
+    Raises:
+        ConfigError: A word is not in the prompt, or was cut off with its end; a place is the first token's, or past
+            the end.
+    """
+    _check_words(words)
+    return tuple(_place(int(w), readings) if _is_place(w) else _find(str(w), readings) for w in words)
+
+
+def _check_words(words: Any) -> None:
     if isinstance(words, (str, int)):
         raise ConfigError(f"words={words!r}: give a list of words, such as [{words!r}].")
     if not words:
         raise ConfigError("words is empty: give at least one word of the prompt.")
-    prompts = {1: prompt, 2: prompt_2 or prompt, 3: prompt_3 or prompt}
-    if all(_is_place(w) for w in words) and not is_known(pipe):
-        return tuple(_place(int(w), None) for w in words)
-    parts = text_parts(pipe, max_sequence_length)
-    read = [_Read(part, prompts[part.prompt], pipe) for part in parts]
-    return tuple(_place(int(w), read) if _is_place(w) else _find(str(w), read) for w in words)
+
+
+# Words of each row of a call ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The text of one row of a denoiser call.
+
+    Attributes:
+        prompt: The prompt; empty where the pipeline was given embeddings and the control no prompt.
+        number: Which prompt of the call it is.
+        readings: What the encoders were given; None where no encoder ran, or what it read cannot be told.
+        options: The call's own options for `find_words`.
+        known: Whether there is a prompt at all, an empty one included.
+    """
+
+    prompt: str
+    number: int
+    readings: tuple[Reading, ...] | None
+    options: dict[str, Any]
+    known: bool = True
+
+    def find(self, pipe: Any, words: Sequence[str | int], n_text: int | None, what: str) -> tuple[Concept, ...]:
+        """Find words in this row's prompt.
+
+        Args:
+            pipe: The pipeline, or None for a bare denoiser.
+            words: Words, phrases or places.
+            n_text: Text tokens that the denoiser was given, where that can be told.
+            what: The control that asks, for messages.
+
+        Raises:
+            ConfigError: A word is not there, or the prompt is not known.
+            UnsupportedModelError: The pipeline's way from text to attention is not known.
+        """
+        if self.readings is not None:
+            return words_in(self.readings, words)
+        if all(_is_place(w) for w in words):  # attention itself shows how many there are
+            return tuple(_bare_place(int(w)) for w in words)
+        if pipe is None:
+            raise ConfigError(
+                f"{what}: a bare denoiser has no tokenizer, so words cannot be found: give words as places of text "
+                "tokens (whole numbers)."
+            )
+        if not self.known:
+            raise ConfigError(
+                f"{what}: the prompt is not known (the pipeline was called with embeddings), so words cannot be found "
+                "in it. Pass prompt=..., or words as places of text tokens."
+            )
+        readings = layout_readings(
+            pipe,
+            (self.prompt, self.options.get("prompt_2"), self.options.get("prompt_3")),
+            self.options.get("max_sequence_length"),
+        )
+        laid = max(r.total for r in readings)
+        if n_text is not None and n_text > laid:
+            raise ConfigError(
+                f"{what}: the denoiser was given {n_text} text tokens, where {type(pipe).__name__} makes {laid} of a "
+                "prompt: these embeddings were made in another way (long prompts in chunks, say), so words cannot be "
+                "found in them. Give words as places of text tokens."
+            )
+        return words_in(readings, words)
+
+
+def row_texts(
+    call: PromptCall | None,
+    count: int,
+    what: str,
+    *,
+    prompt: Any = None,
+    negative: bool = False,
+    lists: int | None = None,
+) -> list[RowText]:
+    """Return the text of each of a call's rows that carry the prompt (or, if asked, the negative one).
+
+    Args:
+        call: The texts of the pipeline's call, or None where it was given embeddings.
+        count: Rows.
+        what: The control that asks, for messages.
+        prompt: A prompt, or one for each sample, that was given to the control.
+        negative: Whether the rows carry the negative prompt.
+        lists: For how many prompts the control has lists of words, where it has one for each.
+
+    Raises:
+        ConfigError: The call has no negative prompt, or another number of prompts than there are lists.
+        UnsupportedModelError: The rows are not those of the prompts.
+    """
+    readings: Sequence[tuple[Reading, ...]] | None = None
+    images = 1
+    options: dict[str, Any] = {}
+    if call is not None and call.max_sequence_length is not None:
+        options["max_sequence_length"] = call.max_sequence_length
+    if prompt is not None:
+        texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    elif call is None:  # embeddings: a control's lists alone say how many prompts there are
+        many = lists or 1
+        if count % many:
+            raise ConfigError(f"{what}: words for {many} prompts do not fit {count} images.")
+        return [RowText("", n // (count // many), None, options, known=False) for n in range(count)]
+    elif negative and call.negatives is None:
+        raise ConfigError(f'{what}: rows="uncond" was asked for, but the call has no negative prompt.')
+    else:
+        texts, readings = (call.negatives or (), call.negative_readings) if negative else (call.prompts, call.readings)
+        images = call.images
+    if lists is not None and lists != len(texts):
+        raise ConfigError(f"{what}: words has lists for {lists} prompts, but there are {len(texts)}.")
+    asked = len(texts) * images
+    if prompt is None and asked != count and len(set(texts)) == 1:  # FreeNoise says one prompt for several frames
+        texts, images, asked = texts[:1], count, count
+    if prompt is not None and count % len(texts):
+        raise ConfigError(f"{what}: {len(texts)} prompts do not fit {count} images.")
+    if prompt is None and asked != count:
+        raise UnsupportedModelError(
+            f"{what}: the denoiser was called with {count} rows for {len(texts)} prompts with {images} images each: an "
+            "unknown row layout."
+        )
+    rows = []
+    for n, text in enumerate(texts):
+        second = {}
+        if call is not None and prompt is None and not negative:
+            given = {"prompt_2": call.prompts_2, "prompt_3": call.prompts_3}
+            second = {name: many[n] for name, many in given.items() if many}
+        row = RowText(text, n, None if readings is None else readings[n], options | second)
+        rows += [row] * (count // len(texts))  # pipelines repeat each prompt in place
+    return rows
+
+
+def given_text(bound: Mapping[str, Any]) -> int | None:
+    """Count the text tokens that a denoiser was called with, or return None where its arguments do not say."""
+    text = bound.get("encoder_hidden_states")
+    return int(text.shape[1]) if isinstance(text, torch.Tensor) and text.ndim == 3 else None
 
 
 def weights(concepts: Sequence[Concept], n_text: int) -> torch.Tensor:
@@ -105,83 +252,18 @@ _WORD = re.compile(r"\w(?:[\w'’-]*\w)?")
 # Finding words ------------------------------------------------------------------------------------------------
 
 
-class _Read:
-    """A prompt as one tokenizer reads it: token texts and the characters that each stands for."""
-
-    def __init__(self, part: TextPart, prompt: str, pipe: Any) -> None:
-        self.part, self.pipe = part, pipe
-        self.text = self.converted(prompt.lower().strip() if part.lower else prompt)
-        tokenizer = part.tokenizer
-        if getattr(tokenizer, "is_fast", False):
-            made = tokenizer(self.text, return_offsets_mapping=True, truncation=False, verbose=False)
-            self.ids, self.spans = list(made["input_ids"]), [tuple(s) for s in made["offset_mapping"]]
-        else:
-            self.ids = list(tokenizer(self.text, truncation=False)["input_ids"])
-            self.spans = _decoded_spans(tokenizer, self.ids, self.text)
-        # Where the text is cut, its end marker takes the last place.
-        self.kept = len(self.ids) if len(self.ids) <= part.length else part.length - 1
-
-    def converted(self, text: str) -> str:
-        """Write a textual inversion's placeholder as the tokens that it stands for."""
-        convert = getattr(self.pipe, "maybe_convert_prompt", None)
-        return text if convert is None else convert(text, self.part.tokenizer)
-
-    def occurrences(self, word: str) -> list[tuple[int, int]]:
-        """Return the characters of each occurrence of a whole word or phrase."""
-        words = self.converted(word).split()
-        if not words:
-            return []
-        body = r"\s+".join(re.escape(w) for w in words)
-        start = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
-        end = r"(?!\w)" if re.match(r".*\w$", words[-1], re.DOTALL) else ""
-        return [m.span() for m in re.finditer(start + body + end, self.text, re.IGNORECASE)]
-
-    def marks(self, name: str) -> list[int]:
-        """Return the places of the tokens that stand for no text: "<start>", "<end>" or "<pad>"."""
-        special = set(getattr(self.part.tokenizer, "all_special_ids", ()))
-        if name == "<start>":
-            return [0] if len(self.ids) > 1 and self.ids[0] in special else []
-        end = min(len(self.ids), self.part.length) - 1
-        if name == "<end>":
-            return [end] if self.ids and self.ids[-1] in special else []
-        return list(range(end + 1, self.part.length))
-
-    def places(self, span: tuple[int, int]) -> list[int]:
-        """Return the tokens that overlap some characters."""
-        start, stop = span
-        return [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start and self.text[a:b].strip()]
-
-
-def _decoded_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, int]]:
-    """Find the characters of each token where a tokenizer does not tell, by decoding and aligning."""
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    solid = [i for i, c in enumerate(text) if not c.isspace()]  # tokenizers treat blanks as they please
-    spans: list[tuple[int, int]] = []
-    body: list[int] = []
-    done = 0
-    for n, token in enumerate(ids):
-        if token in special and (not body or n >= len(ids) - 1 or done >= len(solid)):
-            spans.append((0, 0))
-            continue
-        body.append(token)
-        count = min(len("".join(tokenizer.decode(body).split())), len(solid))
-        # Bytes of one character: those after the first add no character.
-        first, done = (done if count > done else max(done - 1, 0)), max(done, count)
-        spans.append((solid[first], solid[done - 1] + 1) if done > first else (0, 0))
-    return spans
-
-
-def _find(word: str, read: Sequence[_Read]) -> Concept:
+def _find(word: str, readings: Sequence[Reading]) -> Concept:
     if not word.strip():
         raise ConfigError("A word is empty: give a word of the prompt.")
-    if word in _MARKS and not any(r.occurrences(word) for r in read):
-        return _mark(word, read)
+    there = any(r.occurrences(word) for r in readings)
+    if word in _MARKS and not there:
+        return _mark(word, readings)
     name, number = word, None
-    if not any(r.occurrences(word) for r in read) and (m := re.fullmatch(r"(.+)#(\d+)", word, re.DOTALL)):
+    if not there and (m := re.fullmatch(r"(.+)#(\d+)", word, re.DOTALL)):
         name, number = m[1], int(m[2])
     positions: dict[int, str] = {}
-    cut: _Read | None = None
-    for r in read:
+    cut: Reading | None = None
+    for r in readings:
         spans = r.occurrences(name)
         if number is not None and spans:
             if not 1 <= number <= len(spans):
@@ -190,32 +272,34 @@ def _find(word: str, read: Sequence[_Read]) -> Concept:
                     if len(spans) == 1
                     else (f"{len(spans)} times", f"'{name}#1' to '{name}#{len(spans)}'")
                 )
-                raise ConfigError(f"{word!r}: {name!r} occurs {times} in the prompt {r.text!r}. Give {give}.")
+                raise ConfigError(f"{word!r}: {name!r} occurs {times} in the prompt {r.own!r}. Give {give}.")
             spans = [spans[number - 1]]
-        places = [p for span in spans for p in r.places(span)]
-        if any(p >= r.kept for p in places):
+        parts = [r.at(span) for span in spans]
+        if any(not part or r.misses(part, span) for part, span in zip(parts, spans, strict=True)):
             cut = r
             continue
-        for p in places:
-            positions[r.part.offset + p] = str(r.part.tokenizer.convert_ids_to_tokens(r.ids[p]))
+        for i in (i for part in parts for i in part):
+            place = r.places[i]
+            assert place is not None
+            positions.setdefault(place, r.tokens[i])  # two CLIPs share their places: the first speaks for both
     if positions:
         return Concept(word, tuple(positions), tuple(positions.values()))
     if cut is not None:
         raise ConfigError(
-            f"{word!r} is cut off: the prompt has {len(cut.ids)} tokens, and {cut.part.name} keeps {cut.part.length}. "
+            f"{word!r} is cut off: the prompt has {cut.full} tokens, and {cut.name} keeps {cut.limit}. "
             "Shorten the prompt, or move the word to its front."
         )
-    known = list(dict.fromkeys(w for r in read for w in prompt_words(r.text)))
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(map(repr, close))}?" if close else f"Its words: {', '.join(known) or 'none'}."
-    raise ConfigError(f"{word!r} is not in the prompt {read[0].text!r}. {hint}")
+    listed = list(dict.fromkeys(w for r in readings for w in prompt_words(r.own)))
+    close = difflib.get_close_matches(name.lower(), listed, n=3, cutoff=0.5)
+    hint = f"Did you mean {', '.join(map(repr, close))}?" if close else f"Its words: {', '.join(listed) or 'none'}."
+    raise ConfigError(f"{word!r} is not in the prompt {readings[0].own!r}. {hint}")
 
 
 _MARKS = ("<start>", "<end>", "<pad>")
 
 
-def _mark(name: str, read: Sequence[_Read]) -> Concept:
-    places = tuple(dict.fromkeys(r.part.offset + p for r in read for p in r.marks(name)))
+def _mark(name: str, readings: Sequence[Reading]) -> Concept:
+    places = tuple(dict.fromkeys(p for r in readings for p in r.marked(name)))
     if not places:
         raise ConfigError(f"No token is {name} here: the tokenizer sets none, or the prompt leaves no room for it.")
     return Concept(name, places, (name,) * len(places))
@@ -227,28 +311,30 @@ def _is_place(word: Any) -> bool:
     return isinstance(word, int)
 
 
-def _place(place: int, read: Sequence[_Read] | None) -> Concept:
+def _bare_place(place: int) -> Concept:
     if place < 0:
         raise ConfigError(f"Place {place} is negative: the places of text tokens count from 0.")
-    if read is None:
-        return Concept(str(place), (place,))
-    for r in read:
-        index = place - r.part.offset
-        if not 0 <= index < r.part.length:
-            continue
-        special = set(getattr(r.part.tokenizer, "all_special_ids", ()))
-        if index == 0 and r.ids and r.ids[0] in special:
+    return Concept(str(place), (place,))
+
+
+def _place(place: int, readings: Sequence[Reading]) -> Concept:
+    bare = _bare_place(place)
+    for r in readings:
+        worded = [p for p, mark in zip(r.places, r.marks, strict=True) if p is not None and not mark]
+        if place in r.places:
+            i = r.places.index(place)
+            if r.marks[i] and (not worded or place < worded[0]):
+                raise ConfigError(
+                    f"Place {place} is the start token, which stands for no word. The words begin at {place + 1}."
+                )
+            if not r.marks[i] or place < worded[-1]:
+                return Concept(str(place), (place,), (r.tokens[i],))
+        if place in r.places or place in r.pads:
             raise ConfigError(
-                f"Place {place} is the start token, which stands for no word. The words begin at {place + 1}."
+                f"Place {place} is past the end of the prompt, whose last word ends at place "
+                f"{worded[-1] if worded else 0}; what follows are end and padding tokens."
             )
-        end = next((i for i in range(r.kept - 1, -1, -1) if r.spans[i] != (0, 0)), 0)
-        if index > end:
-            raise ConfigError(
-                f"Place {place} is past the end of the prompt, whose last word ends at place {r.part.offset + end}; "
-                "what follows are end and padding tokens."
-            )
-        token = str(r.part.tokenizer.convert_ids_to_tokens(r.ids[index]))
-        # Two CLIPs share their places: the first speaks for both.
-        return Concept(str(place), (place,), (token,))
-    most = max(r.part.offset + r.part.length for r in read)
+    most = max(r.total for r in readings)
+    if place < most:
+        return bare
     raise ConfigError(f"Place {place} is past the end: attention sees {most} text tokens, 0 to {most - 1}.")

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, CallState, Proceed, Rows
-from attnctl.core.hosts.words import Concept, weights
+from attnctl.core.hosts.words import Concept, RowText, given_text, prompt_words, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, joined, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
 from attnctl.processors.capture.fields import CaptureFields
-from attnctl.processors.capture.words import WordFinder
 
 __all__ = ["Recorder"]
 
@@ -101,7 +100,37 @@ class Recorder(LiveControl):
 
     def _find(self, state: CallState, count: int) -> None:
         """Note prompts and concepts of each row."""
-        self.labels, self.concepts, self.prompts = WordFinder(self.capture, self.pipe).find(state, count)
+        capture, negative = self.capture, self.capture.rows == "uncond"
+        words = capture.words
+        lists = len(words) if words is not None and isinstance(words[0], tuple) else None
+        rows = row_texts(state.prompts, count, "Capture", prompt=capture.prompt, negative=negative, lists=lists)
+        wanted = [words] * (rows[-1].number + 1) if lists is None else list(words or ())
+        n_text = given_text(state.bound)
+        made: dict[int, dict[str, Concept]] = {}
+        for row in rows:
+            if row.number not in made:
+                made[row.number] = self._row_concepts(row, wanted[row.number], n_text)
+        self.concepts = [made[row.number] for row in rows]
+        self.labels = tuple(dict.fromkeys(label for concepts in made.values() for label in concepts))
+        self.prompts = tuple(row.prompt for row in rows)
+
+    def _row_concepts(self, row: RowText, words: Sequence[Any] | None, n_text: int | None) -> dict[str, Concept]:
+        if words is not None:
+            return {c.word: c for c in row.find(self.pipe, words, n_text, "Capture")}
+        concepts = {}
+        for word in prompt_words(row.prompt):
+            try:
+                concepts[word] = row.find(self.pipe, [word], n_text, "Capture")[0]
+            except ConfigError:
+                if n_text is not None and not row.known:
+                    raise
+                continue  # cut off with the prompt's end: attention does not see it
+        if not concepts:
+            row.find(self.pipe, ["<start>"], n_text, "Capture") if not row.known else None
+            raise ConfigError(
+                f"Capture: the prompt {row.prompt!r} has no word to record. Name words or places of tokens."
+            )
+        return concepts
 
     def _columns(self, n_text: int, repeat: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the weights of the words, the same for all rows or each row's own, and the tokens that have any."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from attnctl.core.hosts.reading import token_spans
 from attnctl.errors import ConfigError
 
 __all__ = [
@@ -35,19 +36,18 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def word_tokens(tokenizer: Any, prompt: str) -> tuple[tuple[int, ...], ...]:
-    """Tell the token positions of each word of a prompt, words being what single spaces part.
+    """Return the token positions of each word of a prompt, words being what single spaces part.
 
-    A word takes tokens until their text is as long as it is; words cut off by the tokenizer's length have none.
+    A word has the tokens that stand for its characters; words cut off by the tokenizer's length have none.
     """
-    ids = prompt_ids(tokenizer, prompt)[1:-1]
-    pieces = [tokenizer.decode([i]).strip() for i in ids]
+    ids, spans = token_spans(tokenizer, prompt)
+    kept = len(ids) if len(ids) <= tokenizer.model_max_length else tokenizer.model_max_length - 1
     found, at = [], 0
     for word in prompt.split(" "):
-        start, length = at, 0
-        while length < len(word) and at < len(pieces):
-            length += len(pieces[at])
-            at += 1
-        found.append(tuple(range(start + 1, at + 1)))
+        end = at + len(word)
+        inside = [i for i, (a, b) in enumerate(spans[:kept]) if a < end and b > at and prompt[a:b].strip()]
+        found.append(tuple(inside))
+        at = end + 1
     return tuple(found)
 
 

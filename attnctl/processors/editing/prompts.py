@@ -159,6 +159,11 @@ class WordEdit(Control, abstract=True):
                 f"{self._label} reads its prompts with the pipeline's tokenizer, which "
                 f"{'a bare model' if pipe is None else type(pipe).__name__} has not. Pass the pipeline to control()."
             )
+        if getattr(tokenizer, "padding_side", "right") == "left" or not _starts(tokenizer):
+            raise UnsupportedModelError(
+                f"{self._label} exchanges text tokens as CLIP's tokenizer lays them out: a start token first, padding "
+                f"last. {type(tokenizer).__name__} of {type(pipe).__name__} does not."
+            )
         length = int(tokenizer.model_max_length)
         weight = equalizer_row({self._find(pipe, w): v for w, v in (self.equalizer or {}).items()}, length)
         windows = self._windows
@@ -220,6 +225,12 @@ class WordEdit(Control, abstract=True):
                 f"mask_factor may be {', '.join(map(str, sorted(cross))) or 'none'}."
             )
         return fused, masks if self.blend_words is not None else ()
+
+
+def _starts(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer begins a text with a token of its own."""
+    ids = prompt_ids(tokenizer, "a")
+    return bool(ids) and ids[0] in set(getattr(tokenizer, "all_special_ids", ids[:1]))
 
 
 def site_factors(sites: Sequence[Site]) -> dict[str, int]:

@@ -12,7 +12,7 @@ step from the latents of its first evaluation; only those are moved, and the lat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from attnctl.core.guidance import combine
 from attnctl.core.hosts.arguments import main_input, main_name, take_rows
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.scheduler import later_evaluation
-from attnctl.core.hosts.words import Concept, find_words, weights
+from attnctl.core.hosts.words import given_text, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
@@ -131,37 +131,11 @@ class LatentEngine(LiveControl):
 
     def _find(self, state: CallState) -> list[Any]:
         """Find the control's concepts in the prompt of each sample."""
-        c, call, n = self.control, state.prompts, state.rows.prompts
-        if c.prompt is not None:
-            prompts = [c.prompt] if isinstance(c.prompt, str) else list(c.prompt)
-            texts: list[dict[str, Any]] = [{"prompt": p} for p in prompts]
-        elif call is not None:
-            seconds, thirds = (x or (None,) * len(call.prompts) for x in (call.prompts_2, call.prompts_3))
-            length = call.max_sequence_length
-            texts = [
-                {"prompt": p, "prompt_2": p2, "prompt_3": p3, "max_sequence_length": length}
-                for p, p2, p3 in zip(call.prompts, seconds, thirds, strict=True)
-            ]
-        elif all(isinstance(word, int) for part in ((c.concepts,) if not c.nested else c.concepts) for word in part):
-            texts = [{"prompt": None}] * (len(c.concepts) if c.nested else 1)
-        else:
-            raise ConfigError(
-                f"{c.describe()}: the pipeline was called without a prompt that attnctl could read (embeddings, "
-                "perhaps), so words cannot be found. Give the control prompt='...', or token places as concepts."
-            )
-        if n % len(texts):
-            raise ConfigError(f"{c.describe()}: {len(texts)} prompts do not fit {n} images.")
-        if c.nested and len(c.concepts) != len(texts):
-            raise ConfigError(f"{c.describe()}: concepts for {len(c.concepts)} prompts, but there are {len(texts)}.")
-        words = c.concepts if c.nested else (c.concepts,) * len(texts)
-        found = [self._words(own, text) for own, text in zip(words, texts, strict=True)]
-        return [f for f in found for _ in range(n // len(texts))]
-
-    def _words(self, words: Sequence[Any], text: Mapping[str, Any]) -> tuple[Concept, ...]:
-        if text["prompt"] is None:
-            return tuple(Concept(str(place), (int(place),)) for place in words)
-        rest = {name: value for name, value in text.items() if name != "prompt"}
-        return find_words(self.pipe, text["prompt"], words, **rest)
+        c = self.control
+        lists = len(c.concepts) if c.nested else None
+        rows = row_texts(state.prompts, state.rows.prompts, c.describe(), prompt=c.prompt, lists=lists)
+        words, n_text = c.concepts if c.nested else (c.concepts,) * (rows[-1].number + 1), given_text(state.bound)
+        return [row.find(self.pipe, words[row.number], n_text, c.describe()) for row in rows]
 
 
 class _Update:

@@ -1,0 +1,124 @@
+"""What kind of attention a site of an unlisted model computes, by what its first call shows.
+
+Names are a hint alone there: the same class of module attends within the image in one model and over text and image in
+another. What is certain is what a call brings: its queries and keys, the tokens that the processor was handed, and the
+image and text of the denoiser's own call. A site whose tokens are the image's, and cannot be the text's, is
+self-attention; one that shows anything else counts as joint attention whose parts are not known, so that whatever must
+tell image from text is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attnctl.core.hosts.arguments import main_input
+from attnctl.core.sites import Site
+from attnctl.errors import UnsupportedModelError
+
+__all__ = ["shown_kind", "shown_site"]
+
+_TEXT = re.compile(r"encoder_hidden_states|text|txt|caption|cap_feats|prompt|context|input_ids")
+_NO_TEXT = re.compile(r"mask|_ids$|attention|length|lens|pooled|pool|projection|guidance|scale|layers|image_embeds")
+
+
+def shown_kind(
+    denoiser: torch.nn.Module,
+    bound: Mapping[str, Any],
+    queries: int,
+    keys: int,
+    hidden: int | None,
+    encoder: int | None,
+) -> str:
+    """Tell "self" from "joint" at a site that its name calls self-attention.
+
+    Args:
+        denoiser: The model.
+        bound: Arguments of its call by name.
+        queries: Tokens of q.
+        keys: Tokens of k.
+        hidden: Tokens that the processor was handed, or None where that is no sequence.
+        encoder: Tokens of a second sequence that it was handed, or None.
+    """
+    if encoder and queries == keys == (hidden or 0) + encoder:
+        return "joint"
+    text = text_lengths(bound)
+    if not text and queries == keys:
+        return "self"  # nothing but the image (or the classes that modulate it) came in
+    image = image_lengths(denoiser, bound)
+    return "self" if queries == keys and queries in image and queries not in text else "joint"
+
+
+def shown_site(site: Site, state: Any, queries: int, keys: int, hidden: Any, encoder: Any) -> Site:
+    """Return an unlisted model's site with the kind that its first call shows.
+
+    Raises:
+        UnsupportedModelError: It is another one, and the call runs inside a compiled block, where that comes too late.
+    """
+    if site.kind != "self" or state.denoiser is None:
+        return site
+    kind = shown_kind(state.denoiser, state.bound, queries, keys, _tokens(hidden), _tokens(encoder))
+    if kind == site.kind:
+        return site
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"{site.name} attends to more than its image, which a compiled block shows too late: call the model once "
+            "under control before it is compiled."
+        )
+    return replace(site, kind=kind)
+
+
+def _tokens(value: Any) -> int | None:
+    return int(value.shape[1]) if isinstance(value, torch.Tensor) and value.ndim == 3 else None
+
+
+def text_lengths(bound: Mapping[str, Any]) -> set[int]:
+    """Return the lengths that the texts of a call may have, by the names of its arguments."""
+    lengths: set[int] = set()
+    for name, value in bound.items():
+        ids = name == "input_ids"
+        if not _TEXT.search(name) or (_NO_TEXT.search(name) and not ids):
+            continue
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        for part in parts:
+            if isinstance(part, torch.Tensor) and part.ndim >= 2:
+                lengths |= {int(part.shape[-1 if ids else -2]), int(part.shape[1] if part.ndim > 2 else part.shape[0])}
+    return lengths
+
+
+def image_lengths(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> set[int]:
+    """Return how many tokens the image of a call may have, in all readings of its latents' axes."""
+    latents = main_input(bound)
+    latents = latents[0] if isinstance(latents, (list, tuple)) else latents
+    if not isinstance(latents, torch.Tensor):
+        return set()
+    config: Any = getattr(denoiser, "config", None)
+    size = getattr(config, "patch_size", None) or 1
+    patch = int(size[-1]) if isinstance(size, (list, tuple)) else int(size)
+    in_time = int(size[0]) if isinstance(size, (list, tuple)) else int(getattr(config, "patch_size_t", None) or 1)
+    shape = tuple(latents.shape)
+    if len(shape) == 3:
+        return {shape[1], shape[2]}
+    if len(shape) not in (4, 5):
+        return set()
+    channels = {getattr(config, name, None) for name in ("in_channels", "in_visual_dim")}
+    axes = [a for a in range(1, len(shape)) if shape[a] in channels] or [1]
+    lengths: set[int] = set()
+    for axis in axes:
+        frames, h, w = ((1,) * 3 + tuple(s for a, s in enumerate(shape[1:], 1) if a != axis))[-3:]
+        h, w = h // patch, w // patch
+        levels = [(h, w)]
+        if getattr(config, "block_out_channels", None):  # a UNet halves the grid from stage to stage
+            levels = list(
+                itertools.accumulate(
+                    config.block_out_channels, lambda g, _: (-(-g[0] // 2), -(-g[1] // 2)), initial=(h, w)
+                )
+            )
+        for high, wide in levels:
+            lengths |= {high * wide, high * wide * -(-frames // in_time)}
+    return lengths
