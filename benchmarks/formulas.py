@@ -245,7 +245,7 @@ def broadway() -> Both:
 def enhance() -> Both:
     q, k, _ = qkv(8 * 64)
     a, b = (x.unflatten(2, (8, 64)).transpose(2, 3) for x in (q, k))
-    return cross_frame_intensity(q, k, 8), softmax_map(a, b)[..., ~torch.eye(8, dtype=torch.bool)].mean()
+    return cross_frame_intensity(q, k, 8), softmax_map(a, b)[..., ~torch.eye(8, dtype=torch.bool)].flatten(1).mean(1)
 
 
 # Cheaper attention

@@ -108,13 +108,15 @@ class DenoiserHandle(Handle):
         self._end_step()
         return sample
 
-    def on_stepped(self, result: Any) -> Any:
+    def on_stepped(self, result: Any, drew: bool) -> Any:
         """Give the latents that a step returned to the controls that change them."""
         if not self.enabled:
             return result
         for w in self._watched:
             for c, live in w.live:
                 step = w.state.step - 1  # counted already
+                if drew and c.in_window_at(step, w.state.steps):
+                    live.noise_added()
                 if live.changes_latents and c.in_window_at(step, w.state.steps):
                     result = with_latents(result, live.stepped(step, latents_of(result)))
         return result

@@ -110,6 +110,9 @@ class LiveControl:
         """Return the latents to go on with after a step of the scheduler."""
         return latents
 
+    def noise_added(self) -> None:
+        """Hear that a step of the scheduler drew random numbers; raise where the control cannot work with that."""
+
     def result(self, parts: Sequence[LiveControl]) -> Any:
         """Return what was recorded in the last run.
 

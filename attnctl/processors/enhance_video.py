@@ -42,20 +42,20 @@ def cross_frame_intensity(q: Tensor, k: Tensor, frames: int, scale: float | None
         scale: Logit scale, 1 / sqrt(D) if None.
 
     Returns:
-        A tensor without dimensions, 0 to 1 / (T - 1), in float32 (float64 stays).
+        One value a row [B], 0 to 1 / (T - 1), in float32 (float64 stays): a video in a batch is measured as if alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = wide_dtype(q.dtype)
     a, b = (x.unflatten(2, (frames, -1)).transpose(2, 3) for x in (q, k))  # [B, H, S, T, D]
-    total = q.new_zeros((), dtype=wide)
+    total = q.new_zeros(q.shape[0], dtype=wide)
     most = _MAX_ELEMENTS if q.device.type == "cpu" else room(q.device) // 16
     step = max(1, most // (frames * max(frames, q.shape[-1]) * q.shape[0] * q.shape[1]))
     for start in range(0, a.shape[2], step):
         part = slice(start, start + step)
         logits = (a[:, :, part].to(wide) * scale) @ b[:, :, part].to(wide).transpose(-2, -1)
         own = logits.diagonal(dim1=-2, dim2=-1) - logits.logsumexp(-1)
-        total = total - torch.expm1(own).sum()
-    return total / (a[..., 0].numel() * (frames - 1))
+        total = total - torch.expm1(own).flatten(1).sum(1)
+    return total / (a[0, ..., 0].numel() * (frames - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +138,10 @@ class EnhanceAVideo(Control):
 
 
 def _scaled(output: Any, score: Tensor, image: slice | None) -> Any:
-    """Multiply the video's part of what a processor returned."""
+    """Multiply the video's part of what a processor returned, by one factor a row [B]."""
     if isinstance(output, tuple):
         return (_scaled(output[0], score, None), *output[1:])
-    score = score.to(output.dtype)
+    score = score.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
     if image is None or output.shape[1] == image.stop - image.start:
         return output * score
     return torch.cat([output[:, : image.start], output[:, image] * score, output[:, image.stop :]], dim=1)

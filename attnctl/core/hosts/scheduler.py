@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from attnctl.core.hosts.noise import noting_noise
+
 __all__ = ["Listener", "SchedulerWatch", "later_evaluation"]
 
 
@@ -44,8 +46,8 @@ class Listener(Protocol):
     def on_step(self, sample: Any) -> Any:
         """A step ends; `sample` holds the latents that it updates. Return those that it shall update."""
 
-    def on_stepped(self, result: Any) -> Any:
-        """A step has ended; return its result, with other latents if a control asks for them."""
+    def on_stepped(self, result: Any, drew: bool) -> Any:
+        """A step has ended, and drew random numbers or not; return its result, with other latents if a control asks."""
 
 
 class _Slot:
@@ -70,14 +72,15 @@ def _watched(original: type) -> type:
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._attnctl is not None:
-            listener = self._attnctl.listener
-            if "sample" in kwargs:
-                kwargs = kwargs | {"sample": listener.on_step(kwargs["sample"])}
-            elif len(args) > place:
-                args = (*args[:place], listener.on_step(args[place]), *args[place + 1 :])
-        result = cls.step(self, *args, **kwargs)
-        return result if self._attnctl is None else self._attnctl.listener.on_stepped(result)
+        if self._attnctl is None:
+            return cls.step(self, *args, **kwargs)
+        listener = self._attnctl.listener
+        if "sample" in kwargs:
+            kwargs = kwargs | {"sample": listener.on_step(kwargs["sample"])}
+        elif len(args) > place:
+            args = (*args[:place], listener.on_step(args[place]), *args[place + 1 :])
+        result, drew = noting_noise(functools.partial(cls.step, self, *args, **kwargs), kwargs.get("generator"))
+        return listener.on_stepped(result, drew)
 
     members: dict[str, Any] = {
         # Pipelines inspect both signatures to decide what to pass.

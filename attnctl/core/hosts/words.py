@@ -132,8 +132,8 @@ class RowText:
             return tuple(_bare_place(int(w)) for w in words)
         if pipe is None:
             raise ConfigError(
-                f"{what}: a bare denoiser has no tokenizer, so words cannot be found: give words as places of text "
-                "tokens (whole numbers)."
+                f"{what}: the prompt is not known, and a bare denoiser has no tokenizer, so words cannot be found: "
+                "give words as places of text tokens (whole numbers)."
             )
         if not self.known:
             raise ConfigError(
@@ -201,7 +201,9 @@ def row_texts(
     if prompt is None and asked != count and len(set(texts)) == 1:  # FreeNoise says one prompt for several frames
         texts, images, asked = texts[:1], count, count
     if prompt is not None and count % len(texts):
-        raise ConfigError(f"{what}: {len(texts)} prompts do not fit {count} images.")
+        raise ConfigError(
+            f"{what}: {count} rows for {len(texts)} prompts do not fit: give one prompt, or one an image."
+        )
     if prompt is None and asked != count:
         raise UnsupportedModelError(
             f"{what}: the denoiser was called with {count} rows for {len(texts)} prompts with {images} images each: an "

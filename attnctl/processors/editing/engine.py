@@ -205,6 +205,12 @@ class Editing(LiveControl):
         self.how = self.source.plan.how.to(state.bound["sample"])
         self.checked = True
 
+    def noise_added(self) -> None:
+        raise ConfigError(
+            "FateZero: the scheduler adds noise at its steps (eta, or a stochastic sampler), which the inversion of "
+            "the source has not. Use the DDIMScheduler that inverted it (attnctl.pipelines.ddim_of) with eta=0."
+        )
+
     # Masks -------------------------------------------------------------------------------------------------------
 
     def _columns(self, step: int, device: torch.device) -> Tensor:

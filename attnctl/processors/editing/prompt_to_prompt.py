@@ -24,6 +24,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
+from attnctl.core.hosts.noise import is_noisy
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import About, Conflict, knob
 from attnctl.core.sites import Grid, Site
@@ -95,7 +96,7 @@ class _Pair(LiveControl):
                 f"PromptToPrompt: source and target are both {control.target!r}: the edit repeats its source.",
                 stacklevel=2,
             )
-        self.control, self.plan = control, control.plan(pipe)
+        self.control, self.plan, self.pipe = control, control.plan(pipe), pipe
         fused, masks = control.groups(find_sites(denoiser), family_of(denoiser))
         self.fused = frozenset(s.name for s in fused)
         self.masking = frozenset(s.name for s in masks)
@@ -131,6 +132,8 @@ class _Pair(LiveControl):
                 f"PromptToPrompt edits one image beside its source: run pipe([{control.source!r}, {control.target!r}], "
                 f"latents=noise.repeat(2, 1, 1, 1)), one image a prompt; the run has {given}."
             )
+        if is_noisy(getattr(passes.pipe, "scheduler", None)):
+            self.noise_added()
         x = state.bound["sample"][state.rows.cond]
         if not torch.equal(x[0], x[1]):
             raise ConfigError(
@@ -176,6 +179,13 @@ class _Pair(LiveControl):
                 share = part.text_map(token_weights(tokens, call.k))[..., 0].mean(1)
                 self.sums[side] = self.sums[side] + share if side in self.sums else share
                 self.grid = part.on_image()[1]  # the same in all mask layers, which are of one downsampling
+
+    def noise_added(self) -> None:
+        raise ConfigError(
+            f"PromptToPrompt: {type(self.pipe.scheduler).__name__} adds noise at its steps, which differs between the "
+            "source's row and the target's: the pictures would part for no reason of the prompts. Use a scheduler that "
+            "adds none, such as DDIMScheduler with eta=0, EulerDiscreteScheduler or DPMSolverMultistepScheduler."
+        )
 
     def stepped(self, step: int, latents: Tensor) -> Tensor:
         start, end = self.control.blend_window
