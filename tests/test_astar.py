@@ -242,7 +242,7 @@ def test_controls_survive_records_and_the_command_line() -> None:
         ({"map_norm": "softmax"}, "map_norm='softmax' is unknown"),
         ({"grad_transform": "adam"}, "unknown"),
         ({"iterations": 0}, "iterations=0"),
-        ({"binarise": 1.5}, "fraction between 0 and 1"),
+        ({"binarise": 1.5}, "binarise=1.5 is out of range"),
         ({"binarise": "median"}, "unknown"),
         ({"masks": (np.ones((2, 2)),)}, "1 masks were given for 2 concepts"),
         ({"masks": (np.zeros((2, 2)), None)}, "mask 0 is empty"),

@@ -23,7 +23,7 @@ from attnctl.processors import PAG, Capture
         ({"reduce": "median"}, "Choose one of mean, sum, max, none, ema"),
         ({"keep": ("layers",)}, "keep='layers' is unknown"),
         ({"reduce": "ema", "keep": ("steps",)}, "runs over the steps"),
-        ({"reduce": "ema", "decay": 1.0}, "would keep the first step alone"),
+        ({"reduce": "ema", "decay": 1.0}, "decay=1.0 is out of range"),
         ({"decay": -0.1}, "decay=-0.1 is out of range"),
         ({"rows": "both"}, "rows='both' is unknown"),
         ({"words": "cat"}, r"give a tuple of words"),
