@@ -1,20 +1,11 @@
-"""Forms of attention to swap in. Importing this package registers the built-in ones by their kinds."""
+"""Forms of attention to swap in, one file each or a file of relatives. Importing this package registers them all."""
 
-from attnctl.backbones.mixers import agent, linear, multiaxis, routing, softmax
+from importlib import import_module
+from pkgutil import iter_modules
+
 from attnctl.backbones.mixers.base import MIXERS, Mixer, Slot, find_mixer, join_heads, side_conv, split_heads, zero_conv
 
-__all__ = [
-    "MIXERS",
-    "Mixer",
-    "Slot",
-    "agent",
-    "find_mixer",
-    "join_heads",
-    "linear",
-    "multiaxis",
-    "routing",
-    "side_conv",
-    "softmax",
-    "split_heads",
-    "zero_conv",
-]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["MIXERS", "Mixer", "Slot", "find_mixer", "join_heads", "side_conv", "split_heads", "zero_conv"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
 from attnctl.pipelines.vision.fitting import draw_curve, fit
+
+if TYPE_CHECKING:
+    from attnctl.backbones.mixers import Mixer
 
 __all__ = ["Classified", "classify", "digits"]
 
@@ -49,7 +52,7 @@ def digits(size: int = 32, seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[
 def classify(
     name: str = "biformer_micro",
     *,
-    swap: str | None = None,
+    swap: str | type[Mixer] | None = None,
     swap_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     size: int = 32,
@@ -61,7 +64,7 @@ def classify(
 ) -> Classified:
     """Train a timm model on digits and evaluate it on images that it has not seen.
 
-    name, model_options: for timm.create_model. swap, swap_options: a kind of `attnctl.swap`, None for none.
+    name, model_options: for timm.create_model. swap, swap_options: a kind or mixer of `attnctl.swap`, None for none.
     out: a folder for weights.safetensors, curve.png and predictions.png. Raises: ConfigError, as `swap` and `fit`.
     """
     import timm

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from attnctl.errors import ConfigError, nearest
 from attnctl.pipelines.vision.fitting import draw_curve, fit
 from attnctl.shapes.data import to_tensor
 from attnctl.shapes.scenes import SHAPES, outline, render, sample
+
+if TYPE_CHECKING:
+    from attnctl.backbones.mixers import Mixer
 
 __all__ = ["Segmented", "scene_masks", "segment"]
 
@@ -62,7 +65,7 @@ def segment(
     encoder: str = "biformer_micro",
     decoder: str = "unet",
     *,
-    swap: str | None = None,
+    swap: str | type[Mixer] | None = None,
     swap_options: Mapping[str, Any] | None = None,
     encoder_options: Mapping[str, Any] | None = None,
     n_train: int = 2400,
@@ -76,7 +79,7 @@ def segment(
     """Train a decoder on an encoder, both from scratch, and evaluate on scenes that it has not seen.
 
     encoder: a timm name whose stages have strides 4 to 32. decoder: "unet", "fpn", "upernet" and others of
-    segmentation-models-pytorch. swap, swap_options: a kind of `attnctl.swap` for the encoder, None for none; what it
+    segmentation-models-pytorch. swap, swap_options: a kind or mixer of `attnctl.swap` for the encoder, None for none; what it
     changed is `swap_report(done.model.encoder.model)`. out: a folder for weights.safetensors, curve.png and
     predictions.png.
 
