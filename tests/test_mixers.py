@@ -20,7 +20,7 @@ from attnctl.processors import Capture
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 3}
 
 
-class Focused(Mixer, kind="focused"):
+class Powered(Mixer, kind="powered"):
     """Linear attention whose features are raised to a power."""
 
     def __init__(self, slot: Slot, *, power: float = 3.0, backend: str = "auto") -> None:
@@ -50,10 +50,10 @@ def vit() -> nn.Module:
 def test_a_class_and_its_kind_do_the_same() -> None:
     x = torch.rand(2, 3, 32, 32)
     plain = vit()(x)
-    by_class, by_kind = attnctl.swap(vit(), Focused, power=2.0), attnctl.swap(vit(), "focused", power=2.0)
+    by_class, by_kind = attnctl.swap(vit(), Powered, power=2.0), attnctl.swap(vit(), "powered", power=2.0)
     assert torch.equal(by_class(x), by_kind(x))
     report = attnctl.swap_report(by_class)
-    assert (report.kind, report.options) == ("focused", {"power": 2.0})
+    assert (report.kind, report.options) == ("powered", {"power": 2.0})
     assert list(report.new) == [f"blocks.{n}.attn.mixer.power" for n in range(2)]
     host: Any = by_class.blocks[0].attn  # type: ignore[index, union-attr]
     tokens = torch.rand(1, 17, 32)
@@ -84,9 +84,9 @@ def test_a_class_of_its_own_is_read_too() -> None:
     [
         (nn.Linear, "torch.nn.modules.linear.Linear was given; expected a kind or a subclass of Mixer"),
         (Mixer, 'has no kind. Declare it as class Mixer'),
-        (Focused(Slot(8, 2)), "expected a kind by name or a subclass"),
+        (Powered(Slot(8, 2)), "expected a kind by name or a subclass"),
         (3, "expected a kind by name or a subclass"),
-        ("focussed", "Did you mean 'focused'"),
+        ("powerd", "Did you mean 'powered'"),
     ],
 )  # fmt: skip
 def test_what_is_no_mixer(kind: Any, said: str) -> None:

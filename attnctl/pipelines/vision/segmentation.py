@@ -79,8 +79,8 @@ def segment(
     """Train a decoder on an encoder, both from scratch, and evaluate on scenes that it has not seen.
 
     encoder: a timm name whose stages have strides 4 to 32. decoder: "unet", "fpn", "upernet" and others of
-    segmentation-models-pytorch. swap, swap_options: a kind or mixer of `attnctl.swap` for the encoder, None for none; what it
-    changed is `swap_report(done.model.encoder.model)`. out: a folder for weights.safetensors, curve.png and
+    segmentation-models-pytorch. swap, swap_options: a kind or mixer of `attnctl.swap` for the encoder, None for none;
+    what it changed is `swap_report(done.model.encoder.model)`. out: a folder for weights.safetensors, curve.png and
     predictions.png.
 
     Raises: ConfigError for unknown decoders and missing packages, and as `swap` and `fit`.
