@@ -41,9 +41,9 @@ class Job:
 
     def rows(self, first: int) -> list[int]:
         """Return the frames that go through the model with a window: its own and those that they look at."""
-        total, own = len(self.chosen), self.frames(first)
+        total, window = len(self.chosen), self.frames(first)
         looked = frame_indices(self.edit.keys, total)
-        return sorted({*own, *(f for i in own for f in looked[i])})
+        return sorted({*window, *(f for i in window for f in looked[i])})
 
     def read(self, rows: list[int]) -> np.ndarray:
         """Read frames, brought to size."""
@@ -98,5 +98,5 @@ class Job:
                 **options,
             )[0]
             report = handle.report() + f"\nsource: {self.edit.store}, {inversion.nbytes / 2**20:.2f} MiB a window"
-        own = [rows.index(i) for i in self.frames(first)]
-        return source[own], decode(pipe, latents[own]), report
+        places = [rows.index(i) for i in self.frames(first)]
+        return source[places], decode(pipe, latents[places]), report
