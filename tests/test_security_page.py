@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from attnctl.app.ui.guard import host_allowed
 from attnctl.errors import AttnctlError
 from attnctl.plans import HeadSet
+from attnctl.plans.folders import OwnFolder, clear_left_over
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
@@ -149,34 +148,40 @@ def test_a_control_on_the_page_names_no_files(line: str, tmp_path: Path, unplugg
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_the_folder_of_a_killed_page_goes_at_the_next_start(tmp_path: Path) -> None:
-    from attnctl.app.ui.serve import _own_folder, clear_left_over
-
+@pytest.mark.parametrize("prefix", ["attnctl-ui-", "attnctl-source-"])  # of pages, and of attention kept on the disk
+def test_the_folder_of_a_killed_process_goes_at_the_next_start(prefix: str, tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom attnctl.app.ui.serve import _own_folder\n"
-        "with _own_folder() as folder:\n    (folder / 'big.bin').write_bytes(b'x' * 1000)\n"
-        "    print(folder, flush=True)\n    time.sleep(60)\n"
+        "import sys, time\nfrom attnctl.plans.folders import OwnFolder\n"
+        f"own = OwnFolder({prefix!r})\n(own.path / 'big.bin').write_bytes(b'x' * 1000)\n"
+        "print(own.path, flush=True)\ntime.sleep(60)\n"
     )
     env = os.environ | {"TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        clear_left_over(tmp_path)
+        clear_left_over(prefix, tmp_path)
         assert (folder / "big.bin").exists()  # it runs: its folder stays
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert folder.exists()
-    (tmp_path / "attnctl-ui-strange").mkdir()  # none that a page made
-    (tmp_path / "attnctl-ui-link").symlink_to(tmp_path)
-    for _ in range(50):
-        clear_left_over(tmp_path)
-        if not folder.exists():
-            break
-        time.sleep(0.1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["attnctl-ui-link", "attnctl-ui-strange"]
-    with _own_folder() as own:
-        clear_left_over(Path(tempfile.gettempdir()))
-        assert own.is_dir()
-    assert not own.exists()
+    (tmp_path / f"{prefix}strange").mkdir()  # none that attnctl made
+    (tmp_path / f"{prefix}link").symlink_to(tmp_path)
+    own = OwnFolder(prefix, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p != own.path) == [f"{prefix}link", f"{prefix}strange"]
+    clear_left_over(prefix, tmp_path)
+    assert own.path.is_dir()
+    own.close()
+    assert not own.path.exists()
+
+
+def test_pages_and_stores_have_such_folders(page: str, tmp_path: Path) -> None:
+    from attnctl.processors.editing.source import SourceStore
+
+    assert Path(os.environ["GRADIO_TEMP_DIR"]).parent.name.startswith("attnctl-ui-")
+    store = SourceStore("qk", "disk", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("attnctl-source-")
+    store.close()
+    assert not folder.exists()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from attnctl.app.ui.guard import Guard
 from attnctl.app.ui.models import Models
 from attnctl.errors import AttnctlError, ConfigError
-from attnctl.plans.writing import lock
+from attnctl.plans.folders import OwnFolder
 
-__all__ = ["UiError", "clear_left_over", "require_gradio", "serving"]
+__all__ = ["UiError", "require_gradio", "serving"]
 
 _FOLDER = "attnctl-ui-"  # of the files of one page, in the system's temporary folder
 
@@ -54,13 +52,12 @@ def serving(
     """
     if port is not None and not 1 <= port <= 65535:
         raise ConfigError(f"A port is a whole number from 1 to 65535, got {port}.")
-    clear_left_over(Path(gettempdir()))
-    with _own_folder() as folder, _temporary(folder / "uploads"):
+    with contextlib.closing(OwnFolder(_FOLDER)) as own, _temporary(own.path / "uploads"):
         require_gradio()
         from attnctl.app.ui.page import CSS, build, theme
 
-        made = folder / "made"
-        for part in (made, folder / "uploads"):
+        made = own.path / "made"
+        for part in (made, own.path / "uploads"):
             part.mkdir()
         page = build(models, made)
         try:
@@ -90,24 +87,6 @@ def serving(
             yield url
         finally:
             page.close(verbose=False)
-
-
-@contextlib.contextmanager
-def _own_folder() -> Iterator[Path]:
-    """Make a folder that goes when the block is left, and that is locked as long as this process lives."""
-    with TemporaryDirectory(prefix=_FOLDER) as name, (Path(name) / "lock").open("w") as file:
-        lock(file)
-        yield Path(name)
-
-
-def clear_left_over(parent: Path) -> None:
-    """Remove the folders of pages whose process was killed; those of pages that run are locked, and stay."""
-    for folder in parent.glob(f"{_FOLDER}*"):
-        if folder.is_symlink():
-            continue
-        with contextlib.suppress(OSError), (folder / "lock").open("r+") as file:
-            if lock(file) and folder.stat().st_uid == os.getuid():
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 
 from attnctl.errors import AttnctlError, PlanError
 from attnctl.plans.reading import Expected, check_regular, parse_json, read_json
+from attnctl.plans.writing import WriteError, publish
 
 __all__ = ["HuntLog", "LogError", "fingerprint_of", "key_of"]
 
@@ -74,10 +75,8 @@ class HuntLog:
         assert self.folder is not None
         path = self.folder / _HEADER
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{_HEADER}.{os.getpid()}")
-            draft.write_text(json.dumps({"schema": SCHEMA, **self._about}, indent=1), encoding="utf-8")
-            os.replace(draft, path)  # processes that start together write the same
+            content = json.dumps({"schema": SCHEMA, **self._about}, indent=1).encode()
+            publish({path: content}, force=True)  # processes that start together write the same
         recorded = read_json(path, _EXPECTED, schema=SCHEMA)
         for name, value in self._about.items():
             if recorded.get(name) != value:
@@ -125,10 +124,11 @@ class HuntLog:
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except OSError as error:
+        except (OSError, WriteError) as error:
             self.close()
+            reason = getattr(error, "strerror", None) or error
             raise LogError(
-                f"The log of the search cannot be written ({error.strerror or error}): free some space or choose "
+                f"The log of the search cannot be written ({reason}): free some space or choose "
                 "another folder, and run again. What is in the log stays, and is not generated again."
             ) from None
 

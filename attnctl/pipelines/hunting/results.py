@@ -16,7 +16,7 @@ from attnctl.data.pictures import grid
 from attnctl.errors import ConfigError
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
 from attnctl.plans import HeadSet
-from attnctl.plans.writing import publish
+from attnctl.plans.writing import check_free, publish
 from attnctl.processors.pag import SoftPAG
 
 __all__ = ["Hunted", "Round", "compose", "heat_map"]
@@ -133,8 +133,9 @@ class Hunted:
             data = BytesIO()
             image.save(data, "PNG")
             files[path / name] = data.getvalue()
+        check_free([*files, path / "attnctl_heads.json"], force=force)
         publish(files, force=force)
-        self.heads.save_pretrained(path)
+        self.heads.save_pretrained(path, force=force)
         return path
 
 

@@ -25,6 +25,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.kernels import columns
 from attnctl.kernels.maps import softmax_map
+from attnctl.plans.folders import OwnFolder
 from attnctl.processors.editing.fusion import Keys, gather_frames, take_queries
 
 __all__ = [
@@ -68,7 +69,7 @@ class SourceStore:
         self._kept: dict[tuple[int, str], dict[str, Tensor] | Path] = {}
         self._text: dict[str, Tensor] = {}
         self.scales: dict[str, float | None] = {}
-        self._folder = None if offload != "disk" else Path(tempfile.mkdtemp(prefix="attnctl-", dir=folder))
+        self._folder = None if offload != "disk" else OwnFolder("attnctl-source-", folder)
 
     def put(self, step: int, site: str, tensors: dict[str, Tensor]) -> None:
         """Keep tensors of one site at one step."""
@@ -76,7 +77,7 @@ class SourceStore:
         self.nbytes += size
         self.peak = max(self.peak, self.nbytes)
         if self._folder is not None:
-            path = self._folder / f"{step}-{site}.safetensors"
+            path = self._folder.path / f"{step}-{site}.safetensors"
             try:
                 save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
             except OSError as error:
@@ -122,7 +123,7 @@ class SourceStore:
         """Drop everything, and remove what lies on disk."""
         self.forget()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
 
 class SourceAttention:
