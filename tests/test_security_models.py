@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zoo_pipelines as pipes
 from test_record import image, record
 from test_security_files import peak
@@ -23,7 +24,7 @@ from attnctl.pipelines import models
 from attnctl.pipelines.generate import Call, _check_sizes, _scheduler, sample_again
 from attnctl.plans import BlockPlan, HeadSet
 from attnctl.plans.hub import fetching
-from attnctl.processors import PAG, SEG
+from attnctl.processors import PAG, SEG, Capture
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -147,7 +148,7 @@ HUGE: dict[str, Callable[[], object]] = {
     "a range that goes down": lambda: attnctl.control(pipes.build("sd")[0], PAG(sites=range(10**12, 0, -1))),
     "a range in a list": lambda: attnctl.control(pipes.build("sd")[0], PAG(sites=(range(10**15),))),
     "sigma": lambda: SEG(sigma=1e9),
-    "sigma of a kernel": lambda: blur_queries(pytest.importorskip("torch").zeros(1, 1, 16, 4), (4, 4), 1e9),
+    "sigma of a kernel": lambda: blur_queries(torch.zeros(1, 1, 16, 4), (4, 4), 1e9),
     "images": lambda: _check_sizes(Call(prompts=("a",) * 20_000, seeds=(0,) * 20_000)),
     "steps": lambda: _check_sizes(Call(prompts=("a",), seeds=(0,), steps=10**9)),
     "width": lambda: _check_sizes(Call(prompts=("a",), seeds=(0,), width=10**6)),
@@ -202,3 +203,21 @@ def test_a_configuration_that_builds_for_hours_is_refused(key: str, folder: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**9}))
     with pytest.raises(UnsupportedModelError, match=f"{key}=1000000000; expected at most"):
         models.load_denoiser(str(folder))
+
+
+# Numbers that are none (56)
+
+
+@pytest.mark.parametrize(
+    "controls", [(PAG(sites="mid"),), (SEG(sites="mid"), PAG(sites="mid")), (Capture(words=("cat",)),)]
+)
+@pytest.mark.parametrize("where", [slice(None), 0])
+def test_latents_that_are_no_numbers_are_named(controls: tuple[Any, ...], where: Any) -> None:
+    pipe, kwargs = pipes.build("sd")
+    latents = torch.randn(1, 4, 16, 12)
+    latents[0, where, 3] = torch.nan
+    with (
+        attnctl.control(pipe, *controls),
+        pytest.raises(UnsupportedModelError, match="latents that hold NaN: nothing can be guided"),
+    ):
+        pipes.run(pipe, {**kwargs, "latents": latents})

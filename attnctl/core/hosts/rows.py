@@ -117,9 +117,16 @@ class RowLayout:
         x = main_input(bound) if self._scaled is None else self._scaled
         half = total // 2
         if isinstance(x, (list, tuple)):
-            return all(torch.equal(a, b) for a, b in zip(x[:half], x[half:], strict=True))
-        # Video UNets may fold frames into rows before scaling.
-        return x.shape[0] % 2 == 0 and torch.equal(*x.chunk(2))
+            equal = all(torch.equal(a, b) for a, b in zip(x[:half], x[half:], strict=True))
+        else:  # video UNets may fold frames into rows before scaling
+            equal = x.shape[0] % 2 == 0 and torch.equal(*x.chunk(2))
+        # NaN is not equal to itself, and would pass for an unknown layout.
+        if not equal and any(bool(part.isnan().any()) for part in (x if isinstance(x, (list, tuple)) else (x,))):
+            raise UnsupportedModelError(
+                f"{type(self.pipe).__name__} called its denoiser with latents that hold NaN: nothing can be guided "
+                "from there. Give finite latents, and run the model in float32 or bfloat16 if its own results overflow."
+            )
+        return equal
 
     def check_step(self, sample: Any) -> None:
         """Compare the rows read with the latents that the scheduler updates.
