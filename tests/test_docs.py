@@ -177,6 +177,19 @@ def options(command: str) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z-]*", said.getvalue()))
 
 
+def script_options(path: Path) -> set[str]:
+    """Read the options of a script off its code: those that it adds itself, and those of the examples' runner."""
+    text = path.read_text(encoding="utf-8")
+    names = set(re.findall(r"\"(--[\w-]+)\"", text))
+    if "from _run import" in text:
+        names |= set(re.findall(r"\"(--[\w-]+)\"", (path.parent / "_run.py").read_text(encoding="utf-8")))
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id == "arguments":
+                names |= {f"--{word.arg.replace('_', '-')}" for word in call.keywords if word.arg}
+    return names
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_printed_commands_are_understood(path: Path) -> None:
     for words in commands(path, whole=True):
@@ -200,8 +213,7 @@ def test_printed_commands_are_understood(path: Path) -> None:
             known = {"--cov", "--hypothesis-profile"}
             assert all((ROOT / w).is_file() for w in words if w.startswith("tests/")), words
         elif words[0] == "python" and words[1].endswith(".py"):
-            script = (ROOT / words[1]).read_text(encoding="utf-8")
-            known = set(re.findall(r"\"(--[\w-]+)\"", script))
+            known = script_options(ROOT / words[1])
         else:
             continue
         asked_for = {w.partition("=")[0] for w in words[1:] if w.startswith("--")}
