@@ -161,9 +161,15 @@ class VideoFlow:
         transformer.set_attn_processor(self.attention)
 
     def draw_frames(self, generator: torch.Generator, n: int) -> Tensor:
-        """Draw one latent frame of each of `n` equal parts of the clip [n]."""
-        edges = torch.linspace(0, self.length, n + 1).round()
-        return (edges[:-1] + torch.rand(n, generator=generator) * edges.diff()).long()
+        """Draw the first latent frame and one of each of `n - 1` equal parts of the rest [n].
+
+        Rotary embeddings know distances only: without the first frame no place would be known, and where an object is
+        says most about the way that it will go. Nor are the latents of the first frame, which stand for one frame
+        instead of two, like the others.
+        """
+        edges = torch.linspace(1, self.length, n).round()
+        rest = edges[:-1] + torch.rand(n - 1, generator=generator) * edges.diff()
+        return torch.cat([torch.zeros(1), rest]).long()
 
     def text(self, ids: Tensor) -> Tensor:
         """Encode tokens as the pipeline does, with zeros after the end, and one null token more: [batch, 17, 96]."""
