@@ -59,6 +59,12 @@ def test_the_root_holds_the_layers_alone() -> None:
     assert entries <= {name for layer in LAYERS for name in layer} | FRONT
 
 
+@pytest.mark.skipif(not (CLONE / "tests").is_dir(), reason="the package is installed without its clone")
+def test_methods_and_jobs_are_reached_from_the_root_of_a_clone() -> None:
+    for name in ("processors", "pipelines"):
+        assert (CLONE / name).resolve() == (PACKAGE / name).resolve()
+
+
 def test_imports_point_down() -> None:
     height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     upward = [
