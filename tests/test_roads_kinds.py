@@ -1,10 +1,8 @@
-"""Kinds of attention, rows and noise as a run shows them: what no name tells."""
+"""Kinds of attention as a call shows them: what no name tells."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,16 +11,11 @@ import torch
 import zoo
 import zoo_pipelines as pipes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnctl
-from attnctl.core.control import Control
 from attnctl.core.hosts.kinds import image_lengths, shown_kind, text_lengths
-from attnctl.core.live import LiveControl
-from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedModelError
-from attnctl.kernels import columns, sdpa
-from attnctl.kernels.maps import key_columns
-from attnctl.processors import PAG, SEG, AStar, Capture, EnhanceAVideo, PromptToPrompt, SoftPAG
+from attnctl.errors import AttnctlError, SiteError, UnsupportedModelError
+from attnctl.processors import PAG, SEG, Capture, SoftPAG
 
 R = torch.randn
 Host = tuple[nn.Module, dict[str, Any]]
@@ -269,204 +262,3 @@ def test_merged_tokens_are_not_taken_for_a_coarser_grid(control: Any) -> None:
     finally:
         for module in pipe.unet.modules():
             vars(module).pop("forward", None)
-
-
-# Rows ---------------------------------------------------------------------------------------------------------
-
-
-def test_free_noise_says_one_prompt_for_several_frames() -> None:
-    pipe, kwargs = pipes.build("animatediff")
-    vars(pipe)["motion_adapter"] = SimpleNamespace(config=SimpleNamespace(motion_max_seq_length=32))
-    pipe.enable_free_noise(context_length=2, context_stride=1)
-    with attnctl.control(pipe, Capture(words=("cat",))) as handle:
-        pipes.run(pipe, kwargs, num_inference_steps=1)
-        assert handle.maps.prompts == ("a cat",)
-        assert handle.maps["cat"].isfinite().all()
-
-
-@pytest.mark.parametrize("control", [Capture(words=(1, 2)), AStar(concepts=(1, 2), sites="blocks.1.attn2")])
-def test_one_prompts_embeddings_serve_several_videos(control: Any) -> None:
-    pipe, kwargs = pipes.build("wan")
-    call = {**kwargs, "num_videos_per_prompt": 2}
-    plain = pipes.run(pipe, call, num_inference_steps=2)
-    with attnctl.control(pipe, control) as handle:
-        out = pipes.run(pipe, call, num_inference_steps=2)
-        assert out.isfinite().all()
-        if isinstance(control, Capture):
-            assert torch.equal(out, plain)
-            assert handle.maps.images == 2
-        else:
-            assert not torch.equal(out, plain)
-
-
-@pytest.mark.parametrize("name", ["wan", "ltx", "cogvideox"])
-def test_a_video_in_a_batch_is_enhanced_as_if_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "FRAMES", 4)
-    model, inputs = zoo.build(name, 2, torch.float64)
-    with attnctl.control(model, EnhanceAVideo(weight=20.0), layout="cond"):
-        both = zoo.call(model, inputs)
-        alone = torch.cat([zoo.call(model, zoo.take(inputs, [n])) for n in range(2)])
-    assert (both - alone).abs().max() < 1e-10
-
-
-def test_enhancement_beside_guidance_that_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "FRAMES", 4)
-    pipe, kwargs = pipes.build("cogvideox", dtype=torch.float64)
-    enhance = EnhanceAVideo(weight=20.0)
-    outs = []
-    for controls in ((enhance,), (enhance, SoftPAG(u=1e-12, sites="transformer_blocks.1"))):
-        with attnctl.control(pipe, *controls):
-            outs.append(pipes.run(pipe, kwargs, num_inference_steps=2))
-    assert (outs[0] - outs[1]).abs().max() < 1e-5
-
-
-# Noise --------------------------------------------------------------------------------------------------------
-
-
-def pair(scheduler: Any, **changes: Any) -> Tensor:
-    pipe, kwargs = pipes.build("sd")
-    pipe.scheduler = scheduler
-    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    prompts = {"prompt": ["a cat", "a cat"], "negative_prompt": ["ugly", "ugly"]}
-    control = PromptToPrompt(
-        source="a cat", target="a cat", equalizer={"cat": 1.0}, cross_replace=0.0, self_replace=0.0
-    )
-    with attnctl.control(pipe, control):
-        return pipes.run(pipe, {**kwargs, **prompts, "latents": noise, **changes}, num_inference_steps=3)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        diffusers.EulerAncestralDiscreteScheduler(),
-        diffusers.KDPM2AncestralDiscreteScheduler(),
-        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
-        diffusers.DDPMScheduler(),
-        diffusers.LCMScheduler(),
-        diffusers.TCDScheduler(),
-    ],
-    ids=lambda s: type(s).__name__,
-)
-def test_a_scheduler_that_adds_noise_is_refused(scheduler: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{type(scheduler).__name__} adds noise at its steps"):
-        pair(scheduler)
-
-
-@pytest.mark.parametrize("generator", [False, True])
-def test_noise_that_only_the_call_asks_for_is_refused(generator: bool) -> None:
-    drawn = {"generator": torch.Generator().manual_seed(1)} if generator else {}
-    with pytest.raises(ConfigError, match="DDIMScheduler adds noise"):
-        pair(diffusers.DDIMScheduler(), eta=1.0, **drawn)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [diffusers.DDIMScheduler(), diffusers.EulerDiscreteScheduler(), diffusers.DPMSolverMultistepScheduler()],
-    ids=lambda s: type(s).__name__,
-)
-def test_the_same_prompt_twice_gives_the_same_picture(scheduler: Any) -> None:
-    out = pair(scheduler)
-    assert (out[0] - out[1]).abs().max() < 1e-5
-
-
-# Maps from the kernel's own sums ------------------------------------------------------------------------------
-
-
-class Count(TorchDispatchMode):
-    """Counts the products of attention: those of the fused kernel and those between batches of matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if "scaled_dot_product" in name:
-            q, k, v = args[:3]
-            self.flops += 2 * q[..., 0].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
-        elif name in ("bmm", "baddbmm"):
-            a, b = args[-2:]
-            self.flops += 2 * a.numel() * b.shape[-1]
-        return func(*args, **(kwargs or {}))
-
-
-def wide_flux(dtype: torch.dtype = torch.float32) -> Host:
-    """Build FLUX with its own proportions of image and text: eight image tokens to one of text."""
-    model, inputs = zoo.build("flux", 1, dtype)
-    h, w, text = 32, 32, 128
-    width = inputs["hidden_states"].shape[-1]
-    grid = torch.zeros(h * w, 3)
-    grid[:, 1], grid[:, 2] = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    return model, {
-        **inputs,
-        "hidden_states": R(1, h * w, width, dtype=torch.float64).to(dtype),
-        "encoder_hidden_states": R(1, text, inputs["encoder_hidden_states"].shape[-1], dtype=torch.float64).to(dtype),
-        "img_ids": grid.to(inputs["img_ids"].dtype),
-        "txt_ids": torch.zeros(text, 3, dtype=inputs["txt_ids"].dtype),
-    }
-
-
-def test_words_of_joint_attention_cost_little_more_than_none() -> None:
-    model, inputs = wide_flux()
-    with Count() as plain:
-        want = zoo.call(model, inputs)
-    capture = Capture(words=(3, 17, 40, 90))
-    with attnctl.control(model, capture, layout="cond") as handle, Count() as counted:
-        out = zoo.call(model, inputs)
-    assert torch.equal(out, want)
-    assert counted.flops <= 1.15 * plain.flops, counted.flops / plain.flops
-    assert handle.maps.words == ("3", "17", "40", "90")
-    # Every column made anew, in float64, gives the same maps.
-    for site in (s for s in attnctl.find_sites(model) if s.kind == "joint"):
-        with attnctl.control(model, _Reference(name=site.name), layout="cond") as reference:
-            zoo.call(model, inputs)
-        (live,) = [live for _, live in reference._watched[0].live]
-        got = handle.maps.layers[site.name].reshape(4, -1)
-        assert (got.double() - live.map).abs().max() <= 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reference(Control):
-    """Compute four columns of one site's map in float64, heads averaged."""
-
-    name: str = ""
-
-    def resolve(self, sites: Any, family: Any) -> Any:
-        return tuple(s for s in sites if s.name == self.name)
-
-    def attached(self, sites: Any, denoiser: Any, pipe: Any) -> LiveControl:
-        return _Columns()
-
-
-class _Columns(LiveControl):
-    observes = True
-
-    def wrap(self, call: Any, proceed: Any) -> Tensor:
-        q, k = call.q.double(), call.k.double()
-        whole = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        text = whole[0, :, call.image, call.text][..., [3, 17, 40, 90]]
-        self.map = text.mean(0).T
-        return proceed(call)
-
-
-@pytest.mark.parametrize("mask", [None, "keys", "rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_columns_from_the_kernels_sums(mask: str | None, dtype: torch.dtype) -> None:
-    q, k, v = (R(2, 3, n, 24, dtype=torch.float64).to(dtype) for n in (150, 200, 200))
-    given = None if mask is None else torch.rand(2, 1, 1 if mask == "keys" else 150, 200) > 0.3
-    if mask == "rows":
-        given[0, :, 7] = False  # a query that may look nowhere
-    out, sums = sdpa.with_sums(q, k, v, mask=given)
-    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given))
-    assert sums is not None
-    at = torch.tensor([5, 120, 199])
-    weights = torch.eye(3)
-    want = columns(
-        q.double(),
-        k.double(),
-        torch.zeros(200, 3).index_fill_(0, at, 0).index_put_((at, torch.arange(3)), torch.ones(3)),
-        mask=given,
-    )
-    cut = None if given is None else given[..., at]
-    got = key_columns(q, k[:, :, at], weights, sums, mask=cut)
-    assert (got.double() - want).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-3)
