@@ -314,14 +314,19 @@ class ControlledDenoiser:
 
         @contextlib.contextmanager
         def again() -> Iterator[None]:
-            with self.during(), overridden(forwards):
-                vars(self.state).update(state)
-                for link, around in wrappers:
-                    link.wrappers = around
-                yield
-                reached = [link for link, _ in wrappers if link.reached]
-            for link in reached:  # a checkpointed block runs in here in the pass itself, too
-                link.reached = True
+            reached: list[SiteHook] = []
+            try:
+                with self.during(), overridden(forwards):
+                    vars(self.state).update(state)
+                    for link, around in wrappers:
+                        link.wrappers = around
+                    try:
+                        yield
+                    finally:
+                        reached += [link for link, _ in wrappers if link.reached]
+            finally:  # a checkpointed block runs in here in the pass itself, too, and may end that pass
+                for link in reached:
+                    link.reached = True
 
         return again
 
