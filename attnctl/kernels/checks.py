@@ -7,6 +7,7 @@ broadcasts to [B, H, Nq, Nk].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "check_mask",
     "chunk_rows",
     "masked_softmax",
+    "pick",
     "repeat_heads",
     "room",
     "rows_of",
@@ -91,6 +93,11 @@ def as_bias(mask: Tensor, dtype: torch.dtype, blocked: float = float("-inf")) ->
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, blocked)
+
+
+def pick(x: Tensor, indices: Sequence[int], dim: int) -> Tensor:
+    """Take entries along a dimension, as indexing by a list does; but no index is copied to the device."""
+    return torch.stack([x.select(dim, i) for i in indices], dim)
 
 
 def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from attnctl.errors import ConfigError
 from attnctl.kernels import sdpa
-from attnctl.kernels.checks import as_bias, check_call, masked_softmax, repeat_heads, rows_of, token_slice, wide_dtype
+from attnctl.kernels.checks import (
+    as_bias,
+    check_call,
+    masked_softmax,
+    pick,
+    repeat_heads,
+    rows_of,
+    token_slice,
+    wide_dtype,
+)
 
 __all__ = [
     "SelfMap",
@@ -131,13 +140,13 @@ def query_rows(
     Raises: ConfigError for shapes that do not fit together, or a place beyond the queries.
     """
     mask = check_call(q, k, k, mask)
-    index = _index(q, places)
+    _check_places(q, places)
     wide = wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = (q[:, :, index].to(wide) * scale) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
+    logits = (pick(q, places, 2).to(wide) * scale) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
     if mask is None:
         return logits.softmax(dim=-1)
-    own = mask if mask.shape[-2] == 1 else mask[:, :, index]
+    own = mask if mask.shape[-2] == 1 else pick(mask, places, 2)
     return masked_softmax(logits + as_bias(own, wide))
 
 
@@ -147,7 +156,8 @@ def linear_rows(q: Tensor, k: Tensor, places: Sequence[int]) -> Tensor:
     Shapes: q, k [B, H, N, D] -> [B, H, P, N]; a query without a positive product looks nowhere.
     """
     check_call(q, k, k)
-    products = q[:, :, _index(q, places)].relu().float() @ k.relu().float().transpose(-2, -1)
+    _check_places(q, places)
+    products = pick(q, places, 2).relu().float() @ k.relu().float().transpose(-2, -1)
     return products / (products.sum(-1, keepdim=True) + 1e-15)
 
 
@@ -184,11 +194,10 @@ class SelfMap:
         return query_rows(self.q, self.k, places, mask=self.mask, scale=self.scale)
 
 
-def _index(q: Tensor, places: Sequence[int]) -> Tensor:
+def _check_places(q: Tensor, places: Sequence[int]) -> None:
     n = q.shape[2]
     if not places or not all(0 <= p < n for p in places):
         raise ConfigError(f"places={tuple(places)}: give one query or more, each from 0 to {n - 1}.")
-    return torch.tensor(list(places), device=q.device)
 
 
 def softmax_map(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:

@@ -85,7 +85,7 @@ def _shuffle(generator: torch.Generator) -> Callable[[torch.nn.Module, Callable[
             n = x.shape[1]
             if n not in orders:
                 orders[n] = torch.randperm(n, generator=generator)
-            order = orders[n].to(x.device)
+            order = orders[n].to(x.device, non_blocking=True)
             if args:
                 return forward(x[:, order], *args[1:], **kwargs)
             return forward(**{**kwargs, "hidden_states": x[:, order]})

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from attnctl.core.hosts.readings import read_once
 from attnctl.core.sites import Grid, Selector, Site, select
 from attnctl.errors import SiteError
 
@@ -180,6 +182,10 @@ def _ids(model: torch.nn.Module, bound: Bound) -> Grid | None:
     ids = bound.get("img_ids")
     if ids is None or ids.is_meta:
         return None
+    return read_once(ids, "grid", _extent)
+
+
+def _extent(ids: Tensor) -> Grid:
     ids = ids[0] if ids.ndim == 3 else ids
     size = (ids.amax(0) - ids.amin(0) + 1).tolist()
     return int(size[0]), int(size[1]), int(size[2])
@@ -215,9 +221,14 @@ def _listed_tokens(model: torch.nn.Module, bound: Bound) -> int:
 def _even_text(model: torch.nn.Module, bound: Bound) -> int | None:
     # Lumina 2 packs the valid text of each row before its image: uneven prompts put the image at uneven places.
     mask = bound.get("encoder_attention_mask")
-    if mask is not None and mask.sum(1).unique().numel() > 1:
+    if mask is not None and len(mask) > 1 and not read_once(mask, "even", _even_rows):
         return None
     return math.prod(_image(model, bound))
+
+
+def _even_rows(mask: Tensor) -> bool:
+    counts = mask.sum(1)
+    return bool((counts == counts[0]).all())
 
 
 def _packed(model: torch.nn.Module, bound: Bound) -> int:

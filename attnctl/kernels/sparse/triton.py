@@ -28,6 +28,7 @@ __all__ = ["declines", "missing", "quantised", "run", "run_int8", "tiles"]
 
 _LEAST, _TILE_Q, _TILE_K, _WIDEST = 16, 128, 64, 256
 _FLAT = 1e-30  # in place of a factor 0: -inf times 0 is no number
+_NO_CARD = 0
 _WARP_GROUPS = (90, 100, 103)  # architectures whose products run on four warps at once
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -79,8 +80,9 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
 
 def tiles(plan: BlockPlan, dtype: torch.dtype) -> tuple[int, int]:
     """Return how many queries and keys one step of the kernel takes; both divide the plan's blocks."""
-    # Without tensor cores, the sums of 128 queries do not fit into the registers.
-    return min(plan.block_q, 64 if dtype == torch.float32 else _TILE_Q), min(plan.block_k, _TILE_K)
+    # Without tensor cores, and before Hopper's, the sums of 128 queries do not fit into the registers.
+    tall = dtype != torch.float32 and _architecture() in (*_WARP_GROUPS, _NO_CARD)
+    return min(plan.block_q, _TILE_Q if tall else 64), min(plan.block_k, _TILE_K)
 
 
 def run(
@@ -140,9 +142,9 @@ def run(
     align = _alignment(tensors)
     tile_q, tile_k = tiles(plan, q.dtype)
     padded = [max(_LEAST, 1 << (w - 1).bit_length()) for w in widths]
-    grouped = _architecture() in _WARP_GROUPS
+    arch = _architecture()
     # Before Hopper, sums as wide as the tile is tall would make each warp hold all of the queries, and spill.
-    split = not grouped and padded[1] >= 2 * _TILE_K
+    split = arch not in _WARP_GROUPS and padded[1] >= 2 * _TILE_K
     steps = plan.block_q // tile_q
     launch = partial(
         _forward()[(lists.rows.shape[1] * steps, batch * heads)],
@@ -156,7 +158,7 @@ def run(
         PRECISION="ieee",
         num_warps=warps or (8 if tile_q * padded[0] >= 128 * 128 else 4),
     )  # fmt: skip
-    why = _launched(launch, q.device, stages or (3 if grouped else 2))
+    why = _launched(launch, q.device, stages or (3 if arch == 90 else 2))
     if why is None:
         return out
     raise BackendError(
@@ -189,12 +191,15 @@ def _launched(launch: Callable[..., Any], device: torch.device, stages: int) -> 
 
 
 def _architecture() -> int:
-    """Return the current card's compute capability as one number, 0 where programs are interpreted."""
-    if interpreted():
-        return 0
+    """Return the current card's compute capability as one number, 0 where there is none or programs are interpreted."""
+    if interpreted() or not _installed():
+        return _NO_CARD
     from triton.runtime import driver
 
-    return int(driver.active.get_current_target().arch)
+    try:
+        return int(driver.active.get_current_target().arch)
+    except RuntimeError:
+        return _NO_CARD
 
 
 def _alignment(tensors: Sequence[Tensor]) -> int:

@@ -15,6 +15,7 @@ from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
 from attnctl.data.maps import Of, WordMaps, joined, reduced
 from attnctl.errors import ConfigError, NeverApplied, UnsupportedModelError
+from attnctl.kernels.checks import pick
 from attnctl.processors.capture.fields import CaptureFields
 
 __all__ = ["Recorder"]
@@ -228,10 +229,12 @@ class Recorder(LiveControl):
         if heads is None:
             return part
         groups, mask = part.q.shape[1] // part.k.shape[1], part.mask
-        mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, heads]
+        mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else pick(mask, heads, 1)
         shared = [h // groups for h in heads]
-        sums = None if part.sums is None else part.sums[:, heads]
-        return part.with_(q=part.q[:, heads], k=part.k[:, shared], v=part.v[:, shared], mask=mask, sums=sums)
+        sums = None if part.sums is None else pick(part.sums, heads, 1)
+        return part.with_(
+            q=pick(part.q, heads, 1), k=pick(part.k, shared, 1), v=pick(part.v, shared, 1), mask=mask, sums=sums
+        )  # fmt: skip
 
     # Reading ------------------------------------------------------------------------------------------------
 
