@@ -130,15 +130,34 @@ def row_of_windows(want: Tensor, h: int, w: int, sides: tuple[int, int], shift: 
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_windows_of_swin_v2(name: str, depth: int) -> None:
-    model, images = build(name, SWIN | {"window_size": 3}), torch.rand(1, 3, 32, 32)
+    model, images = build(name, SWIN), torch.rand(1, 3, 32, 32)
     site = attnctl.find_sites(model)[depth]
     block: Any = site.module
     want = weights_of(model, block.attn, images)
     side, shift = tuple(block.window_size), block.shift_size[0]
-    assert shift == depth
+    assert shift == 2 * depth
     at = (int(POINT[1] * 8), int(POINT[0] * 8))
     got = read(model, images, site.name, points=(POINT,))[0, 0]
     torch.testing.assert_close(got, row_of_windows(want, 8, 8, side, shift, at), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["twins_svt_small", "twins_pcpvt_small"])
+def test_windows_and_reduced_keys_of_twins(name: str) -> None:
+    model, images = timm.create_model(name, num_classes=3).eval(), torch.rand(2, 3, 224, 224)
+    sites = attnctl.find_sites(model)
+    of = {type(s.module).__name__: s for s in reversed(sites)}
+    first, second = of.get("LocallyGroupedAttn"), of["GlobalSubSampleAttn"]
+    at = (int(POINT[1] * 56), int(POINT[0] * 56))
+    if first is not None:
+        want = weights_of(model, first.module, images)  # [images, windows, H, N, N]
+        side = first.module.ws  # type: ignore[union-attr]
+        got = read(model, images, first.name, points=(POINT,))
+        for image in range(2):
+            row = row_of_windows(want[image], 56, 56, (side, side), 0, at)
+            torch.testing.assert_close(got[image, 0], row, atol=1e-5, rtol=0)
+    want = weights_of(model, second.module, images)
+    got = read(model, images, second.name, points=(POINT,)).flatten(-2)[:, 0]
+    torch.testing.assert_close(got, want[:, :, at[0] * 56 + at[1]], atol=1e-5, rtol=0)
 
 
 def test_windows_of_sam() -> None:
@@ -210,7 +229,16 @@ def test_places_folded_into_the_batch_are_refused() -> None:
         model(torch.rand(3, 18, 8))
 
 
-@pytest.mark.parametrize("name", ["mobilevitv2_050", "xcit_nano_12_p16_224", "mambaout_femto", "resnet18"])
-def test_what_cannot_be_read_says_what_can(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="Readable: ViT and DeiT, EVA and DINOv3"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mobilevitv2_050", "LinearSelfAttention sums the keys up"),
+        ("xcit_nano_12_p16_224", "XCA weighs channels"),
+        ("levit_128s", "how Attention, AttentionDownsample lay out places is not known here"),
+        ("mambaout_femto", "It has no attention"),
+        ("resnet18", "It has no attention"),
+    ],
+)
+def test_what_cannot_be_read_says_why_and_what_can(name: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{reason}.*Readable: ViT and DeiT, EVA and DINOv3"):
         attnctl.control(timm.create_model(name), Capture())

@@ -165,6 +165,8 @@ def _places(site: BackboneSite, x: Tensor, grid: Grid) -> tuple[int, Tensor]:
     if site.frame is not None and site.frame.places is not None:
         places = site.frame.places(h, w).to(x.device)
         return places.shape[0], places.flatten()
+    if site.reading.order is not None:
+        return 1, site.reading.order(h, w).to(x.device)
     if not site.reading.windowed:
         first = torch.arange(n, n + site.prefix, device=x.device)
         return 1, torch.cat([first, torch.arange(n, device=x.device)])

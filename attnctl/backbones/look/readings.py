@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.layers import AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
@@ -20,12 +22,13 @@ from timm.models.pvt_v2 import Attention as PVTAttention
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
+from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from timm.models.visformer import Attention as VisformerAttention
 from timm.models.vision_transformer import Attention as TokenAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from timm.models.volo import Attention as VoloAttention
-from torch import nn
+from torch import Tensor, nn
 
 from attnctl.backbones.hosts import MapHost, PVTHost, TokenHost
 from attnctl.backbones.models.agent_cswin import CSwinBlock
@@ -40,8 +43,8 @@ __all__ = ["READABLE", "Reading", "reading_of"]
 
 READABLE = (
     "ViT and DeiT, EVA and DINOv3, BEiT, relative-position ViTs, SAM, Swin (1, 2 and cr), PVTv2, MaxViT and CoAtNet, "
-    "PiT, CrossViT, MobileViT, CAFormer, Visformer, FastViT and VOLO (its plain attention) of timm, every model of "
-    "attnctl.backbones, and these with swapped attention"
+    "PiT, CrossViT, MobileViT, CAFormer, Visformer, FastViT, Twins and VOLO (its plain attention) of timm, every model "
+    "of attnctl.backbones, and these with swapped attention"
 )
 
 
@@ -59,6 +62,8 @@ class Reading:
         norm: A norm between the module's input and attention, or None.
         windowed: Whether the tokens are cut, shifted or padded before they reach `values`.
         channels_first: Whether the module is given maps [B, C, H, W].
+        order: Numbers the tokens of a map of (height, width) as attention gets them: row by row from 0, -1 for
+            padding; None where they come row by row, or as `windowed` blocks are found to have them.
         sized: Whether the second argument is the grid of the tokens.
         prefix: Class and register tokens ahead of the grid, None for as many as the model has.
         settings: Attributes that the module `core` needs while it is read.
@@ -74,6 +79,7 @@ class Reading:
     norm: nn.Module | None = None
     windowed: bool = False
     channels_first: bool = False
+    order: Callable[[int, int], Tensor] | None = None
     sized: bool = False
     prefix: int | None = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +115,20 @@ def _map_kernel(m: Any) -> Reading:
         heads=m.num_heads, width=m.proj.in_channels if convolution else m.proj.in_features, out=m.proj,
         enter=m.forward, channels_first=convolution or isinstance(m, FastVitAttention),
         settings={"fused_attn": True}, core=m,
+    )  # fmt: skip
+
+
+def _sized_kernel(m: Any) -> Reading:
+    """Read a class of Twins at the fused kernel: keys of a reduced map, or windows of a padded one."""
+    side = int(getattr(m, "ws", 1))
+
+    def order(h: int, w: int) -> Tensor:
+        numbers = F.pad(torch.arange(1, h * w + 1).reshape(h, w), [0, -w % side, 0, -h % side]) - 1
+        return numbers.unfold(0, side, side).unfold(1, side, side).flatten()
+
+    return Reading(
+        heads=m.num_heads, width=m.proj.in_features, out=m.proj, enter=m.forward, sized=True,
+        order=order if side > 1 else None, settings={"fused_attn": True}, core=m,
     )  # fmt: skip
 
 
@@ -166,6 +186,7 @@ _READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading]], .
         (SamAttention, MetaFormerAttention, Attention2d, VisformerAttention, VoloAttention, FastVitAttention),
         _map_kernel,
     ),
+    ((LocallyGroupedAttn, GlobalSubSampleAttn), _sized_kernel),
     ((PVTAttention, PVTHost, ReducedAttention), _reduced),
     ((AgentAttention2d,), _agents),
     ((BiLevelRoutingAttention,), _routed),

@@ -8,6 +8,7 @@ from torch import nn
 
 from attnctl.backbones.look.frames import Frame, frame_of, prefix_of
 from attnctl.backbones.look.readings import READABLE, Reading, reading_of
+from attnctl.backbones.look.refusals import refusal_of
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
 
@@ -52,7 +53,9 @@ def backbone_sites(model: nn.Module) -> tuple[BackboneSite, ...]:
             prefix = prefix_of(owner_of(model, name)) if reading.prefix is None else reading.prefix
             sites[name] = BackboneSite(name, module, reading, prefix, frame_of(_around(model, name)))
     if not sites:
-        raise UnsupportedModelError(f"{type(model).__name__} has no attention that can be read. Readable: {READABLE}.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention that can be read. {refusal_of(model)} Readable: {READABLE}."
+        )
     return tuple(sites.values())
 
 
