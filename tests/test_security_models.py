@@ -25,6 +25,7 @@ from attnctl.pipelines.generate import Call, _check_sizes, _scheduler, sample_ag
 from attnctl.plans import BlockPlan, HeadSet
 from attnctl.plans.hub import fetching
 from attnctl.processors import PAG, SEG, Capture
+from attnctl.shapes.load import WEIGHTS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,6 +77,19 @@ def test_a_python_file_beside_a_model_is_refused(place: str, folder: Path) -> No
 def test_a_part_from_elsewhere_is_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         models.load(str(spoiled(folder, **changes)))
+
+
+def test_a_folder_in_the_place_of_a_shipped_model_brings_no_code_either(tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(WEIGHTS / "text2image", tmp_path / "trained"))
+    attnctl.load_shapes("text2image", folder=folder)
+    (folder / "unet" / "unet.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(UnsupportedModelError, match="brings code of its own"):
+        attnctl.load_shapes("text2image", folder=folder)
+    (folder / "unet" / "unet.py").unlink()
+    with pytest.raises(UnsupportedModelError, match="comes from 'os'"):
+        attnctl.load_shapes("text2image", folder=spoiled(folder, vae=["os", "system"]))
 
 
 def test_an_honest_folder_is_loaded(saved: Path) -> None:

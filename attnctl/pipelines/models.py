@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnctl.data.model_folders import CONFIG, check_folder
 from attnctl.data.provenance import fingerprint
 from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError
 from attnctl.plans import hub
-from attnctl.plans.reading import Expected, read_json
+from attnctl.plans.reading import read_json
 
-__all__ = ["SHIPPED", "Loaded", "check_folder", "device_and_dtype", "load", "load_denoiser"]
+__all__ = ["SHIPPED", "Loaded", "device_and_dtype", "load", "load_denoiser"]
 
 SHIPPED = "shapes:"
 _DTYPES = ("float32", "float16", "bfloat16")
-_LIBRARIES = ("diffusers", "transformers")
-_CONFIG = Expected("a model's configuration", UnsupportedModelError)
 _LARGEST, _MOST_LAYERS = 1 << 22, 1000
 
 
@@ -121,41 +120,6 @@ def _downloaded(name: str, revision: str | None, *, fetch: bool) -> Path:
         ) from None
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a model's folder that would run code of its own when it is loaded.
-
-    Raises:
-        UnsupportedModelError: A Python file lies beside its configurations, or a part comes from a library that is
-            neither diffusers nor transformers.
-    """
-    import diffusers.pipelines
-
-    scripts = sorted(p for depth in ("*.py", "*/*.py") for p in folder.glob(depth))
-    if scripts:
-        raise UnsupportedModelError(
-            f"The model {folder.name} brings code of its own ({scripts[0].relative_to(folder)}), which is never run: "
-            "expected configurations and safetensors alone. Remove it, or use another copy of the model."
-        )
-    if not (folder / "model_index.json").is_file():
-        raise UnsupportedModelError(
-            f"Cannot load {folder.name!r}: it has no model_index.json. Expected 'shapes:text2image', a hub id, or the "
-            "folder of a saved pipeline."
-        )
-    index = read_json(folder / "model_index.json", _CONFIG)
-    parts = index.items() if isinstance(index, dict) else ()
-    own_class = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(own_class, str) or not hasattr(diffusers, own_class):
-        raise UnsupportedModelError(f"The model {folder.name} is a {own_class!r:.80}, which diffusers does not have.")
-    for part, where in parts:
-        if isinstance(where, list) and where and where[0] is not None:
-            library = where[0]
-            if library not in _LIBRARIES and not (isinstance(library, str) and hasattr(diffusers.pipelines, library)):
-                raise UnsupportedModelError(
-                    f"The {part!s:.40} of the model {folder.name} comes from {library!r:.80}; expected "
-                    f"{' or '.join(_LIBRARIES)}. No other code is loaded for a model."
-                )
-
-
 def load_denoiser(name: str, *, revision: str | None = None) -> Any:
     """Build a model's denoiser without its weights, from its configuration alone.
 
@@ -169,7 +133,7 @@ def load_denoiser(name: str, *, revision: str | None = None) -> Any:
     import torch
 
     with _explained(name):
-        parts = read_json(_config_file(name, "model_index.json", revision), _CONFIG)
+        parts = read_json(_config_file(name, "model_index.json", revision), CONFIG)
         part = next((p for p in ("unet", "transformer") if isinstance(parts.get(p), list)), None)
         if part is None:
             names = ", ".join(k for k in parts if not k.startswith("_"))
@@ -180,7 +144,7 @@ def load_denoiser(name: str, *, revision: str | None = None) -> Any:
             raise UnsupportedModelError(
                 f"The {part} of {name} is {library}.{class_name}, which diffusers does not have."
             )
-        config = read_json(_config_file(name, f"{part}/config.json", revision), _CONFIG)
+        config = read_json(_config_file(name, f"{part}/config.json", revision), CONFIG)
         _check_sizes(name, config)
         with torch.device("meta"):
             return cls.from_config(config)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnctl.data.model_folders import check_folder
 from attnctl.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def load_shapes(
         folder: another folder of the same layout, such as the result of a training.
 
     Raises:
+        UnsupportedModelError: the folder brings code of its own.
         ConfigError: an unknown name, a missing or damaged weight file, a device that is not there. The video pipeline
             raises it too, where it is called for more frames than its adapter was trained for, and videodit's where
             its videos would be longer or larger than those that it was trained on.
@@ -78,6 +80,8 @@ def load_shapes(
     import torch
 
     _check_device(torch.device(device))
+    if folder is not None:
+        check_folder(root)
     with _no_loading_bars():
         pipe = _CLASSES[name](str(root))
     pipe.set_progress_bar_config(disable=True)
