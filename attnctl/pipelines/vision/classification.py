@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
-from attnctl.pipelines.vision.fitting import draw_curve, fit
+from attnctl.pipelines.vision.fitting import fit, write_fit
 
 if TYPE_CHECKING:
     from attnctl.backbones.mixers import Mixer
@@ -92,11 +92,6 @@ def classify(
 def _write(
     out: Path, model: nn.Module, curve: list[float], images: Tensor, guesses: Tensor, labels: Tensor
 ) -> tuple[Path, ...]:
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "weights.safetensors")
-    draw_curve(curve, out / "curve.png")
     figure = blank_figure(8, 4)
     wrong_first = torch.cat([(guesses != labels).nonzero()[:, 0], (guesses == labels).nonzero()[:, 0]])[:32]
     for axes, i in zip(figure.subplots(4, 8).flat, wrong_first.tolist(), strict=True):
@@ -105,5 +100,4 @@ def _write(
         title = f"{int(guesses[i])}" if right else f"{int(guesses[i])}, is {int(labels[i])}"
         axes.set_title(title, color="black" if right else "red", fontsize=9)
         axes.axis("off")
-    figure.savefig(out / "predictions.png")
-    return out / "weights.safetensors", out / "curve.png", out / "predictions.png"
+    return write_fit(out, model, curve, figure)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
+from attnctl.plans.writing import publish
 
-__all__ = ["draw_curve", "fit"]
+__all__ = ["fit", "write_fit"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,10 +67,25 @@ def fit(
     return curve
 
 
-def draw_curve(curve: list[float], path: Path) -> None:
-    """Save the training curve as a picture. Raises: ConfigError without matplotlib."""
+def write_fit(out: Path, model: nn.Module, curve: list[float], predictions: Any) -> tuple[Path, ...]:
+    """Write the weights, the training curve and a figure of predictions into a folder; return the files.
+
+    Raises: ConfigError without matplotlib, WriteError where the disk is full.
+    """
+    from safetensors.torch import save
+
     figure = blank_figure(5, 3)
     axes = figure.subplots()
     axes.plot(range(1, len(curve) + 1), curve)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-    figure.savefig(path)
+    weights = save({k: v.contiguous() for k, v in model.state_dict().items()})
+    content = {"weights.safetensors": weights, "curve.png": _png(figure), "predictions.png": _png(predictions)}
+    files = {out / name: data for name, data in content.items()}
+    publish(files, force=True)
+    return tuple(files)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError, nearest
-from attnctl.pipelines.vision.fitting import draw_curve, fit
+from attnctl.pipelines.vision.fitting import fit, write_fit
 from attnctl.shapes.data import to_tensor
 from attnctl.shapes.scenes import SHAPES, outline, render, sample
 
@@ -121,11 +121,6 @@ def segment(
 def _write(
     out: Path, model: nn.Module, curve: list[float], images: Tensor, guesses: Tensor, wanted: Tensor
 ) -> tuple[Path, ...]:
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "weights.safetensors")
-    draw_curve(curve, out / "curve.png")
     figure = blank_figure(9, 4)
     rows = figure.subplots(3, 8)
     for column in range(8):
@@ -137,5 +132,4 @@ def _write(
     for axes in rows.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.savefig(out / "predictions.png")
-    return out / "weights.safetensors", out / "curve.png", out / "predictions.png"
+    return write_fit(out, model, curve, figure)
