@@ -23,6 +23,7 @@ __all__ = [
     "PlanError",
     "SiteError",
     "UnsupportedModelError",
+    "check_short",
     "choice",
     "nearest",
     "number",
@@ -70,7 +71,7 @@ class JudgeError(AttnctlError):
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Name the closest candidates to a misspelt name, ready to be put in an error message."""
-    close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.3)
+    close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.3) if isinstance(name, str) else ()
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
@@ -158,6 +159,12 @@ def whole(
         most = f", {high} or less" if low is None and high is not None else ""
         raise error(f"{what}={value!r:.40} must be a whole number{f' of {of}' if of else ''}{least}{most}.")
     return int(x)
+
+
+def check_short(value: Any, what: str, most: int = 10_000) -> None:
+    """Raise ConfigError for a range of more numbers than anything has, before somebody makes a list of it."""
+    if isinstance(value, range) and len(value[: most + 1]) > most:
+        raise ConfigError(f"{what}={value!r:.60} is out of range: give at most {most} numbers.")
 
 
 def choice(value: Any, what: str, options: Sequence[Any]) -> Any:

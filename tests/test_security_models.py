@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from test_security_files import peak
 import attnctl
 from attnctl.app.cli import main
 from attnctl.data.record import Record, RecordError, save_image
-from attnctl.data.specs import parse_control
+from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import blur_queries
 from attnctl.pipelines import models
@@ -180,6 +183,29 @@ def test_what_is_too_large_is_refused_before_anything_is_built(what: str) -> Non
         HUGE[what]()
     assert time.perf_counter() - began < 20
     assert peak() < before + 400
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "AStar": {"concepts": ("cat", "dog")},
+    "AttendExcite": {"concepts": ("cat",)},
+    "FateZero": {"source": "a cat", "target": "a dog"},
+    "PromptToPrompt": {"source": "a cat", "target": "a dog"},
+    "PARO": {"plan": BlockPlan.from_mask(torch.ones(2, 3, 3, dtype=torch.bool), 8)},
+}
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_no_field_of_a_control_is_unrolled(method: str) -> None:
+    """Every field of every control, given what has no end: an error of attnctl, or a value that is stored as it is."""
+    cls, before, began = methods()[method], peak(), time.perf_counter()
+    for field in dataclasses.fields(cls):
+        for value in (range(10**12), 10**12, 10**400, 1e300):
+            if field.init:
+                with warnings.catch_warnings(), contextlib.suppress(AttnctlError):
+                    warnings.simplefilter("ignore")
+                    cls(**{**FIELDS.get(method, {}), field.name: value})
+    assert time.perf_counter() - began < 20
+    assert peak() < before + 200
 
 
 @pytest.mark.parametrize("change", [{"threads": 20_000}, {"steps": 10**9}, {"width": 10**9}, {"height": 10**9}])

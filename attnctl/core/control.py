@@ -20,7 +20,7 @@ from attnctl.core.hosts.families import Default, Family
 from attnctl.core.live import LiveControl
 from attnctl.core.registry import About, Conflict, Preset, bounds_of, check_fields, knob, register
 from attnctl.core.sites import Selector, Site, plain_selector, select
-from attnctl.errors import ConfigError, SiteError, number
+from attnctl.errors import ConfigError, SiteError, check_short, number
 
 __all__ = ["AdaptiveForm", "Combine", "Control", "Guidance"]
 
@@ -64,6 +64,7 @@ class Control:
     def __post_init__(self) -> None:
         check_fields(type(self))
         for f in dataclasses.fields(self):
+            check_short(getattr(self, f.name) if f.name != "sites" else None, f"{self._label}: {f.name}")
             bounds = bounds_of(type(self), f.name)
             if bounds is not None:
                 value = bounds.checked(getattr(self, f.name), f"{self._label}: {f.name}")

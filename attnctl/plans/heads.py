@@ -67,7 +67,7 @@ class HeadSet:
         Raises:
             SiteError: A pair is not a name or depth and a head index, or appears twice.
         """
-        return cls(pairs=tuple(pairs), **about)  # type: ignore[arg-type]
+        return cls(pairs=pairs, **about)  # type: ignore[arg-type]
 
     @classmethod
     def from_labels(cls, labels: str, **about: Any) -> HeadSet:

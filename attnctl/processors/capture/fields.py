@@ -45,7 +45,7 @@ class CaptureFields(Control, abstract=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
+        keep = tuple(self.keep) if isinstance(self.keep, (tuple, list)) else (self.keep,)
         for axis in keep:
             if axis not in get_args(Axis):
                 raise ConfigError(
@@ -79,7 +79,7 @@ class CaptureFields(Control, abstract=True):
     def _check_words(self) -> None:
         if self.words is None:
             return
-        if isinstance(self.words, (str, int)) or not self.words:
+        if isinstance(self.words, str) or not isinstance(self.words, Sequence) or not self.words:
             raise ConfigError(
                 f"Capture: words={self.words!r}: give a tuple of words, such as ('cat', 'dog'), or None for all."
             )
@@ -135,5 +135,7 @@ class CaptureFields(Control, abstract=True):
             return
         try:
             torch.device(self.device)
-        except (RuntimeError, TypeError):
-            raise ConfigError(f"Capture: device={self.device!r} is unknown: give one such as 'cpu' or None.") from None
+        except (RuntimeError, TypeError, ValueError):
+            raise ConfigError(
+                f"Capture: device={self.device!r:.60} is unknown: give one such as 'cpu' or None."
+            ) from None

@@ -115,6 +115,8 @@ class WordEdit(Control, abstract=True):
         several = isinstance(self.cross_replace, Mapping)
         object.__setattr__(self, "cross_replace", windows if several else windows[_DEFAULT])
         if self.equalizer is not None:
+            if not isinstance(self.equalizer, Mapping):
+                raise ConfigError(f"{self._label}: equalizer={self.equalizer!r:.60}: give weights by word, or None.")
             weights = {w: number(v, f"{self._label}: the weight of {w!r}") for w, v in self.equalizer.items()}
             object.__setattr__(self, "equalizer", weights)
         _ = self.blend_sides
@@ -132,13 +134,14 @@ class WordEdit(Control, abstract=True):
             return (), ()
         if isinstance(words, str):
             raise ConfigError(f"{self._label}: blend_words={words!r}: give a list of words, such as [{words!r}].")
+        words = words if isinstance(words, Sequence) else ()
         if words and all(isinstance(w, str) for w in words):
             return tuple(words), ()
         if len(words) == 2 and all(isinstance(w, (list, tuple)) for w in words) and words[0]:
             return tuple(words[0]), tuple(words[1])
         raise ConfigError(
-            f"{self._label}: blend_words={words!r}: give words of the source, or a pair (words of the source, words of "
-            "the target), or None."
+            f"{self._label}: blend_words={self.blend_words!r:.60}: give words of the source, or a pair (words of the "
+            "source, words of the target), or None."
         )
 
     def self_window(self, steps: int) -> range:
