@@ -150,3 +150,15 @@ def gradients(model: nn.Module, inputs: dict[str, Any], handle: Any = None) -> l
         out = zoo.call(model, with_grad)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
         return list(torch.autograd.grad((out * weights).sum(), parts))
+
+
+def middle(model: Any) -> str:
+    """Name the self or joint site in the middle of a model."""
+    found = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
+    return found[len(found) // 2]
+
+
+def run(model: Any, inputs: dict[str, Any], *controls: Any, layout: Any = "cond") -> Tensor:
+    """Call a model under controls."""
+    with torch.no_grad(), attnctl.control(model, *controls, layout=layout):
+        return zoo.call(model, inputs)

@@ -22,11 +22,7 @@ class Boom(BaseException):
 
 
 HOSTS = ("unet", "joint")
-NAMES = {
-    "unet": ("PAG", "SoftPAG", "SLG", "TPG", "NAG", "Capture", "PARO", "AgentAttention"),
-    "joint": ("PAG", "SEG", "SLG", "BroadWay", "Capture", "EnhanceAVideo", "PARO"),
-}
-CHOICES = st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True)
+CHOICES = st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True)
 ACTIONS = st.one_of(
     st.tuples(st.just("attach"), CHOICES),
     st.tuples(st.just("attach"), CHOICES),
@@ -50,9 +46,15 @@ def plain_results(host: str) -> dict[tuple[str, ...], torch.Tensor]:
     return {(): made.plain(())}
 
 
+def names_of(made: pairs.Host) -> tuple[str, ...]:
+    """Name the methods to attach: all but those that need gradients, or calls of their own."""
+    return tuple(n for n, c in made.first.items() if not c.moves_latents and type(c).about.group != "Editing")  # type: ignore[union-attr]
+
+
 def attach(made: pairs.Host, host: str, value: list[int], names: tuple[str, ...], handle: Any) -> tuple[str, ...]:
     """Attach some controls, unless others are there or they refuse each other."""
-    chosen = tuple(dict.fromkeys(NAMES[host][i % len(NAMES[host])] for i in value))
+    known = names_of(made)
+    chosen = tuple(dict.fromkeys(known[i % len(known)] for i in value))
     controls = [made.first[n] for n in chosen]
     apart = any(conflict_between(type(a), type(b)) for i, a in enumerate(controls) for b in controls[:i])
     if handle is not None or apart:

@@ -129,13 +129,14 @@ for name in ("sd15", "sd35", "flux", "cogvideox", "animatediff"):
             told[f"{name} {selector}"] = str(error)
 host = pairs.unet()
 told["words"] = [list(c.positions) for c in find_words(host.pipe, pairs.SOURCE, ["bear", "water", "a"])]
-told["controls"] = [control_to_dict(host.first[n]) for n in ("PAG", "SoftPAG", "AStar", "NAG")]
+told["controls"] = [control_to_dict(host.first[n]) for n in host.first if n not in ("FateZero", "PARO")]
 with tempfile.TemporaryDirectory() as folder:
     attnctl.HeadSet.from_pairs([("b", 1), ("a", 0)], model="m").save_pretrained(folder)
     pairs.block_plan(2, 64).save_pretrained(folder)
     told["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
 with torch.no_grad():
-    for names in (("PAG",), ("NAG", "SoftPAG"), ("AStar", "TPG"), ("AgentAttention", "Capture")):
+    alone = [(n,) for n in host.first if n != "FateZero"]
+    for names in (*alone, ("PAG", "SoftPAG"), ("AStar", "PAG"), ("PAG", "Capture")):
         out = host.run(*(host.first[n] for n in names))
         told[" ".join(names)] = hashlib.sha256(out.numpy().tobytes()).hexdigest()
     with attnctl.control(host.pipe, host.first["PAG"], host.first["Capture"]) as handle:

@@ -16,7 +16,8 @@ import torch
 
 from attnctl.core.call import CallState, Wrapper
 from attnctl.core.guidance import Branch
-from attnctl.core.hosts.families import Default, Family
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.published import Default
 from attnctl.core.live import LiveControl
 from attnctl.core.registry import About, Conflict, Preset, bounds_of, check_fields, knob, register
 from attnctl.core.sites import Selector, Site, plain_selector, select

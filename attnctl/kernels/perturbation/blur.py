@@ -1,4 +1,4 @@
-"""Blurred queries: "Smoothed Energy Guidance" (SEG), arXiv 2408.00760, q' = G_sigma * q over the token grid.
+"""Blurred queries: "Smoothed Energy Guidance", arXiv 2408.00760, q' = G_sigma * q over the token grid.
 
 The Gaussian is applied as one small matrix per grid axis, in float32, so no layout change is needed.
 """
@@ -19,7 +19,7 @@ MOST_SIGMA = 10_000.0  # tokens: wider than any grid, and the blur is its mean t
 
 
 def blur_queries(q: Tensor, grid: tuple[int, int], sigma: float, image: slice | None = None) -> Tensor:
-    """Blur the queries over the token grid (SEG, arXiv 2408.00760); text queries stay as they are.
+    """Blur the queries over the token grid (arXiv 2408.00760); text queries stay as they are.
 
     Gaussian of ceil(6 sigma) rounded up to odd taps, reflect padding, continued for kernels wider than the
     grid; sigma = inf gives the mean, sigma = 0 the queries themselves.

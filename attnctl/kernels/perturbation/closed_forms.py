@@ -4,7 +4,7 @@
 builds A' as a map. The output is linear in the map, so both give the same numbers, with masks, rotary
 embeddings and joint attention alike, and no N x N tensor is needed. u = 1 with the identity target is PAG,
 "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", arXiv 2403.17377. The targets T stand
-in `targets` and `joint`, the blurred queries of SEG in `blur`; their names are re-exported here.
+in `targets` and `joint`, blurred queries in `blur`; their names are re-exported here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     identity     T = I                     "Self-Rectifying Diffusion Sampling with Perturbed-Attention
                                            Guidance" (PAG), arXiv 2403.17377
-    query_mean   T = softmax(mean(q) k^T)  "Smoothed Energy Guidance" (SEG), arXiv 2408.00760, sigma -> inf
+    query_mean   T = softmax(mean(q) k^T)  "Smoothed Energy Guidance", arXiv 2408.00760, sigma -> inf
     uniform      T = 1/L
     argmax       T = one-hot of each row's best key, the limit of temperature -> 0
     temperature  T = softmax(x logits), x = 1/tau

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctl.core.hosts.families import Default, Family, family_of
+from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.listing import find_sites
+from attnctl.core.hosts.published import Default
 from attnctl.core.live import LiveControl
 from attnctl.core.registry import About
 from attnctl.core.sites import Site, select

@@ -23,7 +23,8 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import bind_call, take_rows
 from attnctl.core.hosts.caches import hooks_of
-from attnctl.core.hosts.families import Default, Family
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.published import Default
 from attnctl.core.hosts.textlayout import text_parts
 from attnctl.core.hosts.words import Concept, find_words
 from attnctl.core.live import LiveDenoiser
