@@ -1,45 +1,30 @@
 """One control a method: what each paper changes in a model's attention; and what a control of your own is made of."""
 
-from attnctl.core.call import AttnCall, Proceed, Wrapper
-from attnctl.core.control import Control, Guidance
-from attnctl.core.guidance import Branch
-from attnctl.processors.agent import AgentAttention
-from attnctl.processors.broadway.broadway import BroadWay
-from attnctl.processors.capture.capture import Capture
-from attnctl.processors.editing.fatezero import FateZero
-from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt
-from attnctl.processors.enhance_video import EnhanceAVideo
-from attnctl.processors.latent.astar import AStar
-from attnctl.processors.latent.attend_excite import AttendExcite
-from attnctl.processors.latent.guidance import LatentGuidance
-from attnctl.processors.nag import NAG
-from attnctl.processors.pag import PAG, SoftPAG
-from attnctl.processors.paro import PARO
-from attnctl.processors.seg import SEG
-from attnctl.processors.slg import SLG
-from attnctl.processors.tpg import TPG
+from attnctl.core.call import AttnCall as AttnCall
+from attnctl.core.call import Proceed as Proceed
+from attnctl.core.call import Wrapper as Wrapper
+from attnctl.core.control import Control as Control
+from attnctl.core.control import Guidance as Guidance
+from attnctl.core.guidance import Branch as Branch
+from attnctl.core.registry import controls as _controls
+from attnctl.processors.agent import AgentAttention as AgentAttention
+from attnctl.processors.broadway.broadway import BroadWay as BroadWay
+from attnctl.processors.capture.capture import Capture as Capture
+from attnctl.processors.editing.fatezero import FateZero as FateZero
+from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
+from attnctl.processors.enhance_video import EnhanceAVideo as EnhanceAVideo
+from attnctl.processors.latent.astar import AStar as AStar
+from attnctl.processors.latent.attend_excite import AttendExcite as AttendExcite
+from attnctl.processors.latent.guidance import LatentGuidance as LatentGuidance
+from attnctl.processors.nag import NAG as NAG
+from attnctl.processors.pag import PAG as PAG
+from attnctl.processors.pag import SoftPAG as SoftPAG
+from attnctl.processors.paro import PARO as PARO
+from attnctl.processors.seg import SEG as SEG
+from attnctl.processors.slg import SLG as SLG
+from attnctl.processors.tpg import TPG as TPG
 
-__all__ = [
-    "NAG",
-    "PAG",
-    "PARO",
-    "SEG",
-    "SLG",
-    "TPG",
-    "AStar",
-    "AgentAttention",
-    "AttendExcite",
-    "AttnCall",
-    "Branch",
-    "BroadWay",
-    "Capture",
-    "Control",
-    "EnhanceAVideo",
-    "FateZero",
-    "Guidance",
-    "LatentGuidance",
-    "Proceed",
-    "PromptToPrompt",
-    "SoftPAG",
-    "Wrapper",
-]
+# A name imported as itself is public; every control that is imported here has entered the registry.
+__all__ = sorted(
+    ["AttnCall", "Branch", "Control", "Guidance", "LatentGuidance", "Proceed", "Wrapper", *_controls("attnctl")]
+)
