@@ -151,6 +151,8 @@ def test_weights_lost_on_the_meta_device_are_refused_at_the_unswap() -> None:
 @pytest.mark.parametrize("kind", ["agent", "bra"])
 def test_another_input_size_reaches_what_a_swap_set_aside(name: str, kind: str) -> None:
     plain, model = host(name), attnctl.swap(host(name), kind, **OPTIONS[kind])
+    if not hasattr(plain, "set_input_size"):
+        pytest.skip("this release of timm cannot resize the model")
     for m in (plain, model):
         m.set_input_size(img_size=(64, 64))  # type: ignore[operator]
     assert model(images(64)).isfinite().all()
@@ -268,6 +270,8 @@ def test_a_dry_run_of_a_rectangular_maxvit() -> None:
     windows = MaxxVitTransformerCfg(window_size=(2, 4), grid_size=(2, 4), dim_head=8)
     layout = MaxxVitCfg((16, 32), (1, 1), ("M", "M"), 16, transformer_cfg=windows)
     model = MaxxVit(layout, img_size=(16, 32), in_chans=1, num_classes=3).eval()
+    if not hasattr(model, "img_size"):
+        model.pretrained_cfg = {"input_size": (1, 16, 32)}  # older releases of timm note the size there alone
     attnctl.swap(model, "agent", num_agents=4)
     host_: Any = model.get_submodule(attnctl.swap_report(model).sites[0])
     assert host_.attn.mixer.grid == (4, 8)
