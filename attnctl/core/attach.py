@@ -16,6 +16,8 @@ One step of a run, in order:
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,13 +25,14 @@ import torch
 
 from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle, Hook
-from attnctl.core.hosts.arguments import as_given, bind_call
+from attnctl.core.hosts.arguments import as_given, bind_call, time_of
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.pipelines import run_length
-from attnctl.core.hosts.prompt import PromptWatch
+from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
-from attnctl.core.hosts.scheduler import SchedulerWatch
+from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
+from attnctl.core.hosts.scheduler import SchedulerWatch, noise_time, step_of
 from attnctl.core.latents import StepLatents
 from attnctl.core.passes import ControlledDenoiser, resolve
 from attnctl.core.report import report
@@ -47,6 +50,12 @@ class DenoiserHandle(Handle):
         self._pipe = None if isinstance(target, torch.nn.Module) else target
         self._replay = replay
         self._scheduler = SchedulerWatch(self._pipe, self)
+        self._call = PipelineCall(self._pipe)
+        self._owner = Owner()
+        self._lock = threading.RLock()
+        self._seen = self._told = False
+        """Whether the beginning of the run was seen; whether what never acted in it was told."""
+        self._acted: set[int] = set()
         self._rows = RowLayout(self._pipe, layout)
         self._latents = StepLatents(self._pipe)
         self._shared: dict[Any, Any] = {}
@@ -66,6 +75,7 @@ class DenoiserHandle(Handle):
             self._undo.callback(self.prompts.detach)
 
     def _install_denoiser(self, w: ControlledDenoiser) -> None:
+        w.make_wrappers()
         w.processors.attach(self._undo)
 
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,16 +90,25 @@ class DenoiserHandle(Handle):
         self._undo.callback(w.stop)
 
     def detach(self) -> None:
-        super().detach()
-        self._end_step()
-        self._shared.clear()
+        with self._lock:  # a hook that runs in another thread ends first
+            super().detach()
+            self._latents.end_step()
+            self._shared.clear()
+            self._owner = Owner()
 
     # What the scheduler reports -------------------------------------------------------------------------------
 
-    def on_set_timesteps(self) -> None:
+    def claim(self) -> None:
+        """Refuse a run beside one of another thread, and one on a denoiser that is under control no more."""
+        if self.enabled:
+            self._owner.claim(type(self._pipe).__name__)
+            check_in_place(self._pipe, [w.module for w in self._watched])
+
+    def on_set_timesteps(self, *, seen: bool) -> None:
         """Begin a run."""
         self._rows.new_run()
         self._begin_run(0, None, None)
+        self._seen = seen
 
     def on_scale(self, sample: torch.Tensor, scale: Callable[[Any], Any]) -> None:
         """Note the latents that the pipeline scales."""
@@ -100,12 +119,13 @@ class DenoiserHandle(Handle):
         """End a step, with the latents that the controls have made of the pipeline's."""
         if self.enabled:
             self._rows.check_step(sample)
+            check_in_place(self._pipe, [w.module for w in self._watched])
         for w in self._watched:
             w.state.step += 1
             w.pending = None
             for _, live in w.live:
                 sample = live.stepping(sample) if isinstance(sample, torch.Tensor) else sample
-        self._end_step()
+        self._latents.end_step()
         return sample
 
     def on_stepped(self, result: Any, drew: bool) -> Any:
@@ -119,7 +139,26 @@ class DenoiserHandle(Handle):
                     live.noise_added()
                 if live.changes_latents and c.in_window_at(step, w.state.steps):
                     result = with_latents(result, live.stepped(step, latents_of(result)))
+        if any(w.state.steps is not None and w.state.step >= w.state.steps for w in self._watched):
+            self._end_run()
         return result
+
+    def _end_run(self) -> None:
+        """Warn of the controls that no step of the run has reached."""
+        steps = next((w.state.steps for w in self._watched if w.state.steps is not None), 0)
+        idle = [c for i, c in enumerate(self.controls) if i not in self._acted and not c.is_off()]
+        self._owner.release()
+        if not self._told:
+            for c in idle:
+                shown = [f"{i / steps:.3g}" for i in range(steps)]
+                shown = shown if steps <= 6 else [*shown[:3], "...", shown[-1]]
+                warnings.warn(
+                    f"attnctl: {c.describe()} acted at no step of this run. It acts from start={c.start:g} to before "
+                    f"stop={c.stop:g}; the {steps} steps of the run begin at {', '.join(shown)}. Run more steps, or "
+                    "widen the window.",
+                    stacklevel=5,
+                )
+        self._told = True
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
         if step == 0:
@@ -130,45 +169,71 @@ class DenoiserHandle(Handle):
         self._rows.calls = 0
 
     def _begin_run(self, step: int, steps: int | None, timestep: float | None) -> None:
-        self._end_step()
+        self._latents.end_step()
         self._shared.clear()
+        self._acted, self._told = set(), False
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
             w.begin_run()
 
-    def _end_step(self) -> None:
-        self._latents.end_step()
-
     # What the denoiser's hooks do -----------------------------------------------------------------------------
 
     def _before(self, w: ControlledDenoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._enabled:
+            self._owner.claim(type(w.module).__name__)
         if w.running:  # a further pass of our own
             return None
-        w.stop()
-        if not self._enabled:
-            return None
-        w.processors.heal()
-        bound, w.positional = bind_call(w.module, args, kwargs), len(args)
-        w.state.begin_call(w.module, w.family, bound)
-        self._time(w)
-        w.state.rows = self._rows.read(bound, w.family.cond_first)
-        if self.prompts is not None:
-            self.prompts.close()
-            w.state.prompts = self.prompts.call
-        if w.branches:
-            self._rows.warn_bare(w.state.rows)
-        changed = w.begin_pass(self._replay)
-        return None if changed is None else as_given(w.module, changed, w.positional)
+        with self._lock:
+            w.stop()
+            if not self.enabled:
+                return None
+            w.processors.heal()
+            bound, w.positional = bind_call(w.module, args, kwargs), len(args)
+            w.state.begin_call(w.module, w.family, bound)
+            self._follow(w)
+            self._time(w)
+            w.state.rows = self._rows.read(bound, w.family.cond_first)
+            if self.prompts is not None:
+                self.prompts.close()
+                own = self._call.pipe is self._pipe
+                w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
+            if w.branches:
+                self._rows.warn_bare(w.state.rows)
+            changed = w.begin_pass(self._replay)
+            if w.state.rows.role not in ("uncond", "extra"):
+                self._acted |= {i for i, c in enumerate(self.controls) if c.acts(w.state)}
+            return None if changed is None else as_given(w.module, changed, w.positional)
 
     def _after(self, w: ControlledDenoiser, output: Any) -> Any:
-        if not self._enabled or w.running or w.state.denoiser is None:
-            return None
-        return w.end_pass(output)
+        with self._lock:
+            if not self.enabled or w.running or w.state.denoiser is None:
+                return None
+            last = self._pipe is None and w.state.steps is not None and w.state.step == w.state.steps - 1
+            guided = w.end_pass(output)
+            if last:
+                self._end_run()
+            elif self._pipe is None and w.state.steps is None:
+                self._owner.release()  # calls of a bare model do not depend on each other
+            return guided
+
+    def _follow(self, w: ControlledDenoiser) -> None:
+        """Go by the pipeline whose call is under way, where pipelines share the denoiser; watch its scheduler."""
+        if callable(self._pipe):
+            self._call = calling_pipeline(w.module) or PipelineCall(self._pipe)
+        pipe = self._call.pipe
+        w.state.dynamic_scale = bool(self._call.values.get("use_dynamic_cfg"))
+        if pipe is not self._rows.pipe:
+            self._rows.pipe = self._latents.pipe = self._scheduler.pipe = pipe
+            for each in self._watched:
+                each.pipe = pipe
+        former = self._scheduler.current
+        self._scheduler.follow()
+        # The first latents of a run whose beginning was not seen are scaled already.
+        self._latents.unseen |= former is not self._scheduler.current
 
     def _time(self, w: ControlledDenoiser) -> None:
-        """Fill in the length of the run and the timestep."""
-        self._scheduler.follow()
-        state = w.state
+        """Fill in the length of the run, the step where its beginning was not seen, and the timestep."""
+        state, scheduler = w.state, self._scheduler.current
         if self._pipe is None:
             needy = [c for c in self.controls if c.needs_steps()]
             if state.steps is None and needy:
@@ -177,15 +242,15 @@ class DenoiserHandle(Handle):
                     "handle.set_step(i, n) before each call, or pass the pipeline to control()."
                 )
             return
-        timesteps = getattr(self._scheduler.current, "timesteps", None)
-        if timesteps is None:
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or not len(timesteps):
             return
         if state.steps is None:
-            state.steps = run_length(self._pipe, timesteps)
+            state.steps = run_length(self._call.pipe, timesteps)
+            if not self._seen:
+                state.step = step_of(scheduler, state.steps, time_of(state.bound), self._call.values.get("timesteps"))
         if any(isinstance(c, Guidance) and c.adaptive for c in self.controls):
-            # img2img starts late in the list: the run is its tail.
-            index = min(len(timesteps) - state.steps + state.step, len(timesteps) - 1)
-            state.timestep = float(timesteps[index])
+            state.timestep = noise_time(scheduler, time_of(state.bound))
 
     def report(self) -> str:
         return report(self, replay=self._replay)

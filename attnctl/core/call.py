@@ -88,6 +88,8 @@ class CallState:
     denoiser: torch.nn.Module | None = None
     family: Family | None = None
     bound: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_scale: bool = False
+    """Whether the pipeline sets the scale of its guidance anew after each call."""
     scratch: dict[Any, Any] = field(default_factory=dict)
     last_grid: Grid | None = None
     _grid: Grid | None = None

@@ -63,7 +63,7 @@ def check_conflicts(controls: Sequence[Control], resolved: Mapping[int, Sequence
 
 def _at_once(a: Control, b: Control) -> bool:
     """Tell whether both act at some step; controls of weight zero never do."""
-    if any(isinstance(c, Guidance) and c.scale == 0 for c in (a, b)):
+    if any(isinstance(c, Guidance) and c.is_off() for c in (a, b)):
         return False
     return max(a.start, b.start) < min(a.stop, b.stop)
 

@@ -134,6 +134,14 @@ class Control:
         """Tell whether the current step lies in [start, stop)."""
         return self.start <= state.progress < self.stop
 
+    def acts(self, state: CallState) -> bool:
+        """Tell whether the control does something at the current step."""
+        return self.in_window(state)
+
+    def is_off(self) -> bool:
+        """Tell whether the control is switched off by a weight of zero."""
+        return False
+
     def in_window_at(self, step: int, steps: int | None) -> bool:
         """Tell whether a step of the run lies in [start, stop)."""
         return self.start <= (step / steps if steps else 0.0) < self.stop
@@ -208,6 +216,12 @@ class Guidance(Control, abstract=True):
         fall = 1000.0 - state.timestep
         drop = self.scale * self.adaptive**4 * fall if self.adaptive_form == "knob" else self.adaptive * fall
         return max(float(self.scale) - drop, 0.0)
+
+    def acts(self, state: CallState) -> bool:
+        return self.weight(state) != 0
+
+    def is_off(self) -> bool:
+        return self.scale == 0
 
     def needs_steps(self) -> bool:
         return super().needs_steps() or self.adaptive > 0 or self.every > 1

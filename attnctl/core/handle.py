@@ -216,10 +216,12 @@ def check_controls(controls: Sequence[Any]) -> None:
 def _check_backend(backend: str, module: torch.nn.Module) -> None:
     """Raise BackendError if a kernel given by name is unknown or cannot run where the model is."""
     weight = next(module.parameters())
-    available = backends(weight.device.type, weight.dtype)
+    stored = weight.is_meta or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    # Weights that are offloaded, in 8 bits or packed tell nothing of q: the first call does, in the kernel itself.
+    available = backends() if stored else backends(weight.device.type, weight.dtype)
     if backend not in available:
         raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(available)}.")
-    if not available[backend].available:
+    if not stored and not available[backend].available:
         runs = ", ".join(name for name, b in available.items() if b.available)
         raise BackendError(f"backend={backend!r} cannot run here: {available[backend].reason}. These can: {runs}.")
 
@@ -235,7 +237,7 @@ def check_hookable(module: torch.nn.Module) -> None:
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         raise UnsupportedModelError(
             f"{name} is compiled as a whole, so hooks on it would not run. Compile its blocks instead "
-            "(model.compile_repeated_blocks(fullgraph=True)), or attach before compiling."
+            "(model.compile_repeated_blocks(fullgraph=True))."
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedModelError(

@@ -39,6 +39,8 @@ class StepLatents:
         self._raw: Tensor | None = None
         self._scale: Callable[[Tensor], Tensor] | None = None
         self._moved: Tensor | None = None
+        self.unseen = False
+        """Whether the pipeline may have scaled the latents before anybody watched."""
 
     def note(self, sample: Tensor, scale: Callable[[Tensor], Tensor]) -> None:
         """Note latents that the pipeline scales, and how."""
@@ -56,6 +58,11 @@ class StepLatents:
         if not isinstance(main, Tensor):
             name = type(state.denoiser).__name__
             raise UnsupportedModelError(f"{name} takes its latents as a list, which attnctl cannot move.")
+        if self._raw is None and self.unseen and getattr(self.pipe.scheduler, "init_noise_sigma", 1.0) != 1.0:
+            raise UnsupportedModelError(
+                f"The latents that this {type(self.pipe).__name__} scales were not seen: controls that move latents "
+                "must be attached to the pipeline that runs, before it is called."
+            )
         raw = main if self._raw is None else self._raw
         latents = raw[rows.cond] if raw.shape[0] == rows.total else raw
         if latents.shape[0] != rows.prompts:

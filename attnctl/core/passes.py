@@ -62,6 +62,8 @@ class ControlledDenoiser:
     state: CallState = field(default_factory=CallState)
     links: dict[str, SiteHook] = field(default_factory=dict)
     base: dict[str, list[tuple[Control, Wrapper]]] = field(default_factory=dict)
+    parts: list[tuple[Control, tuple[Site, ...], LiveControl | None]] = field(default_factory=list)
+    """Each control with its sites, and what it keeps."""
     live: list[tuple[Control, LiveControl]] = field(default_factory=list)
     """Controls that keep something of their own while they are attached."""
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
@@ -85,6 +87,20 @@ class ControlledDenoiser:
 
     def __post_init__(self) -> None:
         self.processors = Processors(self.links)
+
+    def make_wrappers(self) -> None:
+        """Collect what wraps the kernel at each site in the base pass."""
+        self.base.clear()
+        for c, sites, live in self.parts:
+            wrap = c.wrapper(sites) if live is None else live.wrap
+            if live is not None and type(live).wrap is LiveControl.wrap:
+                wrap = None  # it has nothing to do at its sites in the base pass, which stay the host's own
+            if wrap is None:
+                continue
+            for site in sites:
+                around = self.base.setdefault(site.name, [])
+                # An observer sees what the model asks for, before controls cut or rewrite it, wherever it is given.
+                around.insert(0 if live is not None and live.observes else len(around), (c, wrap))
 
     def begin_run(self) -> None:
         """Forget what earlier steps left for later ones."""
@@ -224,8 +240,12 @@ class ControlledDenoiser:
     # Further passes -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def during(self) -> Iterator[None]:
-        """Let something else run; put state, wrappers, forwards, flags and prefix back, whatever happens in it."""
+    def during(self, *, own: bool = True) -> Iterator[None]:
+        """Let something else run; put state, wrappers, forwards, flags and prefix back, whatever happens in it.
+
+        Args:
+            own: Whether the sites that it reaches are its own, and not those of the pass that is under way.
+        """
         state, running, forwards = dict(vars(self.state)), self.running, self.forwards
         links = [(link, link.wrappers, link.reached) for link in self.links.values()]
         try:
@@ -235,7 +255,8 @@ class ControlledDenoiser:
             vars(self.state).update(state)
             self.running, self.forwards = running, forwards
             for link, wrappers, reached in links:
-                link.wrappers, link.reached = wrappers, reached
+                link.wrappers = wrappers
+                link.reached = reached if own else link.reached
 
     def _run(
         self,
@@ -314,19 +335,11 @@ class ControlledDenoiser:
 
         @contextlib.contextmanager
         def again() -> Iterator[None]:
-            reached: list[SiteHook] = []
-            try:
-                with self.during(), overridden(forwards):
-                    vars(self.state).update(state)
-                    for link, around in wrappers:
-                        link.wrappers = around
-                    try:
-                        yield
-                    finally:
-                        reached += [link for link, _ in wrappers if link.reached]
-            finally:  # a checkpointed block runs in here in the pass itself, too, and may end that pass
-                for link in reached:
-                    link.reached = True
+            with self.during(own=False), overridden(forwards):  # checkpointed blocks run in here the first time, too
+                vars(self.state).update(state)
+                for link, around in wrappers:
+                    link.wrappers = around
+                yield
 
         return again
 
@@ -382,16 +395,10 @@ def resolve(
             if c.wants_block_input():
                 w.listeners.append((c, module.get_submodule(site.name.rpartition(".")[0]), link))
         live = c.attached(resolved[i], module, pipe)
+        w.parts.append((c, resolved[i], live))
         if live is not None:
             w.live.append((c, live))
-        wrap = c.wrapper(resolved[i]) if live is None else live.wrap
-        if live is not None and type(live).wrap is LiveControl.wrap:
-            wrap = None  # it has nothing to do at its sites in the base pass, which stay the host's own
-        if wrap is not None:
-            for site in resolved[i]:
-                around = w.base.setdefault(site.name, [])
-                # An observer sees what the model asks for, before controls cut or rewrite it, wherever it is given.
-                around.insert(0 if live is not None and live.observes else len(around), (c, wrap))
         if isinstance(c, Guidance):
             w.branches.append((c, c.branch(resolved[i], module)))
+    w.make_wrappers()
     return w

@@ -13,7 +13,17 @@ import torch
 
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["as_given", "bind_call", "cut_tensor", "main_input", "main_name", "own_containers", "row_count", "take_rows"]
+__all__ = [
+    "as_given",
+    "bind_call",
+    "cut_tensor",
+    "main_input",
+    "main_name",
+    "own_containers",
+    "row_count",
+    "take_rows",
+    "time_of",
+]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
 _SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
@@ -73,6 +83,14 @@ def main_input(bound: Mapping[str, Any]) -> Any:
         f"The denoiser was called without {', '.join(_MAIN)} (got {', '.join(bound) or 'nothing'}): "
         "its rows cannot be told apart."
     )
+
+
+def time_of(bound: Mapping[str, Any]) -> float | None:
+    """Return the timestep that a denoiser is called with, the noisiest where rows differ; None where it has none."""
+    value = next((bound[n] for n in ("timestep", "t", "timesteps") if bound.get(n) is not None), None)
+    if isinstance(value, torch.Tensor):
+        return None if value.is_meta or not value.numel() else float(value.max())
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def main_name(bound: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "image_level_grid",
     "stage_grid",
     "unet_halvings",
+    "unwrapped",
 ]
 
 _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
@@ -44,6 +45,12 @@ def _inner(module: torch.nn.Module) -> torch.nn.Module:
     while type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
         module = module.module  # type: ignore[assignment]
     return module
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside wrappers for data parallelism and compilation."""
+    inner = _inner(module)
+    return _inner(getattr(inner, "_orig_mod", inner))
 
 
 def find_sites(target: Any) -> tuple[Site, ...]:

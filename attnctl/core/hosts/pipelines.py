@@ -59,6 +59,8 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
     if explicit == {"add"} or not (explicit or (cfg and _guidance_rescale(pipe) > 0)):
         return None
     name = type(pipe).__name__
+    if state.dynamic_scale and _guidance_rescale(pipe) == 0:
+        return None  # without rescaling, d on both halves comes to the same, and no scale need be known
     if not cfg:
         raise ConfigError(
             'combine="rescale_safe" needs classifier-free guidance that the pipeline tells of; this run has no '

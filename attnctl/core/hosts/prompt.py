@@ -7,7 +7,7 @@ pipelines share is `encode_prompt`: `PromptWatch` listens there on one pipeline 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -18,7 +18,7 @@ from attnctl.core.hosts.encoding import EncoderWatch
 from attnctl.core.hosts.reading import Reading
 from attnctl.core.hosts.textlayout import text_before
 
-__all__ = ["PromptCall", "PromptWatch"]
+__all__ = ["PromptCall", "PromptWatch", "prompt_call"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +109,7 @@ class PromptWatch:
             if self.call is not None and negatives is not None and self.call.negatives is None and not self._again:
                 self.call = _with_negatives(self.call, negatives)
             return
-        if prompts is None:
-            return
-        images = next((given[n] for n in _COUNTS if isinstance(given.get(n), int)), 1)
-        call = PromptCall(
-            prompts=prompts,
-            prompts_2=_texts(given.get("prompt_2")),
-            prompts_3=_texts(given.get("prompt_3")),
-            images=images,
-            max_sequence_length=given.get("max_sequence_length"),
-        )
-        negatives = _texts(given.get("negative_prompt"))
-        self.call = call if negatives is None else _with_negatives(call, negatives)
+        self.call = prompt_call(given)
 
     def encoded(self, encoders: EncoderWatch, result: Any) -> None:
         """Note how the prompts of the call were read, after `encode_prompt` returned its embeddings."""
@@ -152,6 +141,22 @@ class PromptWatch:
 
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+def prompt_call(values: Mapping[str, Any]) -> PromptCall | None:
+    """Return the texts among the arguments of a pipeline call, or None where it was given none."""
+    prompts = _texts(values.get("prompt"))
+    if prompts is None:
+        return None
+    call = PromptCall(
+        prompts=prompts,
+        prompts_2=_texts(values.get("prompt_2")),
+        prompts_3=_texts(values.get("prompt_3")),
+        images=next((values[n] for n in _COUNTS if isinstance(values.get(n), int)), 1),
+        max_sequence_length=values.get("max_sequence_length"),
+    )
+    negatives = _texts(values.get("negative_prompt"))
+    return call if negatives is None else _with_negatives(call, negatives)
 
 
 class _Heard:

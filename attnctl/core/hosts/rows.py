@@ -74,12 +74,26 @@ class RowLayout:
             first = self._first
             same = isinstance(first, list) or main_input(bound).shape == first.shape
             if call == 1 and same:
+                self._check_pair(main_input(bound))
                 return Rows(total, slice(0, 0), slice(0, total), role="uncond")
         raise UnsupportedModelError(
             f"{type(self.pipe).__name__} called its denoiser {call + 1} times in one step with {total} rows: this is "
             "neither a batched nor a sequential pair of negative prompt and prompt. "
-            'Pass control(..., layout="cond") if every row carries the prompt.'
+            'Pass control(..., layout="cond") if every row carries the prompt. A pipeline that steps with a copy of '
+            "its scheduler looks like this, too, and cannot be followed."
         )
+
+    def _check_pair(self, second: Any) -> None:
+        """Raise unless both calls of a step are given the same latents, as prompt and negative prompt are."""
+        first, second = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (self._first, second))
+        if len(first) != len(second) or not all(
+            a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True)
+        ):
+            raise UnsupportedModelError(
+                f"{type(self.pipe).__name__} called its denoiser twice with different latents and no step of its "
+                "scheduler between: it steps with a copy of pipe.scheduler, or with another one, which attnctl does "
+                "not watch. Use a pipeline that steps with its own scheduler."
+            )
 
     def warn_bare(self, rows: Rows) -> None:
         """Warn once that the rows of a bare model are all guided as prompt rows, where they may be halves."""

@@ -2,21 +2,24 @@
 
 Timesteps cannot be trusted to count (FLUX passes t / 1000, Heun repeats), so the step index is the number of
 `scheduler.step` calls since `set_timesteps`. As with processors, the scheduler object's class is swapped for a subclass
-made once per scheduler class: a deep copy of the scheduler keeps working, and nothing is left in `vars(scheduler)`.
+made once per scheduler class, and nothing is left in `vars(scheduler)`. A deep copy of the scheduler keeps working and
+reports nothing: its steps (those of a preview, or of sound beside a video) are not steps of the run.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from attnctl.core.hosts.noise import noting_noise
+from attnctl.errors import UnsupportedModelError
 
-__all__ = ["Listener", "SchedulerWatch", "later_evaluation"]
+__all__ = ["Listener", "SchedulerWatch", "later_evaluation", "noise_time", "place_of", "step_of"]
 
 
 def later_evaluation(scheduler: Any) -> bool:
@@ -37,8 +40,11 @@ def later_evaluation(scheduler: Any) -> bool:
 class Listener(Protocol):
     """What a watched scheduler reports to."""
 
-    def on_set_timesteps(self) -> None:
-        """A run begins."""
+    def claim(self) -> None:
+        """A run is about to begin: refuse it, or let it."""
+
+    def on_set_timesteps(self, *, seen: bool) -> None:
+        """A run begins, or another scheduler goes on with one whose beginning was not `seen`."""
 
     def on_scale(self, sample: Any, scale: Callable[[Any], Any]) -> None:
         """The pipeline scales its latents for the denoiser; `scale` does the same to others."""
@@ -51,13 +57,18 @@ class Listener(Protocol):
 
 
 class _Slot:
-    """Holds the listener; shared, not copied, when a pipeline deep-copies its scheduler."""
+    """Holds the watch of one scheduler. A copy of the scheduler shares it, and is known by not being the owner."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, watch: SchedulerWatch, scheduler: Any) -> None:
+        self.watch, self.owner = watch, id(scheduler)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
         return self
+
+
+def _watch_of(scheduler: Any) -> SchedulerWatch | None:
+    slot: _Slot | None = scheduler._attnctl
+    return slot.watch if slot is not None and slot.owner == id(scheduler) else None
 
 
 @functools.cache
@@ -66,21 +77,24 @@ def _watched(original: type) -> type:
     place = list(inspect.signature(cls.step).parameters).index("sample") - 1
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = _watch_of(self)
+        if watch is not None:
+            watch.listener.claim()
         result = cls.set_timesteps(self, *args, **kwargs)
-        if self._attnctl is not None:
-            self._attnctl.listener.on_set_timesteps()
+        if watch is not None:
+            watch.begin(self)
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._attnctl is None:
+        watch = _watch_of(self)
+        if watch is None or watch.current is not self:
             return cls.step(self, *args, **kwargs)
-        listener = self._attnctl.listener
         if "sample" in kwargs:
-            kwargs = kwargs | {"sample": listener.on_step(kwargs["sample"])}
+            kwargs = kwargs | {"sample": watch.listener.on_step(kwargs["sample"])}
         elif len(args) > place:
-            args = (*args[:place], listener.on_step(args[place]), *args[place + 1 :])
+            args = (*args[:place], watch.listener.on_step(args[place]), *args[place + 1 :])
         result, drew = noting_noise(functools.partial(cls.step, self, *args, **kwargs), kwargs.get("generator"))
-        return listener.on_stepped(result, drew)
+        return watch.listener.on_stepped(result, drew)
 
     members: dict[str, Any] = {
         # Pipelines inspect both signatures to decide what to pass.
@@ -94,9 +108,9 @@ def _watched(original: type) -> type:
     if hasattr(cls, "scale_model_input"):
 
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(sample, torch.Tensor) and self._attnctl is not None:
-                scale = functools.partial(_scale, cls, self, args, kwargs)
-                self._attnctl.listener.on_scale(sample, scale)
+            watch = _watch_of(self)
+            if isinstance(sample, torch.Tensor) and watch is not None and watch.current is self:
+                watch.listener.on_scale(sample, functools.partial(_scale, cls, self, args, kwargs))
             return cls.scale_model_input(self, sample, *args, **kwargs)
 
         members["scale_model_input"] = functools.wraps(cls.scale_model_input)(scale_model_input)
@@ -108,14 +122,6 @@ def _scale(cls: Any, scheduler: Any, args: Any, kwargs: Any, sample: Any) -> Any
     return cls.scale_model_input(scheduler, sample, *args, **kwargs)
 
 
-def _watch(scheduler: Any, listener: Listener) -> None:
-    """Report a scheduler's calls to a listener."""
-    if not getattr(scheduler, "_attnctl_watched", False):
-        original: type = type(scheduler)
-        scheduler.__class__ = _watched(original)
-    scheduler.__dict__["_attnctl"] = _Slot(listener)
-
-
 def _unwatch(scheduler: Any) -> None:
     """Give a scheduler its own class back."""
     if getattr(scheduler, "_attnctl_watched", False):
@@ -124,36 +130,113 @@ def _unwatch(scheduler: Any) -> None:
 
 
 class SchedulerWatch:
-    """Watches the scheduler of a pipeline, and the next one where the user gives the pipeline another.
+    """Watches the schedulers of the pipelines that run a denoiser, each pipeline's own.
 
     Args:
-        pipe: The pipeline, or None.
+        pipe: The pipeline, or None; it may be set to another that takes its turn.
         listener: What hears of the scheduler's calls.
 
     Attributes:
-        current: The scheduler that is watched, or None.
+        current: The scheduler of the run that is under way, or None.
     """
 
     def __init__(self, pipe: Any, listener: Listener) -> None:
         self.pipe, self.listener = pipe, listener
         self.current: Any = None
+        self._of: dict[int, tuple[Any, Any]] = {}
+        """Pipeline and scheduler, by the pipeline's id."""
 
     def follow(self) -> None:
         """Watch the scheduler that the pipeline has now."""
         scheduler = getattr(self.pipe, "scheduler", None)
         if scheduler is None or scheduler is self.current:
             return
-        former, self.current = self.current, scheduler
-        _watch(scheduler, self.listener)
-        if former is not None:  # nobody has noticed the set_timesteps of the new one
+        _, former = self._of.get(id(self.pipe), (None, None))
+        self._of[id(self.pipe)] = self.pipe, scheduler
+        if former is not None and all(former is not other for _, other in self._of.values()):
             _unwatch(former)
-            self.listener.on_set_timesteps()
+        if not getattr(scheduler, "_attnctl_watched", False):
+            original: Any = type(scheduler)
+            scheduler.__class__ = _watched(original)
+        scheduler.__dict__["_attnctl"] = _Slot(self, scheduler)
+        begun, self.current = self.current is not None, scheduler
+        if begun:  # nobody has noticed the set_timesteps of the new one
+            self.listener.on_set_timesteps(seen=False)
+
+    def begin(self, scheduler: Any) -> None:
+        """Note that a watched scheduler begins a run."""
+        self.current = scheduler
+        self.listener.on_set_timesteps(seen=True)
 
     def release(self) -> None:
-        """Give the pipeline's schedulers their own classes back."""
-        if self.current is not None:
-            _unwatch(self.current)
-            self.current = None
+        """Give all schedulers their own classes back."""
         latest = getattr(self.pipe, "scheduler", None)
+        for scheduler in [scheduler for _, scheduler in self._of.values()]:
+            _unwatch(scheduler)
         if latest is not None and getattr(latest, "_attnctl", None) is None:
             _unwatch(latest)  # made of a watched class, and given to the pipeline after the last run
+        self._of, self.current = {}, None
+
+
+def place_of(scheduler: Any, timestep: float | None) -> int | None:
+    """Find which entry of a scheduler's timesteps its next step takes; None where nothing tells.
+
+    Args:
+        scheduler: The scheduler.
+        timestep: The timestep that the denoiser is called with, as it is or divided by 1000.
+    """
+    for name in ("step_index", "begin_index"):
+        if isinstance(index := getattr(scheduler, name, None), int):
+            return index
+    if timestep is None:
+        return None
+    times = [float(t) for t in scheduler.timesteps]
+    gap = min((abs(a - b) for a, b in itertools.pairwise(times) if a != b), default=1.0)
+    for value in (timestep, 1000 * timestep):
+        best = min(range(len(times)), key=lambda i: abs(times[i] - value))
+        if abs(times[best] - value) < gap / 2:
+            counter = getattr(scheduler, "counter", best)  # PNDM takes some timesteps twice
+            return counter if counter < len(times) and times[counter] == times[best] else best
+    return None
+
+
+def step_of(scheduler: Any, steps: int, timestep: float | None, run: Any) -> int:
+    """Find the step of a run whose beginning nobody has seen.
+
+    Args:
+        scheduler: Its scheduler.
+        steps: The length of the run.
+        timestep: The timestep that the denoiser is called with.
+        run: The timesteps of the run where the pipeline keeps a list of them; else they are the scheduler's last.
+
+    Raises:
+        UnsupportedModelError: Nothing tells.
+    """
+    place = place_of(scheduler, timestep)
+    if place is None:
+        raise UnsupportedModelError(
+            f"Controls were attached in the middle of a run of {steps} steps, and timestep {timestep} is not among "
+            f"those of {type(scheduler).__name__}: the step is not known. Attach before the pipeline is called."
+        )
+    first = len(scheduler.timesteps) - steps
+    if isinstance(run, (torch.Tensor, list, tuple)) and len(run) == steps:  # it may begin and end anywhere
+        times = [float(t) for t in scheduler.timesteps]
+        first = times.index(float(run[0])) if float(run[0]) in times else first
+    return min(max(place - first, 0), steps - 1)
+
+
+def noise_time(scheduler: Any, timestep: float | None) -> float | None:
+    """Return the noise level of a denoiser call as a time from 0 (image) to 1000 (noise), or None if unknown.
+
+    Args:
+        scheduler: The scheduler, whose own timesteps and sigmas count.
+        timestep: The timestep that the denoiser is called with, which some scale or turn round.
+    """
+    place = place_of(scheduler, timestep)
+    if place is None:
+        return timestep
+    place, config = min(place, len(scheduler.timesteps) - 1), scheduler.config
+    if config.get("timestep_type") == "continuous" or "EDM" in type(scheduler).__name__:  # a logarithm of sigma
+        sigma = float(scheduler.sigmas[place])
+        return 1000 * sigma / (1 + sigma)
+    return float(scheduler.timesteps[place]) * 1000 / config.get("num_train_timesteps", 1000)

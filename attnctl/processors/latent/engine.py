@@ -20,9 +20,9 @@ from torch import Tensor
 
 from attnctl.core.call import CallState
 from attnctl.core.guidance import combine
-from attnctl.core.hosts.arguments import main_input, main_name, take_rows
+from attnctl.core.hosts.arguments import main_input, main_name, take_rows, time_of
 from attnctl.core.hosts.outputs import main_output, with_main_output
-from attnctl.core.hosts.scheduler import later_evaluation
+from attnctl.core.hosts.scheduler import later_evaluation, place_of
 from attnctl.core.hosts.words import given_text, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
@@ -119,9 +119,10 @@ class LatentEngine(LiveControl):
                 f'{self.control.describe()}: update="velocity" changes the velocity of flow matching (SD3, FLUX and '
                 f'their kin), but {name} steps otherwise. Use update="latents".'
             )
-        timesteps = scheduler.timesteps
-        first = len(timesteps) - (state.steps or len(timesteps))  # image to image starts late in the list
-        return scheduler.sigmas[min(first + state.step, len(timesteps) - 1)].to(torch.float32)
+        place = place_of(scheduler, time_of(state.bound))
+        if place is None:
+            raise UnsupportedModelError(f"{name} does not tell the noise level of timestep {time_of(state.bound)}.")
+        return scheduler.sigmas[min(place, len(scheduler.timesteps) - 1)].to(torch.float32)
 
     def share(self, state: CallState, n_text: int) -> Tensor:
         """Return the share of each of the text tokens in each concept, [samples, n_text, C]."""

@@ -102,6 +102,9 @@ class LatentFields(Control, abstract=True):
         """Tell whether the latents are to be moved before the current step."""
         return self.step_size > 0 and self.in_window(state)
 
+    def is_off(self) -> bool:
+        return self.step_size == 0
+
     def alpha(self, state: CallState) -> float:
         """Compute the step size of the current step."""
         return step_sizes(self.step_size, state.step, state.steps or 1, self.schedule)

@@ -1,0 +1,150 @@
+"""The pipeline call that is under way: which pipeline runs a denoiser, and what it was called with.
+
+Pipelines share denoisers (`from_pipe`, components handed on), and none tells the denoiser who calls. The call is found
+on the stack: the nearest object that holds the denoiser, and the arguments of its `__call__`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attnctl.core.hosts.listing import denoisers_of, unwrapped
+from attnctl.errors import ConflictError, UnsupportedModelError
+
+__all__ = ["Owner", "PipelineCall", "calling_pipeline", "check_in_place"]
+
+_PARTS = ("unet", "transformer", "transformer_2")
+# What is read off a call: its own names for the texts, the steps and the guidance.
+_READ = (
+    "prompt",
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "max_sequence_length",
+    "timesteps",
+    "use_dynamic_cfg",
+)
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """A call of a pipeline.
+
+    Attributes:
+        pipe: The pipeline.
+        values: Some of its arguments and variables, by name.
+    """
+
+    pipe: Any
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _holds(pipe: Any, denoiser: torch.nn.Module) -> bool:
+    """Tell whether a pipeline runs a denoiser, wrapped or compiled perhaps."""
+    try:
+        parts = [part for name in _PARTS if isinstance(part := vars(pipe).get(name), torch.nn.Module)]
+    except TypeError:  # an object without a namespace
+        return False
+    return any(unwrapped(part) is denoiser for part in parts)
+
+
+def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:
+    """Find the pipeline call that runs a denoiser on this thread's stack; None where there is none."""
+    frame = sys._getframe(1)
+    pipe, values = None, None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            local = frame.f_locals
+            caller = local.get("self")
+            if pipe is None and not isinstance(caller, torch.nn.Module) and _holds(caller, denoiser):
+                pipe = caller
+            if pipe is not None and caller is pipe and (values is None or code.co_name == "__call__"):
+                values = {name: local[name] for name in _READ if name in local}
+                if code.co_name == "__call__":
+                    break
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if pipe is None else PipelineCall(pipe, values or {})
+
+
+class Owner:
+    """The thread whose run is under way on a denoiser; another is refused while it runs.
+
+    One denoiser under control has one state. The owner is at work as long as the function that runs the denoiser is on
+    its thread's stack: a run that was broken off leaves nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._code: Any = None
+
+    def claim(self, name: str) -> None:
+        """Take the denoiser for this thread.
+
+        Raises:
+            ConflictError: Another thread is at work with it.
+        """
+        me = threading.get_ident()
+        if self._thread not in (None, me) and self._at_work():
+            raise ConflictError(
+                f"Two threads run one {name} under control at the same time, and its controls follow one run. Run the "
+                "requests one after the other (a lock around the call), or give each thread a pipeline with a denoiser "
+                "of its own, copy.deepcopy(pipe), and control that."
+            )
+        self._thread, self._code = me, _runner()
+
+    def release(self) -> None:
+        """Let the denoiser go: the run is over."""
+        self._thread = self._code = None
+
+    def _at_work(self) -> bool:
+        frame = sys._current_frames().get(self._thread or 0)
+        while frame is not None:
+            if frame.f_code is self._code:
+                return True
+            frame = frame.f_back
+        return False
+
+
+_BETWEEN = ("attnctl.core.", "torch.", "accelerate.", "diffusers.hooks.", "diffusers.models.", "diffusers.utils.")
+
+
+def _runner() -> Any:
+    """Return the code of the function that calls the denoiser, past those of hooks and models between."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(_BETWEEN):
+            return frame.f_code
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def check_in_place(pipe: Any, modules: list[torch.nn.Module]) -> None:
+    """Raise if a pipeline runs another denoiser than the ones under control.
+
+    Raises:
+        ConflictError: The user gave it another.
+        UnsupportedModelError: The denoiser was compiled as a whole meanwhile.
+    """
+    if pipe is None:
+        return
+    for name, module in denoisers_of(pipe).items():
+        if all(unwrapped(module) is not other for other in modules):
+            raise ConflictError(
+                f"pipe.{name} was replaced while under control: the controls are on the {type(modules[0]).__name__} "
+                "that it was before. Detach the handle, and call attnctl.control on the pipeline again."
+            )
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"pipe.{name} was compiled as a whole while under control, so that hooks on it are compiled too. "
+                f"Compile its blocks instead: pipe.{name}.compile_repeated_blocks(fullgraph=True)."
+            )
