@@ -161,6 +161,18 @@ def cogview4() -> Any:
     )
 
 
+def hunyuan_video() -> Any:
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=tiny("qwen"),
+        tokenizer=bpe(),
+        transformer=zoo.build("hunyuanvideo", 1)[0],
+        vae=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
 def kolors() -> Any:
     tokenizer = bpe("left")
     tokenizer.__class__ = Positioned
@@ -184,6 +196,13 @@ CAUSAL: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"do_classifier_free_guidance": False, "complex_human_instruction": INSTRUCTION},
     ),
     "sana without instruction": (sana, {"do_classifier_free_guidance": False}),
+    "hunyuan-video": (
+        hunyuan_video,
+        {
+            "prompt_template": {"template": "on a mat of a cat: {} and", "crop_start": 3},
+            "pooled_prompt_embeds": torch.zeros(1, 8),
+        },
+    ),
     "cogview4": (cogview4, {"do_classifier_free_guidance": False}),
     "kolors": (kolors, {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": "cpu"}),
 }
@@ -302,3 +321,22 @@ def test_several_encoders_of_one_text() -> None:
     (cat,) = words_in(call.readings[0], ["cat"])
     assert embeddings.shape[1] == 77 + 32
     assert cat.positions == (2, 78)
+
+
+def test_connectors_move_padding_behind_the_text() -> None:
+    pipe = diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        audio_vae=None,
+        text_encoder=tiny("gemma"),
+        tokenizer=bpe(),
+        connectors=nn.Linear(1, 1),
+        transformer=zoo.build("ltx", 1)[0],
+        vocoder=None,
+    )
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": 32, "device": "cpu"}
+    call, _ = encoded(pipe, [PROMPT], **options)
+    assert call.readings is not None
+    ids = pipe.tokenizer(PROMPT, padding=False)["input_ids"]
+    (cat,) = words_in(call.readings[0], ["cat"])
+    assert [pipe.tokenizer.convert_ids_to_tokens(ids[p]) for p in cat.positions] == list(cat.tokens) == ["Ġcat"]

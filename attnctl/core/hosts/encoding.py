@@ -146,8 +146,11 @@ class EncoderWatch:
                 reading = self._reading(prompt, text, shift, places, len(row), before)
                 _keep(by_value, share, reading, prompt)
             elif len(encoded.ids) == len(row):
-                # Normalised or projected behind the encoder: the order of the tokens is all that is left.
-                reading = self._reading(prompt, text, shift, list(range(len(row))), len(row), before)
+                # Normalised or projected behind the encoder: the order of the tokens is all that is left. LTX-2's
+                # connectors move padding behind the text.
+                first = real[0] if getattr(self.pipe, "connectors", None) is not None else 0
+                order: list[int | None] = [(i - first) % len(row) for i in range(len(row))]
+                reading = self._reading(prompt, text, shift, order, len(row), before)
                 _keep(by_length, 0.0, reading, prompt)
         chosen = by_value or {name: item for name, item in by_length.items() if _has_prompt(item[1], prompt)}
         return tuple(reading for _, reading in chosen.values())

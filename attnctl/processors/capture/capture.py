@@ -53,7 +53,8 @@ class Capture(CaptureFields):
             each other share their words: S^k A (IR-Diffusion, arXiv 2411.19261, takes 1 to 4); 0 for the plain maps.
         heads: Heads to record, or None for all.
         rows: "cond" for the maps of the prompt, "uncond" for those of the negative prompt.
-        prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample.
+        prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample; without weights
+            such as "(cat)1.5", which are no part of what is tokenised.
         budget: Most bytes that the maps may take; more is an error in the first call of the denoiser.
         device: Where the maps are kept, or None for where attention runs.
         store: "float16" halves the memory of steps that are kept apart; sums are float32 always.

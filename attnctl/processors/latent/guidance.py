@@ -31,7 +31,8 @@ class LatentGuidance(LatentFields, abstract=True):
     Attributes:
         concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of
             tuples gives each prompt of a batch its own, equally many.
-        prompt: The prompt, or one for each image, for calls that pass embeddings instead of text.
+        prompt: The prompt, or one for each image, for calls that pass embeddings instead of text; without
+            weights such as "(cat)1.5", which are no part of what is tokenised.
         step_size: alpha_0; 0 switches the control off.
         schedule: "sqrt": alpha falls to alpha_0 sqrt(1/2) along the run, as in Attend-and-Excite; or "constant".
         grad_transform: "none", "l2" (gradient of length 1 a sample, so that alpha is a distance) or "sign".
