@@ -123,8 +123,8 @@ class EncoderWatch:
         if not rows or len(rows) % len(prompts) or not all(isinstance(r, Tensor) and r.ndim == 2 for r in rows):
             return None
         each = len(rows) // len(prompts)
-        found = [self._read(prompt, rows[n * each], before) for n, prompt in enumerate(prompts)]
-        return tuple(found) if all(found) else None
+        all_readings = [self._read(prompt, rows[n * each], before) for n, prompt in enumerate(prompts)]
+        return tuple(all_readings) if all(all_readings) else None
 
     def _read(self, prompt: str, row: Tensor, before: int) -> tuple[Reading, ...]:
         """Return the readings of one prompt by all encoders whose states stand in its embeddings."""
@@ -164,20 +164,20 @@ class EncoderWatch:
             span = _same_words(prompt, text.text)
         special = set(getattr(text.tokenizer, "all_special_ids", ()))
         at = [i for i, r in enumerate(text.real) if r]
-        own = tuple(None if (p := places[i + shift]) is None else p + before for i in at)
-        taken = {p - before for p in own if p is not None}
-        known = [p for p in places if p is not None]
+        attended = tuple(None if (p := places[i + shift]) is None else p + before for i in at)
+        taken = {p - before for p in attended if p is not None}
+        in_row = [p for p in places if p is not None]
         full = len(at)
         if at and len(at) == len(text.ids):  # nothing was padded: something may have been cut
             full = max(full, len(token_spans(text.tokenizer, text.text)[0]))
-        pads = [p for p in range(min(known, default=0), max(known, default=-1) + 1) if p not in taken]
+        pads = [p for p in range(min(in_row, default=0), max(in_row, default=-1) + 1) if p not in taken]
         return Reading(
             name=text.name,
             text=text.text,
             prompt=span or (0, 0),
             tokens=tuple(str(text.tokenizer.convert_ids_to_tokens(text.ids[i])) for i in at),
             spans=tuple(text.spans[i] for i in at),
-            places=own,
+            places=attended,
             marks=tuple(text.ids[i] in special for i in at),
             pads=tuple(p + before for p in pads),
             total=total + before,
@@ -270,13 +270,17 @@ def _places(
 
 
 def _tokenizers(pipe: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4", "processor", "text_processor"):
         part = getattr(pipe, name, None)
         part = getattr(part, "tokenizer", None) or part  # a processor holds one
-        if callable(part) and hasattr(part, "convert_ids_to_tokens") and not any(part is t for t in found.values()):
-            found[name] = part
-    return found
+        if (
+            callable(part)
+            and hasattr(part, "convert_ids_to_tokens")
+            and not any(part is t for t in tokenizers.values())
+        ):
+            tokenizers[name] = part
+    return tokenizers
 
 
 # Listening to an object's calls needs a class of its own, as Python looks `__call__` up there: the object's class is

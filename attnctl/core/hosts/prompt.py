@@ -131,8 +131,8 @@ class PromptWatch:
                 else negatives,
             )
         elif call.negative_readings is None:
-            held = like[0] if like and self._negative_given else first
-            self.call = replace(call, negative_readings=self._read(encoders, call.negatives, held, before))
+            embeddings = like[0] if like and self._negative_given else first
+            self.call = replace(call, negative_readings=self._read(encoders, call.negatives, embeddings, before))
 
     def _read(
         self, encoders: EncoderWatch, prompts: tuple[str, ...] | None, embeddings: Any, before: int

@@ -55,7 +55,7 @@ class Reading:
     convert: Callable[[str], str] = field(default=lambda text: text, compare=False)
 
     @property
-    def own(self) -> str:
+    def prompt_text(self) -> str:
         """Return the prompt as it was tokenised."""
         return self.text[slice(*self.prompt)]
 
@@ -68,10 +68,10 @@ class Reading:
         text, spans = folded(self.text)
         start = rf"(?<!{_SPACED})" if re.match(_SPACED, wanted) else ""
         end = rf"(?!{_SPACED})" if re.match(_SPACED, wanted[-1]) else ""
-        found = [
+        matches = [
             (spans[m.start()][0], spans[m.end() - 1][1]) for m in re.finditer(start + re.escape(wanted) + end, text)
         ]
-        return [s for s in found if s[0] >= self.prompt[0] and s[1] <= self.prompt[1]]
+        return [s for s in matches if s[0] >= self.prompt[0] and s[1] <= self.prompt[1]]
 
     def at(self, span: Span) -> list[int]:
         """Return the tokens that overlap some characters."""

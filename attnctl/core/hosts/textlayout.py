@@ -40,7 +40,7 @@ class TextPart:
     clean: bool = False
 
 
-def _clips(pipe: Any, asked: int | None) -> list[TextPart]:
+def _clips(pipe: Any, given: int | None) -> list[TextPart]:
     """Stable Diffusion 1, 2, XL: one or two CLIPs, whose embeddings are joined channel by channel.
 
     Other UNets read with other tokenizers, of the call's own length: Kolors with ChatGLM's.
@@ -51,12 +51,12 @@ def _clips(pipe: Any, asked: int | None) -> list[TextPart]:
         tokenizer = getattr(pipe, name)
         length = _limit(tokenizer)
         if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
-            length = asked or _asked(pipe, length)
+            length = given or _asked(pipe, length)
         parts.append(TextPart(tokenizer, name, i, 0, length, callable(getattr(pipe, "_text_preprocessing", None))))
     return parts
 
 
-def _sd3(pipe: Any, asked: int | None) -> list[TextPart]:
+def _sd3(pipe: Any, given: int | None) -> list[TextPart]:
     clip = int(getattr(pipe, "tokenizer_max_length", 77))
     parts = [
         TextPart(getattr(pipe, n), n, i, 0, clip)
@@ -65,18 +65,18 @@ def _sd3(pipe: Any, asked: int | None) -> list[TextPart]:
     ]
     # Without the third encoder the pipeline appends zeros, which no word stands for.
     if getattr(pipe, "tokenizer_3", None) is not None and getattr(pipe, "text_encoder_3", None) is not None:
-        parts.append(TextPart(pipe.tokenizer_3, "tokenizer_3", 3, clip, asked or _asked(pipe, 256)))
+        parts.append(TextPart(pipe.tokenizer_3, "tokenizer_3", 3, clip, given or _asked(pipe, 256)))
     return parts
 
 
-def _flux(pipe: Any, asked: int | None) -> list[TextPart]:
+def _flux(pipe: Any, given: int | None) -> list[TextPart]:
     # CLIP gives FLUX its pooled vector only.
     if getattr(pipe, "tokenizer_2", None) is None:
         return []
-    return [TextPart(pipe.tokenizer_2, "tokenizer_2", 2, 0, asked or _asked(pipe, 512))]
+    return [TextPart(pipe.tokenizer_2, "tokenizer_2", 2, 0, given or _asked(pipe, 512))]
 
 
-def _hunyuan_dit(pipe: Any, asked: int | None) -> list[TextPart]:
+def _hunyuan_dit(pipe: Any, given: int | None) -> list[TextPart]:
     bert = int(getattr(pipe, "tokenizer_max_length", 77))
     parts = [TextPart(pipe.tokenizer, "tokenizer", 1, 0, bert)] if pipe.tokenizer is not None else []
     if getattr(pipe, "tokenizer_2", None) is not None:
@@ -85,16 +85,16 @@ def _hunyuan_dit(pipe: Any, asked: int | None) -> list[TextPart]:
 
 
 def _single(length: int, *, clean: bool = False) -> Callable[[Any, int | None], list[TextPart]]:
-    def parts(pipe: Any, asked: int | None) -> list[TextPart]:
+    def parts(pipe: Any, given: int | None) -> list[TextPart]:
         if getattr(pipe, "tokenizer", None) is None:
             return []
-        return [TextPart(pipe.tokenizer, "tokenizer", 1, 0, asked or _asked(pipe, length), clean)]
+        return [TextPart(pipe.tokenizer, "tokenizer", 1, 0, given or _asked(pipe, length), clean)]
 
     return parts
 
 
-def _aura_flow(pipe: Any, asked: int | None) -> list[TextPart]:
-    return [TextPart(p.tokenizer, p.name, 1, text_before(pipe), p.length) for p in _single(256)(pipe, asked)]
+def _aura_flow(pipe: Any, given: int | None) -> list[TextPart]:
+    return [TextPart(p.tokenizer, p.name, 1, text_before(pipe), p.length) for p in _single(256)(pipe, given)]
 
 
 _LAYOUTS: dict[str, Callable[[Any, int | None], list[TextPart]]] = {
@@ -179,14 +179,14 @@ def _laid_out(pipe: Any, part: TextPart, prompt: str) -> Reading:
     ids, spans = token_spans(tokenizer, text)
     # Where the text is cut, its end marker takes the last place.
     cut = len(ids) > part.length
-    kept = part.length - 1 if cut else len(ids)
-    places = list(range(part.offset, part.offset + kept))
-    pads = list(range(part.offset + kept, part.offset + part.length))
+    count = part.length - 1 if cut else len(ids)
+    places = list(range(part.offset, part.offset + count))
+    pads = list(range(part.offset + count, part.offset + part.length))
     if cut:
-        ids, spans = [*ids[:kept], ids[-1]], [*spans[:kept], (0, 0)]
-        places, pads = [*places, part.offset + kept], []
+        ids, spans = [*ids[:count], ids[-1]], [*spans[:count], (0, 0)]
+        places, pads = [*places, part.offset + count], []
     elif getattr(tokenizer, "padding_side", "right") == "left":
-        places, pads = [p + part.length - kept for p in places], [p - kept for p in pads]
+        places, pads = [p + part.length - count for p in places], [p - count for p in pads]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     return Reading(
         name=part.name,
@@ -211,8 +211,8 @@ def _cleaned(pipe: Any, prompt: str) -> str:
         return prompt.lower().strip()
     options = {}
     if "clean_caption" in inspect.signature(clean).parameters:
-        asked = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
-        options["clean_caption"] = bool(asked is not None and asked.default is True)
+        given = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
+        options["clean_caption"] = bool(given is not None and given.default is True)
     made = clean(prompt, **options)
     return str(made[0] if isinstance(made, (list, tuple)) else made)
 

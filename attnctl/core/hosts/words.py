@@ -104,14 +104,14 @@ class RowText:
         number: Which prompt of the call it is.
         readings: What the encoders were given; None where no encoder ran, or what it read cannot be told.
         options: The call's own options for `find_words`.
-        known: Whether there is a prompt at all, an empty one included.
+        given: Whether there is a prompt at all, an empty one included.
     """
 
     prompt: str
     number: int
     readings: tuple[Reading, ...] | None
     options: dict[str, Any]
-    known: bool = True
+    given: bool = True
 
     def find(self, pipe: Any, words: Sequence[str | int], n_text: int | None, what: str) -> tuple[Concept, ...]:
         """Find words in this row's prompt.
@@ -135,7 +135,7 @@ class RowText:
                 f"{what}: the prompt is not known, and a bare denoiser has no tokenizer, so words cannot be found: "
                 "give words as places of text tokens (whole numbers)."
             )
-        if not self.known:
+        if not self.given:
             raise ConfigError(
                 f"{what}: the prompt is not known (the pipeline was called with embeddings), so words cannot be found "
                 "in it. Pass prompt=..., or words as places of text tokens."
@@ -189,7 +189,7 @@ def row_texts(
         many = lists or 1
         if count % many:
             raise ConfigError(f"{what}: words for {many} prompts do not fit {count} images.")
-        return [RowText("", n // (count // many), None, options, known=False) for n in range(count)]
+        return [RowText("", n // (count // many), None, options, given=False) for n in range(count)]
     elif negative and call.negatives is None:
         raise ConfigError(f'{what}: rows="uncond" was asked for, but the call has no negative prompt.')
     else:
@@ -197,14 +197,14 @@ def row_texts(
         images = call.images
     if lists is not None and lists != len(texts):
         raise ConfigError(f"{what}: words has lists for {lists} prompts, but there are {len(texts)}.")
-    asked = len(texts) * images
-    if prompt is None and asked != count and len(set(texts)) == 1:  # FreeNoise says one prompt for several frames
-        texts, images, asked = texts[:1], count, count
+    expected = len(texts) * images
+    if prompt is None and expected != count and len(set(texts)) == 1:  # FreeNoise says one prompt for several frames
+        texts, images, expected = texts[:1], count, count
     if prompt is not None and count % len(texts):
         raise ConfigError(
             f"{what}: {count} rows for {len(texts)} prompts do not fit: give one prompt, or one an image."
         )
-    if prompt is None and asked != count:
+    if prompt is None and expected != count:
         raise UnsupportedModelError(
             f"{what}: the denoiser was called with {count} rows for {len(texts)} prompts with {images} images each: an "
             "unknown row layout."
@@ -274,7 +274,7 @@ def _find(word: str, readings: Sequence[Reading]) -> Concept:
                     if len(spans) == 1
                     else (f"{len(spans)} times", f"'{name}#1' to '{name}#{len(spans)}'")
                 )
-                raise ConfigError(f"{word!r}: {name!r} occurs {times} in the prompt {r.own!r}. Give {give}.")
+                raise ConfigError(f"{word!r}: {name!r} occurs {times} in the prompt {r.prompt_text!r}. Give {give}.")
             spans = [spans[number - 1]]
         parts = [r.at(span) for span in spans]
         if any(not part or r.misses(part, span) for part, span in zip(parts, spans, strict=True)):
@@ -291,10 +291,10 @@ def _find(word: str, readings: Sequence[Reading]) -> Concept:
             f"{word!r} is cut off: the prompt has {cut.full} tokens, and {cut.name} keeps {cut.limit}. "
             "Shorten the prompt, or move the word to its front."
         )
-    listed = list(dict.fromkeys(w for r in readings for w in prompt_words(r.own)))
+    listed = list(dict.fromkeys(w for r in readings for w in prompt_words(r.prompt_text)))
     close = difflib.get_close_matches(name.lower(), listed, n=3, cutoff=0.5)
     hint = f"Did you mean {', '.join(map(repr, close))}?" if close else f"Its words: {', '.join(listed) or 'none'}."
-    raise ConfigError(f"{word!r} is not in the prompt {readings[0].own!r}. {hint}")
+    raise ConfigError(f"{word!r} is not in the prompt {readings[0].prompt_text!r}. {hint}")
 
 
 _MARKS = ("<start>", "<end>", "<pad>")

@@ -118,19 +118,20 @@ class Recorder(LiveControl):
     def _row_concepts(self, row: RowText, words: Sequence[Any] | None, n_text: int | None) -> dict[str, Concept]:
         if words is not None:
             return {c.word: c for c in row.find(self.pipe, words, n_text, "Capture")}
-        concepts = {}
+        concepts: dict[str, Concept] = {}
+        refusal = ConfigError(
+            f"Capture: the prompt {row.prompt!r} has no word to record. Name words or places of tokens."
+            if row.given
+            else "Capture: the prompt is not known (the pipeline was called with embeddings, or a bare denoiser is "
+            "under control), so its words are not. Pass prompt=..., or words as places of text tokens."
+        )
         for word in prompt_words(row.prompt):
             try:
                 concepts[word] = row.find(self.pipe, [word], n_text, "Capture")[0]
-            except ConfigError:
-                if n_text is not None and not row.known:
-                    raise
-                continue  # cut off with the prompt's end: attention does not see it
+            except ConfigError as error:
+                refusal = error  # cut off with the prompt's end, perhaps: attention does not see it
         if not concepts:
-            row.find(self.pipe, ["<start>"], n_text, "Capture") if not row.known else None
-            raise ConfigError(
-                f"Capture: the prompt {row.prompt!r} has no word to record. Name words or places of tokens."
-            )
+            raise refusal
         return concepts
 
     def _columns(self, n_text: int, repeat: int, device: torch.device) -> tuple[Tensor, Tensor]:
