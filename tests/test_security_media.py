@@ -163,7 +163,7 @@ def test_a_name_is_neither_an_address_nor_a_pattern(private: Path, tmp_path: Pat
         shutil.copy(private, name)
         assert FileClip(name).count == 4
     for name in ("http://127.0.0.1:9/x.mp4", "concat:a.mp4|b.mp4", "file:private.mp4"):
-        with pytest.raises(ClipError, match="There is no file"):
+        with pytest.raises(ClipError, match="There is no video"):
             FileClip(name)
 
 

@@ -7,6 +7,7 @@ PyAV writes H.264 in MP4 with a comment.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -83,6 +84,8 @@ class FileClip(Clip):
         self._moving: PictureFile | None = None
         self._files: list[Path] = []
         self._at = 0
+        if not os.path.lexists(self.path):
+            raise ClipError(f"There is no video {self.path}.")
         if self.path.is_dir():
             self._files = _frames_in(self.path)
             self.count = len(self._files)
@@ -187,10 +190,12 @@ def _check_container(path: Path, head: bytes) -> None:
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or any(head[first:][:1] == head[second:][:1] == b"G" for first, second in ((0, 188), (4, 196)))  # MPEG-TS
     )
+    if not own and path.suffix.lower() in SUFFIXES:
+        raise ClipError(f"{path.name} is not an image that can be read, whatever its name says: it is damaged.")
     if not own:
         raise ClipError(
             f"{path.name} is no video that is read: expected MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, Ogg or ASF, an "
-            "image, or a folder of images."
+            "image, or a folder of images. It is damaged, or names other files."
         )
 
 

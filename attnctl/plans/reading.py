@@ -142,8 +142,8 @@ def parse_json(content: bytes | str, name: str, expected: Expected) -> Any:
         data = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, nested thousands deep, or a number that is none
         raise expected.error(
-            f"{name} is not JSON: expected {expected.noun}. It is damaged, or another format under that name. Nothing "
-            "was read from it."
+            f"{name} is not JSON, and so not {expected.noun}: it is damaged, or another format under that name. "
+            "Nothing was read from it."
         ) from None
     level = [data]
     for _ in range(_DEPTH):
