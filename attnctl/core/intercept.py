@@ -20,6 +20,7 @@ from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
 from attnctl.core.hosts.kinds import shown_site
 from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.tokens import split_tokens
+from attnctl.core.hosts.user_kernel import user_kernel
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import attention, sdpa
@@ -37,7 +38,11 @@ class SiteHook:
     def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
         self.site = site
         self.state = state
-        self.kernel = attention if backend == "auto" else functools.partial(attention, backend=backend)
+        self.kernel: Callable[..., torch.Tensor] = attention
+        self.open = backend == "auto"
+        """Whether the attention that the user set for the model may run; a backend of the session's own goes first."""
+        if not self.open:
+            self.kernel = functools.partial(attention, backend=backend)
         self.wrappers: tuple[Wrapper, ...] | None = None
         self.reached = False
         self.seen: tuple[int, slice | None, slice | None] | None = None
@@ -75,11 +80,14 @@ class SiteHook:
 
 
 class Intercept(TorchFunctionMode):
-    """Send scaled_dot_product_attention to a link; everything else passes."""
+    """Send scaled_dot_product_attention to a link; everything else passes.
 
-    def __init__(self, link: SiteHook, hidden: Any, encoder: Any) -> None:
+    `backend` is the attention of diffusers that the user set for the model, or None for torch's own.
+    """
+
+    def __init__(self, link: SiteHook, hidden: Any, encoder: Any, backend: Any = None) -> None:
         super().__init__()
-        self.link, self.hidden, self.encoder = link, hidden, encoder
+        self.link, self.hidden, self.encoder, self.backend = link, hidden, encoder, backend
         self.index = 0
         self.after: list[Callable[[Any], Any]] = []
 
@@ -113,7 +121,9 @@ class Intercept(TorchFunctionMode):
         tokens = split_tokens(self.link.site.kind, state.family, state.image_tokens, queries, self.hidden, self.encoder)
         hidden = self.hidden if isinstance(self.hidden, torch.Tensor) else None
         kernel = self.link.kernel
-        if self.link.observed:
+        if self.backend is not None and not is_causal:
+            kernel = user_kernel(self.backend, attn_mask)
+        elif self.link.observed:
             kernel = functools.partial(sdpa.as_called, is_causal=is_causal, enable_gqa=enable_gqa)
         elif key.shape[0] != query.shape[0]:  # text that all rows share: SDPA broadcasts it, other kernels do not
             rows = max(query.shape[0], key.shape[0])

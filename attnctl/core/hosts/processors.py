@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import threading
 import warnings
@@ -21,6 +20,7 @@ import torch
 
 from attnctl.core.call import AttnCall
 from attnctl.core.hosts.linear import is_linear, run_linear
+from attnctl.core.hosts.user_kernel import native, set_backend
 from attnctl.core.intercept import Intercept, SiteHook
 from attnctl.core.sites import Site
 from attnctl.errors import ConflictError, UnsupportedModelError
@@ -95,7 +95,7 @@ def controlled(cls: type) -> type:
 
 
 def _make_controlled(cls: Any) -> type:
-    linear, sdpa_backend = is_linear(cls), _native()  # looked up here: torch.compile warns of caches that it traces
+    linear, sdpa_backend = is_linear(cls), native()  # looked up here: torch.compile warns of caches that it traces
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         link: SiteHook | None = self._attnctl
@@ -106,7 +106,7 @@ def _make_controlled(cls: Any) -> type:
         encoder = None if encoder is hidden else encoder
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
-        mode = Intercept(link, hidden, encoder)
+        mode = Intercept(link, hidden, encoder, set_backend(self) if link.open else None)
         with _native_backend(self, sdpa_backend), mode:
             output = cls.__call__(self, attn, *args, **kwargs)
         for change in mode.after:
@@ -203,13 +203,6 @@ def _native_backend(processor: Any, native: Any) -> Iterator[None]:
 
 
 _MISSING = object()
-
-
-@functools.cache
-def _native() -> Any:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return AttentionBackendName.NATIVE
 
 
 def _interceptable(site: Any, processor: Any) -> Any:
