@@ -6,6 +6,7 @@ broadcasts to [B, H, Nq, Nk].
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +22,7 @@ __all__ = [
     "check_call",
     "check_mask",
     "chunk_rows",
+    "current",
     "masked_softmax",
     "pick",
     "repeat_heads",
@@ -111,6 +113,11 @@ def chunk_rows(batch: int, heads: int, keys: int, device: torch.device) -> int:
     if device.type == "cpu":
         return min(_MAX_ROWS, max(1, _MAX_ELEMENTS // a_row))
     return max(1, room(device) // (4 * a_row))
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a CUDA device the current one, on which Triton and others launch whatever the tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @cache

@@ -1,14 +1,16 @@
 """One attention function, several backends, one visible choice.
 
-`auto` means xformers where a probe shows that it runs and the call is one it takes, else torch's SDPA; on
-anything but CUDA it means SDPA. Nothing is probed while torch.compile traces: there `auto` is SDPA, which the
-compiler knows, and a forced backend is taken at its word (call `choose` once beforehand to have it checked).
+`auto` means torch's SDPA, unless a timing on the spot shows xformers to be faster: on CUDA, where a probe shows that
+it runs and the call is one it takes. On a tie, and where a call fails after all, it is SDPA. Nothing is probed or timed
+while torch.compile traces: there `auto` is SDPA, which the compiler knows, and a forced backend is taken at its word
+(call `choose` once beforehand to have it checked).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import warnings
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from attnctl.errors import BackendError, ConfigError, nearest
 from attnctl.kernels import math, sdpa, xformers
 from attnctl.kernels.checks import check_call
 from attnctl.kernels.sparse.dispatch import block_sparse
+from attnctl.kernels.timing import fastest, size_class
 from attnctl.plans.blocks import BlockPlan
 
 __all__ = ["Backend", "Plain", "attention", "backends", "choose", "plain", "probe"]
@@ -39,6 +42,7 @@ class _Kernel(NamedTuple):
     declines: Callable[[Tensor, Tensor, Tensor, Tensor | None], str]
 
 
+_REFUSED: set[Hashable] = set()  # kinds of calls that xformers has refused
 # In the order of preference; the reference comes last and only when it is asked for.
 _KERNELS: dict[str, _Kernel] = {
     "xformers": _Kernel(xformers.run, xformers.missing, xformers.declines),
@@ -74,7 +78,18 @@ def attention(
         if mask is not None:
             raise BackendError("A plan and a mask were given together; block-sparse kernels take no mask. Pass one.")
         return block_sparse(q, k, v, plan, scale=scale, backend=backend)
-    return _KERNELS[choose(q, k, v, mask, backend)].run(q, k, v, mask, scale)
+    name = choose(q, k, v, mask, backend)
+    if backend != "auto" or name == "sdpa":
+        return _KERNELS[name].run(q, k, v, mask, scale)
+    try:
+        return _KERNELS[name].run(q, k, v, mask, scale)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a kernel may refuse shapes that its own checks let pass
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        warnings.warn(f"attnctl: {name} refused a call ({why}); torch's own attention runs instead.", stacklevel=2)
+        _REFUSED.add(_kind(q, k, v, mask))
+        return sdpa.run(q, k, v, mask, scale)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -91,7 +106,11 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
     if backend == "auto":
         if q.device.type != "cuda" or tracing:
             return "sdpa"
-        return "xformers" if not _refusal("xformers", q, k, v, mask) else "sdpa"
+        kind = _kind(q, k, v, mask)
+        if kind in _REFUSED or _refusal("xformers", q, k, v, mask):
+            return "sdpa"
+        calls = {n: partial(_KERNELS[n].run, q, k, v, mask, None) for n in ("sdpa", "xformers")}
+        return fastest(kind, calls, q.device)
     if backend not in _KERNELS:
         raise BackendError(
             f"backend={backend!r} was given; expected 'auto' or one of {', '.join(map(repr, _KERNELS))}."
@@ -99,7 +118,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
         )
     reason = _KERNELS[backend].declines(q, k, v, mask)
     if not reason and not tracing:
-        reason = probe(backend, q.device.type, q.dtype, q.shape[-1], mask is not None)
+        reason = probe(backend, str(q.device), q.dtype, q.shape[-1], mask is not None)
     if reason:
         able = [] if tracing else [repr(name) for name in _KERNELS if not _refusal(name, q, k, v, mask)]
         raise BackendError(
@@ -131,7 +150,7 @@ def probe(name: str, device_type: str, dtype: torch.dtype, head_dim: int, masked
 
     Returns "" if it works, else the reason. A kernel that runs and returns wrong numbers does not work.
     """
-    reason = _KERNELS[name].missing(device_type)
+    reason = _KERNELS[name].missing(torch.device(device_type).type)
     if reason:
         return reason
     try:
@@ -151,4 +170,11 @@ def probe(name: str, device_type: str, dtype: torch.dtype, head_dim: int, masked
 
 def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
     declined = _KERNELS[name].declines(q, k, v, mask)
-    return declined or probe(name, q.device.type, q.dtype, q.shape[-1], mask is not None)
+    return declined or probe(name, str(q.device), q.dtype, q.shape[-1], mask is not None)
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Hashable:
+    """Return what a timing, or a refusal, holds for: calls on one device whose sizes are alike."""
+    sizes = size_class(q.shape[2]), size_class(k.shape[2])
+    masked = None if mask is None else (mask.dtype, *(n > 1 for n in mask.shape))
+    return "dense", q.device, q.dtype, q.shape[:2], k.shape[1], q.shape[-1], v.shape[-1], sizes, masked

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.kernels.checks import as_bias, repeat_heads
+from attnctl.kernels.checks import as_bias, current, repeat_heads
 
 __all__ = ["block_diagonal", "declines", "memory_efficient", "missing", "run"]
 
@@ -72,7 +72,8 @@ def memory_efficient(q: Tensor, k: Tensor, v: Tensor, *, bias: Any = None, scale
 
     Shapes: q [B, Nq, H, D]; k, v [B, Nk, H, D] -> [B, Nq, H, Dv]. bias: a tensor or one of xformers' own.
     """
-    out: Tensor = _ops().memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
+    with current(q.device):
+        out: Tensor = _ops().memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
     return out
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.kernels.checks import repeat_heads
+from attnctl.kernels.checks import current, repeat_heads
 from attnctl.kernels.sparse.lists import derived
 from attnctl.plans.blocks import BlockPlan
 
@@ -78,7 +78,7 @@ def run(
         return eager()(q, keys, values, block_mask=mask, scale=scale)
     # Tiles must divide the plan's blocks; torch's own choice of them does not look at these.
     tiles = {"BLOCK_M": tile(plan.block_q), "BLOCK_N": tile(plan.block_k)}
-    with torch.cuda.device(q.device):
+    with current(q.device):
         return compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
 
 

@@ -8,7 +8,6 @@ dtype, with float32 sums. Forward only.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import BackendError
-from attnctl.kernels.checks import repeat_heads
+from attnctl.kernels.checks import current, repeat_heads
 from attnctl.kernels.sparse.lists import csr, derived, lay_out, layout
 from attnctl.plans.blocks import BlockPlan
 
@@ -178,8 +177,7 @@ def _launched(launch: Callable[..., Any], device: torch.device, stages: int) -> 
     from triton.runtime.errors import OutOfResources
 
     why: Exception | None = None
-    # Triton launches on the current device, whatever the tensors' is.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with current(device):
         for depth in range(stages, 0, -1):
             try:
                 launch(num_stages=depth)
