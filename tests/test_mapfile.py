@@ -72,7 +72,7 @@ def _edit(**changes: Any) -> Any:
     [
         (lambda p: p.unlink(), "There are no maps"),
         (lambda p: p.write_bytes(b"12345678"), "missing or damaged"),
-        (lambda p: p.with_suffix(".json").unlink(), "There is no file maps.json"),
+        (lambda p: p.with_suffix(".json").unlink(), r"maps\.json cannot be read: there is no file"),
         (lambda p: p.with_suffix(".json").write_text("{"), "maps.json is not JSON"),
         (lambda p: p.with_suffix(".json").write_text("[]"), "maps.json is not a description of word maps"),
         (_edit(schema=2), "schema 2; this attnctl reads schema 1"),

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -236,6 +237,8 @@ def read(path: str | Path) -> tuple[Record, ...]:
         RecordError: the file is missing, damaged, or was not made by attnctl.
     """
     path = Path(path)
+    if not os.path.lexists(path):
+        raise RecordError(f"There is no file {path}.")
     if path.suffix.lower() == ".json":
         data = parse_json(read_bytes(path, _FILE), path.name, _FILE)
     else:

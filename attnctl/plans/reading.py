@@ -79,8 +79,8 @@ def check_regular(path: Path, expected: Expected) -> os.stat_result:
         reason = "it does not exist" if missing else getattr(error, "strerror", None) or error
         folder = path.parent.name or "."
         raise expected.error(
-            f"There is no file {path.name} in {folder} ({reason}): it is missing or damaged and cannot be read; "
-            f"expected {expected.noun}."
+            f"{path.name} cannot be read: there is no file of that name in {folder} ({reason}). It is missing or "
+            f"damaged; expected {expected.noun}."
         ) from None
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for check, name in _NODE_KINDS if check(status.st_mode)), "a device")
