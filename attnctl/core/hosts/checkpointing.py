@@ -15,11 +15,11 @@ class Checkpointing:
     """Has gradient checkpointing run blocks again under what they ran under first.
 
     The blocks of a checkpointed denoiser run a second time during backward, when the pass is over and its controls are
-    switched off. Each checkpoint therefore takes along what `remember` returns when its block runs first.
+    switched off. Each checkpoint therefore takes along what `snapshot` returns when its block runs first.
     """
 
     def __init__(
-        self, denoiser: torch.nn.Module, remember: Callable[[], Callable[[], contextlib.AbstractContextManager[Any]]]
+        self, denoiser: torch.nn.Module, snapshot: Callable[[], Callable[[], contextlib.AbstractContextManager[Any]]]
     ) -> None:
         self._held = [
             (module, vars(module)["_gradient_checkpointing_func"])
@@ -28,7 +28,7 @@ class Checkpointing:
             and vars(module).get("_gradient_checkpointing_func") is not None
         ]
         for module, function in self._held:
-            vars(module)["_gradient_checkpointing_func"] = _remembering(function, remember)
+            vars(module)["_gradient_checkpointing_func"] = _snapshoting(function, snapshot)
 
     def release(self) -> None:
         """Give the modules their own functions back."""
@@ -37,9 +37,9 @@ class Checkpointing:
         self._held = []
 
 
-def _remembering(function: Callable[..., Any], remember: Callable[[], Any]) -> Callable[..., Any]:
+def _snapshoting(function: Callable[..., Any], snapshot: Callable[[], Any]) -> Callable[..., Any]:
     def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        again = remember()
+        again = snapshot()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with again():

@@ -24,7 +24,7 @@ from attnctl.processors.capture.recorder import Recorder
 __all__ = ["RefiningRecorder", "partners", "refined"]
 
 
-def refined(maps: Tensor, looks: SelfMap, times: int) -> Tensor:
+def refined(maps: Tensor, self_map: SelfMap, times: int) -> Tensor:
     """Apply self-attention to maps `times` times: S^k A, in float32.
 
     Shapes: maps [B, H, N, C] (H heads of the text attention, not mixed) -> the same. Values stay within the range of
@@ -34,14 +34,14 @@ def refined(maps: Tensor, looks: SelfMap, times: int) -> Tensor:
         ConfigError: The self-attention has another number of tokens.
     """
     batch, heads, n, words = maps.shape
-    if looks.q.shape[2] != n or looks.q.shape[0] != batch:
+    if self_map.q.shape[2] != n or self_map.q.shape[0] != batch:
         raise ConfigError(
-            f"maps of {batch} x {n} tokens cannot be refined by self-attention of {looks.q.shape[0]} x "
-            f"{looks.q.shape[2]} tokens."
+            f"maps of {batch} x {n} tokens cannot be refined by self-attention of {self_map.q.shape[0]} x "
+            f"{self_map.q.shape[2]} tokens."
         )
     values = maps.permute(0, 2, 1, 3).flatten(2)
     for _ in range(times):
-        values = looks.of(values)
+        values = self_map.of(values)
     return values.unflatten(2, (heads, words)).permute(0, 2, 1, 3)
 
 
@@ -93,10 +93,10 @@ class RefiningRecorder(Recorder):
         maps, m, grid = super()._probabilities(call, rows)
         if call.site.kind != "cross":
             return refined(maps, call.rows(rows).self_map(), self.capture.refine), m, grid
-        looks = call.state.scratch.pop((id(self), self.before_text[call.site.name]), None)
-        if looks is None:
+        self_map = call.state.scratch.pop((id(self), self.before_text[call.site.name]), None)
+        if self_map is None:
             raise UnsupportedModelError(
                 f"Capture: {self.before_text[call.site.name]} did not run before {call.site.name}, so its maps "
                 "cannot be refined. A cache that skips blocks does that: switch it off, or set refine=0."
             )
-        return refined(maps, looks, self.capture.refine), m, grid
+        return refined(maps, self_map, self.capture.refine), m, grid

@@ -198,7 +198,9 @@ class _Update:
         c, passes, state = self.control, self.passes, self.passes.state
         early = c.early_exit and exit_refusal(passes.module, self.bound) is None
         every = c.map_norm == "ae"
-        reader = MapReader([s.name for s in self.engine.sites], _one_hot if every else self._share, early, c.looks)
+        reader = MapReader(
+            [s.name for s in self.engine.sites], _one_hot if every else self._share, early, c.needs_self_attention
+        )
         name, template = main_name(self.bound), main_input(self.bound)
         scaled = passes.latents.input(z, template)
         self.engine.forwards += 1
@@ -229,13 +231,13 @@ class _Update:
 
     def loss(self, maps: Tensor, reader: MapReader) -> Tensor:
         """Compute each sample's loss, with the image's own attention where the control asks for it."""
-        if not self.control.looks:
+        if not self.control.needs_self_attention:
             return self.control.loss(maps, self.memory)
-        self.memory["looks"] = reader.attention(maps.shape[0])
+        self.memory["self_attention"] = reader.attention(maps.shape[0])
         try:
             return self.control.loss(maps, self.memory)
         finally:
-            del self.memory["looks"]  # it holds the graph
+            del self.memory["self_attention"]  # it holds the graph
 
 
 def _one_hot(n: int) -> Tensor:

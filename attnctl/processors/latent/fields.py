@@ -65,11 +65,11 @@ class LatentFields(Control, abstract=True):
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     moves_latents: ClassVar[bool] = True
-    looks: ClassVar[bool] = False
-    """Whether `loss` finds in memory["looks"] how image tokens attend to each other, [B, h w, h w]: each row sums to 1,
-    the mean over heads of the layers that are read (of the self-attention before it in each block with cross-attention,
-    of the image's part in joint attention), part of the graph. An N x N map of each head is held meanwhile: for small
-    grids, all of one size."""
+    needs_self_attention: ClassVar[bool] = False
+    """Whether `loss` finds in memory["self_attention"] how image tokens attend to each other, [B, h w, h w]: each row
+    sums to 1, the mean over heads of the layers that are read (of the self-attention before it in each block with
+    cross-attention, of the image's part in joint attention), part of the graph. An N x N map of each head is held
+    meanwhile: for small grids, all of one size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,7 +151,7 @@ class LatentFields(Control, abstract=True):
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         chosen = super().resolve(sites, family)
-        if not self.looks:
+        if not self.needs_self_attention:
             return chosen
         names = {s.name for s in (*chosen, *partners(chosen, sites, self._label).values())}
         return tuple(s for s in sites if s.name in names)

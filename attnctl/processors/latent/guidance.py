@@ -25,8 +25,8 @@ __all__ = ["LatentGuidance"]
 class LatentGuidance(LatentFields, abstract=True):
     """Base of controls that move the latents down the gradient of a loss on concept maps.
 
-    Subclasses define `loss`, and may keep something from one step to the next with `remember`. One that sets `looks`
-    is given the image's own attention as well.
+    Subclasses define `loss`, and may keep something from one step to the next with `remember`. One that sets
+    `needs_self_attention` is given the image's own attention as well.
 
     Attributes:
         concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of

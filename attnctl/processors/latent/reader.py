@@ -33,13 +33,14 @@ class MapReader:
         names: The sites to read. The last one is known by counting, not by its place in a list.
         share: Gives, for a number of text tokens, the columns to read: [rows, T, C], the share of each token.
         early_exit: Whether to leave the forward when no site remains.
-        looks: Whether to read how image tokens attend to each other too, at self- and joint-attention sites.
+        needs_self_attention: Whether to read, at self- and joint-attention sites, how image tokens attend to each
+            other too.
     """
 
     def __init__(
-        self, names: Sequence[str], share: Callable[[int], Tensor], early_exit: bool, looks: bool = False
+        self, names: Sequence[str], share: Callable[[int], Tensor], early_exit: bool, needs_self_attention: bool = False
     ) -> None:
-        self.share, self.early_exit, self.looks = share, early_exit, looks
+        self.share, self.early_exit, self.needs_self_attention = share, early_exit, needs_self_attention
         self.remaining = set(names)
         self.reading = True
         self.total: dict[Grid, Tensor] = {}
@@ -52,7 +53,7 @@ class MapReader:
         if call.index or (self.reading and call.site.name not in self.remaining):
             return proceed(call)
         read = None if call.site.kind == "self" else self.read(call)
-        seen = self.look(call) if self.looks and call.site.kind != "cross" else None
+        seen = self.look(call) if self.needs_self_attention and call.site.kind != "cross" else None
         if self.reading:  # a checkpointed block runs again during backward, and must then compute the same
             if read is not None:
                 maps, grid = read

@@ -24,11 +24,11 @@ from attnctl.processors.latent.losses import binarise, self_cross
 class SelfCross(LatentGuidance, abstract=True):
     """Self-Cross guidance, arXiv 2411.18936."""
 
-    looks = True
+    needs_self_attention = True
 
     def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
         """Measure how far the tokens of one concept look where another is."""
-        return self_cross(maps, binarise(maps, "otsu"), memory["looks"])
+        return self_cross(maps, binarise(maps, "otsu"), memory["self_attention"])
 
 
 def control(**options: Any) -> SelfCross:
@@ -89,7 +89,7 @@ def test_loss_and_gradient_equal_those_of_maps_written_out() -> None:
             (want_grad,) = torch.autograd.grad(want.sum(), leaf)
         torch.testing.assert_close(loss, want.detach())
         assert (grad - want_grad).norm() <= 1e-9 * want_grad.norm()
-        assert "looks" not in self.memory
+        assert "self_attention" not in self.memory
         checked.append(grad)
         return loss, grad, found
 
@@ -120,7 +120,7 @@ def test_joint_attention_gives_the_images_part_with_rows_that_sum_to_one() -> No
 
     class Noting(SelfCross):
         def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
-            seen.append(memory["looks"].detach())
+            seen.append(memory["self_attention"].detach())
             return super().loss(maps, memory)
 
     def note(module: Any, args: Any, call: Any) -> None:
