@@ -161,6 +161,7 @@ class DenoiserHandle(Handle):
         self._told = True
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
+        self._owner.claim(type(self._watched[0].module).__name__)
         if step == 0:
             self._begin_run(step, steps, timestep)
         for w in self._watched:
@@ -180,7 +181,7 @@ class DenoiserHandle(Handle):
 
     def _before(self, w: ControlledDenoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._enabled:
-            self._owner.claim(type(w.module).__name__)
+            self._owner.claim(type(w.module).__name__, loop=self._pipe is None)
         if w.running:  # a further pass of our own
             return None
         with self._lock:

@@ -86,8 +86,12 @@ class Owner:
         self._thread: int | None = None
         self._code: Any = None
 
-    def claim(self, name: str) -> None:
+    def claim(self, name: str, *, loop: bool = False) -> None:
         """Take the denoiser for this thread.
+
+        Args:
+            name: What is run, for messages.
+            loop: Whether a hand-written loop calls, whose `set_step` has told which function it is.
 
         Raises:
             ConflictError: Another thread is at work with it.
@@ -99,7 +103,8 @@ class Owner:
                 "requests one after the other (a lock around the call), or give each thread a pipeline with a denoiser "
                 "of its own, copy.deepcopy(pipe), and control that."
             )
-        self._thread, self._code = me, _runner()
+        if not (loop and self._thread == me):
+            self._thread, self._code = me, _runner()
 
     def release(self) -> None:
         """Let the denoiser go: the run is over."""
