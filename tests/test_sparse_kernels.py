@@ -77,9 +77,11 @@ def test_flex_lists_are_the_plan(n: int, bq: int, bk: int, text: int, first: boo
     # Of the image's blocks only the last one is partial, and only where something follows it.
     partial = mask.kv_num_blocks[0]
     kept = plan.keep[0, :, :, -1] & bool(gap)
-    assert torch.equal(partial, kept.int() + blocks.shape[-1] - nk)
-    for h, row in kept.nonzero().tolist():
-        assert mask.kv_indices[0, h, row, 0] == nk - 1
+    after = blocks.shape[-1] - nk
+    assert torch.equal(partial, kept.int() + after)
+    assert mask.kv_indices.shape == mask.full_kv_indices.shape == (1, 3, blocks.shape[1], blocks.shape[-1])
+    assert mask.kv_indices[..., : after + 1].unique().tolist() == [nk - 1, *range(nk, nk + after)]
+    assert (mask.kv_indices[..., after] == nk - 1).all()
     # The lists are made once, and those of the backward pass only where it is asked for.
     assert flex.block_mask(plan, 0, shown).full_kv_indices is mask.full_kv_indices
     assert mask.q_indices is None
@@ -126,6 +128,18 @@ def test_flex_compiled_reads_the_lists_alone(monkeypatch: pytest.MonkeyPatch) ->
         out = flex.compiled()(q, k, v, block_mask=flex.block_mask(apart, 0, none))
     assert torch.cat([out[:, :, :64], out[:, :, 128:]], 2).isfinite().all()
     assert counters["stats"]["unique_graphs"] == 1
+    monkeypatch.undo()
+    graphs = []
+    for text in (3, 50, 128):  # prompts of any length are one shape
+        plan = random_plan(2, 200, 64, 64, n_text=text)
+        q, k, v = qkv(2, 200 + text)
+        monkeypatch.setattr(flex, "eager", lambda: lambda *x, **options: flex.compiled()(*x, **options))
+        with torch.inference_mode():
+            out = block_sparse(q, k, v, plan, backend="flex")
+        monkeypatch.undo()
+        assert relative(out, masked_dense(q, k, v, plan, plan.span(200 + text))) <= 1e-5
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
 
 
 @needs_xformers

@@ -74,6 +74,7 @@ def run(
         torch.cat([F.pad(repeat_heads(x, heads), (0, 0, 0, gap)), F.pad(repeat_heads(t, heads), (0, 0, 0, fill))], 2)
         for x, t in ((k, k_text), (v, v_text))
     )
+    q = q.contiguous()  # a slice has other strides for every length of the text, and strides count as shapes do
     if q.device.type == "cpu":
         return eager()(q, keys, values, block_mask=mask, scale=scale)
     # Tiles must divide the plan's blocks; torch's own choice of them does not look at these.
@@ -114,8 +115,7 @@ def block_mask(plan: BlockPlan, group: int, words: Tensor, *, backward: bool = F
     lengths, size = (n, real.shape[1]), (plan.block_q, plan.block_k)
     if not backward:
         return BlockMask(lengths, *lists, None, None, None, None, size, allowed)
-    columns = -(-real.shape[1] // plan.block_k)  # from_kv_blocks wants a place for each
-    some, numbers, whole, listed = (x if x.dim() == 3 else F.pad(x, (0, columns - x.shape[-1])) for x in lists)
+    some, numbers, whole, listed = lists
     return BlockMask.from_kv_blocks(
         some, numbers, whole, listed, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=lengths
     )
@@ -126,20 +126,22 @@ def _lists(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return counts and numbers of the partial and of the whole key blocks of every row, int32.
 
-    Shapes: [1, H, nq], [1, H, nq, text blocks + 1], [1, H, nq] and [1, H, nq, nk].
+    Shapes: [1, H, nq], [1, H, nq, nk + text blocks] and the same two for the whole blocks. torch wants a place for each
+    block of keys; the partial ones are the same in all rows, which share one place in memory.
     """
     keep = plan.keep[group].to(device)
     heads, rows, blocks = keep.shape
     text_blocks = text // plan.block_k
-    last = keep[..., -1:].int() if gap else keep.new_zeros((heads, rows, 1), dtype=torch.int32)
-    # Behind the image's last block, where it is kept and partial, come all of the text's.
-    numbers = torch.arange(blocks - 1, blocks + text_blocks, dtype=torch.int32, device=device)
-    numbers = torch.where(last > 0, numbers, numbers.roll(-1))
+    columns = blocks + text_blocks
+    # All of the text's, then the image's last block, which counts where it is kept and partial.
+    numbers = torch.arange(columns, dtype=torch.int32, device=device).roll(-blocks)
+    numbers[text_blocks:].fill_(blocks - 1)
+    counts = text_blocks + keep[..., -1].int() * (gap > 0)
     whole = torch.cat([keep[..., :-1], keep[..., -1:] & (gap == 0)], -1)
     # A stable sort puts the kept blocks first, in their order.
     listed = whole.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
-    counts = last[..., 0] + text_blocks
-    return counts[None], numbers[None].contiguous(), whole.sum(-1, dtype=torch.int32)[None], listed[None].contiguous()
+    listed = F.pad(listed, (0, text_blocks)).contiguous()
+    return counts[None], numbers.expand(1, heads, rows, -1), whole.sum(-1, dtype=torch.int32)[None], listed[None]
 
 
 def _allowed(real: Tensor) -> Callable[..., Tensor]:
