@@ -285,10 +285,9 @@ class ControlledDenoiser:
         with self.during():
             if branch.begin is not None:
                 branch.begin(state)
+            blocks = {m: _noting(make(m, m.forward), m, replaced) for m, make in branch.blocks.items()}
             # Modules ahead of the first perturbed one give what the base pass has computed.
-            forwards = {} if self.prefix is None else self.prefix.stubs(rows, frames)
-            for module, make in branch.blocks.items():
-                forwards[module] = _noting(make(module, module.forward), module, replaced)
+            stubs = {} if self.prefix is None else self.prefix.stubs(rows)
             # What acts on the base pass acts on this one too, inside of the perturbation.
             wrappers = {name: link.wrappers for name, link in self.links.items()}
             touched = [site.name for site in branch.sites]
@@ -296,7 +295,9 @@ class ControlledDenoiser:
                 wrappers |= {name: (branch.perturb, *(wrappers[name] or ())) for name in touched}
             kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
             context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
-            output, cached = self._run(str(branch.key), context, kwargs, wrappers, forwards)
+            output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
+            if self.prefix is not None and not self.prefix.prove(output):
+                output, cached = self._run(str(branch.key), context, kwargs, wrappers, blocks)
             reached = [(name, self.links[name].reached) for name in touched]
             reached += [(name, module in replaced) for module, name in self._names(branch).items()]
             # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.

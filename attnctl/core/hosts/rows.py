@@ -74,7 +74,8 @@ class RowLayout:
             first = self._first
             same = isinstance(first, list) or main_input(bound).shape == first.shape
             if call == 1 and same:
-                self._check_pair(main_input(bound))
+                if self.layout == "auto":
+                    self._check_pair(main_input(bound))
                 return Rows(total, slice(0, 0), slice(0, total), role="uncond")
         raise UnsupportedModelError(
             f"{type(self.pipe).__name__} called its denoiser {call + 1} times in one step with {total} rows: this is "

@@ -1,0 +1,108 @@
+"""What prefix replay holds: of a row of blocks the last output alone, and what the host itself holds on to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from contract import distance, own, perturbed
+from torch import Tensor, nn
+
+import attnctl
+from attnctl.core.replay import _leaves
+from attnctl.processors import PAG
+
+# Families whose blocks pass everything on; UNets and HunyuanDiT hold on to earlier outputs themselves.
+ROWS = ["flux", "sd3", "pixart", "wan", "ltx", "cogvideox", "hunyuanvideo", "mochi", "qwen", "allegro"]
+
+
+def bytes_of(store: Any) -> int:
+    """Add up the bytes of all tensors that a prefix holds."""
+    tensors = [leaf.tensor for output in store.values() for leaf in _leaves(output) if leaf.tensor is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held(model: nn.Module, inputs: dict[str, Any], site: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the bytes held at each perturbed pass of two calls, in units of the largest output of a block."""
+    from attnctl.core.replay import Prefix
+
+    seen: list[int] = []
+    stubs = Prefix.stubs
+
+    def spy(self: Prefix, *args: Any) -> Any:
+        result = stubs(self, *args)
+        seen.append(bytes_of(self.store))
+        return result
+
+    with monkeypatch.context() as patch, attnctl.control(model, PAG(scale=2.0, sites=site), layout="cond"):
+        patch.setattr(Prefix, "stubs", spy)
+        for _ in range(2):
+            zoo.call(model, inputs)
+    return seen
+
+
+def largest(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Return the bytes of the largest output of a transformer block."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        sizes.append(sum(t.numel() * t.element_size() for t in _leaves(output)))
+
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    hooks = [block.register_forward_hook(note) for blocks in lists for block in blocks]
+    zoo.call(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("family", [f for f in ROWS if f in zoo.NAMES])
+def test_at_most_two_block_outputs_are_alive(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = zoo.build(family, dtype=torch.float64)
+    site = own(attnctl.find_sites(model))[-1]
+    guidance = PAG(scale=2.0, sites=site.name, **({"scope": "all"} if site.kind == "joint" else {}))
+    with torch.no_grad():
+        c, p = zoo.call(model, inputs), perturbed(model, guidance, inputs)
+        assert max(held(model, inputs, site.name, monkeypatch)) <= 2 * largest(model, inputs)
+        with attnctl.control(model, guidance, layout="cond") as handle:
+            for _ in range(2):
+                assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-6
+            assert handle._watched[0].prefix.chosen
+            assert handle._watched[0].prefix.proven
+
+
+@pytest.mark.parametrize("how", ["view", "derived", "in place", "held"])
+def test_outputs_that_something_reads_later_are_not_given_up(how: str) -> None:
+    model, inputs = zoo.build("pixart", dtype=torch.float64)
+    blocks = model.transformer_blocks
+    kept: dict[str, Tensor] = {}
+
+    def first(module: nn.Module, args: Any, output: Tensor) -> Any:
+        if how == "view":
+            kept["x"] = output[:, :]
+        elif how == "derived":
+            kept["x"] = output * 1.0
+        elif how == "held":
+            kept["x"] = output
+        return None
+
+    def before_second(module: nn.Module, args: Any) -> None:
+        if how == "in place":
+            args[0].mul_(1.5)
+
+    def last(module: nn.Module, args: Any, output: Tensor) -> Any:
+        return output + 0.5 * kept["x"][: len(output)] if kept else None
+
+    hooks = [blocks[0].register_forward_hook(first), blocks[1].register_forward_pre_hook(before_second)]
+    hooks.append(blocks[-1].register_forward_hook(last))
+    site = own(attnctl.find_sites(model))[-1].name
+    guidance = PAG(scale=2.0, sites=site)
+    with torch.no_grad():
+        c, p = zoo.call(model, inputs), perturbed(model, guidance, inputs)
+        with attnctl.control(model, guidance, layout="cond"):
+            for _ in range(3):
+                assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-12
+    for hook in hooks:
+        hook.remove()
