@@ -43,6 +43,17 @@ def unplugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not heard
 
 
+@pytest.fixture(autouse=True)
+def controls_of_this_test_alone() -> Iterator[None]:
+    """Forget the controls that a test defines, so that no other test meets them."""
+    from attnctl.core import registry
+
+    before = dict(registry._CONTROLS)
+    yield
+    registry._CONTROLS.clear()
+    registry._CONTROLS.update(before)
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """Compute without gradients."""

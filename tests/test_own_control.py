@@ -23,13 +23,12 @@ SITE = "transformer_blocks.2.attn"
 
 def own() -> Any:
     """Load the example as a module."""
-    if "own_control" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("own_control", SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["own_control"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["own_control"]
+    spec = importlib.util.spec_from_file_location("own_control", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["own_control"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_it_is_short_and_uses_public_names_only() -> None:

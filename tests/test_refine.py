@@ -113,7 +113,7 @@ def test_a_pipeline_stays_as_it_is_beside_guidance() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"refine": -1}, "refine=-1 is not a number of times"),
+        ({"refine": -1}, "refine=-1 must be a whole number of times"),
         ({"refine": True}, "refine=True"),
         ({"refine": 1, "points": ((0.5, 0.5),)}, "maps of points are self-attention themselves"),
     ],
