@@ -70,6 +70,10 @@ class SiteHook:
             grid = stage_grid(self.state.denoiser, self.site.name, grid, n)
         return replace(self.site, grid=grid or self.site.grid, image=image, text=text)
 
+    def hear(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the transformer block around the site was called with: a hook of the block."""
+        self.block_call = args, kwargs
+
     def run(self, call: AttnCall) -> torch.Tensor:
         """Send a call through the wrappers to its kernel."""
         self.reached = True

@@ -127,7 +127,7 @@ class ControlledDenoiser:
                 check_rows_kept(self.module)
         for c, block, link in self.listeners:
             if c.in_window(self.state):
-                self.listening.append(block.register_forward_pre_hook(_listen(link), with_kwargs=True))
+                self.listening.append(block.register_forward_pre_hook(link.hear, with_kwargs=True))
         if self.state.rows.role != "uncond":  # guidance is computed from the prompt's rows alone
             self.weights = [(g, b, g.weight(self.state)) for g, b in self.branches]
             self._watch_prefix(replay)
@@ -363,15 +363,6 @@ def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torc
         return forward(*args, **kwargs)
 
     return noted
-
-
-def _listen(link: SiteHook) -> Callable[..., None]:
-    """Make a hook that hands a block's arguments to the link of an attention inside it."""
-
-    def seen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        link.block_call = args, kwargs
-
-    return seen
 
 
 def resolve(
