@@ -155,3 +155,4 @@ def test_compiling_the_whole_model_under_control(how: str) -> None:
             assert distance(zoo.unpack(whole(**inputs)), eager) < 1e-5
         assert handle.passes == 3
     assert distance(zoo.unpack(whole(**inputs)), plain) < 1e-5
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -119,7 +119,7 @@ def overridden(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterat
     finally:
         for module, forward, compiled in reversed(before):
             if forward is _MISSING:
-                del module.forward
+                vars(module).pop("forward", None)
             else:
                 module.forward = forward
             if compiled is not None:
