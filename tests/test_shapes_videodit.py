@@ -225,6 +225,27 @@ def test_it_starts_from_nothing_and_every_phase_reaches_every_part(tmp_path) -> 
     assert isinstance(transformer.blocks[0].attn1.processor, WrittenAttention)
 
 
+def test_one_frame_of_some_clips_is_nearly_clean(runs: dict) -> None:
+    pipe = runs["through"]
+    flow = VideoFlow(alive(videodit.build_transformer()), pipe.text_encoder, pipe.tokenizer, clips(), anchor=0.5)
+    levels = torch.cat([flow.draw_levels(step_generator(0, i), 40, 3) for i in range(10)])
+    lower = levels < levels.max(1, keepdim=True).values
+    assert 0.4 < lower.any(1).float().mean() < 0.6
+    assert lower.sum(1).max() == 1, "the others share one level"
+    assert levels[lower].max() < 0.5
+    assert lower.any(0).all()
+    assert flow.draw_levels(step_generator(0, 0), 40, 1).shape == (40, 1)
+    # A time for each token, all the same, is what the pipeline's one time is.
+    x, text = torch.randn(1, 8, 3, 16, 16), torch.randn(1, 4, 96)
+    flow.attention.null_bias = None
+    with torch.no_grad():
+        one, many = (
+            flow.transformer(x, t, text, return_dict=False)[0]
+            for t in (torch.tensor([500.0]), torch.full((1, 3 * flow.patches), 500.0))
+        )
+    assert torch.allclose(one, many, atol=1e-4)
+
+
 def test_courses_are_read_and_refused() -> None:
     assert course(",".join(map(str, COURSE))) == COURSE
     assert course("0:9x4") == (Phase(0, 9, 4),)

@@ -208,7 +208,7 @@ def train_videodit(
     tokenizer, text_encoder, transformer = _fresh(out, plan.seed)
     modules = {"text_encoder": text_encoder.to(device), "transformer": transformer.to(device)}
     loss = VideoFlow(transformer, text_encoder, tokenizer, clips, **options)
-    facts = {"course": [astuple(phase) for phase in loss.phases], "clips": len(clips.captions)}
+    facts = {"course": [astuple(phase) for phase in loss.phases], "anchor": loss.share, "clips": len(clips.captions)}
     average = train(modules, loss, out, plan, facts=facts, resume=resume, quiet=quiet)
     put_average(average, modules)
     return videodit.assemble(vae, text_encoder, tokenizer, transformer)
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         help="latent frames and clips of a batch, STEP:FRAMESxCLIPS from a step on (default: "
         + ",".join(map(str, COURSE)) + ")",
     )  # fmt: skip
+    parser.add_argument("--anchor", type=float, default=0.5, help="share of clips of which one frame is nearly clean")
     args = parser.parse_args(argv)
     plan = plan_from(args)
     torch.set_num_threads(args.threads)
@@ -255,8 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.export_only:
         clips = make_dit_clips(args.cache or out / "cache", vae, n=args.clips, seed=args.seed)
         train_videodit(
-            out / "videodit", plan, vae, clips, resume=args.resume, phases=args.course, bf16=bf16, device=args.device
-        )
+            out / "videodit", plan, vae, clips, resume=args.resume,
+            phases=args.course, anchor=args.anchor, bf16=bf16, device=args.device,
+        )  # fmt: skip
         refine = replace(vae_plan, steps=args.decoder_steps, lr=1e-3, seed=args.seed + 1, cooldown=0.7)
         vae = refine_video_decoder(out / "decoder", refine, vae, bf16=bf16, resume=True)
     elif (out / "decoder" / "checkpoint").exists():

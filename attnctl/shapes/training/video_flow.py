@@ -33,6 +33,7 @@ __all__ = ["COURSE", "Phase", "VideoFlow", "WrittenAttention", "course", "frames
 
 _PLAIN_LENGTH = 512  # the pipeline's default `max_sequence_length`
 _NEVER = -1e4
+_CLEAN = 0.5  # the highest noise level of a frame that is to show where the object is
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,10 @@ class VideoFlow:
 
     The noise level is logit-normal (arXiv 2403.03206) around the middle of the scheduler's steps, and uniform for a
     tenth of the samples, so that both ends are seen. `phases` says how many clips and latent frames a batch has.
+
+    In a share of `anchor` of the clips, one frame is seen nearly clean, and the transformer is told so by a time for
+    each token. Where the object goes from there is then a matter of the caption alone. Without that, words of motion
+    hardly count: where an object happens to be is a far larger error.
     """
 
     def __init__(
@@ -145,6 +150,7 @@ class VideoFlow:
         clips: Clips,
         *,
         phases: Sequence[Phase] = COURSE,
+        anchor: float = 0.5,
         bf16: bool = True,
     ) -> None:
         self.length = clips.values.shape[2]
@@ -152,9 +158,11 @@ class VideoFlow:
         if most > self.length:
             raise ConfigError(f"A clip has {self.length} latent frames, but the course asks for {most} of them.")
         self.transformer, self.text_encoder, self.clips = transformer, text_encoder, clips
-        self.phases, self.bf16 = tuple(phases), bf16
+        self.phases, self.share, self.bf16 = tuple(phases), anchor, bf16
         self.device = next(transformer.parameters()).device
         self.pad = tokenizer.pad_token_id
+        _, high, wide = transformer.config.patch_size
+        self.patches = clips.values.shape[3] // high * (clips.values.shape[4] // wide)
         forms = [encode_captions(tokenizer, [c[i] for c in clips.captions]) for i in range(3)]
         self.ids = torch.stack([*forms, encode_captions(tokenizer, [""]).expand_as(forms[0])])
         self.attention = WrittenAttention()
@@ -170,6 +178,14 @@ class VideoFlow:
         edges = torch.linspace(1, self.length, n).round()
         rest = edges[:-1] + torch.rand(n - 1, generator=generator) * edges.diff()
         return torch.cat([torch.zeros(1), rest]).long()
+
+    def draw_levels(self, generator: torch.Generator, n: int, frames: int) -> Tensor:
+        """Draw the noise levels, 0..1, of `n` clips [n, frames]: one for all frames, or a lower one for one of them."""
+        level = draw_levels(generator, n, math.log(SHIFT))
+        anchored = (torch.rand(n, generator=generator) < self.share) & (frames > 1)
+        one = nn.functional.one_hot(torch.randint(frames, (n,), generator=generator), frames).bool()
+        low = torch.minimum(level, _CLEAN * torch.rand(n, generator=generator))
+        return torch.where(one & anchored[:, None], low[:, None], level[:, None])
 
     def text(self, ids: Tensor) -> Tensor:
         """Encode tokens as the pipeline does, with zeros after the end, and one null token more: [batch, 17, 96]."""
@@ -187,13 +203,14 @@ class VideoFlow:
         form = torch.multinomial(torch.tensor(TOLD), n, replacement=True, generator=generator)
         ids = self.ids[form, index]
         noise = torch.randn(x.shape, generator=generator)
-        level = draw_levels(generator, n, math.log(SHIFT))
+        level = self.draw_levels(generator, n, phase.frames)
         null = torch.where(torch.rand(n, generator=generator) < 0.5, math.log(_PLAIN_LENGTH - MAX_LENGTH), _NEVER)
-        s = level[:, None, None, None, None]
+        s = level[:, None, :, None, None]
         noisy, target = (1 - s) * x + s * noise, noise - x
         # Drawn on the CPU, so that a seed means the same everywhere.
         ids, noisy, target, level, null = (a.to(self.device) for a in (ids, noisy, target, level, null))
         self.attention.null_bias = null
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), frames_at(self.transformer, places):
-            v = self.transformer(noisy, level * 1000, self.text(ids), return_dict=False)[0]
+            times = level.repeat_interleave(self.patches, 1) * 1000
+            v = self.transformer(noisy, times, self.text(ids), return_dict=False)[0]
         return (v.float() - target).square().mean()
