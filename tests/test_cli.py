@@ -218,10 +218,10 @@ def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytes
 
 def test_the_readme_names_every_command_family_and_method() -> None:
     from attnctl.core.hosts.families import FAMILIES
-    from attnctl.data.specs import methods
+    from attnctl.core.registry import controls
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    for name in (*methods(), "attnctl demo", "attnctl generate", "attnctl sites", "attnctl env"):
+    for name in (*controls("attnctl"), "attnctl demo", "attnctl generate", "attnctl sites", "attnctl env"):
         assert name in text, name
     for family in FAMILIES:
         assert f"| {family.name}" in text, f"the README's table lacks {family.name}"

@@ -23,7 +23,7 @@ Event = tuple[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Log(Control):
+class _Log(Control):
     """Note every event; change the call, its output and the latents by factors."""
 
     events: list[Event] = field(default_factory=list, compare=False)
@@ -38,7 +38,7 @@ class Live(LiveControl):
     changes_latents = True
     records = True
 
-    def __init__(self, control: Log) -> None:
+    def __init__(self, control: _Log) -> None:
         self.events, self.factors = control.events, control.factors
 
     def begin_run(self) -> None:
@@ -70,7 +70,7 @@ class Live(LiveControl):
 
 def test_the_events_of_a_step_come_in_order() -> None:
     pipe, kwargs = pipes.build("sd")
-    log = Log(sites="mid_block.attentions.0.transformer_blocks.0.attn2")
+    log = _Log(sites="mid_block.attentions.0.transformer_blocks.0.attn2")
     with attnctl.control(pipe, log) as handle:
         pipes.run(pipe, kwargs, num_inference_steps=2)
         assert handle.result(log) is handle.maps is log.events
@@ -85,7 +85,7 @@ def test_what_the_events_return_is_what_the_run_goes_on_with() -> None:
     site = "mid_block.attentions.0.transformer_blocks.0.attn2"
     a, b, c = 1.1, 0.9, 1.05
     forward, step = pipe.unet.forward, pipe.scheduler.step
-    with attnctl.control(pipe, Log(sites=site, factors=(a, b, c))):
+    with attnctl.control(pipe, _Log(sites=site, factors=(a, b, c))):
         out = pipes.run(pipe, kwargs)
     pipe.unet.forward = lambda sample, *args, **rest: tuple(
         x * b if n == 0 else x for n, x in enumerate(forward(sample * a, *args, **rest))
@@ -106,7 +106,7 @@ def _raising(*args: Any, **kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failing(PAG):
+class _Failing(PAG):
     """PAG whose perturbed pass fails at one place, as long as `armed` holds True."""
 
     where: str = "begin"
@@ -132,7 +132,7 @@ def test_a_perturbed_pass_that_fails_leaves_the_handle_as_it_was(
     where: str, replay: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, kwargs = pipes.build("sd", torch.float64)
-    control = Failing(scale=2.0, sites="mid", where=where if where in ("begin", "block") else "perturb")
+    control = _Failing(scale=2.0, sites="mid", where=where if where in ("begin", "block") else "perturb")
     control.armed[0] = False
     with attnctl.control(pipe, control, replay=replay):
         guided = pipes.run(pipe, kwargs)

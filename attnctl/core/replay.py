@@ -6,6 +6,7 @@ finish before it; the base pass keeps their outputs, and the perturbed pass take
 Of a row of blocks only the last output is read by what is computed again: the others feed blocks that are not computed.
 What the host still holds when the first perturbed module begins (skip connections, the last output) is kept; the rest
 is replaced by tensors of one NaN in the same shape, which would show in the prediction if anything read them.
+The first pass holds everything until its prediction has shown that; if NaN shows, all is kept from then on.
 """
 
 from __future__ import annotations
@@ -36,18 +37,24 @@ class _Leaf:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self._version = tensor._version
         self._loose: weakref.ref[torch.Tensor] | None = None
+        self._spare: torch.Tensor | None = None
         self.written = False
 
     def loosen(self) -> None:
         """Hold the tensor no longer than the host does."""
         if self.tensor is not None:
             self.written |= self.tensor._version != self._version
-            self._loose, self.tensor = weakref.ref(self.tensor), None
+            # The same memory by another object: the first pass may find out that it is read after all.
+            self._loose, self._spare, self.tensor = weakref.ref(self.tensor), self.tensor.detach(), None
 
     def settle(self) -> None:
         """Keep the tensor if the host still holds it: what is computed from now on may read it."""
         if self._loose is not None:
             self.tensor = self._loose()
+
+    def restore(self) -> None:
+        """Hold the tensor again, whether or not the host does."""
+        self.tensor = self._spare if self.tensor is None else self.tensor
 
     def changed(self) -> bool:
         """Tell whether the host has written into the tensor since."""
@@ -202,6 +209,9 @@ class Prefix:
         if not hollow or all(bool(torch.isfinite(t).all()) for t in _leaves(prediction)):
             return True
         self._needed = {m: [True] * len(needed) for m, needed in self._needed.items()}
+        for output in self.store.values():
+            for leaf in _leaves(output):
+                leaf.restore()
         return False
 
 
