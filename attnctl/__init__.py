@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnctl.core.registry import provide
+from attnctl.data.controls import provide
 from attnctl.data.quiet import hush_xformers
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the tiny models that the tables of families and pairs are run on
 
 from attnctl.core.hosts.families import FAMILIES, family_of  # noqa: E402
-from attnctl.core.registry import controls  # noqa: E402
 from attnctl.data.catalogue import entry  # noqa: E402
+from attnctl.data.controls import controls  # noqa: E402
 from attnctl.errors import AttnctlError, SiteError  # noqa: E402
 from attnctl.processors import Guidance  # noqa: E402
 

@@ -48,10 +48,10 @@ def controls_of_this_test_alone() -> Iterator[None]:
     """Forget the controls that a test defines, so that no other test meets them."""
     from attnctl.core import registry
 
-    before = dict(registry._CONTROLS)
+    before = dict(registry.CONTROLS)
     yield
-    registry._CONTROLS.clear()
-    registry._CONTROLS.update(before)
+    registry.CONTROLS.clear()
+    registry.CONTROLS.update(before)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.conflicts import commute, conflict_between
-from attnctl.core.registry import controls
+from attnctl.data.controls import controls
 from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
 from attnctl.plans import BlockPlan

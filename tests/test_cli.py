@@ -218,7 +218,7 @@ def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytes
 
 def test_the_readme_names_every_command_family_and_method() -> None:
     from attnctl.core.hosts.families import FAMILIES
-    from attnctl.core.registry import controls
+    from attnctl.data.controls import controls
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name in (*controls("attnctl"), "attnctl demo", "attnctl generate", "attnctl sites", "attnctl env"):

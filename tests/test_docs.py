@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from attnctl.app.cli import _COMMANDS, _parse
-from attnctl.core.registry import controls
+from attnctl.data.controls import controls
 from attnctl.data.specs import methods, parse_control, parse_option
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnctl.core.registry import controls
+from attnctl.data.controls import controls
 
 FOLDER = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, FOLDER)

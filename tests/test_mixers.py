@@ -115,7 +115,7 @@ def test_entry_points_bring_mixers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.syspath_prepend(tmp_path)
     points = [EntryPoint("theirs", "their_mixer:Theirs", "attnctl.mixers")]
-    monkeypatch.setattr("attnctl.core.registry.entry_points", lambda group: points if group == "attnctl.mixers" else [])
+    monkeypatch.setattr("attnctl.data.controls.entry_points", lambda group: points if group == "attnctl.mixers" else [])
     assert attnctl.swap(vit(), "theirs")(torch.rand(1, 3, 32, 32)).isfinite().all()
     MIXERS.pop("theirs")
     sys.modules.pop("their_mixer")

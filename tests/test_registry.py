@@ -20,9 +20,11 @@ from attnctl.app.ui.knobs import control_of, knobs_of
 from attnctl.core import registry
 from attnctl.core.hosts.families import FAMILIES
 from attnctl.core.hosts.published import Default
-from attnctl.core.registry import About, Conflict, bounds_of, control_named, controls, knob
+from attnctl.core.registry import Conflict, bounds_of, knob
 from attnctl.core.sites import Site
+from attnctl.data.about import About
 from attnctl.data.catalogue import entry
+from attnctl.data.controls import control_named, controls
 from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, PlanError, SiteError, choice, number, whole, window
 from attnctl.processors import PAG, AStar, BroadWay, Capture, Control, FateZero, Guidance, SoftPAG
@@ -44,10 +46,10 @@ class {name}(Control):
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    before = dict(registry._CONTROLS)
+    before = dict(registry.CONTROLS)
     yield
-    registry._CONTROLS.clear()
-    registry._CONTROLS.update(before)
+    registry.CONTROLS.clear()
+    registry.CONTROLS.update(before)
 
 
 def package(folder: Path, name: str, source: str, points: str) -> None:

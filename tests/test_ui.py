@@ -22,7 +22,7 @@ from attnctl.app.ui.actions import Ask
 from attnctl.app.ui.knobs import about, control_of, knobs_of, preset, selector
 from attnctl.app.ui.models import Models, offered
 from attnctl.app.ui.video_actions import EditAsk
-from attnctl.core.registry import controls
+from attnctl.data.controls import controls
 from attnctl.data.record import pixels_sha256, read
 from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError

@@ -26,6 +26,7 @@ import torch
 from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle, Hook
 from attnctl.core.hosts.arguments import as_given, bind_call, time_of
+from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.pipelines import run_length
@@ -33,7 +34,6 @@ from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
 from attnctl.core.hosts.scheduler import SchedulerWatch, noise_time, step_of
-from attnctl.core.latents import StepLatents
 from attnctl.core.passes import ControlledDenoiser, resolve
 from attnctl.core.report import report
 from attnctl.errors import ConfigError

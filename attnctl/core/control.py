@@ -19,7 +19,7 @@ from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.published import Default
 from attnctl.core.live import LiveControl
-from attnctl.core.registry import About, Conflict, Preset, bounds_of, check_fields, knob, register
+from attnctl.core.registry import Conflict, bounds_of, check_fields, knob, register
 from attnctl.core.sites import Selector, Site, plain_selector, select
 from attnctl.errors import ConfigError, SiteError, check_short, number
 
@@ -45,12 +45,12 @@ class Control:
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "temporal", "dual")
     """The kinds of attention that the control can act on."""
-    about: ClassVar[About | None] = None
-    """What readers are told about the method."""
+    about: ClassVar[Any] = None
+    """What readers are told about the method, a `data.about.About`."""
     conflicts: ClassVar[tuple[Conflict, ...]] = ()
     """What it cannot act together with, besides what its bases and the other controls declare."""
-    presets: ClassVar[tuple[Preset, ...]] = ()
-    """Settings for the shipped models, which the page and the demo offer."""
+    presets: ClassVar[tuple[Any, ...]] = ()
+    """Settings for the shipped models, each a `data.about.Preset`, which the page and the demo offer."""
     published: ClassVar[Mapping[str, Default]] = {}
     """Sites of its own in some families, by the family's name; others are in the table of families."""
     moves_latents: ClassVar[bool] = False

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
-from attnctl.core.latents import StepLatents
+from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError
 

@@ -28,12 +28,12 @@ from attnctl.core.hosts.arguments import as_given, own_containers, row_count, ta
 from attnctl.core.hosts.caches import check_rows_kept, own_context
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
+from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.pipelines import safe_scale
 from attnctl.core.hosts.processors import Processors
 from attnctl.core.intercept import SiteHook
-from attnctl.core.latents import StepLatents
 from attnctl.core.live import LiveControl, PassEnded
 from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site

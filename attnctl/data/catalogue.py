@@ -11,7 +11,9 @@ from typing import Any
 
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import FAMILIES
-from attnctl.core.registry import About, Bounds, Conflict, Preset, bounds_of, controls
+from attnctl.core.registry import Bounds, Conflict, bounds_of
+from attnctl.data.about import About, Preset
+from attnctl.data.controls import controls
 
 __all__ = ["Entry", "FieldEntry", "conflicts_of", "entry", "presets_for", "range_in_words"]
 

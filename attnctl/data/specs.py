@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from attnctl.core.registry import control_named, controls
+from attnctl.data.controls import control_named, controls
 from attnctl.errors import AttnctlError, ConfigError, nearest, unboxed
 
 __all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_option"]

@@ -6,7 +6,7 @@ from attnctl.core.call import Wrapper as Wrapper
 from attnctl.core.control import Control as Control
 from attnctl.core.control import Guidance as Guidance
 from attnctl.core.guidance import Branch as Branch
-from attnctl.core.registry import controls as _controls
+from attnctl.data.controls import controls as _controls
 from attnctl.processors.agent import AgentAttention as AgentAttention
 from attnctl.processors.broadway.broadway import BroadWay as BroadWay
 from attnctl.processors.capture.capture import Capture as Capture

@@ -24,8 +24,9 @@ from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import unet_halvings
-from attnctl.core.registry import About, Conflict, knob
+from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site
+from attnctl.data.about import About
 from attnctl.errors import SiteError, UnsupportedModelError
 from attnctl.kernels import plain as plain_attention
 from attnctl.kernels.dispatch import Plain

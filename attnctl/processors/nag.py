@@ -21,8 +21,9 @@ import torch
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.registry import About, Conflict, knob
+from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About
 from attnctl.errors import UnsupportedModelError
 
 __all__ = ["NAG", "normalized_guidance"]

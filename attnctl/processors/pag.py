@@ -26,8 +26,9 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import is_linear
-from attnctl.core.registry import About, Preset, knob
+from attnctl.core.registry import knob
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import perturb
 from attnctl.plans import HeadSet

@@ -22,8 +22,9 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
-from attnctl.core.registry import About, Conflict, knob
+from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About
 from attnctl.errors import ConfigError, PlanError, SiteError, nearest
 from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
 from attnctl.plans import BlockPlan, ModelPlan

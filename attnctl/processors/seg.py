@@ -16,8 +16,9 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.linear import is_linear
-from attnctl.core.registry import About, Preset, knob
+from attnctl.core.registry import knob
 from attnctl.core.sites import Site
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels import blur_queries
 from attnctl.kernels.perturbation.blur import MOST_SIGMA

@@ -18,8 +18,8 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.listing import blocks_around
 from attnctl.core.hosts.published import Default
-from attnctl.core.registry import About
 from attnctl.core.sites import Site
+from attnctl.data.about import About
 from attnctl.errors import UnsupportedModelError
 
 __all__ = ["SLG"]

@@ -18,8 +18,9 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import blocks_around
-from attnctl.core.registry import About, Conflict, Preset, knob
+from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About, Preset
 from attnctl.errors import SiteError
 
 __all__ = ["TPG"]

@@ -22,8 +22,8 @@ class Controls(Common):
 
     def run(self, command: str) -> Result:
         """Read the registry, other packages' controls included."""
-        from attnctl.core.registry import control_named, controls, load_entry_points
         from attnctl.data.catalogue import entry
+        from attnctl.data.controls import control_named, controls, load_entry_points
         from attnctl.errors import ConfigError
 
         if self.name:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from attnctl.core.registry import Bounds, bounds_of, control_named
+from attnctl.core.registry import Bounds, bounds_of
 from attnctl.data.catalogue import presets_for
+from attnctl.data.controls import control_named
 from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
 from attnctl.errors import ConfigError, JudgeError
 

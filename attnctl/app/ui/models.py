@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from attnctl.core.registry import load_entry_points
+from attnctl.data.controls import load_entry_points
 from attnctl.data.specs import methods
 from attnctl.errors import AttnctlError, ConfigError, SiteError
 from attnctl.pipelines.models import SHIPPED, Loaded, load

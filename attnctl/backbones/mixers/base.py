@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attnctl.core.registry import load_entry_points
+from attnctl.data.controls import load_entry_points
 from attnctl.errors import ConfigError, nearest
 
 __all__ = ["MIXERS", "Mixer", "Slot", "find_mixer", "join_heads", "side_conv", "split_heads", "zero_conv"]

@@ -20,8 +20,9 @@ import torch
 
 from attnctl.core.hosts.families import Family
 from attnctl.core.live import LiveControl
-from attnctl.core.registry import About, Conflict, Preset
+from attnctl.core.registry import Conflict
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
 from attnctl.processors.broadway.fields import MotionFields, decoder_stage, is_after, reference_stage
 from attnctl.processors.broadway.motion import Motion

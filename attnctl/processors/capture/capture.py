@@ -17,8 +17,8 @@ from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.published import Default
 from attnctl.core.live import LiveControl
-from attnctl.core.registry import About
 from attnctl.core.sites import Site, select
+from attnctl.data.about import About
 from attnctl.errors import SiteError
 from attnctl.processors.capture.concepts import CONCEPT_SITES, ConceptRecorder, concept_path, concept_sites
 from attnctl.processors.capture.fields import CaptureFields

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 
 from attnctl.core.live import LiveControl
-from attnctl.core.registry import About
 from attnctl.core.sites import Site
+from attnctl.data.about import About
 from attnctl.processors.editing.engine import Editing
 from attnctl.processors.editing.source_edit import LatentAlign, SourceEdit
 

@@ -26,8 +26,9 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.noise import is_noisy
 from attnctl.core.live import LiveControl, LiveDenoiser
-from attnctl.core.registry import About, Conflict, knob
+from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Grid, Site
+from attnctl.data.about import About
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.processors.editing.fusion import blend_latents, blend_mask, fold_values
 from attnctl.processors.editing.prompts import WordEdit

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.call import CallState
-from attnctl.core.registry import About, Preset, knob
+from attnctl.core.registry import knob
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, choice, number
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import Binarise, binarise, retention, segregation

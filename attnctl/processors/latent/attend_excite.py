@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from attnctl.core.call import CallState
-from attnctl.core.registry import About, Preset, knob
+from attnctl.core.registry import knob
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError
 from attnctl.processors.latent.guidance import LatentGuidance
 from attnctl.processors.latent.losses import MapNorm, attend_excite

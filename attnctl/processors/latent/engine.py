@@ -2,7 +2,7 @@
 
 Before the denoiser's first call in a step the engine takes the latents z that the pipeline holds, runs the denoiser on
 the prompt rows with gradients as far as the last map that the control needs, and computes z' = z - alpha grad L. The
-call then sees z' in place of z, and so does the scheduler's `step` (`core.latents` says how).
+call then sees z' in place of z, and so does the scheduler's `step` (`core.hosts.latents` says how).
 
 With `update="velocity"` z stays and the gradient goes to the prediction of that step's calls instead.
 

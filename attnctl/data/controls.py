@@ -1,0 +1,79 @@
+"""All controls by name, for whoever has only the name: records, commands, pages.
+
+A control is known as soon as its module is imported. Modules that bring controls are imported when they are needed:
+those named by `provide` at the first look-up, and the entry points of other packages (group `attnctl.controls`) when a
+name is unknown.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+
+from attnctl.core.registry import CONTROLS, check_fields
+from attnctl.errors import ConfigError, nearest
+
+__all__ = ["GROUP", "control_named", "controls", "load_entry_points", "provide"]
+
+GROUP = "attnctl.controls"
+_PROVIDERS: list[str] = []
+
+
+def provide(module: str) -> None:
+    """Name a module to import before controls are looked up, because it defines some."""
+    if module not in _PROVIDERS:
+        _PROVIDERS.append(module)
+
+
+def controls(package: str = "") -> dict[str, type]:
+    """List the controls whose modules are imported, by name; those of one package if it is named."""
+    for module in _PROVIDERS:
+        importlib.import_module(module)
+    found = {name: CONTROLS[name] for name in sorted(CONTROLS)}
+    return {n: c for n, c in found.items() if not package or c.__module__.partition(".")[0] == package}
+
+
+def control_named(name: str, module: str | None = None) -> type:
+    """Find a control by name, among those imported and those of other packages' entry points.
+
+    Args:
+        name: The name of its class.
+        module: The module that defined it, where a record says so.
+
+    Raises:
+        ConfigError: There is none; or its fields belong to no dataclass.
+    """
+    known, broken = controls(), ""
+    if name not in known:
+        try:
+            load_entry_points()
+        except ConfigError as error:
+            broken = f" {error}"
+        known = controls()
+    if name not in known:
+        known = {n: c for n, c in known.items() if "<locals>" not in c.__qualname__}
+        bring = f"import {module}" if module else "import the module that defines it"
+        hint = nearest(name, known) if module is None else ""
+        raise ConfigError(
+            f"Unknown method {name!r}; known: {', '.join(known)}.{hint} A control of your own is known once its module "
+            f"is imported: {bring} first.{broken}"
+        )
+    check_fields(known[name])
+    return known[name]
+
+
+def load_entry_points(group: str = GROUP) -> None:
+    """Import the controls of other packages that are installed, or what they offer in another group.
+
+    Raises:
+        ConfigError: One of them cannot be imported.
+    """
+    for point in entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist else "that brings it"
+            raise ConfigError(
+                f"The entry point {point.name} = {point.value!r} of the group {group} cannot be imported "
+                f"({type(error).__name__}: {error}). Mend or remove the package {package}."
+            ) from error
