@@ -38,6 +38,12 @@ class Uniform(TorchFunctionMode):
         return v.mean(dim=-2, keepdim=True).expand(*q.shape[:-1], -1).clone()
 
 
+# Hosts whose attention cannot be seen from outside: it is flex_attention alone, compiled.
+HIDDEN = frozenset({"anyflow_far", "kandinsky6_sr"})
+# Hosts whose rows are not their inputs' first axis everywhere.
+LAYERS_FIRST = frozenset({"hidream"})
+
+
 @pytest.fixture(params=zoo.NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     """Name one denoiser."""
@@ -47,6 +53,34 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_every_way_of_guidance_is_known() -> None:
     assert {*zoo.NAMES} >= zoo.COND_FIRST | zoo.SEQUENTIAL | zoo.DISTILLED
     assert {*pipes.NAMES} >= {*pipes.PAG_TWINS, *pipes.PAG_TWINS.values()}
+
+
+def test_every_denoiser_class_has_a_model() -> None:
+    """A class of diffusers that nobody builds is named here, with the reason."""
+    built = {type(zoo.build(name)[0]).__name__ for name in zoo.NAMES} | {h.name for h in zoo.HOSTS.values()}
+    assert built == set(zoo.denoiser_classes()) - set(zoo.NO_DENOISERS)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.HOSTS if n not in HIDDEN])
+def test_host_repeats_itself_and_depends_on_attention(name: str) -> None:
+    host = zoo.HOSTS[name]
+    model, inputs = zoo.build(name)
+    assert all(weight.any() for weight in model.parameters())
+    out = zoo.call(model, inputs)
+    assert out.isfinite().all()
+    assert torch.equal(out, zoo.call(*zoo.build(name)))
+    with Uniform() as uniform:
+        flat = zoo.call(model, inputs)
+    assert len(uniform.heads) >= 4
+    assert min(uniform.heads) > 1
+    assert 0.1 < min(uniform.entropies) < 0.97
+    assert (out - flat).std() > 0.01 * out.std()
+    if host.rows == 1 or name in LAYERS_FIRST:
+        return
+    assert (out[0] - out[1]).std() > 0.1 * out.std()
+    for row in (0, 1):
+        alone = zoo.call(model, zoo.take(inputs, [row], shared=host.shared))
+        torch.testing.assert_close(alone, out[row : row + 1], rtol=0, atol=1e-4)
 
 
 def test_denoiser_repeats_itself(name: str) -> None:

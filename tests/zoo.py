@@ -12,7 +12,9 @@ Example:
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +22,9 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_3d_rotary_pos_embed
 from torch import Tensor, nn
+from zoo_hosts import HOSTS
+from zoo_parts import TEXT, Draw, Inputs, Tiny, grid_ids
 
-TEXT = 7  # text tokens: no other axis of any model has this length
 FRAMES = 3
 
 # Tensors that are not batched: never slice these by row.
@@ -32,37 +35,19 @@ COND_FIRST = frozenset({"zimage"})  # one batch [cond, uncond]
 SEQUENTIAL = frozenset({"wan", "wan_i2v", "qwen", "lumina2", "cogview4", "cosmos"})  # a call for each
 DISTILLED = frozenset({"flux", "flux2", "hunyuanvideo"})  # one call; true guidance adds a second one
 
-_PROJECTIONS = frozenset({"to_q", "to_k", "add_q_proj", "add_k_proj", "to_out", "to_add_out"})
+_PROJECTIONS = frozenset(
+    {"to_q", "to_k", "add_q_proj", "add_k_proj", "to_out", "to_add_out"}
+    | {"to_query", "to_key", "out_layer"}  # Kandinsky 5 and 6
+    | {"img_attn_qkv", "txt_attn_qkv", "img_attn_proj", "txt_attn_proj", "img_qkv_proj", "txt_kv_proj"}  # JoyImage, PRX
+    | {"to_qkv", "to_kv", "q_linear", "kv_linear", "to_q_t", "to_k_t", "to_out_t"}  # Stable Audio 3, Sana WM, HiDream
+)
+_ATTENTION_NORMS = frozenset(
+    {"norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm", "q_norm", "k_norm"}
+)
 
-Inputs = dict[str, Any]
 Family = Callable[..., tuple[nn.Module, Inputs]]
 
 _FAMILIES: dict[str, Family] = {}
-
-
-class Draw:
-    """Draw random inputs from an own generator."""
-
-    def __init__(self, batch: int, seed: int) -> None:
-        self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Draw a standard normal tensor."""
-        return torch.randn(shape, generator=self.generator)
-
-    def rows(self, *shape: int) -> Tensor:
-        """Draw a batched standard normal tensor."""
-        return self.normal(self.batch, *shape)
-
-    def times(self, base: float, step: float) -> Tensor:
-        """Give every row its own time."""
-        return base + step * torch.arange(self.batch, dtype=torch.float32)
-
-    def mask(self, length: int = TEXT) -> Tensor:
-        """Mask the end of the text: every row has its own number of valid tokens, the last row all."""
-        valid = length - torch.arange(self.batch).flip(0) % (length - 1)
-        return torch.arange(length)[None] < valid[:, None]
 
 
 def family(host: str) -> Callable[[Family], Family]:
@@ -196,7 +181,7 @@ def flux(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
         "encoder_hidden_states": draw.rows(TEXT, 32),
         "pooled_projections": draw.rows(32),
         "txt_ids": torch.zeros(TEXT, 3),
-        "img_ids": _grid_ids(8, 6),
+        "img_ids": grid_ids(8, 6),
     }
     if model.config.guidance_embeds:
         inputs["guidance"] = draw.times(3.5, 1)
@@ -223,7 +208,7 @@ def flux2(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
         "timestep": draw.times(0.5, 0.1),
         "encoder_hidden_states": draw.rows(TEXT, 32),
         "txt_ids": torch.cat([torch.zeros(TEXT, 3), torch.arange(TEXT)[:, None]], dim=1),
-        "img_ids": torch.cat([_grid_ids(8, 6), torch.zeros(8 * 6, 1)], dim=1),
+        "img_ids": torch.cat([grid_ids(8, 6), torch.zeros(8 * 6, 1)], dim=1),
         "guidance": draw.times(3.5, 1),
     }
     return model, inputs
@@ -754,6 +739,33 @@ def allegro(draw: Draw, **config: Any) -> tuple[nn.Module, Inputs]:
 
 
 NAMES: tuple[str, ...] = tuple(_FAMILIES)
+"""Families that every test of the contract runs on, several configurations of one class among them."""
+EVERY: tuple[str, ...] = (*NAMES, *HOSTS)
+"""These, and one model of each other denoiser class of diffusers."""
+
+
+# Classes among diffusers' transformers and UNets that denoise no image, video or audio by themselves.
+NO_DENOISERS = {
+    "Transformer2DModel": "a part of UNets",
+    "DreamLiteTransformer2DModel": "a part of UNets",
+    "TransformerTemporalModel": "a part of UNets",
+    "MotionAdapter": "a part of UNets",
+    "MiniMaxMusic3RVQDepthDecoder": "a language model of audio codes",
+    "RFD4ProteinaTransformer": "folds proteins",
+    "T5FilmDecoder": "spectrograms of notes; attention without softmax calls that could be seen",
+    "UNet1DModel": "waveforms; no attention in processors",
+}
+
+
+def denoiser_classes() -> tuple[str, ...]:
+    """Name the models that diffusers keeps among its transformers and UNets."""
+    found = []
+    for package in (diffusers.models.transformers, diffusers.models.unets):
+        for module in pkgutil.iter_modules(package.__path__):
+            members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).items()
+            own = (n for n, c in members if isinstance(c, type) and c.__module__.endswith(f".{module.name}"))
+            found += [n for n in own if issubclass(getattr(diffusers, n, object), diffusers.ModelMixin)]
+    return tuple(found)
 
 
 def build(
@@ -762,17 +774,26 @@ def build(
     """Build one denoiser in evaluation mode, with the keyword arguments of one call.
 
     Args:
-        name: One of NAMES.
-        batch: Rows of every batched input.
+        name: One of EVERY.
+        batch: Rows of every batched input; some hosts take one (`HOSTS[name].rows`).
         dtype: Type of weights and inputs; the values are drawn in float32 and are the same for every type.
         seed: Seeds weights and inputs; the global generator stays untouched.
         **config: Replaces constructor arguments of the host class.
     """
-    draw = Draw(batch, seed)
+    draw = Draw(batch, seed, FRAMES)
     with torch.random.fork_rng(devices=[]):  # the host's own initialisation, replaced below, takes global numbers
-        model, inputs = _FAMILIES[name](draw, **config)
+        if name in HOSTS:
+            drawn = HOSTS[name].draw(draw)
+            model, inputs = getattr(diffusers, HOSTS[name].name)(**drawn.config | config), drawn.inputs
+        else:
+            model, inputs = _FAMILIES[name](draw, **config)
     randomize(model, draw.generator)
     return model.to(dtype).eval(), cast(inputs, dtype)
+
+
+def tiny(name: str, batch: int = 2, seed: int = 0) -> Tiny:
+    """Tell of what a model of HOSTS is made, and which token grid and text its call means."""
+    return HOSTS[name].draw(Draw(batch, seed, FRAMES))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -788,9 +809,17 @@ def unpack(output: Any) -> Tensor:
     return torch.stack(sample) if isinstance(sample, list) else sample
 
 
-def take(inputs: Inputs, rows: list[int], batch: int = 2) -> Inputs:
-    """Select rows of a call's inputs; an input with several rows for each sample keeps them together."""
-    return {key: value if key in SHARED_INPUTS else _take(value, rows, batch) for key, value in inputs.items()}
+def take(inputs: Inputs, rows: list[int], batch: int = 2, shared: frozenset[str] = frozenset()) -> Inputs:
+    """Select rows of a call's inputs; an input with several rows for each sample keeps them together.
+
+    Args:
+        inputs: Keyword arguments of one call.
+        rows: Which rows.
+        batch: Rows of the call.
+        shared: Inputs that all rows share, besides SHARED_INPUTS (`HOSTS[name].shared`).
+    """
+    whole = SHARED_INPUTS | shared
+    return {key: value if key in whole else _take(value, rows, batch) for key, value in inputs.items()}
 
 
 def _take(value: Any, rows: list[int], batch: int) -> Any:
@@ -798,6 +827,8 @@ def _take(value: Any, rows: list[int], batch: int) -> Any:
         return take(value, rows, batch)
     if isinstance(value, list) and len(value) == batch:
         return [value[row] for row in rows]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) for x in value):
+        return type(value)(_take(x, rows, batch) for x in value)
     if isinstance(value, Tensor) and value.ndim:
         return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
     return value
@@ -831,19 +862,13 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
             if key == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
                 gain = 1.5 if attention else 1.0
                 weight.copy_(gain / math.sqrt(weight[0].numel()) * noise)
-            elif key == "weight" and weight.ndim == 1 and is_norm:
-                gain = 1.5 if leaf in {"norm_q", "norm_k", "norm_added_q", "norm_added_k"} else 1.0
+            elif key in ("weight", "gamma") and weight.ndim == 1 and is_norm:
+                gain = 1.5 if leaf in _ATTENTION_NORMS else 1.0
                 weight.copy_(gain + 0.1 * noise)
             elif key == "bias":
                 weight.copy_(0.1 * noise)
             else:  # tables, learned positions, pad tokens
                 weight.copy_(0.3 * noise)
-
-
-def _grid_ids(height: int, width: int) -> Tensor:
-    """Number image tokens by row and column, as FLUX pipelines do."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros(height, width), rows, columns], dim=-1).reshape(-1, 3)
 
 
 def _allegro_rope(head_dim: int, frames: int, height: int, width: int) -> tuple[tuple[Tensor, ...], Tensor]:
