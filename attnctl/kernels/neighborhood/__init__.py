@@ -1,0 +1,1 @@
+"""Neighbourhood attention: windows that move with the query."""
