@@ -21,7 +21,7 @@ import torch
 
 from attnctl.core.call import Rows
 from attnctl.core.hosts.arguments import cut_tensor
-from attnctl.core.hosts.caches import hooks_of
+from attnctl.core.hosts.caches import hooks_below
 
 __all__ = ["Prefix"]
 
@@ -100,11 +100,10 @@ class Prefix:
             return "inference mode keeps no version counters"
         if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
             return "gradient checkpointing runs modules twice"
-        for module in denoiser.modules():
-            if module._compiled_call_impl is not None:
-                return "compiled blocks cannot be watched"
-            if hooks_of(module):
-                return "diffusers hooks (caches, group offloading) need every block to run"
+        if any(module._compiled_call_impl is not None for module in denoiser.modules()):
+            return "compiled blocks cannot be watched"
+        if hooks_below(denoiser):
+            return "diffusers hooks (caches, group offloading) need every block to run"
         return None
 
     def watch(self) -> None:

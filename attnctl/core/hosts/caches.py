@@ -11,7 +11,7 @@ import torch
 
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["check_rows_kept", "hooks_of", "own_context"]
+__all__ = ["check_rows_kept", "hooks_below", "hooks_of", "own_context"]
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def own_context(denoiser: Any, name: str) -> Iterator[bool]:
 def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
     """Collect the diffusers state managers below a denoiser; they hold one state a context."""
     found: list[Any] = []
-    for hook in (hook for module in denoiser.modules() for hook in hooks_of(module).values()):
+    for _, hook in hooks_below(denoiser):
         managers = [m for name, m in vars(hook).items() if name.endswith("state_manager") and m is not None]
         if not managers and getattr(hook, "_is_stateful", False):
             raise UnsupportedModelError(
@@ -58,6 +58,12 @@ def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
 def hooks_of(module: torch.nn.Module) -> Mapping[str, Any]:
     """Return diffusers' hooks on one module, by name: caches, group offloading, layerwise casting."""
     return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
+def hooks_below(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """List diffusers' hooks on a module and on all modules below it, each with its name."""
+    hooked = (m for m in module.modules() if "_diffusers_hook" in vars(m))
+    return [item for m in hooked for item in hooks_of(m).items()]
 
 
 def check_rows_kept(denoiser: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import bind_call, take_rows
-from attnctl.core.hosts.caches import hooks_of
+from attnctl.core.hosts.caches import hooks_below
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.published import Default
 from attnctl.core.hosts.textlayout import text_parts
@@ -247,7 +247,7 @@ class ConceptRecorder(Recorder):
 
 def _hooks(block: torch.nn.Module) -> list[str]:
     """Name diffusers' hooks in a block that keep something from one call to the next."""
-    return [name for module in block.modules() for name in hooks_of(module) if name != "layerwise_casting"]
+    return [name for name, _ in hooks_below(block) if name != "layerwise_casting"]
 
 
 def _text_dtype(denoiser: Any) -> torch.dtype:

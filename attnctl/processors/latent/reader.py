@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnctl.core.call import AttnCall, Proceed
-from attnctl.core.hosts.caches import hooks_of
+from attnctl.core.hosts.caches import hooks_below
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.live import PassEnded
 from attnctl.core.sites import Grid
@@ -108,11 +108,10 @@ class MapReader:
 
 def exit_refusal(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> str | None:
     """Say why a forward of this denoiser must not be left half way, or return None."""
-    for module in denoiser.modules():
-        if hooks_of(module):
-            return "diffusers hooks (caches, group offloading) need every block to run"
-        if module is not denoiser and "_hf_hook" in vars(module):
-            return "accelerate hooks on blocks would leave weights on the device"
+    if hooks_below(denoiser):
+        return "diffusers hooks (caches, group offloading) need every block to run"
+    if any("_hf_hook" in vars(module) for module in denoiser.modules() if module is not denoiser):
+        return "accelerate hooks on blocks would leave weights on the device"
     for value in bound.values():
         if isinstance(value, dict) and value.get("scale") not in (None, 1, 1.0):
             return "older hosts undo a LoRA scale only at the end of the forward"
