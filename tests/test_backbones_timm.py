@@ -103,7 +103,7 @@ def read(model: nn.Module, images: Tensor, site: str, **asked: Any) -> Tensor:
 def test_maps_are_the_softmax(case: str) -> None:
     name, arguments, size, (h, w), prefix = CASES[case]
     model, images = build(name, arguments), torch.rand(2, 3, size, size)
-    site = attnctl.find_sites(model)[-1]
+    site = [s for s in attnctl.find_sites(model) if s.kind == "self"][-1]
     got = read(model, images, site.name, points=(POINT,))
     want = weights_of(model, site.module, images).reshape(2, site.heads, prefix + h * w, prefix + h * w)
     row = prefix + int(POINT[1] * h) * w + int(POINT[0] * w)
@@ -233,8 +233,9 @@ def test_places_folded_into_the_batch_are_refused() -> None:
     ("name", "reason"),
     [
         ("mobilevitv2_050", "LinearSelfAttention sums the keys up"),
-        ("xcit_nano_12_p16_224", "XCA weighs channels"),
-        ("levit_128s", "how Attention, AttentionDownsample lay out places is not known here"),
+        ("edgenext_xx_small", "CrossCovarianceAttn weighs channels"),
+        ("lambda_resnet26t", "LambdaLayer sums the keys up"),
+        ("halonet26t", "HaloAttn reads keys from overlapping blocks"),
         ("mambaout_femto", "It has no attention"),
         ("resnet18", "It has no attention"),
     ],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["GridRecorder", "GridSource", "watch_grid"]
@@ -21,9 +22,16 @@ class GridRecorder:
     def __init__(self) -> None:
         self.grid: Grid | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Record the grid of an output [B, h, w, C] (timm with dynamic_img_size); leave token sequences alone."""
-        self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Record the grid of an output [B, h, w, C] (timm with dynamic_img_size) or of a pair of tokens and their grid.
+
+        Other token sequences leave no grid.
+        """
+        self.grid = None
+        if isinstance(output, tuple) and isinstance(output[1], (tuple, list)):
+            self.grid = (int(output[1][0]), int(output[1][1]))
+        elif torch.is_tensor(output) and output.ndim == 4:
+            self.grid = (output.shape[1], output.shape[2])
 
 
 class GridSource:

@@ -155,7 +155,7 @@ def distance_profile(
     """
     if len(images) == 0 or queries < 1:
         raise ConfigError(f"{len(images)} images and queries={queries} were given; expected at least one of each.")
-    chosen = _chosen(model, sites)
+    chosen = [s for s in _chosen(model, sites) if s.kind == "self"]
     pixels: dict[str, Tensor] = {}
     hops: dict[str, Tensor] = {}
     size = (images.shape[-2], images.shape[-1])
@@ -202,7 +202,7 @@ def _chosen(model: nn.Module, sites: Selector | None) -> list[BackboneSite]:
     every = backbone_sites(model)
     if sites is None:
         return list(every)
-    names = {s.name for s in select(sites_of(model), sites, kinds=("self",), what="The selector")}
+    names = {s.name for s in select(sites_of(model), sites, kinds=("self", "pool"), what="The selector")}
     return [s for s in every if s.name in names]
 
 
@@ -214,13 +214,14 @@ def _answers(model: nn.Module, images: Tensor, batch: int) -> Tensor:
 
 
 def _without(site: BackboneSite, head: int) -> Any:
-    channels = 1 if isinstance(site.reading.out, nn.Conv2d) else -1
+    width = site.reading.width
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mixed = args[0].movedim(channels, -1).unflatten(-1, (site.heads, -1))
-        remaining = torch.ones(site.heads, 1, dtype=mixed.dtype, device=mixed.device)
-        remaining[head] = 0
-        return ((mixed * remaining).flatten(-2).movedim(-1, channels), *args[1:])
+        channels = 1 if site.reading.channels_first and args[0].ndim == 4 else -1
+        given = args[0].movedim(channels, -1)
+        remaining = torch.ones(given.shape[-1], dtype=given.dtype, device=given.device)
+        remaining[head * width // site.heads : (head + 1) * width // site.heads] = 0  # others pass beside attention
+        return ((given * remaining).movedim(-1, channels), *args[1:])
 
     return hook
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.look.frames import class_tokens
 from attnctl.backbones.look.grids import GridWatch
 from attnctl.backbones.look.probe import AttentionProbe, probe_attention
-from attnctl.backbones.look.sites import BackboneSite, backbone_sites, owner_of, sites_of
+from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
 from attnctl.core.control import Control
 from attnctl.core.handle import Handle, Hook
 from attnctl.core.hosts.rows import Layout
@@ -50,9 +49,8 @@ class BackboneHandle(Handle):
         self._sites = sites_of(model)
         chosen = self._sites
         if self._capture.sites is not None:
-            chosen = select(self._sites, self._capture.sites, kinds=("self",), what="Capture")
-        self._recorded = [every[s.name] for s in chosen]
-        self._questions = _questions_of(self._capture, self._recorded, model)
+            chosen = select(self._sites, self._capture.sites, kinds=("self", "pool"), what="Capture")
+        self._recorded, self._questions = _questions_of(self._capture, [every[s.name] for s in chosen])
         self._layers: dict[str, Tensor] = {}
         self._bytes = 0
 
@@ -118,7 +116,7 @@ class BackboneHandle(Handle):
             return
         capture = self._capture
         with probe_attention(site, args, kwargs, self._grid(site, args)) as probe:
-            rows = torch.stack([probe.rows(_weights(q, probe)) for q in self._questions.values()], dim=1)
+            rows = torch.stack([probe.rows(_weights(q, site, probe)) for q in self._questions.values()], dim=1)
             h, w = probe.key_grid
         maps = rows[..., : h * w].unflatten(-1, (1, h, w)).unsqueeze(2)  # [B, labels, steps, heads, frames, h, w]
         if capture.heads is not None:
@@ -158,31 +156,60 @@ def _checked(controls: Sequence[Any]) -> Capture:
     return capture
 
 
-def _questions_of(capture: Capture, sites: Sequence[BackboneSite], model: nn.Module) -> dict[str, Any]:
-    """Map each label to what it asks: a point, the number of a prefix token, or None for the mean over the image."""
+def _questions_of(
+    capture: Capture, sites: Sequence[BackboneSite]
+) -> tuple[list[BackboneSite], dict[str, str | tuple[float, ...] | None]]:
+    """Map each label to what it asks (a point, a token's name, None for the mean over the image), and choose the sites
+    that have an answer.
+
+    Raises: ConfigError for a token that no site has, and for sites chosen by the user that cannot answer.
+    """
+    places = [s for s in sites if s.reading.pool is None]
     if capture.points is not None:
-        return {point_label(p): p for p in capture.points}
-    owner = owner_of(model, sites[0].name)
-    first = ["class"] * class_tokens(owner)
-    names = (first + [f"register{n}" for n in range(1, 100)])[: min(s.prefix for s in sites)]
-    known: dict[str, Any] = {name: n for n, name in enumerate(names)} | {"mean": None}
-    for word in capture.words or ():
+        return _answering(capture, sites, places, "points"), {point_label(p): p for p in capture.points}
+    having: dict[str, list[BackboneSite]] = {}
+    for site in sites:
+        for token in site.tokens:
+            having.setdefault(token, []).append(site)
+    known = sorted(having, key=lambda t: (t != "class", t.startswith("pool")))  # else in the order of the sites
+    if places:
+        known.insert(next((i for i, t in enumerate(known) if t.startswith("pool")), len(known)), "mean")
+    words = list(capture.words or known[:1])
+    chosen = list(sites)
+    for word in words:
         if word not in known:
             raise ConfigError(
                 f"Capture: {word!r} is no token of this backbone; these are: {', '.join(known)}."
                 f"{nearest(str(word), known)} For places of the image give points."
             )
-    return {word: known[word] for word in capture.words or list(known)[:1]}
+        able = places if word == "mean" else having[word]
+        chosen = _answering(capture, chosen, [s for s in chosen if s in able], repr(word))
+    return chosen, {word: None if word == "mean" else word for word in words}
 
 
-def _weights(question: Any, probe: AttentionProbe) -> Tensor:
+def _answering(
+    capture: Capture, sites: Sequence[BackboneSite], able: Sequence[BackboneSite], what: str
+) -> list[BackboneSite]:
+    """Return the sites that can answer. Raises: ConfigError where the user chose others, or none is left."""
+    others = [s for s in sites if s not in able]
+    if not able or (others and capture.sites is not None):
+        asked = others[0] if others else sites[0]
+        has = [*asked.tokens, *(["mean", "points"] if asked.reading.pool is None else [])]
+        raise ConfigError(
+            f"Capture: {what} was asked of {asked.name}, which answers {', '.join(has)}. Choose other sites, or leave "
+            "sites out: then those are recorded that can answer."
+        )
+    return list(able)
+
+
+def _weights(question: str | tuple[float, ...] | None, site: BackboneSite, probe: AttentionProbe) -> Tensor:
     """Weigh the queries for a question."""
     h, w = probe.grid
-    weights = torch.zeros(h * w + probe.prefix)
+    weights = torch.zeros(h * w + probe.tokens)
     if question is None:
         weights[: h * w] = 1 / (h * w)
-    elif isinstance(question, int):
-        weights[h * w + question] = 1
+    elif isinstance(question, str):
+        weights[h * w + site.tokens.index(question)] = 1
     else:
         row, column = token_at(question, h, w)
         weights[row * w + column] = 1

@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 
 
 class GridWatch:
-    """Finds the token grid of every site: its call, its frame, the patch embedding, or a square.
+    """Finds the token grid of every site: its call, its frame, the patch embedding, or the shape of the images.
 
     Until `undo` closes, hooks note what the modules around the sites are called with.
     """
@@ -29,6 +29,7 @@ class GridWatch:
         self._owners = {s.name: owner_of(model, s.name) for s in sites}
         self._recorders: dict[nn.Module, GridRecorder] = {}
         self._batches: dict[nn.Module, int] = {}
+        self._images: dict[nn.Module, Grid] = {}
         self._framed: dict[nn.Module, Grid] = {}
         for owner in dict.fromkeys(self._owners.values()):
             undo.callback(owner.register_forward_pre_hook(self._note_batch).remove)
@@ -64,18 +65,25 @@ class GridWatch:
         return grid
 
     def _of_sequence(self, site: BackboneSite, tokens: int) -> Grid:
+        """Find the grid of a sequence: from the patch embedding, or of the shape that the images have."""
         owner = self._owners[site.name]
         live = self._recorders[owner].grid if owner in self._recorders else None
-        grid = live or getattr(getattr(owner, "patch_embed", None), "grid_size", None)
-        side = round(max(tokens, 0) ** 0.5)
-        for size in (grid, (side, side)):
-            if size is not None and size[0] * size[1] == tokens:
-                return int(size[0]), int(size[1])
+        grids = [live or getattr(getattr(owner, "patch_embed", None), "grid_size", None)]
+        height, width = self._images.get(owner, (1, 1))
+        # A pool may be given the class and register tokens or not.
+        counts = [tokens, tokens + site.prefix] if site.reading.pool is not None else [tokens]
+        for count in counts:
+            patch = (height * width / max(count, 1)) ** 0.5
+            for size in (*grids, (round(height / patch), round(width / patch))):
+                if size is not None and size[0] * size[1] == count:
+                    return int(size[0]), int(size[1])
         raise UnsupportedModelError(f"Nothing shows how the {tokens} tokens of {site.name} lie on the image.")
 
     def _note_batch(self, owner: nn.Module, args: Any) -> None:
         if args and torch.is_tensor(args[0]):
             self._batches[owner] = args[0].shape[0]
+            if args[0].ndim == 4:
+                self._images[owner] = (args[0].shape[2], args[0].shape[3])
 
     def _watch(self, frame: Frame) -> Any:
         def before(module: nn.Module, args: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnctl.backbones.look.kernel import AtKernel
 from attnctl.backbones.look.sites import BackboneSite
 from attnctl.backbones.modes import evaluating
+from attnctl.errors import UnsupportedModelError
 
 __all__ = ["AttentionProbe", "probe_attention"]
 
@@ -38,7 +39,8 @@ class AttentionProbe:
 
     heads: H. mixed: the result before the output projection, [B, queries, C]. leaf: the values, [B, keys, C].
     query_at, key_at: where each query and key lies: row by row in its grid, from h * w on prefix tokens, -1 padding.
-    grid, key_grid: (height, width) in tokens of queries and keys. prefix: class and register tokens.
+    grid, key_grid: (height, width) in tokens of queries and keys. prefix: class and register tokens among the keys.
+    tokens: queries that are no places, numbered behind the grid. spread: tokens in a row that each key is the mean of.
     """
 
     heads: int
@@ -49,11 +51,13 @@ class AttentionProbe:
     grid: Grid
     key_grid: Grid
     prefix: int
+    tokens: int
+    spread: int = 1
 
     def rows(self, weights: Tensor) -> Tensor:
         """Compute what the queries attend to, summed with weights.
 
-        Shapes: weights [h * w + prefix], one a query token -> [B, H, keys + prefix], the key grid row by row.
+        Shapes: weights [h * w + tokens], one per query -> [B, H, keys + prefix], the key grid row by row.
         """
         d = self.mixed.shape[-1] // self.heads
         weights = weights.to(self.mixed)
@@ -61,13 +65,14 @@ class AttentionProbe:
         cotangent = each[None, :, None].expand_as(self.mixed)
         (grad,) = torch.autograd.grad(self.mixed, self.leaf, cotangent, retain_graph=True)
         by_key = grad.float().unflatten(-1, (self.heads, -1)).sum(-1).transpose(1, 2)
+        by_key = by_key.repeat_interleave(self.spread, -1) / self.spread
         n = self.key_grid[0] * self.key_grid[1] + self.prefix
         rows = by_key.new_zeros(*by_key.shape[:2], n + 1)
         return rows.index_add_(2, torch.where(self.key_at >= 0, self.key_at, n), by_key)[..., :n]
 
     def one(self, query: int) -> Tensor:
         """Compute what one query token attends to, [B, H, keys + prefix]."""
-        weights = torch.zeros(self.grid[0] * self.grid[1] + self.prefix)
+        weights = torch.zeros(self.grid[0] * self.grid[1] + self.tokens)
         weights[query] = 1
         return self.rows(weights)
 
@@ -94,18 +99,41 @@ def probe_attention(
             x = reading.norm(x).detach()
         parts, at = _places(site, x, grid)
         batch = x.shape[0] // parts
-        kernel = AtKernel(reading.heads, batch)
+        kernel = AtKernel(reading.heads, batch, reading.rounds, reading.heads_first)
         if reading.values is None:
             with kernel:
                 reading.enter(x, *args[1:], **kwargs)
             mixed, leaf, padded = kernel.mixed, kernel.leaf, None
         else:
             mixed, leaf, padded = _run_to_out(site, x, args[1:], kwargs, batch)
-        query_at = at if mixed.shape[1] == len(at) else _padded(grid, padded or grid).to(x.device)
+        query_at, query_grid = _queries(site, mixed.shape[1], at, grid, padded)
+        prefix = len(at) - grid[0] * grid[1] if reading.pool is not None else site.prefix
         key_at, key_grid = at, grid
-        if leaf.shape[1] != len(at):
-            key_at, key_grid = torch.arange(leaf.shape[1], device=x.device), _reduced(leaf.shape[1], grid)
-        yield AttentionProbe(reading.heads, mixed, leaf, query_at, key_at, grid, key_grid, site.prefix)
+        if reading.spread > 1:
+            key_at = at[: leaf.shape[1] * reading.spread]
+        elif leaf.shape[1] != len(at):
+            key_at, key_grid = _reduced(leaf.shape[1], grid, prefix, x.device)
+        yield AttentionProbe(
+            reading.heads, mixed, leaf, query_at, key_at, query_grid, key_grid, prefix, len(site.tokens), reading.spread
+        )
+
+
+def _queries(site: BackboneSite, count: int, at: Tensor, grid: Grid, padded: Grid | None) -> tuple[Tensor, Grid]:
+    """Number the queries of a call, and return their grid.
+
+    at, grid: those of the keys. padded: (height, width) of the queries' map where it is one.
+    """
+    device = at.device
+    if site.reading.pool is not None and count == len(site.reading.pool):
+        return torch.arange(grid[0] * grid[1], grid[0] * grid[1] + count, device=device), grid
+    if site.frame is not None and site.frame.queries is not None:
+        size, places = site.frame.queries(*grid)
+        return places.flatten().to(device), size
+    if count == len(at):
+        return at, grid
+    if padded is not None and padded[0] * padded[1] == count and count > len(at):
+        return _padded(grid, padded).to(device), grid
+    return _reduced(count, grid, site.prefix, device)
 
 
 def _run_to_out(
@@ -168,7 +196,9 @@ def _places(site: BackboneSite, x: Tensor, grid: Grid) -> tuple[int, Tensor]:
     if site.reading.order is not None:
         return 1, site.reading.order(h, w).to(x.device)
     if not site.reading.windowed:
-        first = torch.arange(n, n + site.prefix, device=x.device)
+        # A pool is given as many class and register tokens as lie beside the grid.
+        ahead = x.shape[1] - n if site.reading.pool is not None and x.ndim == 3 else site.prefix
+        first = torch.arange(n, n + ahead, device=x.device)
         return 1, torch.cat([first, torch.arange(n, device=x.device)])
     arrived: list[Tensor] = []
 
@@ -200,11 +230,14 @@ def _with_leaf(y: Tensor, site: BackboneSite, batch: int) -> tuple[Tensor, Tenso
     return leaf, torch.cat([rest, leaf.reshape(v.shape)], dim=-1)
 
 
-def _reduced(count: int, grid: Grid) -> Grid:
-    """Guess the grid of keys that were reduced to fewer than the map has."""
-    for r in range(1, max(grid) + 1):
-        for h, w in ((grid[0] // r, grid[1] // r), (-(-grid[0] // r), -(-grid[1] // r))):
-            if h * w == count:
-                return h, w
-    side = round(count**0.5)
-    return (side, side) if side * side == count else (1, count)
+def _reduced(count: int, grid: Grid, prefix: int, device: torch.device) -> tuple[Tensor, Grid]:
+    """Number tokens of a map that was reduced to fewer than `grid` has, prefix tokens first, and return its grid.
+
+    Raises: UnsupportedModelError where no reduction of both sides gives that many.
+    """
+    for first in dict.fromkeys((prefix, 0)):
+        for r in range(1, max(grid) + 1):
+            for h, w in ((grid[0] // r, grid[1] // r), (-(-grid[0] // r), -(-grid[1] // r))):
+                if h * w == count - first:
+                    return torch.cat([torch.arange(h * w, h * w + first), torch.arange(h * w)]).to(device), (h, w)
+    raise UnsupportedModelError(f"{count} tokens were met, which are no evenly reduced map of {grid[0]}x{grid[1]}.")

@@ -19,18 +19,12 @@ _REASONS: dict[str, str] = {
     "EfficientAdditiveAttention": _SUMMARY,
     "FactorAttnConvRelPosEnc": _SUMMARY,
     "LiteMLA": _SUMMARY,
-    "TalkingHeadAttn": "mixes the heads before and after the softmax",
-    "LayerScaleBlockTalkingHead": "mixes the heads before and after the softmax",
-    "DiffAttention": "subtracts two softmaxes, and its heads are twice as wide",
-    "OutlookAttention": "makes its weights from single tokens, without queries and keys",
-    "GPSA": "mixes a softmax of positions in by a gate",
-    "MaskUnitAttention": "pools its queries, in an order of its own",
-    "MultiScaleAttention": "pools its queries",
-    "MultiScaleAttentionPoolFirst": "pools its queries",
-    "MultiQueryAttention2d": "strides its queries and keys",
+    "MultiScaleAttentionPoolFirst": "does not run in timm 1.0.31",
+    "BilinearAttnTransform": "attends to rows and columns of one channel group at a time",
+    "NonLocalAttn": "has one head over a map of another size",
+    "SpatialAttention": "gates places, which weighs no tokens against each other",
     "HaloAttn": "reads keys from overlapping blocks",
     "LambdaLayer": _SUMMARY,
-    "WindowAttentionGlobal": "shares queries of a generator between windows",
 }
 _ATTENTION = re.compile(r"attention|attn|MHSA", re.IGNORECASE)
 
