@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from attnctl.core.control import Control, Guidance
-from attnctl.core.handle import Handle, Hook
+from attnctl.core.handle import Handle
 from attnctl.core.hosts.arguments import as_given, bind_call, time_of
+from attnctl.core.hosts.hook import Hook
 from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents

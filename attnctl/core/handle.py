@@ -7,13 +7,14 @@ runs the list backwards. `DenoiserHandle` (core.attach) and `BackboneHandle` (ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, get_args
 
 import torch
 
 from attnctl.core.control import Control, Guidance
+from attnctl.core.hosts.hook import Hook
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.rows import Layout
 from attnctl.core.live import LiveControl
@@ -22,7 +23,7 @@ from attnctl.core.sites import Site
 from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError, unboxed
 from attnctl.kernels import backends
 
-__all__ = ["Handle", "Hook", "check_controls", "check_hookable", "handle_of"]
+__all__ = ["Handle", "check_controls", "check_hookable", "handle_of"]
 
 
 class Handle:
@@ -178,19 +179,6 @@ class Handle:
     def report(self) -> str:
         """Describe what is attached where, from which publication, and how it runs."""
         raise NotImplementedError
-
-
-class Hook:
-    """A hook of a handle on a module. A deep copy of the module is not under control: there the hook does nothing."""
-
-    def __init__(self, handle: Handle | None, function: Callable[..., Any] | None) -> None:
-        self.handle, self.function = handle, function
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook(None, None)
-
-    def __call__(self, *args: Any) -> Any:
-        return None if self.function is None else self.function(*args)
 
 
 def handle_of(target: Any) -> Handle | None:

@@ -20,7 +20,8 @@ from attnctl.backbones.look.grids import GridWatch
 from attnctl.backbones.look.probe import AttentionProbe, probe_attention
 from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
 from attnctl.core.control import Control
-from attnctl.core.handle import Handle, Hook
+from attnctl.core.handle import Handle
+from attnctl.core.hosts.hook import Hook
 from attnctl.core.hosts.rows import Layout
 from attnctl.core.sites import select
 from attnctl.data.maps import WordMaps, reduced

@@ -11,7 +11,7 @@ import torch
 
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["check_rows_kept", "hooks_below", "hooks_of", "own_context"]
+__all__ = ["check_rows_kept", "hooks_below", "hooks_of", "own_context", "saved_weights"]
 
 
 @contextlib.contextmanager
@@ -64,6 +64,32 @@ def hooks_below(module: torch.nn.Module) -> list[tuple[str, Any]]:
     """List diffusers' hooks on a module and on all modules below it, each with its name."""
     hooked = (m for m in module.modules() if "_diffusers_hook" in vars(m))
     return [item for m in hooked for item in hooks_of(m).items()]
+
+
+@contextlib.contextmanager
+def saved_weights(denoiser: torch.nn.Module) -> Iterator[None]:
+    """Keep the weights of a forward with gradients as they were used, until backward is through.
+
+    Layerwise casting (8-bit storage) and group offloading change the data of a weight as soon as its layer has run.
+    Autograd saves a weight by reference: backward would find it in another type or on another device.
+    """
+    modules = [(module, hooks_of(module)) for module in denoiser.modules() if hooks_of(module)]
+    casts = [(module, hooks["layerwise_casting"]) for module, hooks in modules if "layerwise_casting" in hooks]
+    storage = [cast.storage_dtype for _, cast in casts]
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        return saved.detach() if isinstance(saved, torch.nn.Parameter) else saved  # the data that it has now
+
+    try:
+        for _, cast in casts:  # checkpointed layers run during backward too, where no hook of autograd sees them
+            cast.storage_dtype = cast.compute_dtype
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
+        with hooks if len(modules) > len(casts) else contextlib.nullcontext():
+            yield
+    finally:
+        for (module, cast), dtype in zip(casts, storage, strict=True):
+            cast.storage_dtype = dtype
+            module.to(dtype)
 
 
 def check_rows_kept(denoiser: torch.nn.Module) -> None:

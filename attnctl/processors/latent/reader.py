@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnctl.core.call import AttnCall, Proceed
-from attnctl.core.hosts.caches import hooks_below
+from attnctl.core.hosts.caches import hooks_below, saved_weights
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.live import PassEnded
 from attnctl.core.sites import Grid
@@ -143,7 +143,8 @@ def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[
                 put(module, "gradient_checkpointing", True)
                 put(module, "_gradient_checkpointing_func", _checkpoint)
         again = Checkpointing(denoiser, remember)
-        yield
+        with saved_weights(denoiser):
+            yield
     finally:
         if again is not None:
             again.release()
