@@ -1,30 +1,32 @@
-"""NAG: a negative prompt inside cross-attention, without an extra pass of the model.
+"""NAG: a negative prompt inside attention, for models that run with and without classifier-free guidance.
 
 "Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models", arXiv 2505.21179, eq. 7 to 9:
 
     z = z+ + s (z+ - z-)                    extrapolate, z- = attention of the same queries to the negative prompt
-    z = z min(r, tau) / r, r = |z|_1 / |z+|_1   bring the norm back, per token
+    z = z min(r, tau) / r, r = |z|_1 / |z+|_1   bring the norm back, per token, over all heads
     z = alpha z + (1 - alpha) z+            blend
 
-z- needs the negative prompt's keys and values. They are read off the negative rows of the same call, so the pipeline
-must run with classifier-free guidance in one batch (a guidance_scale just above 1 is enough).
+z+ and z- are outputs of attention before its last projection, of the image's queries; the text's stay as they are. The
+authors' code counts the scale as S = s + 1. Where z- comes from, `attnctl.processors.negative.live` tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import ConfigError
+from attnctl.kernels.checks import wide_dtype
+from attnctl.processors.negative.live import Form, LiveNegative
 
 __all__ = ["NAG", "normalized_guidance"]
 
@@ -42,9 +44,10 @@ def normalized_guidance(
         alpha: Blend, 0 to 1.
 
     Returns:
-        z [B, H, N, D], computed in float32, norms over heads and channels of each token.
+        z [B, H, N, D], computed in float32 (float64 stays), norms over heads and channels of each token.
     """
-    p, n = positive.float(), negative.float()
+    wide = wide_dtype(positive.dtype)
+    p, n = positive.to(wide), negative.to(wide)
     z = p + scale * (p - n)
     ratio = z.abs().sum((1, 3), keepdim=True) / p.abs().sum((1, 3), keepdim=True).clamp_min(1e-12)
     z = z * ratio.clamp_max(tau) / ratio.clamp_min(1e-12)
@@ -53,21 +56,29 @@ def normalized_guidance(
 
 @dataclass(frozen=True, kw_only=True)
 class NAG(Control):
-    """Push cross-attention away from the negative prompt (arXiv 2505.21179).
+    """Push attention away from the negative prompt (arXiv 2505.21179).
 
     Attributes:
-        scale: Extrapolation s; 0 switches the control off.
+        scale: Extrapolation s; 0 switches the control off. The authors' nag_scale is s + 1.
         tau: Bound of the norm ratio, 1 or more.
         alpha: Blend with the unguided output, 0 to 1.
+        negative_prompt: What to keep away from; None for the negative prompt of the pipeline's call.
+        negative_embeds: Embeddings of it by the names of the pipeline's arguments for the prompt's ("prompt_embeds"),
+            or of the denoiser's ("encoder_hidden_states"); None to encode the text.
+        form: How joint attention gets the negative prompt: "stream" (its text beside the prompt's), "rows" (a whole
+            row of its own), "auto" (stream where the image can be cut off).
     """
 
     scale: float = knob(2.0, 0.0, span=(0.0, 10.0, 0.1), shown=True)
     tau: float = knob(2.5, 1.0, span=(1.0, 10.0, 0.1), shown=True)
     alpha: float = knob(0.5, 0.0, 1.0, shown=True)
+    negative_prompt: str | None = knob(None, values="text, or None", hint="blank: the call's")
+    negative_embeds: Mapping[str, Any] | None = knob(None, values="tensors by name", compare=False, repr=False)
+    form: Form = knob("auto", options=Form)
 
-    kinds: ClassVar[tuple[str, ...]] = ("cross",)
+    kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     about: ClassVar[About] = About(
-        does="a negative prompt inside cross-attention, without an extra pass",
+        does="a negative prompt inside attention, with and without classifier-free guidance",
         page="nag",
         goal="keep something out",
         paper="arXiv 2505.21179",
@@ -75,8 +86,8 @@ class NAG(Control):
             "Chen et al., *Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models*, "
             "arXiv 2505.21179",
         ),
-        sites="every cross-attention",
-        needs=("a negative prompt in the same batch",),
+        sites="every cross-attention; without any, every joint attention",
+        needs=("a negative prompt",),
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict("NAG", "site", "the second would take the prompt rows that the first cuts out for all rows"),
@@ -87,43 +98,41 @@ class NAG(Control):
         ),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ConfigError(f"NAG: negative_prompt={self.negative_prompt!r:.80} is no text.")
+        embeds = self.negative_embeds
+        if embeds is not None and (not isinstance(embeds, Mapping) or not embeds):
+            raise ConfigError(
+                f"NAG: negative_embeds={type(embeds).__name__} is no mapping of argument names to tensors, such as "
+                "{'prompt_embeds': ..., 'pooled_prompt_embeds': ...}."
+            )
+        if embeds is not None and self.negative_prompt is not None:
+            raise ConfigError("NAG: negative_prompt and negative_embeds were both given; give one of them.")
+
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        return select(sites, "cross", kinds=self.kinds, what="NAG")
+        cross = any(site.kind == "cross" for site in sites)
+        return select(sites, "cross" if cross else "joint", kinds=self.kinds, what="NAG")
 
     def in_window(self, state: object) -> bool:
         return self.scale != 0 and self.alpha != 0 and super().in_window(state)  # type: ignore[arg-type]
 
-    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
-        # Text keys and values do not depend on the image: a guidance branch's pass, which runs the prompt rows alone,
-        # takes the negative ones that the base pass saw. Without them its c - p would hold NAG's own effect.
-        negatives: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+    def is_off(self) -> bool:
+        return self.scale == 0 or self.alpha == 0
 
-        def guided(call: AttnCall, proceed: Proceed) -> torch.Tensor:
-            if call.index > 0:
-                return proceed(call)  # image prompts have no negative
-            rows = call.state.rows
-            m = call.q.shape[0] // rows.total  # frames folded into rows
-            cond = slice(rows.cond.start * m, rows.cond.stop * m)
-            if call.state.phase == "base":
-                negatives[call.site.name] = self._negative(call, m)
-            k, v, mask = negatives[call.site.name]
-            out = proceed(call)
-            away = proceed(call.with_(q=call.q[cond], k=k, v=v, mask=mask))
-            moved = normalized_guidance(out[cond], away, self.scale, self.tau, self.alpha)
-            return torch.cat([out[: cond.start], moved, out[cond.stop :]])
+    def needs_prompt(self) -> bool:
+        return True
 
-        return guided
+    def describe(self) -> str:
+        if self.negative_embeds is None:
+            return super().describe()
+        shown = dataclasses.replace(self, negative_embeds=None).describe().removesuffix(")")
+        return f"{shown}{'' if shown.endswith('(') else ', '}negative_embeds={{{', '.join(self.negative_embeds)}}})"
 
-    @staticmethod
-    def _negative(call: AttnCall, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return keys, values and mask of the negative rows."""
-        rows = call.state.rows
-        if rows.uncond is None or rows.role != "both":
-            raise UnsupportedModelError(
-                "NAG reads the negative prompt off the negative rows of a batched call, and this call has none. Run "
-                "the pipeline with a negative prompt and guidance_scale above 1. Pipelines that call the denoiser "
-                "twice (Wan, Qwen-Image, FLUX) are not supported."
-            )
-        uncond = slice(rows.uncond.start * m, rows.uncond.stop * m)
-        mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[uncond]
-        return call.k[uncond], call.v[uncond], mask
+    def guide(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """Compute z of z+ and z-, [B, H, N, D]."""
+        return normalized_guidance(positive, negative, self.scale, self.tau, self.alpha)
+
+    def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveNegative:
+        return LiveNegative(self, sites, denoiser)

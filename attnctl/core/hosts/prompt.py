@@ -16,9 +16,10 @@ from torch import Tensor
 
 from attnctl.core.hosts.encoding import EncoderWatch
 from attnctl.core.hosts.reading import Reading
+from attnctl.core.hosts.running import call_arguments
 from attnctl.core.hosts.textlayout import text_before
 
-__all__ = ["PromptCall", "PromptWatch", "prompt_call"]
+__all__ = ["PromptCall", "PromptWatch", "arguments_of", "prompt_call"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,13 @@ class PromptWatch:
 
     Attributes:
         call: The texts of the current call, or None where it was given embeddings, or nothing has run.
+        arguments: What the pipeline was called with, by name, before it works on that.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.call: PromptCall | None = None
+        self.arguments: dict[str, Any] = {}
         self._open = False
         self._seen = 0
         self._width = 0
@@ -81,6 +84,7 @@ class PromptWatch:
     def begin(self) -> None:
         """Forget the last call: a new one checks its inputs, or encodes after the denoiser has run."""
         self.call, self._open, self._seen, self._width = None, True, 0, 0
+        self.arguments = call_arguments(self.pipe)
 
     def close(self) -> None:
         """Take the texts as they are: the denoiser runs, and what is encoded next belongs to the next call."""
@@ -138,6 +142,19 @@ class PromptWatch:
         self, encoders: EncoderWatch, prompts: tuple[str, ...] | None, embeddings: Any, before: int
     ) -> tuple[tuple[Reading, ...], ...] | None:
         return None if not prompts else encoders.readings(prompts, embeddings, before)
+
+
+def arguments_of(pipe: Any) -> dict[str, Any]:
+    """Return what the call of a pipeline that is under way was given, by name; {} where there is none.
+
+    Where nobody listens to the pipeline, its variables tell, in which embeddings may stand that it has made of texts.
+    """
+    heard = vars(pipe).get("check_inputs", vars(pipe).get("encode_prompt"))
+    if isinstance(heard, _Heard) and heard.watch.arguments:
+        return dict(heard.watch.arguments)
+    arguments = call_arguments(pipe)
+    texts = arguments.get("prompt") is not None
+    return {n: None if texts and n.endswith(("prompt_embeds", "embeds_mask")) else v for n, v in arguments.items()}
 
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")

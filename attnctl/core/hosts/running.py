@@ -17,7 +17,7 @@ import torch
 from attnctl.core.hosts.listing import denoisers_of, unwrapped
 from attnctl.errors import ConflictError, UnsupportedModelError
 
-__all__ = ["Owner", "PipelineCall", "calling_pipeline", "check_in_place"]
+__all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "check_in_place"]
 
 _PARTS = ("unet", "transformer", "transformer_2")
 # What is read off a call: its own names for the texts, the steps and the guidance.
@@ -73,6 +73,18 @@ def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:
                     break
         frame = frame.f_back  # type: ignore[assignment]
     return None if pipe is None else PipelineCall(pipe, values or {})
+
+
+def call_arguments(pipe: Any) -> dict[str, Any]:
+    """Return what a pipeline's call on this thread's stack has in its arguments by now, by name; {} for no call."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if code.co_name == "__call__" and names[:1] == ("self",) and frame.f_locals.get("self") is pipe:
+            return {name: frame.f_locals[name] for name in names[1:] if name in frame.f_locals}
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
 
 
 class Owner:

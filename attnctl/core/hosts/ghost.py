@@ -1,0 +1,178 @@
+"""What a pipeline would hand its denoiser for another prompt: its own call, broken off before the denoiser runs.
+
+`encode_prompt` differs from pipeline to pipeline, in what it takes, in what it returns, and in how the call goes on
+with that. Nothing of it need be known: a copy of the pipeline is called as the user has called it, with the negative
+prompt as its prompt, and a hook before the denoiser keeps the arguments and ends the call.
+
+    copy of the pipeline     the same components; a scheduler of its own, so that no step of the run is counted
+    its __call__             templates, tokenizers, text encoders, padding, masks, batches: all the pipeline's own
+    denoiser, pre-hook       the arguments by name are kept; PassEnded
+    torch's random state     as before
+
+Which of the arguments are the text's is read off the two calls: those that differ between prompt and negative prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from attnctl.core.hosts.arguments import bind_call, main_name
+from attnctl.core.hosts.listing import denoisers_of
+from attnctl.errors import ConfigError, UnsupportedModelError
+
+__all__ = ["equal", "ghost_call", "negative_arguments", "text_arguments"]
+
+_TEXT = re.compile(r"encoder|text|txt|cap|prompt|context|input_ids|position_ids|mask|indicator|lens?$|lengths?$")
+# Pooled embeddings modulate the image: they stay the prompt's. Others are not the text's.
+_OTHERS = re.compile(r"pool|projection|_image|image_|residual|block_samples|controlnet|latent|timestep|guidance")
+
+
+class _Reached(BaseException):
+    """Ends the call of the copy; no Exception, so that no host catches it."""
+
+
+def negative_arguments(
+    pipe: Any, arguments: Mapping[str, Any], text: Any = None, embeds: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call with the negative prompt in place of the prompt.
+
+    Args:
+        pipe: The pipeline.
+        arguments: What it was called with, by name.
+        text: The negative prompt; None for the call's own.
+        embeds: Embeddings in place of a text, by the names that the call has for the prompt's.
+
+    Raises:
+        ConfigError: There is no negative prompt.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    own = {name: value for name, value in arguments.items() if name in parameters}
+    prompts = [name for name in parameters if re.match(r"(pooled_)?prompt(_|$)(?!template)", name)]
+    given = {name: own.get(f"negative_{name}") for name in prompts if own.get(f"negative_{name}") is not None}
+    encoded = {name: value for name, value in given.items() if "embeds" in name or "mask" in name}
+    # A text of the control's own goes before what the call was given, embeddings before its text.
+    if embeds is not None:
+        chosen = dict(embeds)
+    elif text is not None:
+        chosen = {"prompt": text}
+    else:
+        chosen = encoded or given
+    if not chosen:
+        raise ConfigError(_NONE)
+    if isinstance(chosen.get("prompt"), str) and isinstance(own.get("prompt"), (list, tuple)):
+        chosen["prompt"] = [chosen["prompt"]] * len(own["prompt"])
+    return own | dict.fromkeys(prompts) | chosen
+
+
+_NONE = (
+    "NAG has no negative prompt: give it to the pipeline's call (negative_prompt=...), or to the control "
+    "(NAG(negative_prompt=...)), or pass embeddings of it (NAG(negative_embeds={...}))."
+)
+
+
+def ghost_call(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Call a copy of a pipeline up to its denoiser; return the arguments that the denoiser would receive, by name.
+
+    Args:
+        pipe: The pipeline. Nothing of it changes.
+        arguments: Arguments of its call by name.
+
+    Raises:
+        ConfigError: The pipeline cannot encode the prompt: its text encoder was deleted, or it refuses the call.
+    """
+    ghost = copy.copy(pipe)
+    # What listens to this pipeline object listens to no copy.
+    for name in ("encode_prompt", "check_inputs"):
+        vars(ghost).pop(name, None)
+    vars(ghost)["scheduler"] = copy.deepcopy(getattr(pipe, "scheduler", None))
+    vars(ghost)["_progress_bar_config"] = {"disable": True}
+    reached: list[dict[str, Any]] = []
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(bind_call(module, args, kwargs))
+        raise _Reached
+
+    with contextlib.ExitStack() as undo:
+        for module in denoisers_of(pipe).values():
+            hook = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+            undo.callback(hook.remove)
+        undo.enter_context(_same_random_state())
+        undo.enter_context(contextlib.suppress(_Reached))
+        try:
+            type(pipe).__call__(ghost, **_fresh(arguments))
+        except Exception as error:
+            raise _refused(pipe, arguments, error) from error
+    if not reached:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} ended without calling its denoiser for the negative prompt. Pass its embeddings: "
+            "NAG(negative_embeds={...}), by the names of the denoiser's arguments."
+        )
+    return reached[0]
+
+
+def _refused(pipe: Any, arguments: Mapping[str, Any], error: Exception) -> ConfigError:
+    name = type(pipe).__name__
+    encoders = [n for n in vars(pipe) if re.fullmatch(r"text_encoder(_\d)?", n)]
+    if encoders and all(getattr(pipe, n) is None for n in encoders) and arguments.get("prompt") is not None:
+        return ConfigError(
+            f"{name} has no text encoder to encode the negative prompt with (it was deleted, or not loaded). Encode "
+            "the negative prompt while the encoder is there, and pass embeddings: negative_prompt_embeds=... to the "
+            "pipeline, or NAG(negative_embeds={...}) by the names of the pipeline's or the denoiser's arguments."
+        )
+    return ConfigError(
+        f"{name} could not encode the negative prompt ({type(error).__name__}: {error}). Pass embeddings of it: "
+        "NAG(negative_embeds={...}), by the names of the pipeline's or the denoiser's arguments."
+    )
+
+
+def _fresh(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace generators by new ones, so that the run's own draw what they would have drawn."""
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            return torch.Generator(value.device).manual_seed(0)
+        return [fresh(v) for v in value] if isinstance(value, list) else value
+
+    return {name: fresh(value) for name, value in arguments.items()}
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def text_arguments(negative: Mapping[str, Any], positive: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the text says in a denoiser's call: the arguments that differ from those of another text.
+
+    The latents, the time, images, and embeddings without a token axis (pooled ones, which modulate the image) are no
+    part of it.
+    """
+    main = main_name(positive)
+    chosen = {}
+    for name in dict.fromkeys([*negative, *positive]):
+        value, other = negative.get(name), positive.get(name)
+        if name == main or not _TEXT.search(name) or _OTHERS.search(name) or isinstance(value, dict):
+            continue
+        if not equal(value, other):
+            chosen[name] = value
+    return chosen
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Tell whether two arguments of a denoiser say the same."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    return bool(a == b)

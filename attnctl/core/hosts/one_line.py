@@ -1,0 +1,147 @@
+"""A denoiser's call with its image cut to one line of tokens, for what depends on the text alone.
+
+Text rows of a call see the image through attention only. A call that is made for its text (to read keys, or to take a
+text through the blocks beside the real image) therefore needs hardly any image. One line is kept and not one token,
+because pipelines count positions of the text from the longer side of the image (Qwen-Image).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnctl.core.hosts.arguments import main_input, main_name
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.kinds import text_lengths
+from attnctl.core.sites import Grid
+
+__all__ = ["one_line"]
+
+# What is added to the image inside of the blocks: nothing that is read here depends on it.
+_RESIDUALS = re.compile(r"residual|block_samples|controlnet")
+_TEXT = re.compile(r"^(encoder|text|txt|cap|prompt|pooled|context)")
+_SIZES = ("num_frames", "height", "width")
+
+
+def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Cut the image of a call to one frame and one line of tokens, along its longer side.
+
+    Args:
+        denoiser: The denoiser.
+        family: Its family.
+        bound: Arguments of the call by name.
+
+    Returns:
+        The arguments of the smaller call, or None where nothing tells how the image's tokens lie in them.
+    """
+    grid, main = family.grid(denoiser, bound), main_input(bound)
+    if grid is None or (main_name(bound) == "x" and not isinstance(main, (list, tuple))):
+        return None
+    cut = {name: None if _RESIDUALS.search(name) else value for name, value in bound.items()}
+    if family.unet:
+        return _unet(denoiser, cut)
+    keep = _line(grid)
+    tokens = math.prod(grid)
+    if isinstance(main, (list, tuple)):
+        parts = [_spatial(x, grid, 0) for x in main]
+        if any(part is None for part in parts):
+            return None
+        cut[main_name(bound)] = type(main)(parts)
+    elif main.ndim == 3:
+        if main.shape[1] != tokens:  # reference images or padding stand beside the image
+            return None
+        cut[main_name(bound)] = main[:, keep.to(main.device)]
+    else:
+        part = _spatial(main, grid, _channels(denoiser, main))
+        if part is None:
+            return None
+        cut[main_name(bound)] = part
+    texts = text_lengths(bound)
+    if tokens in texts:
+        return None  # image and text cannot be told apart by their lengths
+    for name, value in cut.items():
+        if name != main_name(bound) and not _TEXT.search(name):
+            cut[name] = _tokens(value, tokens, keep, texts, family.text)
+    return _resized(cut, grid)
+
+
+def _line(grid: Grid) -> Tensor:
+    """Return the places of the tokens of the first frame's first row or column, whichever is longer."""
+    _, h, w = grid
+    return torch.arange(w) if w >= h else torch.arange(h) * w
+
+
+def _channels(denoiser: torch.nn.Module, main: Tensor) -> int:
+    """Return the axis of the channels of latents with rows first."""
+    config: Any = getattr(denoiser, "config", None)
+    counts = {getattr(config, name, None) for name in ("in_channels", "in_visual_dim")}
+    return next((a for a in range(1, main.ndim) if main.shape[a] in counts), 1)
+
+
+def _spatial(x: Tensor, grid: Grid, channels: int) -> Tensor | None:
+    """Cut latents whose axes are (frames,) rows and columns, in this order, beside `channels` and those before it."""
+    axes = [a for a in range(x.ndim) if a != channels][-3 if x.ndim > 3 and _has_frames(x, channels) else -2 :]
+    sizes = (*((grid[0],) if len(axes) == 3 else ()), *grid[1:])
+    if len(axes) == 2 and grid[0] != 1:
+        return None
+    for axis, size in zip(axes[:-2], sizes[:-2], strict=True):  # one frame of tokens
+        x = x.narrow(axis, 0, math.ceil(x.shape[axis] / size))
+    row, column = axes[-2:]
+    short, count = (row, sizes[-2]) if sizes[-1] >= sizes[-2] else (column, sizes[-1])
+    if x.shape[short] % count:
+        return None
+    return x.narrow(short, 0, x.shape[short] // count)
+
+
+def _has_frames(x: Tensor, channels: int) -> bool:
+    return x.ndim == (4 if channels == 0 else 5)
+
+
+def _unet(denoiser: torch.nn.Module, cut: dict[str, Any]) -> dict[str, Any] | None:
+    """Keep of a UNet's latents what its stages can halve down to one token."""
+    levels = getattr(getattr(denoiser, "config", None), "block_out_channels", None)
+    sample = cut.get("sample")
+    if levels is None or not isinstance(sample, Tensor):
+        return None
+    side = 2 ** (len(levels) - 1)
+    if min(sample.shape[-2:]) < side:
+        return None
+    # Image latents and masks beside them have the same size.
+    size = sample.shape[-2:]
+    same = [n for n, x in cut.items() if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-2:] == size]
+    return cut | {name: cut[name][..., :side, :side] for name in same}
+
+
+def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:
+    """Cut whatever has an axis with the image's tokens, or with those and the text's."""
+    if isinstance(value, dict):
+        return {k: _tokens(v, tokens, keep, texts, text) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_tokens(v, tokens, keep, texts, text) for v in value)
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    keep = keep.to(value.device)
+    for axis, length in enumerate(value.shape):
+        if length == tokens:
+            value = value.index_select(axis, keep)
+        elif length - tokens in texts and text is not None:
+            others = torch.arange(length - tokens, device=value.device)
+            places = [others, keep + len(others)] if text == "first" else [keep, others + tokens]
+            value = value.index_select(axis, torch.cat(places))
+    return value
+
+
+def _resized(cut: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Write the size of the line where a call tells the size of its image in numbers."""
+    line = (1, 1, grid[2]) if grid[2] >= grid[1] else (1, grid[1], 1)
+    if all(isinstance(cut.get(name), int) for name in _SIZES):
+        cut.update(zip(_SIZES, line, strict=True))
+    if cut.get("img_shapes"):
+        nested = isinstance(cut["img_shapes"][0], list)
+        cut["img_shapes"] = [[line] if nested else line for _ in cut["img_shapes"]]
+    return cut

@@ -1,0 +1,335 @@
+"""A negative prompt beside the prompt, at the sites of one denoiser while a control is attached to it.
+
+Attention takes the negative prompt from one of three places:
+
+    its rows of the same call      cross-attention under classifier-free guidance in one batch
+    its keys, recorded once        cross-attention, and hosts whose text is never updated by the image: one small call
+                                   of the denoiser per run, with the negative prompt and one line of the image
+    a call in lockstep             joint attention, whose text has a stream of its own through all blocks: a second call
+                                   of the denoiser goes beside the first, from site to site. Its text attends to
+                                   the first call's image, which the second need not have: "stream" cuts it to one
+                                   line, "rows" carries it along
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from attnctl.core.call import AttnCall, CallState, Proceed, Rows
+from attnctl.core.hosts.arguments import own_containers, row_count, take_rows
+from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.ghost import equal, ghost_call, negative_arguments, text_arguments
+from attnctl.core.hosts.one_line import one_line
+from attnctl.core.hosts.prompt import arguments_of
+from attnctl.core.live import LiveControl, LiveDenoiser
+from attnctl.core.sites import Site
+from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.processors.negative.beside import Beside, Key
+from attnctl.processors.negative.keys import (
+    NegativeKeys,
+    attend_beside,
+    image_queries_only,
+    same_keys,
+    text_keys,
+)
+
+__all__ = ["Form", "LiveNegative"]
+
+Form = Literal["auto", "stream", "rows"]
+
+
+class NegativeGuidance(Protocol):
+    """What a control with a negative prompt says of itself."""
+
+    @property
+    def negative_prompt(self) -> str | None: ...
+
+    @property
+    def negative_embeds(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def form(self) -> Form: ...
+
+    def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Compute z of z+ and z-, [B, H, N, D]."""
+
+
+class LiveNegative(LiveControl):
+    """What guidance by a negative prompt keeps on one denoiser.
+
+    Args:
+        control: What the guidance is: its fields, and z of z+ and z-.
+        sites: Where it acts.
+        denoiser: The denoiser.
+    """
+
+    def __init__(self, control: NegativeGuidance, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
+        self.control, self.sites, self.denoiser = control, sites, denoiser
+        self.text, self.embeds = control.negative_prompt, control.negative_embeds
+        self.family = family_of(denoiser)
+        self.timeless: bool | None = None
+        """Whether the keys stay the same from step to step; None until a second call has shown it."""
+        self.recordings = 0
+        """Calls of the denoiser that have recorded keys since the control was attached."""
+        self._passes: LiveDenoiser
+        self.whole = False
+        """Whether the negative prompt's call in lockstep carries the whole image along."""
+        self._answer: Tensor | None = None
+        self._beside: Beside | None = None
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        self._close()
+        self.keys: dict[Key, NegativeKeys] = {}
+        self._probes: dict[Key, tuple[int, Tensor]] = {}
+        self._proven: set[Key] = set()
+        self._text_at: dict[str, int] = {}
+        self._kwargs: dict[str, Any] | None = None
+        self._idle = self._batched = False
+        self._warned = False
+
+    # One call of the denoiser ---------------------------------------------------------------------------------
+
+    def before_call(self, passes: LiveDenoiser) -> None:
+        """Find out what the negative prompt hands the denoiser in this call."""
+        self._close()
+        self._passes, self._kwargs, self._idle = passes, None, False
+        rows = passes.state.rows
+        if rows.role in ("uncond", "extra"):
+            return
+        bound, frames = passes.state.bound, _frames(passes.state)
+        positive = take_rows(bound, rows.cond, rows.total, frames)
+        self._batched = rows.uncond is not None and self.text is None and self.embeds is None
+        if self._batched:
+            negative = text_arguments(take_rows(bound, rows.uncond, rows.total, frames), positive)  # type: ignore[arg-type]
+        else:
+            negative = self._conditions(positive)
+        if not negative:
+            self._warn_equal()
+            return
+        self._kwargs = positive | own_containers(negative)
+        if self.timeless is False:
+            self.keys.clear()  # they move with the time: each call records its own
+
+    def _conditions(self, positive: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the negative prompt's arguments of the denoiser, which the pipeline makes once per run."""
+        passes, key = self._passes, ("negative prompt", id(self.control))
+        names = _parameters(self.denoiser)
+        if self.embeds is not None and all(name in names for name in self.embeds):
+            given = _to_rows(self.embeds, row_count(positive), positive)
+            return given if any(not equal(v, positive.get(n)) for n, v in given.items()) else {}
+        if passes.pipe is None:
+            raise UnsupportedModelError(
+                "NAG needs a negative prompt, and this call of a bare model has no negative rows. Pass its embeddings "
+                "by the names of the model's arguments, NAG(negative_embeds={'encoder_hidden_states': ...}); or "
+                "control(..., layout='uncond_first') if the first half of the rows is the negative prompt."
+            )
+        if key not in passes.shared:
+            arguments = negative_arguments(passes.pipe, arguments_of(passes.pipe), self.text, self.embeds)
+            made = ghost_call(passes.pipe, arguments)
+            total, rows = row_count(made), passes.state.rows
+            if total == rows.total != rows.prompts:
+                made = take_rows(made, rows.cond, rows.total, _frames(passes.state))
+            passes.shared[key] = text_arguments(made, positive)
+        return _to_rows(passes.shared[key], row_count(positive), positive)
+
+    def _warn_equal(self) -> None:
+        self._idle = True
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "attnctl: NAG's negative prompt equals the prompt in every argument of the denoiser, so nothing is "
+                "guided. Give it another one.",
+                stacklevel=2,
+            )
+
+    def after_call(self, output: Any) -> None:
+        self._close()
+
+    # One attention --------------------------------------------------------------------------------------------
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        state = call.state
+        if not state.rows.prompts or self._idle:
+            return proceed(call)
+        part = _prompt_rows(call)
+        if part is None:
+            return proceed(call)
+        first, own = part
+        key = call.site.name, call.index - first
+        if call.site.kind == "joint" and not image_queries_only(call):
+            return self._joint(key, call, own, proceed)
+        if self._batched and state.phase == "base":
+            assert (
+                state.rows.uncond is not None
+            )  # a perturbed pass, of the prompt's rows alone, takes what this one saw
+            self.keys[key] = NegativeKeys.of(call.rows(state.rows.uncond))
+        elif state.phase == "base":
+            self._check_time(key, own)
+            if key not in self.keys:
+                self._record()
+        keys = self.keys.get(key)
+        if keys is None or not self._is_text(key, keys, own):
+            return proceed(call)
+        out = proceed(call)
+        away = proceed(keys.attended(own)) if call.site.kind != "joint" else keys.attended(own).plain()
+        return self._guided(call, out, away, slice(0, call.q.shape[2]))
+
+    def _is_text(self, key: Key, keys: NegativeKeys, part: AttnCall) -> bool:
+        """Tell whether an attention call is the one to the text: the first in its site whose keys a text changes.
+
+        The others are those to image prompts (IP-Adapter, Wan's image to video), before it or behind.
+        """
+        site, index = key
+        if site not in self._text_at and not same_keys(keys, part):
+            self._text_at[site] = index
+        return self._text_at.get(site) == index
+
+    def _guided(self, call: AttnCall, out: Tensor, away: Tensor, image: slice) -> Tensor:
+        """Put z in the place of z+ at the prompt rows' image tokens."""
+        rows = call.state.rows
+        if out.shape[0] % rows.total:  # one sample per call
+            rows = Rows.all(1)
+        m = out.shape[0] // rows.total
+        cut = slice(rows.cond.start * m, rows.cond.stop * m)
+        z = self.control.guide(out[cut, :, image], away)
+        if z.shape == out.shape:
+            return z
+        moved = torch.cat([out[cut, :, : image.start], z, out[cut, :, image.stop :]], 2)
+        return torch.cat([out[: cut.start], moved, out[cut.stop :]])
+
+    # Keys that are recorded -----------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        """Call the denoiser with the negative prompt and one line of the image; keep its text's keys."""
+        assert self._kwargs is not None
+        kwargs = one_line(self.denoiser, self.family, self._kwargs) or self._kwargs
+        recorded: dict[Key, NegativeKeys] = {}
+
+        def note(call: AttnCall, proceed: Proceed) -> Tensor:
+            if call.site.kind != "joint" or image_queries_only(call):
+                recorded[call.site.name, call.index] = NegativeKeys.of(call)
+            return proceed(call)
+
+        self._passes.extra_pass("negative", kwargs, {site.name: note for site in self.sites})
+        self.keys = recorded
+        self.recordings += 1
+
+    def _check_time(self, key: Key, part: AttnCall) -> None:
+        """See by the prompt's own keys whether those of a text move with the time; if so, forget what was recorded."""
+        if self.timeless is not None:
+            return
+        call, probe = self._probes.setdefault(key, (part.state.call, part.k[:, :, :4].detach().clone()))
+        if call == part.state.call:
+            return
+        if not torch.equal(probe, part.k[:, :, :4]):
+            self.timeless, self.keys, self._probes = False, {}, {}
+            return
+        self._proven.add(key)
+        if self._proven >= set(self._probes):
+            self.timeless, self._probes = True, {}
+
+    # Joint attention in lockstep ------------------------------------------------------------------------------
+
+    def _joint(self, key: Key, call: AttnCall, part: AttnCall, proceed: Proceed) -> Tensor:
+        image, text = text_keys(call)
+        if text.start == text.stop:  # blocks behind the last that sees the text
+            return proceed(call)
+        if call.state.phase != "base":
+            keys = self.keys.get(key)
+            if keys is None or call.q.shape[2] != call.k.shape[2]:
+                return proceed(call)
+            return self._guided(call, proceed(call), keys.attended(part).plain(), image)
+        self._beside = self._beside or self._begin()
+        negative = self._beside.arrive(key, self._answer)
+        out = proceed(call)
+        away, seen = attend_beside(part, negative)
+        guided = self._guided(call, out, away, image)
+        small, text = text_keys(negative)
+        answer = negative.q.new_zeros(*negative.q.shape[:3], seen.shape[-1])
+        answer[:, :, text] = seen
+        if self.whole:  # the image of the second call is the first one's
+            rows = call.state.rows
+            cond = rows.cond if out.shape[0] == rows.total else slice(0, 1)
+            answer[:, :, small] = guided[cond][:, :, image]
+        if getattr(self._passes, "branches", ()):
+            self.keys[key] = NegativeKeys.of(negative)
+        self._answer = answer
+        return guided
+
+    def _begin(self) -> Beside:
+        """Begin a call with the negative prompt beside the one that is under way."""
+        assert self._kwargs is not None
+        smaller = None if self.control.form == "rows" else one_line(self.denoiser, self.family, self._kwargs)
+        if smaller is None and self.control.form == "stream":
+            raise UnsupportedModelError(
+                "NAG(form='stream') needs to know how the image lies in the arguments of "
+                f"{type(self.denoiser).__name__}, and nothing tells. Use form='rows'."
+            )
+        self.whole = smaller is None
+        names = [site.name for site in self.sites if site.kind == "joint"]
+        return Beside(self._passes, self.family, self._kwargs if smaller is None else smaller, names)
+
+    def _close(self) -> None:
+        """End the call with the negative prompt."""
+        self._answer = None
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
+
+
+def _prompt_rows(call: AttnCall) -> tuple[int, AttnCall] | None:
+    """Return the prompt's rows of an attention call, and the number of the first call where each is for one sample.
+
+    Mochi attends once per sample; None for a sample that does not carry the prompt.
+    """
+    rows = call.state.rows
+    if call.q.shape[0] % rows.total == 0:
+        return 0, call if rows.cond == slice(0, rows.total) else call.rows(rows.cond)
+    if call.q.shape[0] == 1 and call.index < rows.total:
+        return (rows.cond.start, call) if rows.cond.start <= call.index < rows.cond.stop else None
+    raise UnsupportedModelError(
+        f"{call.site.name} attends with {call.q.shape[0]} rows where the denoiser was called with {rows.total}: the "
+        "prompt's rows cannot be told apart."
+    )
+
+
+def _frames(state: CallState) -> int:
+    """Return how many rows of some arguments one row of the call has: frames, in UNets for videos."""
+    return state.grid[0] if state.rows.role == "both" and state.grid else 1
+
+
+def _parameters(denoiser: torch.nn.Module) -> set[str]:
+    return set(inspect.signature(type(denoiser).forward).parameters)
+
+
+def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeat arguments of one row for all rows of a call.
+
+    Raises:
+        ConfigError: They are for another number of rows.
+    """
+
+    def fit(name: str, value: Any) -> Any:
+        example = like.get(name)
+        if isinstance(value, torch.Tensor):
+            per_row = not isinstance(example, torch.Tensor) or (example.ndim > 0 and example.shape[0] == rows)
+            if value.ndim < 2 or value.shape[0] == rows or not per_row:
+                return value
+            if value.shape[0] == 1:
+                return value.expand(rows, *value.shape[1:])
+            raise ConfigError(
+                f"NAG: the negative prompt's {name} has the shape {tuple(value.shape)}, and the call has {rows} rows "
+                "with the prompt; give one row, or as many."
+            )
+        if isinstance(value, list) and len(value) == 1 and isinstance(example, list) and len(example) == rows:
+            return value * rows
+        return value
+
+    return {name: fit(name, value) for name, value in values.items()}

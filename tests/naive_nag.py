@@ -1,0 +1,68 @@
+"""NAG written out by hand: the negative prompt as further rows of one call, its formula in plain softmax attention.
+
+The project takes the negative prompt beside the prompt in other ways (recorded keys, a second call in lockstep). Rows
+of one batch are the authors' way, and need none of that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import zoo
+from contract import Replace
+from torch import Tensor, nn
+
+import attnctl
+from attnctl.core.call import AttnCall, Proceed
+
+
+def naive_attention(call: AttnCall) -> Tensor:
+    """Compute softmax(q k^T scale + mask) v, [B, H, N, D]; a query without a key gives 0."""
+    groups = call.q.shape[1] // call.k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (call.k, call.v))
+    logits = call.q @ k.transpose(-1, -2) * (call.scale or call.q.shape[-1] ** -0.5)
+    if call.mask is not None:
+        boolean = call.mask.dtype == torch.bool
+        logits = logits.masked_fill(~call.mask, -math.inf) if boolean else logits + call.mask
+    return logits.softmax(-1).nan_to_num(0) @ v
+
+
+def naive_guidance(p: Tensor, n: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Compute eq. 7 to 9 of arXiv 2505.21179 for z+ and z- [B, H, N, D]."""
+    z = p + scale * (p - n)
+    ratio = z.abs().sum((1, 3), keepdim=True) / p.abs().sum((1, 3), keepdim=True)
+    z = torch.where(ratio > tau, z * tau / ratio, z)
+    return alpha * z + (1 - alpha) * p
+
+
+def doubled(inputs: Any, negative: Any) -> Any:
+    """Put the negative prompt's rows behind the prompt's, in each batched input."""
+    if isinstance(inputs, Tensor):
+        return torch.cat([inputs, negative]) if inputs.ndim else inputs
+    if isinstance(inputs, dict):
+        return {k: v if k in zoo.SHARED_INPUTS else doubled(v, negative[k]) for k, v in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return inputs + negative if isinstance(inputs, list) else tuple(map(doubled, inputs, negative))
+    return inputs
+
+
+def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting: float) -> Tensor:
+    """Run a model with NAG at all sites of one kind, the negative prompt in rows of its own."""
+
+    def guided(call: AttnCall, proceed: Proceed) -> Tensor:
+        if call.site.kind != kind:
+            return proceed(call)
+        out, half = naive_attention(call), call.q.shape[0] // 2
+        image = call.image or slice(0, call.q.shape[2])
+        if torch.equal(call.k[:half], call.k[half:]):  # an image prompt
+            return out
+        z = naive_guidance(out[:half, :, image], out[half:, :, image], **setting)
+        out = out.clone()
+        out[:half, :, image] = out[half:, :, image] = z
+        return out
+
+    with attnctl.control(model, Replace(function=guided), layout="cond"):
+        out = zoo.call(model, doubled(inputs, negative))
+    return out[: len(out) // 2]
