@@ -3,7 +3,8 @@
     python benchmarks/fuzz_readers.py --minutes 10 --seed 1
 
 One process reads; where a decoder brings it down, the case is named, and another process goes on. Fails if anything but
-an error of the project's came out, or if more than 2 GB of memory were needed.
+an error of the project's came out, or if more than 2 GB of memory were needed. The table goes to stderr, the JSON to
+stdout.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def child(seed: int, first: int, seconds: float, note: Path) -> None:
 
 
 def main() -> int:
-    """Run children until the time is over, and print a table."""
+    """Run children until the time is over; print a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,12 +76,25 @@ def main() -> int:
                 row = total.setdefault(name, [0, 0, []])
                 total[name] = [row[0] + read, row[1] + refused, row[2] + foreign]
             peak, slowest, first = max(peak, data["peak"]), max(slowest, tuple(data["slowest"])), data["next"]
-    print(f"{'reader':<20}{'files':>9}{'read':>9}{'refused':>9}{'other':>7}")
+    print(f"{'reader':<20}{'files':>9}{'read':>9}{'refused':>9}{'other':>7}", file=sys.stderr)
     for name, (read, refused, foreign) in total.items():
-        print(f"{name:<20}{read + refused + len(foreign):>9}{read:>9}{refused:>9}{len(foreign):>7}")
+        files = read + refused + len(foreign)
+        print(f"{name:<20}{files:>9}{read:>9}{refused:>9}{len(foreign):>7}", file=sys.stderr)
     wrong = [text for _, _, foreign in total.values() for text in foreign] + crashes
-    print(f"peak memory {peak:.0f} MiB; slowest file {slowest[0]:.2f} s ({slowest[1]}); seed {args.seed}")
-    print(*wrong[:50], sep="\n")
+    peaks = f"peak memory {peak:.0f} MiB; slowest file {slowest[0]:.2f} s ({slowest[1]})"
+    print(peaks, *wrong[:50], sep="\n", file=sys.stderr)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "readers": {name: {"read": read, "refused": refused} for name, (read, refused, _) in total.items()},
+        "files": sum(read + refused + len(foreign) for read, refused, foreign in total.values()) + len(crashes),
+        "wrong": wrong,
+        "other": len(wrong),
+        "peak_mib": round(peak),
+        "slowest_seconds": round(slowest[0], 2),
+    }
+    print(json.dumps(result, indent=1))
     return int(bool(wrong) or peak > MOST_MIB)
 
 

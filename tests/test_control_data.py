@@ -64,6 +64,8 @@ def test_every_method_survives_json() -> None:
         ({"method": 3}, "method"),
         ([], "method"),
         ({"method": "SoftPAG", "heads": {"type": "Path", "x": 1}}, "unknown type 'Path'"),
+        ({"method": "SoftPAG", "heads": {"type": ["HeadSet"]}}, r"unknown type \['HeadSet'\]"),
+        ({"method": "PAG", "sites": [{"type": {"type": "slice"}}]}, r"unknown type \{'type': 'slice'\}"),
         ({"method": "PAG", "sites": {"type": "range", "start": 0, "stop": 3, "step": 0}}, "not 0"),
         ({"method": "PAG", "sites": {"type": "range", "start": 0}}, "start, stop and step"),
     ],

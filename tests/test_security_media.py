@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from attnctl.app.commands.common import UsageError
+from attnctl.data import picture_files
 from attnctl.data.clips import ClipError, FileClip, mp4_bytes, open_clip
 from attnctl.data.files import natural
 from attnctl.data.picture_files import read_picture, upright
@@ -233,3 +234,22 @@ def test_frames_of_a_truncated_animation_are_one_error(tmp_path: Path) -> None:
 
 def test_upright_leaves_a_plain_picture_as_it_is() -> None:
     assert np.array_equal(np.asarray(upright(Image.fromarray(GRADIENT))), GRADIENT)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
+def test_an_animation_may_not_be_as_large_as_a_picture(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoders hold several pictures of an animation at once."""
+    assert picture_files._MOST_MOVING <= picture_files.MOST_PIXELS // 4
+    monkeypatch.setattr(picture_files, "_MOST_MOVING", 30 * 20)
+    for size in ((30, 20), (31, 20)):
+        path, pictures = tmp_path / f"a.{kind.lower()}", [Image.new("RGB", size, c) for c in ("black", "white")]
+        pictures[0].save(path)
+        assert FileClip(path).count == 1
+        pictures[0].save(path, save_all=True, append_images=pictures[1:])
+        if size == (30, 20):
+            assert FileClip(path).count == 2
+        else:
+            with pytest.raises(ClipError, match="31x20 pixels; expected 1 to 600"):
+                FileClip(path)

@@ -20,6 +20,7 @@ __all__ = ["MOST_PIXELS", "SUFFIXES", "PictureFile", "check_pixels", "is_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MOST_PIXELS = 1 << 26  # 8192 x 8192
+_MOST_MOVING = 1 << 24  # 4096 x 4096: decoders of animations hold several pictures at once
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _MOVING = ("PNG", "WEBP", "TIFF", "GIF")  # a JPEG's second picture is a preview
 _MOST_FRAMES = 100_000
@@ -31,10 +32,10 @@ def is_picture(head: bytes) -> bool:
     return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def check_pixels(width: int, height: int, name: str, error: type[AttnctlError]) -> None:
+def check_pixels(width: int, height: int, name: str, error: type[AttnctlError], most: int = MOST_PIXELS) -> None:
     """Raise an error for a picture that no memory should be asked for."""
-    if width < 1 or height < 1 or width * height > MOST_PIXELS:
-        raise error(f"{name} is {width}x{height} pixels; expected 1 to {MOST_PIXELS} of them. It is not read.")
+    if width < 1 or height < 1 or width * height > most:
+        raise error(f"{name} is {width}x{height} pixels; expected 1 to {most} of them. It is not read.")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -77,15 +78,16 @@ class PictureFile:
         with self._explained("read"):
             self._image = Image.open(path, formats=_FORMATS)
         try:
-            self._check()
             with self._explained("read"):
+                self._check()
                 self.count = self._counted() if self._image.format in _MOVING else 1
         except BaseException:
             self.close()
             raise
 
     def _check(self) -> None:
-        check_pixels(*self._image.size, self.path.name, self._error)
+        moving = self._image.format != "TIFF" and getattr(self._image, "n_frames", 1) > 1
+        check_pixels(*self._image.size, self.path.name, self._error, _MOST_MOVING if moving else MOST_PIXELS)
         if self._image.mode == "F":
             raise self._error(f"{self.path.name} holds fractional numbers: expected a picture of 8 or 16 bits.")
 

@@ -182,8 +182,8 @@ def _nested(name: Any, where: str) -> type:
     except ModuleNotFoundError:
         known = {}
     known = {n: c for n, c in known.items() if dataclasses.is_dataclass(c)}
-    if name not in known:
-        raise ConfigError(f"{where} holds an unknown type {name!r}; known: {', '.join(known) or 'none'}.")
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"{where} holds an unknown type {name!r:.80}; known: {', '.join(known) or 'none'}.")
     return known[name]
 
 
