@@ -4,8 +4,8 @@
     python docs/generate.py --check    # name the files that are out of date
 
 A file says where: what stands between `<!-- generated: NAME -->` and `<!-- end -->` (in YAML, `# generated: NAME` and
-`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api` and `nav`, or `reference` with the
-name of a control.
+`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav` and `coverage-...`, or
+`reference` with the name of a control. What acts on which model is read from the result of benchmarks/coverage.py.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tiny models that the tables of families and pairs are run on
+sys.path.insert(0, str(ROOT / "tests"))  # the tiny models that the table of pairs is run on
 
-from attnctl.core.hosts.families import FAMILIES, family_of  # noqa: E402
+from attnctl.core.hosts.families import FAMILIES  # noqa: E402
 from attnctl.data.catalogue import entry  # noqa: E402
 from attnctl.data.controls import controls  # noqa: E402
-from attnctl.errors import AttnctlError, SiteError  # noqa: E402
+from attnctl.data.coverage import stored  # noqa: E402
 from attnctl.processors import Guidance  # noqa: E402
 
-__all__ = ["acting", "outdated", "written"]
+__all__ = ["outdated", "written"]
 
 DOCS = ROOT / "docs"
 GROUPS = ("Guidance", "Words and layout", "Editing", "Video", "Speed")
 MARK = re.compile(
-    r"^([ ]*)(?:<!-- generated: (?P<html>[\w ]+) -->|# generated: (?P<yaml>[\w ]+))\n"
+    r"^([ ]*)(?:<!-- generated: (?P<html>[\w -]+) -->|# generated: (?P<yaml>[\w -]+))\n"
     r".*?^[ ]*(?:<!-- end -->|# end)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -122,54 +121,66 @@ def navigation(at: Path) -> Iterator[str]:
 
 
 def family_rows(at: Path) -> Iterator[str]:
-    """Write a row for each family of models, with the guidances that act on its tiny model."""
-    columns = {name: cls for name, cls in methods().items() if issubclass(cls, Guidance)}
+    """Write a row for each family of models, with the controls that act on its classes."""
+    columns = [n for n, cls in methods().items() if issubclass(cls, Guidance)] + ["NAG", "Capture"]
     yield f"| family | published layers | {' | '.join(columns)} |"
     yield "|---" * (2 + len(columns)) + "|"
-    ticks = acting()
     for family in FAMILIES:
         default = family.published.get("Guidance")
         place = "name them" if default is None else default.describe()
-        marks = (" ✓ " if name in ticks.get(family.name, ()) else "  " for name in columns)
-        yield f"| {family.name} | {place} |{'|'.join(marks)}|"
+        rows = [row for cls, row in stored().items() if cls in family.classes]
+        ticks = (all(row.cell(n).state == "acts" for row in rows) and bool(rows) for n in columns)
+        yield f"| {family.name} | {place} |{'|'.join(' ✓ ' if tick else '  ' for tick in ticks)}|"
 
 
-@cache
-def acting() -> dict[str, frozenset[str]]:
-    """Find which guidances act on the tiny models of each family: they change what the model predicts."""
-    import torch
-    import zoo
-
-    found: dict[str, set[str]] = {}
-    for name in zoo.NAMES:
-        model, inputs = zoo.build(name)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = zoo.call(model, inputs)
-            taken = {
-                n for n, cls in methods().items() if issubclass(cls, Guidance) and _acts(model, inputs, cls, plain)
-            }
-        found.setdefault(family_of(model).name, set()).update(taken)
-    return {family: frozenset(names) for family, names in found.items()}
+def coverage_counts(at: Path) -> Iterator[str]:
+    """Write on how many classes each control acts."""
+    yield "| control | acts on | refuses in words | fault |"
+    yield "|---|---|---|---|"
+    for name in _run_controls():
+        states = [row.cell(name).state for row in stored().values()]
+        yield f"| `{name}` | {states.count('acts')} | {states.count('refused')} | {states.count('fault')} |"
 
 
-def _acts(model: Any, inputs: Any, cls: Any, plain: Any) -> bool:
-    import zoo
+def coverage_rows(at: Path) -> Iterator[str]:
+    """Write a row for each denoiser class, with what every control did."""
+    marks = {"acts": "✓", "refused": "–", "fault": "✗", "unknown": ""}
+    names = _run_controls()
+    yield f"| class | family | unchanged | {' | '.join(names)} |"
+    yield "|---" * (3 + len(names)) + "|"
+    for cls, row in stored().items():
+        cells = " | ".join(marks[row.cell(name).state] for name in names)
+        yield f"| {cls} | {row.family} | {'✓' if row.through == 'exact' else '–'} | {cells} |"
 
-    import attnctl
 
-    sites = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
-    if not sites:
-        return False
-    control = cls(scale=1.0, sites=sites[len(sites) // 2], start=0.0, stop=1.0)
-    try:
-        with attnctl.control(model, control, layout="cond"):
-            guided = zoo.call(model, inputs)
-    except SiteError:
-        raise
-    except AttnctlError:
-        return False
-    return bool(guided.isfinite().all()) and not guided.equal(plain)
+def coverage_reasons(at: Path) -> Iterator[str]:
+    """Write for each control why it refused, with the classes that a reason holds for."""
+    for name in _run_controls():
+        why: dict[str, list[str]] = {}
+        for cls, row in stored().items():
+            cell = row.cell(name)
+            if cell.state in ("refused", "fault"):
+                why.setdefault(_reason(cell.why), []).append(cls)
+        if why:
+            yield f"### {name}"
+            yield ""
+            yield from (f"- {_cell(reason)} ({', '.join(classes)})" for reason, classes in sorted(why.items()))
+            yield ""
+
+
+def _reason(error: str) -> str:
+    """Shorten an error to its first sentence, with names of layers and numbers left out."""
+    text = error.partition(": ")[2] if re.match(r"\w+Error: |NeverApplied: ", error) else error
+    text = re.sub(r"\[[^]]{40,}\]", "[...]", text)
+    text = re.split(r"(?<=[a-z)]{2})[.:;] (?=[A-Z])", text)[0].rstrip(".")
+    text = re.sub(r"(?:[a-z_]+\d?\.)+\d+(?:\.\w+)*(?:, (?:\w+\.)+\w+)*", "a layer", text)
+    return re.sub(r"\b\d[\d.]*\b", "n", text)[:240]
+
+
+def _run_controls() -> list[str]:
+    """Name the controls that were run on classes, in the order of the tables."""
+    ran = {name for row in stored().values() for name in row.cells}
+    return [name for name in methods() if name in ran]
 
 
 def reference(at: Path, name: str) -> Iterator[str]:
@@ -211,6 +222,9 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "api": api_entries,
     "nav": navigation,
     "families": family_rows,
+    "coverage-counts": coverage_counts,
+    "coverage-rows": coverage_rows,
+    "coverage-reasons": coverage_reasons,
 }
 
 

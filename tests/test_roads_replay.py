@@ -106,3 +106,14 @@ def test_outputs_that_something_reads_later_are_not_given_up(how: str) -> None:
                 assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-12
     for hook in hooks:
         hook.remove()
+
+
+def test_an_output_that_the_host_writes_to_later_is_computed_again() -> None:
+    # Wan Animate adds the pose to its latents in place, when another module has already run.
+    model, inputs = zoo.build("wan_animate", dtype=torch.float64)
+    guidance = PAG(scale=2.0, sites="blocks.2.attn1")
+    with torch.no_grad():
+        c, p = zoo.call(model, inputs), perturbed(model, guidance, inputs)
+        with attnctl.control(model, guidance, layout="cond"):
+            for _ in range(2):
+                assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-6

@@ -13,6 +13,8 @@ import zoo_pipelines as pipes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnctl.core.hosts.classes import denoiser_classes
+
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
@@ -56,9 +58,8 @@ def test_every_way_of_guidance_is_known() -> None:
 
 
 def test_every_denoiser_class_has_a_model() -> None:
-    """A class of diffusers that nobody builds is named here, with the reason."""
     built = {type(zoo.build(name)[0]).__name__ for name in zoo.NAMES} | {h.name for h in zoo.HOSTS.values()}
-    assert built == set(zoo.denoiser_classes()) - set(zoo.NO_DENOISERS)
+    assert built == {*denoiser_classes()}
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.HOSTS if n not in HIDDEN])

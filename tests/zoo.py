@@ -12,9 +12,7 @@ Example:
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -742,30 +740,6 @@ NAMES: tuple[str, ...] = tuple(_FAMILIES)
 """Families that every test of the contract runs on, several configurations of one class among them."""
 EVERY: tuple[str, ...] = (*NAMES, *HOSTS)
 """These, and one model of each other denoiser class of diffusers."""
-
-
-# Classes among diffusers' transformers and UNets that denoise no image, video or audio by themselves.
-NO_DENOISERS = {
-    "Transformer2DModel": "a part of UNets",
-    "DreamLiteTransformer2DModel": "a part of UNets",
-    "TransformerTemporalModel": "a part of UNets",
-    "MotionAdapter": "a part of UNets",
-    "MiniMaxMusic3RVQDepthDecoder": "a language model of audio codes",
-    "RFD4ProteinaTransformer": "folds proteins",
-    "T5FilmDecoder": "spectrograms of notes; attention without softmax calls that could be seen",
-    "UNet1DModel": "waveforms; no attention in processors",
-}
-
-
-def denoiser_classes() -> tuple[str, ...]:
-    """Name the models that diffusers keeps among its transformers and UNets."""
-    found = []
-    for package in (diffusers.models.transformers, diffusers.models.unets):
-        for module in pkgutil.iter_modules(package.__path__):
-            members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).items()
-            own = (n for n, c in members if isinstance(c, type) and c.__module__.endswith(f".{module.name}"))
-            found += [n for n in own if issubclass(getattr(diffusers, n, object), diffusers.ModelMixin)]
-    return tuple(found)
 
 
 def build(

@@ -20,6 +20,7 @@ from attnctl.app.commands.env import Env
 from attnctl.app.commands.generate import Generate
 from attnctl.app.commands.hunt import Hunt
 from attnctl.app.commands.maps import Maps
+from attnctl.app.commands.models import Models
 from attnctl.app.commands.sites import Sites
 from attnctl.app.commands.ui import Ui
 from attnctl.data.provenance import command_line
@@ -37,6 +38,7 @@ _COMMANDS: dict[str, type] = {
     "hunt": Hunt,
     "bench": Bench,
     "controls": Controls,
+    "models": Models,
     "sites": Sites,
     "ui": Ui,
     "env": Env,

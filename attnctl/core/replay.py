@@ -58,7 +58,8 @@ class _Leaf:
 
     def changed(self) -> bool:
         """Tell whether the host has written into the tensor since."""
-        return self.written or (self.tensor is not None and self.tensor._version != self._version)
+        held = self._spare if self.tensor is None else self.tensor  # both count the writes to one memory
+        return self.written or (held is not None and held._version != self._version)
 
     def take(self, rows: Rows) -> torch.Tensor:
         """Return the prompt rows of the tensor, or of one NaN in its shape."""

@@ -13,9 +13,7 @@ def main_output(output: Any) -> Any:
     """Return the prediction inside whatever container a denoiser returned."""
     if isinstance(output, torch.Tensor):
         return output
-    if isinstance(output, (tuple, list)):
-        return output[0]
-    return output.sample
+    return output[0]  # of a dataclass of diffusers, too: its first field
 
 
 def with_main_output(output: Any, new: Any) -> Any:
@@ -26,7 +24,7 @@ def with_main_output(output: Any, new: Any) -> Any:
         return (new, *output[1:])
     if isinstance(output, list):
         return [new, *output[1:]]
-    return type(output)(**{**output, "sample": new})
+    return type(output)(**{**output, next(iter(output)): new})
 
 
 def latents_of(result: Any) -> torch.Tensor:
