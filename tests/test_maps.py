@@ -38,7 +38,7 @@ class Probe:
         """Note [rows, heads, image tokens, places]."""
         out: Tensor = proceed(call)
         kind, name = call.site.kind, call.site.name
-        second = call.index != (1 if "add_k_proj" in dict(call.site.module.named_children()) and kind == "cross" else 0)
+        second = call.index != 0
         if kind not in ("cross", "joint") or second or call.state.phase != "base":
             return out
         probs = dense_map(call.q.float(), call.k.float(), call.mask, call.scale)

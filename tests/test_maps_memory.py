@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,16 +51,17 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n_text + n_image, 128, generator=g) for _ in range(2))
     from attnctl.core.call import AttnCall, CallState
+    from attnctl.core.hosts.tokens import Parts
     from attnctl.core.hosts.words import Concept
     from attnctl.core.intercept import SiteHook
     from attnctl.processors.capture.recorder import Recorder
 
     state = CallState(call=1, steps=1, denoiser=model, family=family_of(model))
-    state._grid, state._grid_known = (1, 64, 64), True
+    state.begin_call(model, replace(family_of(model), grid=lambda model, bound: (1, 64, 64), tokens=None), {"x": None})
     own = Recorder(Capture(words=(1,)), [site], None)
     own.labels, own.concepts = ("1",), [{"1": Concept("1", (1,))}]
-    tokens = slice(n_text, n_text + n_image), slice(0, n_text)
-    call = AttnCall(q, k, k, None, None, SiteHook(site, state), 0, tokens, lambda *a, **k: q)
+    parts = Parts(slice(n_text, n_text + n_image), slice(0, n_text))
+    call = AttnCall(q, k, k, None, None, SiteHook(site, state), 0, parts, lambda *a, **k: q)
     with Largest() as seen:
         own.wrap(call, lambda call: call.q)
     assert seen.elements <= 2 * q.numel() < (n_text + n_image) * n_image // 8

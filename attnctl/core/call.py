@@ -19,7 +19,7 @@ import torch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.prompt import PromptCall
-from attnctl.core.hosts.tokens import grid_of
+from attnctl.core.hosts.tokens import CallTokens, Parts, grid_of
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels import columns, sdpa
@@ -92,10 +92,8 @@ class CallState:
     """Whether the pipeline sets the scale of its guidance anew after each call."""
     scratch: dict[Any, Any] = field(default_factory=dict)
     last_grid: Grid | None = None
-    _grid: Grid | None = None
-    _grid_known: bool = False
-    _image_tokens: int | None = None
-    _image_tokens_known: bool = False
+    tokens: CallTokens | None = None
+    """How the tokens of the call lie."""
 
     @property
     def progress(self) -> float:
@@ -105,39 +103,22 @@ class CallState:
     def begin_call(self, denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]) -> None:
         """Forget the last call and describe a new one."""
         self.denoiser, self.family, self.bound = denoiser, family, bound
-        self._grid, self._grid_known = None, False
-        self._image_tokens, self._image_tokens_known = None, False
+        self.tokens = CallTokens(denoiser, family, bound)
         self.phase = "base"
         self.call += 1
-        _ = self.image_tokens  # here and not at a site, where a compiled block would have to trace it
 
     def end_call(self) -> None:
         """Drop references to the call's tensors."""
         if self.last_grid is None:  # reading it may wait for the device: once is enough for a report
             self.last_grid = self.grid
         self.bound = {}
+        if self.tokens is not None:
+            self.tokens.close()
 
     @property
     def grid(self) -> Grid | None:
         """Return frames, rows and columns of the token grid, or None for a family without a rule."""
-        if not self._grid_known:
-            self._grid_known = True
-            if self.family is not None and self.denoiser is not None:
-                self._grid = self.family.grid(self.denoiser, self.bound)
-        return self._grid
-
-    @property
-    def image_tokens(self) -> int | None:
-        """Return the number of image tokens in a packed sequence, or None where nothing tells."""
-        if self.family is None or self.denoiser is None:
-            return None
-        if not self._image_tokens_known and self.bound:
-            self._image_tokens_known = True
-            if self.family.image_tokens is not None:
-                self._image_tokens = self.family.image_tokens(self.denoiser, self.bound)
-            elif (grid := self.grid) is not None:
-                self._image_tokens = grid[0] * grid[1] * grid[2]
-        return self._image_tokens
+        return None if self.tokens is None else self.tokens.grid
 
 
 Proceed: TypeAlias = Callable[["AttnCall"], torch.Tensor]
@@ -155,9 +136,10 @@ class AttnCall:
         scale: Logit scale, or None for 1 / sqrt(D).
         site: Where the call happens.
         state: The denoiser call that it belongs to.
-        image: Image tokens of a joint sequence, or None where there is no text in it or the family has no rule.
-        text: Text tokens of a joint sequence, or None.
-        index: 0 for the first attention of the processor; IP-Adapters and Wan i2v compute a second one.
+        image: Image tokens among the queries, or None where there are no others or the family has no rule.
+        text: Text tokens among the keys of a joint sequence, or None.
+        keys: Image tokens among the keys where the queries are the image's alone and the keys are not; else None.
+        index: 0 for the first attention of the processor; IP-Adapters compute a second one.
         kernel: What computes the plain attention.
         hidden: What the processor was called with, before its projections; None where it is no tensor.
         wants_sums: Whether a control will read columns of the map, for which the kernel's sums are kept.
@@ -175,14 +157,14 @@ class AttnCall:
         scale: float | None,
         link: Any,
         index: int,
-        tokens: tuple[slice | None, slice | None],
+        parts: Parts,
         kernel: Callable[..., torch.Tensor],
         hidden: torch.Tensor | None = None,
         after: list[Callable[[Any], Any]] | None = None,
     ) -> None:
         self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
         self.site, self.state, self.index = link.site, link.state, index
-        self.image, self.text = tokens
+        self.image, self.text, self.keys = parts.image, parts.text, parts.keys
         self.kernel = kernel
         self.hidden = hidden
         self.after = [] if after is None else after
@@ -281,7 +263,7 @@ class AttnCall:
     def text_keys(self) -> slice:
         """Return the places of the text among the keys of a cross- or joint attention."""
         if self.site.kind != "joint":
-            return slice(0, self.k.shape[-2])
+            return self.text or slice(0, self.k.shape[-2])
         if self.text is None or self.image is None:
             raise UnsupportedModelError(
                 f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
@@ -321,10 +303,12 @@ class AttnCall:
         image, mask = self.on_image()[0], self.mask
         q, k = self.q[:, :, image], self.k
         if self.image is not None:
-            k = k[:, :, image]
+            start = 0 if self.keys is None else self.keys.start - self.image.start  # `image` is without padding
+            keys = slice(image.start + start, image.stop + start)
+            k = k[:, :, keys]
             if mask is not None:
                 mask = rows_of(check_mask(mask, (*self.q.shape[:3], self.k.shape[-2])), image)
-                mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., image]
+                mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
         if k.shape[2] != q.shape[2]:
             raise UnsupportedModelError(
                 f"{self.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]} tokens: not to each other "

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnctl.core.call import AttnCall, CallState, Wrapper, run_wrappers
 from attnctl.core.hosts.kinds import shown_site
 from attnctl.core.hosts.listing import stage_grid
-from attnctl.core.hosts.tokens import split_tokens
+from attnctl.core.hosts.tokens import parts_of
 from attnctl.core.hosts.user_kernel import user_kernel
 from attnctl.core.sites import Site
 from attnctl.errors import UnsupportedModelError
@@ -92,7 +92,7 @@ class Intercept(TorchFunctionMode):
     def __init__(self, link: SiteHook, hidden: Any, encoder: Any, backend: Any = None) -> None:
         super().__init__()
         self.link, self.hidden, self.encoder, self.backend = link, hidden, encoder, backend
-        self.index = 0
+        self.index = self.passed = 0
         self.after: list[Callable[[Any], Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,13 +116,19 @@ class Intercept(TorchFunctionMode):
             raise UnsupportedModelError(
                 f"{self.link.site.name} drops attention weights (p = {dropout_p}): call model.eval() first."
             )
-        if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        state, queries = self.link.state, query.shape[-2]
+        state, queries, keys = self.link.state, query.shape[-2], key.shape[-2]
         if self.link.seen is None and state.family is not None and not state.family.classes:
             # What its name says of an unlisted model's site is a hint; later calls find what the first one showed.
-            self.link.site = shown_site(self.link.site, state, queries, key.shape[-2], self.hidden, self.encoder)
-        tokens = split_tokens(self.link.site.kind, state.family, state.image_tokens, queries, self.hidden, self.encoder)
+            self.link.site = shown_site(self.link.site, state, queries, keys, self.hidden, self.encoder)
+        counts = None if state.tokens is None else state.tokens.counts
+        at = self.index + self.passed
+        parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
+        if not parts.acts:
+            self.passed += 1
+            options: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        if is_causal:
+            attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
         hidden = self.hidden if isinstance(self.hidden, torch.Tensor) else None
         kernel = self.link.kernel
         if self.backend is not None and not is_causal:
@@ -132,6 +138,6 @@ class Intercept(TorchFunctionMode):
         elif key.shape[0] != query.shape[0]:  # text that all rows share: SDPA broadcasts it, other kernels do not
             rows = max(query.shape[0], key.shape[0])
             query, key, value = (x.expand(rows, *x.shape[1:]) if x.shape[0] == 1 else x for x in (query, key, value))
-        call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, tokens, kernel, hidden, self.after)
+        call = AttnCall(query, key, value, attn_mask, scale, self.link, self.index, parts, kernel, hidden, self.after)
         self.index += 1
         return self.link.run(call)

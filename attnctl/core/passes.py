@@ -293,7 +293,7 @@ class ControlledDenoiser:
             touched = [site.name for site in branch.sites]
             if branch.perturb is not None:
                 wrappers |= {name: (branch.perturb, *(wrappers[name] or ())) for name in touched}
-            kwargs = take_rows(state.bound, rows.cond, rows.total, frames)
+            kwargs = take_rows(state.bound, rows.cond, rows.total, frames, self.family)
             context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
             output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
             if self.prefix is not None and not self.prefix.prove(output):

@@ -23,7 +23,7 @@ Grid = tuple[int, int, int]
 
 Selector: TypeAlias = "str | int | range | slice | Sequence[str | int | range | slice]"
 
-KINDS = ("self", "cross", "joint", "dual", "temporal", "text", "aux", "pool")
+KINDS = ("self", "cross", "joint", "dual", "temporal", "text", "audio", "aux", "pool")
 _STAGE = re.compile(r"(?:(down|up)\.(\d+)|(down|up|mid))")
 
 
@@ -34,8 +34,9 @@ class Site:
     Attributes:
         name: diffusers' dotted module name.
         kind: self, cross, joint (text and image in one sequence), dual (SD3.5's image-only attention beside a joint
-            one), temporal (over frames), text (text tokens only), aux (to something that is neither the image nor its
-            text, which every control leaves alone) or pool (single tokens of an image backbone to all of it).
+            one), temporal (over frames), text (text tokens only), audio (over sound beside a video), aux (to something
+            that is neither the image nor its text) or pool (single tokens of an image backbone to all of it). Every
+            control of denoisers leaves text, audio and aux alone.
         heads: Number of query heads H.
         head_dim: Channels per head D.
         depth: Place in execution order, from 0. A dual site runs beside its joint site and shares its depth.

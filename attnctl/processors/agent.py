@@ -163,6 +163,11 @@ class AgentAttention(Control):
         grid = call.grid
         if call.index > 0:
             return proceed(call)
+        if call.image is not None and call.image != slice(0, call.q.shape[2]):
+            raise UnsupportedModelError(
+                f"{self._label}: {call.site.name} attends to others beside the image's tokens (earlier frames, "
+                "reference images), which cannot be merged with them."
+            )
         if call.mask is not None or grid is None:
             what = "has an attention mask" if grid is not None else f"has {call.q.shape[2]} tokens on an unknown grid"
             raise UnsupportedModelError(f"{self._label}: {call.site.name} {what}, so its tokens cannot be merged.")

@@ -125,9 +125,9 @@ class EnhanceAVideo(Control):
         if call.index > 0 or grid[0] < 2:  # a second attention, to an image; or a single picture
             return proceed(call)
         part = slice(0, call.q.shape[2]) if image is None else image
-        if call.q.shape[2] != call.k.shape[2]:
+        if call.q.shape[2] != call.k.shape[2] and call.keys is None:
             return proceed(call)  # a perturbation that looks at no other place of the image: no frame sees another
-        q, k = call.q[..., part, :], repeat_heads(call.k, call.q.shape[1])[..., part, :]
+        q, k = call.q[..., part, :], repeat_heads(call.k, call.q.shape[1])[..., call.keys or part, :]
         weight = self.weight
         if weight is None:
             assert call.state.family is not None

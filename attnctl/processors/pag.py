@@ -217,7 +217,7 @@ def _branch(
             heads=heads.get(call.site.name),
             scope=_scope_at(label, call, scope),
             image=call.image,
-            text=call.text,
+            keys=call.keys,
             mask=call.mask,
             scale=call.scale,
             plain=plain,
@@ -228,14 +228,12 @@ def _branch(
 
 
 def _scope_at(label: str, call: AttnCall, scope: Scope) -> str:
-    """Return the scope to use at one call: without text in the sequence every scope means all rows."""
-    if scope == "all" or call.site.kind != "joint":
+    """Return the scope to use at one call: without other tokens in the sequence every scope means all rows."""
+    if scope == "all" or (call.site.kind != "joint" and call.image is None):
         return "all"
-    if call.image is None or call.text is None:
+    if call.image is None:
         raise UnsupportedModelError(
             f"{label}: scope={scope!r} needs to tell image from text tokens, which attnctl cannot at {call.site.name} "
             f'(family {call.state.family.name if call.state.family else "unknown"}). Use scope="all".'
         )
-    if call.text.start == call.text.stop:
-        return "all"
-    return scope
+    return scope if call.image != slice(0, call.k.shape[-2]) else "all"

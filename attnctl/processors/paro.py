@@ -25,7 +25,7 @@ from attnctl.core.hosts.families import Family
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
-from attnctl.errors import ConfigError, PlanError, SiteError, nearest
+from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError, nearest
 from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
 from attnctl.plans import BlockPlan, ModelPlan
 
@@ -136,6 +136,11 @@ class PARO(Control):
 
         def sparse(call: AttnCall, proceed: Proceed) -> Tensor:
             plan = plans[call.site.name]
+            if call.keys is not None:
+                raise UnsupportedModelError(
+                    f"PARO: {call.site.name} attends from image tokens alone to image and text, which no plan "
+                    "describes. Choose other sites."
+                )
             if call.q.shape[2] != call.k.shape[2]:
                 return proceed(call)  # a perturbation that computes the text rows alone, which are dense anyway
             image = call.image or slice(0, call.q.shape[2])

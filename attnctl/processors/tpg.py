@@ -18,10 +18,11 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import blocks_around
+from attnctl.core.hosts.tokens import image_in
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About, Preset
-from attnctl.errors import SiteError
+from attnctl.errors import SiteError, UnsupportedModelError
 
 __all__ = ["TPG"]
 
@@ -67,25 +68,42 @@ class TPG(Guidance):
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         blocks = blocks_around(sites, denoiser)
         generator = torch.Generator().manual_seed(self.seed)
-        makers = {m: _shuffle(generator) for m in blocks}
+        now: list[CallState] = []
+        makers = {m: _shuffle(name, generator, now) for m, name in blocks.items()}
 
         def begin(state: CallState) -> None:
+            now[:] = [state]
             generator.manual_seed(self.seed + 10_007 * state.step)  # a run draws the same whatever ran before it
 
         return Branch(("shuffle", self.seed, tuple(blocks.values())), blocks=makers, begin=begin)
 
 
-def _shuffle(generator: torch.Generator) -> Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]:
-    """Make a forward that permutes the tokens of a block's hidden states, [B, N, C]."""
+def _shuffle(
+    name: str, generator: torch.Generator, now: list[CallState]
+) -> Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]:
+    """Make a forward that permutes the image tokens of a block's hidden states, [B, N, C].
+
+    Args:
+        name: The block.
+        generator: Draws the orders.
+        now: Holds the denoiser call that is under way, which says where the image lies.
+    """
 
     def make(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         orders: dict[int, torch.Tensor] = {}  # gradient checkpointing runs the block again, in the same order
 
         def shuffled(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
+            if x.ndim != 3:
+                raise UnsupportedModelError(
+                    f"TPG: block {name} was called with hidden states of shape {tuple(x.shape)}, and its tokens cannot "
+                    "be shuffled; expected [rows, tokens, channels]. Choose other sites."
+                )
             n = x.shape[1]
             if n not in orders:
-                orders[n] = torch.randperm(n, generator=generator)
+                image = image_in(now[0], n)
+                drawn = torch.randperm(image.stop - image.start, generator=generator) + image.start
+                orders[n] = torch.cat([torch.arange(image.start), drawn, torch.arange(image.stop, n)])
             order = orders[n].to(x.device, non_blocking=True)
             if args:
                 return forward(x[:, order], *args[1:], **kwargs)

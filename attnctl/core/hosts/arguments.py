@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attnctl.core.hosts.families import Family
 from attnctl.errors import UnsupportedModelError
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 _SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
 # Arguments that are Python lists with one entry a row.
 _ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
-_MAIN = ("sample", "hidden_states", "x")
+_MAIN = ("sample", "hidden_states", "x", "vision_tokens", "input_ids")
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +106,13 @@ def row_count(bound: Mapping[str, Any]) -> int:
     return len(main) if isinstance(main, (list, tuple)) else int(main.shape[0])
 
 
-def take_rows(bound: Mapping[str, Any], rows: slice, total: int, frames: int = 1) -> dict[str, Any]:
+def take_rows(
+    bound: Mapping[str, Any], rows: slice, total: int, frames: int = 1, family: Family | None = None
+) -> dict[str, Any]:
     """Slice every batched argument of a call to some of its rows.
 
     A tensor is batched when its first axis has `total` or `total * frames` entries (rows major) and its name is not
-    one that rows share.
+    one that rows share; the family says what is otherwise.
     """
     if rows == slice(0, total):
         return dict(bound)
@@ -123,10 +126,13 @@ def take_rows(bound: Mapping[str, Any], rows: slice, total: int, frames: int = 1
             return type(value)(cut(v) for v in value)
         return value
 
+    shared = _SHARED if family is None else _SHARED | family.shared
     taken = {}
     for name, value in bound.items():
-        if name in _SHARED:
+        if name in shared:
             taken[name] = value
+        elif family is not None and name in family.row_axis and isinstance(value, torch.Tensor):
+            taken[name] = value.movedim(family.row_axis[name], 0)[rows].movedim(0, family.row_axis[name])
         elif name in _ROW_LISTS and isinstance(value, (list, tuple)):
             taken[name] = value[rows] if len(value) == total else value
         else:

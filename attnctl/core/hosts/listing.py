@@ -13,6 +13,7 @@ from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 
 __all__ = [
+    "DENOISERS",
     "blocks_around",
     "denoisers_of",
     "find_sites",
@@ -26,12 +27,18 @@ __all__ = [
 _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 
 
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder", "prior_prior")
+"""Names of the parts of a pipeline that may be its denoisers."""
+_PERHAPS = ("prior", "decoder", "prior_prior")  # in some pipelines they decode images or read text
+
+
 def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
-    """Name the denoisers of a pipeline ("unet", "transformer", "transformer_2"), or of a bare model ("")."""
+    """Name the denoisers of a pipeline ("unet", "transformer", "transformer_2", ...), or of a bare model ("")."""
     if isinstance(target, torch.nn.Module):
         return {"": _inner(target)}
-    parts = {n: getattr(target, n, None) for n in ("unet", "transformer", "transformer_2")}
+    parts = {n: getattr(target, n, None) for n in DENOISERS}
     modules = {n: _inner(m) for n, m in parts.items() if isinstance(m, torch.nn.Module)}
+    modules = {n: m for n, m in modules.items() if n not in _PERHAPS or family_of(unwrapped(m)).classes}
     if not modules:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no `unet` or `transformer` that is a torch module. "
@@ -71,18 +78,19 @@ def blocks_around(sites: Iterable[Site], denoiser: torch.nn.Module) -> dict[torc
 def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # a compiled module lists the sites of what it compiled
     family = family_of(denoiser)
+    if family.refusal is not None:
+        raise UnsupportedModelError(f"{type(denoiser).__name__} cannot be controlled: {family.refusal}.")
     found = [(n, m) for n, m in denoiser.named_modules() if _is_attention(m)]
+    found = [(n, m) for n, m in found if kind_of(family, denoiser, n, m)]
     if not found:
-        raise UnsupportedModelError(
-            f"{type(denoiser).__name__} has no attention module with a `processor`: nothing to control."
-        )
+        raise UnsupportedModelError(_nothing(denoiser))
     order = {n: i for i, (n, _) in enumerate(found)}
     found.sort(key=lambda item: _execution_key(item[0], order[item[0]]))
     if (first := family.first) is not None:
         found.sort(key=lambda item: re.search(first, item[0]) is None)
     sites: list[Site] = []
     for name, module in found:
-        kind = kind_of(family, name, module)
+        kind = kind_of(family, denoiser, name, module)
         parallel = kind == "dual" and sites and sites[-1].kind == "joint"
         depth = (sites[-1].depth if parallel else sites[-1].depth + 1) if sites else 0
         heads = _heads(module)
@@ -92,19 +100,39 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def _nothing(denoiser: torch.nn.Module) -> str:
+    """Say why a denoiser has no sites: which of its modules attend where nothing can be hooked."""
+    hidden = {type(m).__name__: n for n, m in denoiser.named_modules() if "attention" in type(m).__name__.lower()}
+    shown = ", ".join(f"{name} ({cls})" for cls, name in list(hidden.items())[:3])
+    return f"{type(denoiser).__name__} has no attention module with a `processor`: nothing to control." + (
+        f" It attends in {shown}, which compute attention by themselves: control a denoiser of diffusers whose "
+        "attention has processors."
+        if hidden
+        else ""
+    )
+
+
+_PROJECTION = re.compile(r"(?:^|_)(?:q|qkv|query)(?:_|$)")
+
+
 def _is_attention(module: torch.nn.Module) -> bool:
-    return hasattr(module, "processor") and any(hasattr(module, n) for n in ("to_q", "to_qkv", "to_qkv_mlp_proj"))
+    return callable(getattr(module, "processor", None)) and any(
+        _PROJECTION.search(n) for n, _ in module.named_children()
+    )
 
 
 def _heads(module: torch.nn.Module) -> int:
-    heads: Any = getattr(module, "heads", None) or getattr(module, "num_heads", 1)
+    names = ("heads", "num_heads", "n_heads", "num_attention_heads")
+    heads: Any = next((h for n in names if (h := getattr(module, n, None))), 1)
     return int(heads)
 
 
 def _width(module: torch.nn.Module) -> int:
     inner: Any = getattr(module, "inner_dim", None)
     if inner is None:
-        inner = getattr(getattr(module, "to_q", None), "out_features", None)
+        queries = [(n, m) for n, m in module.named_children() if _PROJECTION.search(n)]
+        width = getattr(queries[0][1], "out_features", None) if queries else None
+        inner = width // 3 if width is not None and "qkv" in queries[0][0] and "mlp" not in queries[0][0] else width
     return _heads(module) if inner is None else int(inner)
 
 
@@ -154,8 +182,10 @@ def stage_grid(denoiser: torch.nn.Module | None, name: str, grid: Grid, tokens: 
     The stage of a site says how often the grid of the latents was halved on the way. Other modules' stages are not
     known: there the number of tokens decides.
     """
-    levels = getattr(getattr(denoiser, "config", None), "block_out_channels", None)
-    halvings = None if levels is None else unet_halvings(name, len(levels))
+    config: Any = getattr(denoiser, "config", None)
+    levels = getattr(config, "block_out_channels", None)
+    # Stable Cascade does not halve from stage to stage unless its `switch_level` says so.
+    halvings = None if levels is None or hasattr(config, "switch_level") else unet_halvings(name, len(levels))
     if halvings is None:
         return image_level_grid(grid, tokens)
     h, w = halve(grid[1], grid[2], halvings)

@@ -20,6 +20,7 @@ import torch
 
 from attnctl.core.call import AttnCall
 from attnctl.core.hosts.linear import is_linear, run_linear
+from attnctl.core.hosts.tokens import sequences
 from attnctl.core.hosts.user_kernel import native, set_backend
 from attnctl.core.intercept import Intercept, SiteHook
 from attnctl.core.sites import Site
@@ -96,14 +97,14 @@ def controlled(cls: type) -> type:
 
 def _make_controlled(cls: Any) -> type:
     linear, sdpa_backend = is_linear(cls), native()  # looked up here: torch.compile warns of caches that it traces
+    signature = inspect.signature(cls.__call__)
+    names = tuple(signature.parameters)[2:]
 
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         link: SiteHook | None = self._attnctl
         if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
-        hidden: Any = args[0] if args else kwargs.get("hidden_states")
-        encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        encoder = None if encoder is hidden else encoder
+        hidden, encoder = sequences(names, args, kwargs)
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
         mode = Intercept(link, hidden, encoder, set_backend(self) if link.open else None)
@@ -113,7 +114,7 @@ def _make_controlled(cls: Any) -> type:
             output = change(output)
         return output
 
-    __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
+    __call__.__signature__ = signature  # type: ignore[attr-defined]
     # "Controlled" stands in front so that checks for "Added" and the like in a class name still hold. Hosts make new
     # processors of an old one's class: those have no link and act like the original.
     members = {"__call__": __call__, "__module__": cls.__module__, "_attnctl": None, "_attnctl_original": None}

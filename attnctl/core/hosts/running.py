@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.listing import denoisers_of, unwrapped
+from attnctl.core.hosts.listing import DENOISERS, denoisers_of, unwrapped
 from attnctl.errors import ConflictError, UnsupportedModelError
 
 __all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "check_in_place"]
 
-_PARTS = ("unet", "transformer", "transformer_2")
 # What is read off a call: its own names for the texts, the steps and the guidance.
 _READ = (
     "prompt",
@@ -49,11 +48,8 @@ class PipelineCall:
 
 def _holds(pipe: Any, denoiser: torch.nn.Module) -> bool:
     """Tell whether a pipeline runs a denoiser, wrapped or compiled perhaps."""
-    try:
-        parts = [part for name in _PARTS if isinstance(part := vars(pipe).get(name), torch.nn.Module)]
-    except TypeError:  # an object without a namespace
-        return False
-    return any(unwrapped(part) is denoiser for part in parts)
+    parts = getattr(pipe, "__dict__", {})
+    return any(isinstance(m := parts.get(n), torch.nn.Module) and unwrapped(m) is denoiser for n in DENOISERS)
 
 
 def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:

@@ -2,43 +2,172 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.families import Bound, Family, Tokens
 from attnctl.core.hosts.listing import stage_grid
-from attnctl.core.sites import Grid
+from attnctl.core.sites import Grid, Site
 
-__all__ = ["grid_of", "split_tokens"]
+__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_of", "sequences"]
 
 
-def split_tokens(
-    kind: str, family: Family | None, image_tokens: int | None, n: int, hidden: Any, encoder: Any
-) -> tuple[slice | None, slice | None]:
-    """Return the image's and the text's part of a joint sequence of n tokens; None where there is none to tell.
+class CallTokens:
+    """How the tokens of one denoiser call lie: their counts at once, the grid when it is asked for.
+
+    Counting happens here and not at a site, where a compiled block would have to trace it.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, family: Family, bound: Bound) -> None:
+        self._read: Callable[[], Grid | None] | None = lambda: family.grid(denoiser, bound)
+        self._grid: Grid | None = None
+        self.counts: Tokens | None = None
+        if not bound:
+            self._read = None
+        elif family.tokens is not None:
+            self.counts = family.tokens(denoiser, bound)
+        elif self.grid is not None:
+            self.counts = Tokens(math.prod(self.grid))
+
+    @property
+    def grid(self) -> Grid | None:
+        """Return frames, rows and columns of the token grid, or None for a family without a rule."""
+        if self._read is not None:
+            self._grid, self._read = self._read(), None
+        return self._grid
+
+    def close(self) -> None:
+        """Drop references to the call's tensors; a grid that was not read stays unknown."""
+        self._read = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where image and text are in one attention.
+
+    Attributes:
+        image: The image's rows among the queries, where others are there too; None where none are, or nothing tells.
+        text: The text among the keys, likewise.
+        keys: The image among the keys of a call whose queries are the image's alone, and whose keys are not.
+        acts: Whether controls act on the call; they leave alone what concerns neither this image nor its text.
+    """
+
+    image: slice | None = None
+    text: slice | None = None
+    keys: slice | None = None
+    acts: bool = True
+
+
+def sequences(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return what a processor was called with: its own tokens, and those of a second sequence or None.
 
     Args:
-        kind: The site's kind of attention.
-        family: The denoiser's family.
-        image_tokens: Image tokens in a packed sequence, if they are known.
-        n: Query tokens of the call.
-        hidden: What the processor was called with.
-        encoder: The text that it was called with, or None in a packed sequence.
+        names: The names of its parameters, without itself and the attention module.
+        args: Its arguments by position, without the attention module.
+        kwargs: Its arguments by name.
     """
-    if kind != "joint" or family is None or family.text is None:
-        return None, None
-    # Double-stream blocks bring both parts; single-stream ones bring the packed sequence.
-    image = _count(hidden) if _count(encoder) is not None else image_tokens
-    if image is None or _count(hidden) is None or not 0 < image <= n:
-        return None, None
-    if family.text == "first":
-        return slice(n - image, n), slice(0, n - image)
-    return slice(0, image), slice(image, n)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    hidden = given.get(names[0]) if names else None
+    second = next((given[n] for n in _SECOND if given.get(n) is not None), None)
+    return hidden, None if second is hidden else second
+
+
+_SECOND = ("encoder_hidden_states", "context", "gen_seq")
+
+
+def parts_of(
+    site: Site,
+    family: Family | None,
+    counts: Tokens | None,
+    queries: int,
+    keys: int,
+    index: int,
+    hidden: Any,
+    second: Any,
+) -> Parts:
+    """Say where image and text are in an attention of some queries to some keys.
+
+    Args:
+        site: Where it is computed.
+        family: The denoiser's family.
+        counts: Tokens of the denoiser call, if they are known.
+        queries: Tokens of q.
+        keys: Tokens of k.
+        index: How many attentions the same module has computed before, in this call of it.
+        hidden: What the processor was called with.
+        second: The second sequence that it was called with, or None in a packed sequence.
+    """
+    h, e, kind = _count(hidden), _count(second), site.kind
+    if family is not None and site.module is not None:
+        calls = family.calls(site.name, site.module)
+        if index < len(calls) and calls[index] != kind:
+            return Parts(acts=False)
+    if kind == "joint" and family is not None and family.text is not None:
+        return _joint(family.text, counts, queries, keys, index, h, e)
+    if kind == "cross" and counts is not None and counts.led and keys > counts.led:
+        return Parts(text=slice(counts.led, keys))
+    if kind == "self" and queries == keys:
+        if h is not None and e is not None and queries == h + e:  # the second sequence is another state of the image
+            return Parts(image=slice(0, h))
+        if counts is not None and counts.image < counts.stream == queries:
+            return Parts(image=slice(counts.before, counts.before + counts.image))
+    return Parts()
+
+
+def _joint(
+    text: str, counts: Tokens | None, queries: int, keys: int, index: int, h: int | None, e: int | None
+) -> Parts:
+    """Divide a joint sequence: two streams bring both parts, one stream the packed sequence."""
+    turned = counts is not None and e is not None and counts.stream == e != h  # Cosmos 3 names its text first
+    if e is not None and not turned and h is not None and (counts is None or counts.stream != h):
+        counts = Tokens(h)
+    if counts is None or h is None:
+        return Parts()
+    both = h + (e or 0)
+    if queries == keys:
+        # Mochi cuts each row's text to its valid length.
+        if queries == both or (e is not None and not turned and h < queries < both):
+            return _placed(text, counts, queries) if counts.stream <= queries else Parts()
+        return Parts(acts=False)  # a segment of the sequence that is attended by itself: the text's
+    if keys > queries and queries in (counts.stream, h) and (keys in (both, e) or (e is None and h == queries)):
+        counts = counts if queries == counts.stream else Tokens(queries, text=counts.text)
+        placed = _placed(text, counts, keys)
+        return Parts(slice(counts.before, counts.before + counts.image), placed.text, placed.image)
+    return Parts(acts=index == 0 or e is None)  # image prompts are attended by themselves
+
+
+def _placed(text: str, counts: Tokens, n: int) -> Parts:
+    """Place the parts of n tokens in which the text stands first or last."""
+    rest = n - counts.stream
+    length = rest if counts.text is None else min(counts.text, rest)
+    start = rest if text == "first" else 0
+    image = slice(start + counts.before, start + counts.before + counts.image)
+    if text == "first":
+        return Parts(image, slice(rest - length, rest))
+    return Parts(image, slice(counts.stream, counts.stream + length))
+
+
+def image_in(state: Any, n: int) -> slice:
+    """Return where the image lies in a block's own n tokens: all of them, unless the call's counts show others."""
+    counts, family = None if state.tokens is None else state.tokens.counts, state.family
+    if counts is None or family is None or family.unet or n < counts.stream:
+        return slice(0, n)
+    if n == counts.stream or family.text is None:
+        return slice(counts.before, counts.before + counts.image) if n == counts.stream else slice(0, n)
+    return _placed(family.text, counts, n).image or slice(0, n)
 
 
 def _count(value: Any) -> int | None:
-    return int(value.shape[1]) if isinstance(value, torch.Tensor) and value.ndim == 3 else None
+    """Count the tokens of [B, N, C], of one row [N, C], or of a map [B, C, H, W]."""
+    if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4):
+        return None
+    if value.ndim == 4:
+        return int(value.shape[2] * value.shape[3])
+    return int(value.shape[value.ndim - 2])
 
 
 def grid_of(state: Any, site: str, n: int) -> Grid | None:

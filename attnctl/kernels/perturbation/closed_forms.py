@@ -56,6 +56,7 @@ def perturb(
     scope: str = "all",
     image: slice | None = None,
     text: slice | None = None,
+    keys: slice | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     plain: Plain = _plain,
@@ -71,6 +72,8 @@ def perturb(
     scope: "all" = every row takes the target; "image" (or "image_rows") = image rows take it, the others stay
         ordinary; "text" = the other way round; "image_block" = image rows attend to themselves and the text.
     image, text: ranges of the joint sequence; every token outside `image` counts as text.
+    keys: where the queries are the image's tokens alone, the range of the same tokens among the keys. Every row is then
+        an image row, and every key outside the range counts as text.
     plain: the next kernel, called as plain(q, k, v, mask, scale).
     skip: let heads that u = 1 replaces skip their ordinary attention; `plain` then sees the other heads only
         (and other rows only, under an image scope). Set it to False if `plain` relies on seeing every head.
@@ -78,7 +81,10 @@ def perturb(
         a missing image range, the identity target where queries and keys are not the same tokens.
     """
     mask = check_call(q, k, v, mask)
-    rows = _rows(scope, target, q.shape[2], k.shape[2], image, text)
+    if keys is None:
+        rows = _rows(scope, target, q.shape[2], k.shape[2], image, text)
+    else:
+        rows, keys = None, _image_keys(scope, target, keys, q.shape[2], k.shape[2])
     chosen = check_heads(heads, q.shape[1])
     strength = check_strength(u, len(chosen))
     if isinstance(strength, Tensor) and strength.dim():
@@ -88,7 +94,7 @@ def perturb(
     if isinstance(strength, float) and strength == 0.0:
         return plain(q, k, v, mask, scale)
     runs = _runs(chosen, q.shape[1])
-    goal = _goal(q, k, v, mask, scale, target, scope, rows, runs)
+    goal = _goal(q, k, v, mask, scale, target, scope, rows, runs, keys)
 
     if isinstance(strength, float) and strength == 1.0 and skip:
         if rows is not None:
@@ -190,6 +196,15 @@ def _rows(
     return token_slice(part, n_query, needed)
 
 
+def _image_keys(scope: str, target: str | Plain, keys: slice, n_query: int, n_key: int) -> slice:
+    """Check target, scope and the image's range among the keys, where the queries are the image's tokens alone."""
+    keys = token_slice(keys, n_key, "keys")
+    if keys.stop - keys.start != n_query:
+        raise ConfigError(f"keys={keys} was given for {n_query} queries; expected as many image keys.")
+    _rows(scope, target, n_query, n_query, slice(0, n_query), None)
+    return keys
+
+
 def _goal(
     q: Tensor,
     k: Tensor,
@@ -200,9 +215,15 @@ def _goal(
     scope: str,
     rows: slice | None,
     runs: _Runs,
+    keys: slice | None,
 ) -> Tensor:
     """Compute the target for the selected heads and for the rows that take it."""
     heads, n_query = q.shape[1], q.shape[2]
+    if keys is not None and scope == "image_block":  # each query's own key comes to the query's place
+        k, v, rows = _first(k, keys, 2), _first(v, keys, 2), slice(0, n_query)
+        mask = mask if mask is None or mask.shape[3] == 1 else _first(mask, keys, 3)
+    elif keys is not None and target == "identity":
+        v = v[..., keys, :]
     m_sel = _take_mask(mask, runs, True, heads)
     if target in ("identity", "uniform") and scope != "image_block":
         own_v = _take(repeat_heads(v, heads), runs, True, heads)
@@ -217,6 +238,13 @@ def _goal(
         function = argmax if isinstance(target, str) else target
         goal = function(q_sel, k_sel, v_sel, m_sel, scale)
     return goal if rows is None else goal[..., rows, :]
+
+
+def _first(x: Tensor, part: slice, dim: int) -> Tensor:
+    """Move a range of an axis to its front."""
+    n = x.shape[dim]
+    pieces = ((part.start, part.stop), (0, part.start), (part.stop, n))
+    return torch.cat([x.narrow(dim, start, stop - start) for start, stop in pieces], dim)
 
 
 def _runs(chosen: tuple[int, ...], total: int) -> _Runs:

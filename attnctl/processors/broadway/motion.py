@@ -147,7 +147,7 @@ class Motion(LiveControl):
                 "denoiser's call: use attnctl.control(pipe, ...)."
             )
         band = Band.of(grid[0], self.control.tau)
-        part = slice(0, call.v.shape[-2]) if image is None else image
+        part = call.keys or image or slice(0, call.v.shape[-2])
         gain: float | Tensor = beta
         if self.control.mask is not None:
             places = self._shrunk((grid[1], grid[2]), call.v)

@@ -157,7 +157,7 @@ class Recorder(LiveControl):
         """Leave the call as it is, and record its maps: the attention runs first, and gives its sums if it can."""
         state = call.state
         rows, layer = self._rows(state.rows), self.layers.get(call.site.name)
-        due = rows is not None and state.phase == "base" and call.index == _text_index(call.site)
+        due = rows is not None and state.phase == "base" and call.index == 0
         # Gradient checkpointing computes an attention a second time.
         due = due and (layer is None or layer.call < state.call)
         call.wants_sums = call.wants_sums or (due and self.reads_columns)
@@ -299,10 +299,3 @@ class Recorder(LiveControl):
 
 def _how(capture: CaptureFields) -> Any:
     return "mean" if capture.reduce in ("none", "ema") else capture.reduce
-
-
-def _text_index(site: Site) -> int:
-    """Return which attention of a processor reads the text: Wan's image-to-video reads its image first."""
-    module: Any = site.module
-    first = type(module).__name__.startswith("Wan") and getattr(module, "add_k_proj", None) is not None
-    return 1 if first else 0

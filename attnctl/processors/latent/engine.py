@@ -148,7 +148,7 @@ class _Update:
         self.memory: dict[str, Any] = passes.shared.setdefault(id(engine.control), {})
         state, rows = passes.state, passes.state.rows
         frames = state.grid[0] if rows.role == "both" and state.grid else 1
-        self.bound = take_rows(state.bound, rows.cond, rows.total, frames)
+        self.bound = take_rows(state.bound, rows.cond, rows.total, frames, state.family)
 
     def run(self, z: Tensor) -> Tensor:
         """Return the moved latents."""
