@@ -1,16 +1,20 @@
 """Count the models of timm with attention that `Capture` reads and `attnctl.swap` changes, and why others are refused.
 
-    python benchmarks/census_timm.py                  # every name; about one second each
+    python benchmarks/census_timm.py                  # every name
     python benchmarks/census_timm.py --modules eva pit  # those of some of timm's files
+    python benchmarks/census_timm.py --each           # a run of every name instead of one per kind
     python benchmarks/census_timm.py --json benchmarks/results/census_timm.json
 
-Models are built on the meta device, so nothing is downloaded and nothing is computed: a model counts as read if one
-image passes under a Capture of all its sites. The tests compare the maps of small ones with the written-out softmax.
+Every name is built on the meta device, so nothing is downloaded and nothing is computed, and its attention is listed.
+Models of one class with the same classes of attention are one kind: its smallest member runs one image under a Capture
+of all sites, and one after a swap of all places. The tests compare maps of small models with the written-out softmax.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import re
 import warnings
@@ -24,12 +28,13 @@ from torch import nn
 from tqdm import tqdm
 
 import attnctl
+from attnctl.backbones.find_grids import image_size
 from attnctl.backbones.look.readings import reading_of
-from attnctl.backbones.swap import _input_size
+from attnctl.backbones.places import place_of
 from attnctl.errors import AttnctlError
 from attnctl.processors import Capture
 
-ATTENTION = re.compile(r"attention|attn|MHSA|XCA|GPSA", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|attn|MHSA|XCA|GPSA|SHSA|LiteMLA|LambdaLayer", re.IGNORECASE)
 # Gates on channels or places, which weigh no tokens against each other.
 GATES = re.compile(r"^(SplitAttn|SelectiveKernel|ChannelAttn|LightChannelAttn|SpatialAttn|LightSpatialAttn|Cbam)")
 
@@ -44,29 +49,52 @@ def attention_of(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def judge(name: str) -> dict[str, Any] | None:
-    """Return what is read and swapped of a model, or None for one without attention."""
+def build(name: str) -> nn.Module:
+    """Build a model on the meta device."""
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
-    row: dict[str, Any] = {"name": name, "classes": attention_of(model), "read": "", "swap": ""}
-    if not row["classes"]:
+        return timm.create_model(name).eval()
+
+
+def describe(name: str) -> dict[str, Any] | None:
+    """List the attention of a model, or return None for one without."""
+    model = build(name)
+    classes = attention_of(model)
+    if not classes:
         return None
-    x = torch.rand(1, *_input_size(model), device="meta")
+    kinds = {f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()}
+    attend = sorted(
+        k for k in kinds if ATTENTION.search(k.rpartition(".")[2]) and not GATES.search(k.rpartition(".")[2])
+    )
+    row: dict[str, Any] = {"name": name, "model": type(model).__name__, "classes": classes, "read": "", "swap": ""}
+    row["kind"] = " ".join([type(model).__name__, *attend])
+    row["size"] = sum(p.numel() for p in model.parameters())
+    row["sites"] = sum(reading_of(m) is not None for m in model.modules())
+    row["places"] = sum(place_of(m) for m in model.modules())
+    row["whole"] = row["sites"] > 0 and not _unread(model)
+    return row
+
+
+def judge(name: str) -> dict[str, str]:
+    """Run a model once while it is read, and once after a swap; return what refused."""
+    model, answers = build(name), {"read": "", "swap": ""}
+    x = torch.rand(1, *image_size(model), device="meta")
     try:
-        capture = Capture(points=((0.5, 0.5),), keep=("heads",), budget=2**40)
+        sites = attnctl.find_sites(model)
+        asked = {"points": ((0.5, 0.5),)} if any(s.kind == "self" for s in sites) else {}
+        capture = Capture(keep=("heads",), budget=2**40, **asked)
         with torch.no_grad(), attnctl.control(model, capture) as handle:
             model(x)
-            row["sites"] = len(handle.maps.layers)
-        inside = [m for m in model.modules() if reading_of(m) is not None]
-        row["whole"] = len(inside) > 0 and not _unread(model)
+            assert handle.maps.layers
     except (AttnctlError, RuntimeError, NotImplementedError, TypeError) as error:
-        row["read"] = _short(error)
+        answers["read"] = _short(error)
     try:
         attnctl.swap(model, "sigmoid")
-        row["places"] = len(attnctl.swap_report(model).sites)
+        with torch.no_grad():
+            model(x)
+        attnctl.unswap(model)
     except (AttnctlError, RuntimeError, NotImplementedError) as error:
-        row["swap"] = _short(error)
-    return row
+        answers["swap"] = _short(error)
+    return answers
 
 
 def _unread(model: nn.Module) -> list[str]:
@@ -74,6 +102,17 @@ def _unread(model: nn.Module) -> list[str]:
     sites = [s.name for s in attnctl.find_sites(model)]
     within = [n for n, m in model.named_modules() if ATTENTION.search(type(m).__name__)]
     return [n for n in within if not any(n == s or n.startswith(f"{s}.") or s.startswith(f"{n}.") for s in sites)]
+
+
+def _may_attend(module: str) -> bool:
+    """Return whether one of timm's files names attention at all."""
+    try:
+        source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
+    except ImportError:
+        return False  # of attnctl
+    return (
+        re.search(r"class \w*(Attention|Attn|MHSA|XCA|SHSA)|import.*Attention|Attention\w*,|attn", source) is not None
+    )
 
 
 def _short(error: Exception) -> str:
@@ -84,24 +123,39 @@ def main() -> None:
     """Judge the models, print the counts, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="*", default=[], help="timm's files to take names from, all if none")
+    parser.add_argument("--each", action="store_true", help="run every name, not one of each kind")
     parser.add_argument("--first", action="store_true", help="only the first name of each file")
     parser.add_argument("--json", type=Path, help="write every row to this file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    own = [m for m in timm.list_modules() if not m.startswith(("agent_", "biformer"))]
+    own = [m for m in timm.list_modules() if _may_attend(m)]
     modules = args.modules or own
     names = [n for m in modules for n in (timm.list_models(module=m)[:1] if args.first else timm.list_models(module=m))]
     rows = []
     for name in tqdm(names, disable=None, desc="models", unit="model"):
         try:
-            row = judge(name)
+            row = describe(name)
         except Exception as error:  # a model that cannot be built on the meta device
-            row = {"name": name, "classes": ["?"], "read": _short(error), "swap": _short(error)}
+            row = {
+                "name": name,
+                "classes": ["?"],
+                "kind": name,
+                "size": 0,
+                "read": _short(error),
+                "swap": _short(error),
+            }
         if row is not None:
             rows.append(row)
+    answers: dict[str, dict[str, str]] = {}
+    for row in tqdm(sorted(rows, key=lambda r: r["size"]), disable=None, desc="runs", unit="model"):
+        key = row["name"] if args.each else row["kind"]
+        if row["classes"] != ["?"]:
+            if key not in answers:
+                answers[key] = judge(row["name"]) | {"run": row["name"]}
+            row |= answers[key]
     read = [r for r in rows if not r["read"]]
     print(f"{len(rows)} of {len(names)} models have attention: {len(read)} are read ", end="")
-    print(f"({sum(bool(r['whole']) for r in read)} at every attention), {sum(not r['swap'] for r in rows)} swapped")
+    print(f"({sum(bool(r.get('whole')) for r in read)} at every attention), {sum(not r['swap'] for r in rows)} swapped")
     for what in ("read", "swap"):
         print(f"not {what}, by classes:")
         counts = Counter(", ".join(r["classes"]) for r in rows if r[what])

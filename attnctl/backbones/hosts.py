@@ -7,26 +7,24 @@ windows only while a mixer wants the map; their norms and perceptrons are kept t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models.maxxvit import PartitionAttentionCl
-from timm.models.pvt_v2 import Attention as PVTAttention
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.vision_transformer import Attention as TokenAttention
+import torch.nn.functional as F
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
 from attnctl.backbones.grid import GridSource
-from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads
-from attnctl.backbones.modules.multiaxis import AnySizePartition
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.backbones.mixers.base import Mixer, join_heads
+from attnctl.errors import ConfigError
 
 __all__ = [
-    "HOSTS", "Host", "MapHost", "MaxViTHost", "PVTHost", "SwinHost", "TokenHost", "build_host", "put", "split_qkv",
+    "CosineMapHost", "Host", "MapHost", "MaxViTHost", "PVTHost", "SwinHost", "SwinV2CrHost", "SwinV2Host", "TokenHost",
+    "put", "split_qkv",
 ]  # fmt: skip
-
-MakeMixer = Callable[[Slot], Mixer]
 
 
 class Host(nn.Module):
@@ -128,14 +126,15 @@ class TokenHost(Host):
         self.qkv, self.proj, self.proj_drop = old.qkv, old.proj, old.proj_drop
         self.q_norm, self.k_norm = old.q_norm, old.k_norm
         self.norm = getattr(old, "norm", None) or nn.Identity()
+        self.gate = getattr(old, "gate", None)
         self.mixer = mixer
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Mix tokens. Raises: ConfigError for a mask, and for tokens that do not fit the grid."""
         if attn_mask is not None or is_causal:
             raise ConfigError("attn_mask or is_causal was given; a swapped attention mixes by the grid, without masks.")
-        grid = self.grid()
         n = x.shape[1] - self.prefix
+        grid = self.grid(n)
         if n != grid[0] * grid[1]:
             raise ConfigError(
                 f"{n} patch tokens were given, but the grid is {grid[0]}x{grid[1]}. Build the model with "
@@ -143,7 +142,10 @@ class TokenHost(Host):
             )
         q, k, v = split_qkv(self.qkv(x), self.num_heads)  # type: ignore[operator]
         out = self.mixer(self.q_norm(q), self.k_norm(k), v, x, grid)  # type: ignore[operator]
-        return self.proj_drop(self.proj(self.norm(join_heads(out))))  # type: ignore[operator]
+        out = self.norm(join_heads(out))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[operator]
 
 
 class PVTHost(Host):
@@ -199,6 +201,72 @@ class SwinHost(Host):
         self.original.set_input_size(*args, **kwargs)  # type: ignore[operator]
 
 
+class CosineMapHost(nn.Module):
+    """Cosine attention over a whole map [B, H, W, C], with the projections of Swin V2's windows.
+
+    Queries and keys have length 1 and carry the learned factor of their head, so that mixers scale logits by 1.
+    """
+
+    def __init__(self, old: Any, mixer: Mixer) -> None:
+        super().__init__()
+        self.num_heads = int(old.num_heads)
+        self.qkv, self.proj, self.proj_drop = old.qkv, old.proj, old.proj_drop
+        self.logit_scale = old.logit_scale
+        self.q_bias, self.v_bias = getattr(old, "q_bias", None), getattr(old, "v_bias", None)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map."""
+        b, h, w, c = x.shape
+        tokens = x.reshape(b, h * w, c)
+        qkv = self.qkv(tokens)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = split_qkv(qkv, self.num_heads)
+        factor = self.logit_scale.reshape(1, -1, 1, 1).clamp(max=_LARGEST).exp().to(q.dtype)
+        q, k = F.normalize(q, dim=-1) * factor.sqrt(), F.normalize(k, dim=-1) * factor.sqrt()
+        out = self.mixer(q, k, v, tokens, (h, w))
+        return self.proj_drop(self.proj(join_heads(out))).reshape(b, h, w, c)
+
+
+class WholeMapHost(Host):
+    """A block that cuts windows in a method of its own, which here hands attention the map.."""
+
+    attn: nn.Module
+
+    def settle(self, old: nn.Module, mixer: Mixer) -> None:
+        """Take the attributes of the original over, with its children but attention."""
+        nn.Module.__init__(self)
+        hooks = {name for name in vars(self) if name.endswith("hooks")}
+        state = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        for name, value in vars(old).items():
+            if name not in hooks:
+                vars(self)[name] = value.copy() if name in state else value
+        self._buffers["attn_mask"] = None
+        self.attn = CosineMapHost(old.attn, mixer)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return self.attn(x)
+
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        return self.attn(x)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Resize the windows of the original; mixers fit themselves to the map."""
+        self.original.set_input_size(*args, **kwargs)  # type: ignore[operator]
+
+
+class SwinV2Host(WholeMapHost, SwinTransformerV2Block):
+    """The place of a block of Swin V2."""
+
+
+class SwinV2CrHost(WholeMapHost, SwinTransformerV2CrBlock):
+    """The place of a block of Swin V2's other release."""
+
+
+_LARGEST = math.log(100.0)  # of Swin V2's learned factors
+
+
 class MaxViTHost(Host):
     """The place of MaxViT's block or grid attention: everything kept but the partition and its position bias."""
 
@@ -217,47 +285,3 @@ class MaxViTHost(Host):
     def set_partition_size(self, *args: Any) -> None:
         """Resize the partition of the original; mixers fit themselves to the map."""
         self.original.set_partition_size(*args)  # type: ignore[operator]
-
-
-HOSTS: dict[type[nn.Module], str] = {
-    TokenAttention: "attention of ViT and DeiT blocks",
-    SwinTransformerBlock: "Swin blocks",
-    PVTAttention: "attention of PVTv2 blocks",
-    PartitionAttentionCl: "block and grid attention of MaxViT",
-    AnySizePartition: "the same after any_size",
-}
-
-
-def build_host(old: nn.Module, make: MakeMixer, grid: Grid, prefix: int, source: GridSource) -> Host:
-    """Build the module that takes the place of `old`, with its device, dtype, and training state.
-
-    grid: (height, width) in tokens that the mixer is built for; source: where a sequence finds its grid when it runs.
-
-    Raises: UnsupportedModelError for an attention that gates its output (its weights would be lost).
-    """
-    inner: Any = old if isinstance(old, (TokenAttention, PVTAttention)) else old.attn
-    first = inner.q if isinstance(old, PVTAttention) else inner.qkv
-    dim, heads = inner.proj.in_features, inner.num_heads
-    scale = float(getattr(inner, "scale", (dim // heads) ** -0.5))
-    if getattr(inner, "gate", None) is not None:
-        raise UnsupportedModelError(
-            "The attention gates its output, which no swapped form keeps; leave that block out."
-        )
-    if not isinstance(old, TokenAttention):
-        prefix = 0
-    mixer = make(Slot(dim, heads, grid, prefix, scale, first.weight.device, first.weight.dtype))
-    new: Host
-    if isinstance(old, TokenAttention):
-        new = TokenHost(old, mixer, source, prefix)
-    elif isinstance(old, PVTAttention):
-        new = PVTHost(old, mixer)
-    elif isinstance(old, SwinTransformerBlock):
-        new = SwinHost(old, mixer)
-    else:
-        new = MaxViTHost(old, mixer)
-    new.training = old.training
-    for child in new.modules():
-        if isinstance(child, Mixer):
-            child.train(old.training)
-    new.keep(old)
-    return new

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
-from attnctl.backbones.grid import GridRecorder, GridSource, watch_grid
-from attnctl.backbones.hosts import HOSTS, Host, build_host, put
+from attnctl.backbones.find_grids import dry_run, grids_of, image_size, modules_around, sources_of, trunk_of
+from attnctl.backbones.hosts import Host, put
+from attnctl.backbones.look.frames import frame_of, prefix_of
 from attnctl.backbones.mixers import Mixer, find_mixer
-from attnctl.backbones.modes import evaluating
+from attnctl.backbones.places import PLACES, SWAPPABLE, build_host, is_sequence
 from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest
 
 __all__ = ["SwapReport", "swap", "swap_report", "unswap"]
@@ -49,14 +50,14 @@ class SwapReport:
     parameters: tuple[int, int]
     _model: nn.Module = field(repr=False, compare=False)
     _hosts: dict[str, Host] = field(repr=False, compare=False)
-    _hook: Any = field(default=None, repr=False, compare=False)
+    _hooks: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
 
     def macs(self, input_size: tuple[int, int, int] | None = None) -> tuple[int, int]:
         """Count the multiply-adds of one image before and after, by one forward pass each.
 
         input_size: (channels, height, width), the model's own if None.
         """
-        size = input_size or _input_size(self._model)
+        size = input_size or image_size(self._model)
         after = _count(self._model, size)
         present = {name: self._model.get_submodule(name) for name in self.sites}
         try:
@@ -86,7 +87,7 @@ def swap(
     grid: Grid | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Replace softmax attention in a timm ViT/DeiT, Swin, PVTv2 or MaxViT, in place; projections are kept.
+    """Replace softmax attention in a timm model, in place; projections, rotary embeddings and gates are kept.
 
     kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "moh", "sigmoid", "neighborhood", the kind of a mixer
         of your own, or its class.
@@ -105,20 +106,16 @@ def swap(
     places = _places(model)
     chosen = _choose(list(places), blocks)
     _check_unswapped(places, chosen)
-    trunk = _trunk(model)
-    prefix = int(getattr(trunk, "num_prefix_tokens", 0))
-    grids = _grids(model, places, chosen, grid)
-    recorder, hook = _recorder(trunk, chosen, places)
-    embed = None if grid else _embed_with_grid(trunk)
-    try:
-        make = functools.partial(mixer, **options)
-        hosts = {
-            n: build_host(places[n], make, grids[n], prefix, GridSource(grids[n], embed, recorder)) for n in chosen
-        }
-    except BaseException:
-        if hook is not None:
-            hook.remove()
-        raise
+    trunk = trunk_of(model)
+    frames = {n: frame_of(places[n], modules_around(model, n)) for n in chosen if is_sequence(places[n])}
+    grids = grids_of(model, places, chosen, grid, frames)
+    make = functools.partial(mixer, **options)
+    with contextlib.ExitStack() as undo:
+        sources, hooks = sources_of(trunk, chosen, grids, frames, bool(grid))
+        for hook in hooks:
+            undo.callback(hook.remove)
+        hosts = {n: build_host(places[n], make, grids[n], prefix_of(trunk), sources[n]) for n in chosen}
+        undo.pop_all()
     before = _state(model)
     count = sum(p.numel() for p in model.parameters())
     for name, host in hosts.items():
@@ -133,7 +130,7 @@ def swap(
         (count, sum(p.numel() for p in model.parameters())),
         model,
         hosts,
-        hook,
+        hooks,
     )
     vars(model).setdefault(_RECORD, []).append(report)
     return model
@@ -159,8 +156,8 @@ def unswap(model: nn.Module) -> nn.Module:
     originals = {name: host.restored() for name, host in report._hosts.items()}
     for name, module in originals.items():
         put(model, name, module)
-    if report._hook is not None:
-        report._hook.remove()
+    for hook in report._hooks:
+        hook.remove()
     model.__dict__[_RECORD].pop()
     if not model.__dict__[_RECORD]:
         del model.__dict__[_RECORD]
@@ -191,22 +188,16 @@ def _grouped(names: Iterable[str], sites: Sequence[str]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in counts.items()) or "nothing"
 
 
-def _trunk(model: nn.Module) -> nn.Module:
-    """Return the module that embeds patches: the model, or what timm's feature extractor holds."""
-    inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) and not hasattr(model, "patch_embed") else model
-
-
 def _places(model: nn.Module) -> dict[str, nn.Module]:
     """List the attention that can be swapped or is, by name, in the order in which it runs."""
-    kinds: tuple[type[nn.Module], ...] = (*HOSTS, Host)
+    kinds: tuple[type[nn.Module], ...] = (*PLACES, Host)
     places = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not places:
         near = sorted(
             {type(m).__name__ for m in model.modules() if "ttention" in type(m).__name__ or "ttn" in type(m).__name__}
         )
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention that can be swapped; swap knows {', '.join(HOSTS.values())}. "
+            f"{type(model).__name__} has no attention that can be swapped; swap knows {SWAPPABLE}. "
             f"Found here: {', '.join(near) or 'no attention at all'}."
         )
     return places
@@ -251,87 +242,10 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
     return [n for n in names if n in kept]
 
 
-def _embed_with_grid(trunk: nn.Module) -> nn.Module | None:
-    embed = getattr(trunk, "patch_embed", None)
-    return embed if getattr(embed, "grid_size", None) else None
-
-
-def _grids(model: nn.Module, places: dict[str, nn.Module], chosen: list[str], given: Grid | None) -> dict[str, Grid]:
-    """Find the grid of every chosen place: given, from the patch embedding, or seen in one forward pass."""
-    size: Any = given or getattr(_embed_with_grid(_trunk(model)), "grid_size", None)
-    if size and all(_is_token(places[n]) for n in chosen):
-        return dict.fromkeys(chosen, (int(size[0]), int(size[1])))
-    seen: dict[str, Grid] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: Any) -> None:
-            if args[0].ndim == 4:
-                seen[name] = (args[0].shape[1], args[0].shape[2])
-            elif len(args) > 1:
-                seen[name] = (int(args[1][0]), int(args[1][1]))
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for name in chosen:
-            hooks.callback(places[name].register_forward_pre_hook(note(name)).remove)
-        _dry_run(model, _input_size(model))
-    missing = [n for n in chosen if n not in seen]
-    if missing:
-        raise SiteError(
-            f"The grid of {missing[0]!r} cannot be told from {type(model).__name__}. "
-            "Give grid=(height, width) in tokens."
-        )
-    return seen
-
-
-def _is_token(module: nn.Module) -> bool:
-    return HOSTS[next(t for t in HOSTS if isinstance(module, t))].startswith("attention of ViT")
-
-
-def _recorder(model: nn.Module, chosen: list[str], places: dict[str, nn.Module]) -> tuple[GridRecorder | None, Any]:
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or not getattr(model, "dynamic_img_size", False) or not any(_is_token(places[n]) for n in chosen):
-        return None, None
-    return watch_grid(model)
-
-
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Return the size (channels, height, width) of the images that a model was built or resized for."""
-    trunk = _trunk(model)
-    cfg = getattr(trunk, "pretrained_cfg", None) or {}
-    first = next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = getattr(trunk, "in_chans", None) or (first.in_channels if first else cfg.get("input_size", (3,))[0])
-    size = (
-        getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-        or getattr(trunk, "img_size", None)
-        or (getattr(trunk, "_traits", None) or {}).get("img_size")  # timm 1.0.31 notes it on every model
-        or cfg.get("input_size", (3, 224, 224))[1:]
-    )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(channels), int(height), int(width)
-
-
-def _dry_run(model: nn.Module, size: tuple[int, int, int]) -> None:
-    """Run one image without gradients, keeping the modes and running statistics.
-
-    Raises: UnsupportedModelError if the model refuses an image of that size.
-    """
-    first = next(model.parameters())
-    try:
-        with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on an image of {size[0]} x {size[1]} x {size[2]}, the size that it "
-            f"seems to be built for: {error}"
-        ) from error
-
-
 def _count(model: nn.Module, size: tuple[int, int, int]) -> int:
     # The counter knows no fused kernel of the CPU; the written-out one does the same multiplications.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        _dry_run(model, size)
+        dry_run(model, size)
     return counter.get_total_flops() // 2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnctl.backbones.grid import GridRecorder, watch_grid
+from attnctl.backbones.grid import GridRecorder, grid_of_shape, watch_grid
 from attnctl.backbones.look.frames import Frame
 from attnctl.backbones.look.sites import BackboneSite, owner_of
 from attnctl.errors import UnsupportedModelError
@@ -73,8 +73,7 @@ class GridWatch:
         # A pool may be given the class and register tokens or not.
         counts = [tokens, tokens + site.prefix] if site.reading.pool is not None else [tokens]
         for count in counts:
-            patch = (height * width / max(count, 1)) ** 0.5
-            for size in (*grids, (round(height / patch), round(width / patch))):
+            for size in (*grids, grid_of_shape((height, width), count)):
                 if size is not None and size[0] * size[1] == count:
                     return int(size[0]), int(size[1])
         raise UnsupportedModelError(f"Nothing shows how the {tokens} tokens of {site.name} lie on the image.")

@@ -57,18 +57,23 @@ class AttentionProbe:
     def rows(self, weights: Tensor) -> Tensor:
         """Compute what the queries attend to, summed with weights.
 
-        Shapes: weights [h * w + tokens], one per query -> [B, H, keys + prefix], the key grid row by row.
+        Shapes: weights [h * w + tokens] or [B, h * w + tokens], one per query -> [B, H, keys + prefix], the key grid
+        row by row.
         """
         d = self.mixed.shape[-1] // self.heads
         weights = weights.to(self.mixed)
-        each = torch.where(self.query_at >= 0, weights[self.query_at.clamp(min=0)], 0.0) / d
-        cotangent = each[None, :, None].expand_as(self.mixed)
+        each = torch.where(self.query_at >= 0, weights[..., self.query_at.clamp(min=0)], 0.0) / d
+        cotangent = each.expand(self.mixed.shape[:2])[..., None].expand_as(self.mixed)
         (grad,) = torch.autograd.grad(self.mixed, self.leaf, cotangent, retain_graph=True)
         by_key = grad.float().unflatten(-1, (self.heads, -1)).sum(-1).transpose(1, 2)
         by_key = by_key.repeat_interleave(self.spread, -1) / self.spread
         n = self.key_grid[0] * self.key_grid[1] + self.prefix
         rows = by_key.new_zeros(*by_key.shape[:2], n + 1)
         return rows.index_add_(2, torch.where(self.key_at >= 0, self.key_at, n), by_key)[..., :n]
+
+    def matrix(self) -> Tensor:
+        """Compute what every query attends to, [B, H, queries, keys], places first; one backward pass per query."""
+        return torch.stack([self.one(n) for n in range(self.grid[0] * self.grid[1] + self.tokens)], dim=2)
 
     def one(self, query: int) -> Tensor:
         """Compute what one query token attends to, [B, H, keys + prefix]."""
@@ -100,7 +105,9 @@ def probe_attention(
         parts, at = _places(site, x, grid)
         batch = x.shape[0] // parts
         kernel = AtKernel(reading.heads, batch, reading.rounds, reading.heads_first)
-        if reading.values is None:
+        if reading.mixer is not None:
+            mixed, leaf, padded = *_run_mixer(site, x, args[1:], kwargs, batch), None
+        elif reading.values is None:
             with kernel:
                 reading.enter(x, *args[1:], **kwargs)
             mixed, leaf, padded = kernel.mixed, kernel.leaf, None
@@ -164,6 +171,31 @@ def _run_to_out(
         tensors["leaf"],
         (out.shape[1], out.shape[2] if out.ndim == 4 else 1),
     )
+
+
+def _run_mixer(
+    site: BackboneSite, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], batch: int
+) -> tuple[Tensor, Tensor]:
+    """Run a swapped form to the end of its mixer, with the values as a leaf.
+
+    Returns what the mixer gives, [B, queries, C], and the values, [B, keys, C].
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def values(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        q, k, v, *more = args
+        tensors["leaf"] = v.detach().transpose(1, 2).flatten(2).reshape(batch, -1, v.shape[1] * v.shape[3]).clone()
+        back = tensors["leaf"].requires_grad_().reshape(v.shape[0], v.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
+        return q.detach(), k.detach(), back, *more
+
+    def mixed(_: nn.Module, __: Any, out: Tensor) -> None:
+        tensors["mixed"] = out.transpose(1, 2).flatten(2).reshape(batch, -1, out.shape[1] * out.shape[3])
+        raise _Reached
+
+    mixer: Any = site.reading.mixer
+    with mixer.register_forward_pre_hook(values), mixer.register_forward_hook(mixed), contextlib.suppress(_Reached):
+        site.reading.enter(x, *rest, **kwargs)
+    return tensors["mixed"], tensors["leaf"]
 
 
 @contextmanager

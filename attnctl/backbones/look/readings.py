@@ -56,7 +56,8 @@ from timm.models.volo import Attention as VoloAttention
 from timm.models.volo import ClassAttention, OutlookAttention
 from torch import Tensor, nn
 
-from attnctl.backbones.hosts import MapHost, PVTHost, TokenHost
+from attnctl.backbones.hosts import CosineMapHost, MapHost, PVTHost, TokenHost, WholeMapHost
+from attnctl.backbones.kernel_hosts import KernelHost
 from attnctl.backbones.models.agent_cswin import CSwinBlock
 from attnctl.backbones.models.agent_pvt import ReducedAttention
 from attnctl.backbones.models.agent_swin import AgentSwinBlock
@@ -99,6 +100,7 @@ class Reading:
         pool: Names of the queries where these are single tokens and no places, as in attention pools.
         rounds: How often weights meet values in one call, each time for as many of the heads.
         spread: Keys are means of so many tokens each, in a row.
+        mixer: The mixer that has taken the kernel's place, which is then where attention is read.
         heads_first: Whether heads come ahead of the windows of an image where both are apart.
     """
 
@@ -120,6 +122,7 @@ class Reading:
     rounds: int = 1
     spread: int = 1
     heads_first: bool = False
+    mixer: nn.Module | None = None
 
 
 def reading_of(module: nn.Module) -> Reading | None:
@@ -327,7 +330,19 @@ def _agent_windows(m: Any) -> Reading:
     return _windows("_windows" if m.window else "attn")(m)
 
 
-_READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading]], ...] = (
+def _mixed(m: Any) -> Reading:
+    """Read a swapped form where its mixer is."""
+    convolution = isinstance(m.proj, nn.Conv2d)
+    return Reading(
+        heads=m.num_heads, width=m.proj.in_channels if convolution else m.proj.in_features,
+        out=getattr(m, "norm", None) or m.proj, enter=m.forward, mixer=m.mixer, prefix=int(getattr(m, "prefix", 0)),
+        channels_first=bool(getattr(m, "channels_first", False)),
+    )  # fmt: skip
+
+
+_READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading | None]], ...] = (
+    ((WholeMapHost,), lambda _: None),  # what it holds is read
+    ((KernelHost, CosineMapHost), _mixed),
     ((TokenAttention, TokenHost), _tokens),
     ((AttentionRope, EvaAttention, BeitAttention, RelPosAttention), _kernel),
     (

@@ -26,7 +26,8 @@ class Slot:
     """What a mixer is built for.
 
     dim = heads * head_dim of the host; grid: (height, width) in tokens that the host was built for; prefix: class and
-    register tokens; scale: of the host's logits; device, dtype: of its weights.
+    register tokens; scale: of the host's logits; device, dtype: of its weights; width: channels of the tokens x, those
+    of `dim` if None.
     """
 
     dim: int
@@ -36,6 +37,7 @@ class Slot:
     scale: float = 1.0
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    width: int | None = None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -83,6 +85,8 @@ class Mixer(nn.Module):
     """
 
     kind: ClassVar[str] = ""
+    takes_mask: ClassVar[bool] = False
+    """Whether `forward` takes mask=, an additive bias [1 or B, H, N, N]: a host's relative positions then stay."""
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -103,6 +103,8 @@ class MoHMixer(Mixer, kind="moh"):
     `balance` holds the load-balance loss of the last training step.
     """
 
+    takes_mask = True
+
     def __init__(self, slot: Slot, *, shared: int = 1, topk: int | None = None, backend: str = "auto") -> None:
         super().__init__(slot, backend=backend)
         heads = slot.heads
@@ -120,15 +122,18 @@ class MoHMixer(Mixer, kind="moh"):
         )
         dims = {"route": self.routed} | ({"share": shared, "split": 2} if shared else {})
         self.gates = nn.ModuleDict(
-            {k: nn.Linear(slot.dim, n, bias=False, device=slot.device, dtype=slot.dtype) for k, n in dims.items()}
+            {
+                k: nn.Linear(slot.width or slot.dim, n, bias=False, device=slot.device, dtype=slot.dtype)
+                for k, n in dims.items()
+            }
         )
         for gate in self.gates.values():
             nn.init.zeros_(gate.weight)  # type: ignore[arg-type]
         self.balance: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         """Mix tokens, then weigh the heads of each."""
-        out = attend(q, k, v, None, self.scale, 0.0, self.backend)
+        out = attend(q, k, v, mask, self.scale, 0.0, self.backend)
         return out * self.head_weights(x).transpose(1, 2).unsqueeze(-1).to(out.dtype)
 
     def head_weights(self, x: Tensor) -> Tensor:
