@@ -30,7 +30,7 @@ from attnctl.processors import Guidance  # noqa: E402
 __all__ = ["outdated", "written"]
 
 DOCS = ROOT / "docs"
-GROUPS = ("Guidance", "Words and layout", "Editing", "Video", "Speed")
+GROUPS = ("Guidance", "Words and layout", "Sharing", "Editing", "Video", "Speed")
 MARK = re.compile(
     r"^([ ]*)(?:<!-- generated: (?P<html>[\w -]+) -->|# generated: (?P<yaml>[\w -]+))\n"
     r".*?^[ ]*(?:<!-- end -->|# end)$",

@@ -35,9 +35,17 @@ from attnctl.processors import (
     FateZero,
     Guidance,
     PromptToPrompt,
+    ShareAttention,
 )
 
-METHODS = controls("attnctl")
+
+def _setting(cls: type) -> bool:
+    """Tell whether a class is another control with other defaults, which acts as that one does."""
+    known = controls("attnctl").values()
+    return any(base in known for base in cls.__mro__[1:]) and not {"wrapper", "branch", "attached"} & set(vars(cls))
+
+
+METHODS = {name: cls for name, cls in controls("attnctl").items() if not _setting(cls)}
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 STEPS = 2
 FRAMES = 4  # the least that BroadWay takes
@@ -149,6 +157,7 @@ def motion() -> Host:
     }
     changed = {"BroadWay": {"alpha": 0.2}}
     call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
+    call |= {name: [call[name]] * 2 for name in ("prompt", "negative_prompt")}
     return _host("UNet with motion", pipe, call, first, changed, "mid")
 
 
@@ -197,8 +206,10 @@ def _host(
     site: str | int,
 ) -> Host:
     """Add the methods that need no settings for this pipeline, and give every method a second setting."""
+    alone = not isinstance(call.get("prompt"), list)
     for method, cls in METHODS.items():
-        control = None if method in first else _simple(pipe, cls, site)
+        lonely = alone and issubclass(cls, ShareAttention)  # which pictures of one batch share
+        control = None if method in first or lonely else _simple(pipe, cls, site)
         if control is not None:
             first[method] = control
     second: dict[str, Control] = {
@@ -269,6 +280,9 @@ def markdown() -> str:
         "adds up, a method that only looks (`Capture`) sees what the model asks for before others rewrite it, and "
         "methods at different sites do not meet. So the order in which controls are given does not matter, bit for "
         "bit, except for two that move the latents: the second starts where the first has moved them.",
+        "",
+        f"{', '.join(sorted(set(controls('attnctl')) - set(known)))} are another method with other defaults, and stand "
+        "beside others as that one does.",
         "",
         "## Refused",
         "",

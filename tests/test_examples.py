@@ -66,6 +66,7 @@ def test_every_script_is_tested() -> None:
         "pag_wan",
         "paro_cogvideox",
         "prompt_to_prompt_sd15",
+        "share_sdxl",
         *CHEAPER,
         *VISION,
     }
@@ -96,6 +97,11 @@ def test_vision(name: str, tmp_path: Path) -> None:
     assert "that it has not seen" in text
     for file in ("weights.safetensors", *VISION[name]):
         assert (tmp_path / file).stat().st_size > 5000, file
+
+
+def test_sharing(tmp_path: Path) -> None:
+    assert "StyleAligned" in run("share_sdxl", tmp_path)
+    assert Image.open(tmp_path / "shared.png").width > 300
 
 
 def test_by_hand_equals_control(tmp_path: Path) -> None:

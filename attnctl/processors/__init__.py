@@ -21,6 +21,10 @@ from attnctl.processors.pag import PAG as PAG
 from attnctl.processors.pag import SoftPAG as SoftPAG
 from attnctl.processors.paro import PARO as PARO
 from attnctl.processors.seg import SEG as SEG
+from attnctl.processors.sharing.consistent import Consistent as Consistent
+from attnctl.processors.sharing.masactrl import MasaCtrl as MasaCtrl
+from attnctl.processors.sharing.share_attention import ShareAttention as ShareAttention
+from attnctl.processors.sharing.style_aligned import StyleAligned as StyleAligned
 from attnctl.processors.slg import SLG as SLG
 from attnctl.processors.tpg import TPG as TPG
 
