@@ -20,6 +20,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.conflicts import commute, conflict_between
+from attnctl.core.hosts.families import family_of
 from attnctl.data.controls import controls
 from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
@@ -242,6 +243,19 @@ def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
         return None
     seconds = host.second if one == other else host.first
     return (host.first[one], seconds[other]) if one in host.first and other in seconds else None
+
+
+def meet(pipe: Any, controls: tuple[Control, Control]) -> bool:
+    """Tell whether two controls that may not act together do so at one place of a pipeline."""
+    rule = conflict_between(type(controls[0]), type(controls[1]))
+    if rule is None or rule.where == "model":
+        return rule is not None
+    sites = attnctl.find_sites(pipe)
+    family = family_of(pipes.denoiser(pipe))
+    names = [{s.name for s in c.resolve(sites, family)} for c in controls]
+    if rule.where == "block":
+        names = [{n.rpartition(".")[0] for n in part} for part in names]
+    return bool(names[0] & names[1])
 
 
 # The table

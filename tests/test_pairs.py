@@ -39,7 +39,7 @@ def test_every_pair(host: str) -> None:
         controls = pairs.pair(made, names)
         if controls is None:
             continue
-        if conflict_between(type(controls[0]), type(controls[1])) is not None:
+        if pairs.meet(made.pipe, controls):
             _refused(made, controls)
         else:
             _together(made, names, controls)
