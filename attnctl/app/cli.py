@@ -12,15 +12,19 @@ import tyro
 
 from attnctl.app.commands.bench import Bench
 from attnctl.app.commands.calibrate import Calibrate
+from attnctl.app.commands.classify import Classify
 from attnctl.app.commands.common import Result, UsageError
 from attnctl.app.commands.controls import Controls
 from attnctl.app.commands.demo import Demo
 from attnctl.app.commands.edit import Edit
 from attnctl.app.commands.env import Env
+from attnctl.app.commands.export import Export
 from attnctl.app.commands.generate import Generate
 from attnctl.app.commands.hunt import Hunt
 from attnctl.app.commands.maps import Maps
 from attnctl.app.commands.models import Models
+from attnctl.app.commands.predict import Predict
+from attnctl.app.commands.segment import Segment
 from attnctl.app.commands.sites import Sites
 from attnctl.app.commands.ui import Ui
 from attnctl.data.provenance import command_line
@@ -36,6 +40,10 @@ _COMMANDS: dict[str, type] = {
     "maps": Maps,
     "calibrate": Calibrate,
     "hunt": Hunt,
+    "classify": Classify,
+    "segment": Segment,
+    "predict": Predict,
+    "export": Export,
     "bench": Bench,
     "controls": Controls,
     "models": Models,

@@ -15,7 +15,7 @@ from attnctl.backbones.mixers.base import Grid, Mixer, Slot
 from attnctl.backbones.modules.attend import attend, require
 from attnctl.errors import ConfigError
 
-__all__ = ["MoHMixer", "NeighborhoodMixer", "SigmoidMixer", "neighborhood_mask", "sigmoid_attention"]
+__all__ = ["MoHMixer", "NeighborhoodMixer", "SigmoidMixer", "balance", "neighborhood_mask", "sigmoid_attention"]
 
 
 def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
@@ -93,6 +93,15 @@ class NeighborhoodMixer(Mixer, kind="neighborhood"):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""
         return attend(q, k, v, self._mask(grid, q.device)[None, None], self.scale, 0.0, self.backend)
+
+
+def balance(model: nn.Module) -> Tensor:
+    """Average the load-balance losses of a model's mixtures of heads in the last training step, 0 where it has none.
+
+    Add 0.01 times this to the loss (arXiv 2410.11842, section 3.3).
+    """
+    losses = [m.balance for m in model.modules() if isinstance(m, MoHMixer) and m.balance is not None]
+    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 class MoHMixer(Mixer, kind="moh"):

@@ -1,0 +1,283 @@
+"""Folders of a user's pictures: a folder per class, or pictures beside masks; found, checked and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from attnctl.data.files import natural
+from attnctl.errors import ConfigError, nearest
+
+__all__ = ["IGNORED", "Masks", "Pictures", "Split", "check_pictures", "find_classes", "find_masks", "listed"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IGNORED = 255
+"""Value of a mask that counts for nothing, neither in training nor in scores."""
+_HELD_OUT = ("val", "valid", "validation", "test")
+Task = Literal["classify", "segment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Pictures to train on and to evaluate on.
+
+    Attributes:
+        task: "classify" or "segment".
+        classes: Names, in the order of their numbers.
+        train, test: Pairs of a picture and its class number, or its mask.
+    """
+
+    task: Task
+    classes: tuple[str, ...]
+    train: tuple[tuple[Path, Any], ...]
+    test: tuple[tuple[Path, Any], ...]
+
+
+def find_classes(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
+    """Find pictures in DATA/train/CLASS and DATA/val/CLASS, or in DATA/CLASS, of which a share is held out per class.
+
+    Raises: ConfigError for a missing or empty folder, one class, and classes that differ between train and test; it
+    names the folder.
+    """
+    root = _folder(data)
+    first = root / "train"
+    if first.is_dir():
+        second = _other(root)
+        train, test = _by_class(first), _by_class(second)
+        if set(train) != set(test):
+            only = sorted(set(train) ^ set(test))[0]
+            here, there = (first, second) if only in train else (second, first)
+            raise ConfigError(
+                f"{here / only} is a class that {there} lacks.{nearest(only, list(test if only in train else train))} "
+                "Both need a folder of each class."
+            )
+    else:
+        train, test = _by_class(root), {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, files in train.items():
+            if len(files) < 2:
+                raise ConfigError(f"{root / name} has one picture; a class needs two, one to train on and one to test.")
+            order = torch.randperm(len(files), generator=generator).tolist()
+            count = min(len(files) - 1, max(1, round(held_out * len(files))))
+            test[name] = [files[i] for i in sorted(order[:count])]
+            train[name] = [files[i] for i in sorted(order[count:])]
+    classes = tuple(train)
+    pairs = [tuple((f, n) for n, c in enumerate(classes) for f in part[c]) for part in (train, test)]
+    return Split(task="classify", classes=classes, train=pairs[0], test=pairs[1])
+
+
+def find_masks(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
+    """Find pictures in `images` and masks of the same name in `masks`, below DATA or DATA/train and DATA/val.
+
+    A mask is a picture of one channel, or of a palette, whose values are class numbers; 255 counts for nothing. Names
+    come from DATA/classes.txt, one a line; without it classes are called by their numbers.
+
+    Raises: ConfigError for missing or empty folders, pictures without a mask, masks of another size, and values that
+    are no class; it names the file.
+    """
+    root = _folder(data)
+    if (root / "train").is_dir():
+        parts = [_with_masks(root / "train"), _with_masks(_other(root))]
+    else:
+        every = _with_masks(root)
+        if len(every) < 2:
+            raise ConfigError(f"{root / 'images'} has one picture; two are needed, one to train on and one to test.")
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = min(len(every) - 1, max(1, round(held_out * len(every))))
+        parts = [[every[i] for i in sorted(chosen)] for chosen in (order[count:], order[:count])]
+    names = root / "classes.txt"
+    values = [_in_threads(_mask_values, part, "masks") for part in parts]
+    if names.is_file():
+        classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        classes = [str(n) for n in range(max((max(v, default=0) for v in values[0]), default=0) + 1)]
+    if len(classes) < 2:
+        raise ConfigError(f"{names if names.is_file() else root} has {len(classes)} class; expected at least two.")
+    for part, found in zip(parts, values, strict=True):
+        for (_, mask), seen in zip(part, found, strict=True):
+            strange = sorted(v for v in seen if v >= len(classes))
+            if strange:
+                raise ConfigError(
+                    f"{mask} has the value {strange[0]}, but there are {len(classes)} classes, 0 to {len(classes) - 1}"
+                    f"{' in ' + names.name if names.is_file() else ' in the masks to train on'}; {IGNORED} counts for "
+                    "nothing. List every class in classes.txt, or mend the mask."
+                )
+    return Split(task="segment", classes=tuple(classes), train=tuple(parts[0]), test=tuple(parts[1]))
+
+
+def check_pictures(files: Sequence[Path]) -> None:
+    """Read every picture once. Raises: ConfigError for one that cannot be read or is no plain picture; it names it."""
+    _in_threads(open_picture, files, "pictures")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture as RGB.
+
+    Raises: ConfigError where it cannot be read, moves, has 16 bits a channel, or is made for print (CMYK).
+    """
+    try:
+        with Image.open(path) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise ConfigError(f"{path} is animated ({frames} frames). Save the frame that you mean.")
+            if image.mode.startswith(("I", "F")):
+                raise ConfigError(f"{path} has more than 8 bits a channel ({image.mode}). Convert it to 8 bits.")
+            if image.mode in ("CMYK", "LAB"):
+                raise ConfigError(
+                    f"{path} has {image.mode} colours, whose look depends on a profile. Convert it to RGB."
+                )
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures with class numbers; `transform` is timm's, set by its loader."""
+
+    transform: Callable[[Image.Image], Tensor] | None = None
+
+    def __init__(self, pairs: Sequence[tuple[Path, int]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.pairs[index]
+        image = open_picture(path)
+        return (image if self.transform is None else self.transform(image)), label  # type: ignore[return-value]
+
+
+class Masks(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures [3, size, size], normalised, with masks [size, size]; flipped and cropped while training.
+
+    size: (height, width). mean, std: of timm's configuration of the model.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[Path, Path]], size: tuple[int, int], mean: Any, std: Any, training: bool
+    ) -> None:
+        from torchvision.transforms import v2
+
+        self.pairs, self.training = pairs, training
+        augmented = [v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
+        self._together = v2.Compose(augmented if training else [v2.Resize(size)])
+        self._mean, self._std = (torch.tensor(x).reshape(3, 1, 1) for x in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from torchvision import tv_tensors
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        path, mask = self.pairs[index]
+        picture = tv_tensors.Image(pil_to_tensor(open_picture(path)))
+        image, target = self._together(picture, tv_tensors.Mask(torch.from_numpy(read_mask(mask))))
+        return (image.float() / 255 - self._mean) / self._std, target.long()
+
+
+def read_mask(path: Path) -> np.ndarray[Any, Any]:
+    """Read class numbers [y, x]. Raises: ConfigError for a mask of several channels or of more than 8 bits."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "1"):
+                raise ConfigError(
+                    f"{path} has mode {image.mode}; expected one channel of class numbers (8-bit grey, or a palette)."
+                )
+            return np.array(image, np.uint8)
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def listed(paths: Sequence[Path]) -> list[Path]:
+    """List pictures: files as given, and those in folders in their natural order.
+
+    Raises: ConfigError for a path that does not exist and a folder without pictures.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = _pictures(path)
+            if not inside:
+                raise ConfigError(f"{path} has no pictures ({', '.join(SUFFIXES)}).")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ConfigError(f"{path} does not exist.")
+    return files
+
+
+def _mask_values(pair: tuple[Path, Path]) -> set[int]:
+    """Return the values of a mask; check that it is as large as its picture."""
+    values = read_mask(pair[1])
+    with Image.open(pair[0]) as image:
+        size = image.size
+    if size != values.shape[::-1]:
+        raise ConfigError(
+            f"{pair[1]} is {values.shape[1]} x {values.shape[0]}, its picture {pair[0].name} {size[0]} x {size[1]}."
+        )
+    return set(np.unique(values).tolist()) - {IGNORED}
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], noun: str) -> list[Any]:
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(tqdm(pool.map(work, items), total=len(items), disable=None, desc=f"check {noun}", unit="file"))
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path} is no folder. Give one with a folder of pictures for every class, or images and masks."
+        )
+    return path
+
+
+def _other(root: Path) -> Path:
+    found = [root / name for name in _HELD_OUT if (root / name).is_dir()]
+    if not found:
+        raise ConfigError(f"{root} has train, but none of {', '.join(_HELD_OUT)} beside it.")
+    return found[0]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=natural)
+
+
+def _by_class(root: Path) -> dict[str, list[Path]]:
+    folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural)
+    if len(folders) < 2:
+        raise ConfigError(f"{root} has {len(folders)} class folders; expected at least two, each with pictures.")
+    found = {p.name: _pictures(p) for p in folders}
+    for name, files in found.items():
+        if not files:
+            raise ConfigError(f"{root / name} has no pictures ({', '.join(SUFFIXES)}).")
+    return found
+
+
+def _with_masks(root: Path) -> list[tuple[Path, Path]]:
+    for name in ("images", "masks"):
+        if not (root / name).is_dir():
+            raise ConfigError(f"{root} has no folder {name}; expected images and masks with files of the same names.")
+    masks = {p.stem: p for p in _pictures(root / "masks")}
+    images = _pictures(root / "images")
+    if not images:
+        raise ConfigError(f"{root / 'images'} has no pictures ({', '.join(SUFFIXES)}).")
+    for image in images:
+        if image.stem not in masks:
+            raise ConfigError(
+                f"{image} has no mask {root / 'masks' / image.stem}.png.{nearest(image.stem, list(masks))}"
+            )
+    return [(image, masks[image.stem]) for image in images]
