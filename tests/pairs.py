@@ -38,6 +38,7 @@ from attnctl.processors import (
     PromptToPrompt,
     ShareAttention,
 )
+from attnctl.processors.combining.combiner import Combining
 
 
 def _setting(cls: type) -> bool:
@@ -237,6 +238,8 @@ def _simple(pipe: Any, cls: Any, site: str | int) -> Control | None:
 def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
     """Return the two controls of a pair, if a host takes both."""
     one, other = names
+    if host.name != "UNet" and any(issubclass(METHODS[n], Combining) for n in names) and pair(unet(), names):
+        return None  # sums of predictions know nothing of the model
     if host.name == "UNet with motion" and "BroadWay" not in names:
         return None  # as without motion
     if host.name == "video with cross-attention" and any(pair(make(), names) for make in (unet, motion, joint)):

@@ -116,8 +116,9 @@ class DenoiserHandle(Handle):
         self._rows.scaled(sample)
         self._latents.note(sample, scale)
 
-    def on_step(self, sample: Any) -> Any:
+    def on_step(self, sample: Any, prediction: Any) -> Any:
         """End a step, with the latents that the controls have made of the pipeline's."""
+        self._latents.prediction = prediction
         if self.enabled:
             self._rows.check_step(sample)
             check_in_place(self._pipe, [w.module for w in self._watched])
@@ -223,7 +224,7 @@ class DenoiserHandle(Handle):
         if callable(self._pipe):
             self._call = calling_pipeline(w.module) or PipelineCall(self._pipe)
         pipe = self._call.pipe
-        w.state.dynamic_scale = bool(self._call.values.get("use_dynamic_cfg"))
+        w.state.options = self._call.values
         if pipe is not self._rows.pipe:
             self._rows.pipe = self._latents.pipe = self._scheduler.pipe = pipe
             for each in self._watched:

@@ -88,8 +88,8 @@ class CallState:
     denoiser: torch.nn.Module | None = None
     family: Family | None = None
     bound: Mapping[str, Any] = field(default_factory=dict)
-    dynamic_scale: bool = False
-    """Whether the pipeline sets the scale of its guidance anew after each call."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments and variables of the pipeline call that is under way, by name; see `core.hosts.running`."""
     scratch: dict[Any, Any] = field(default_factory=dict)
     last_grid: Grid | None = None
     tokens: CallTokens | None = None

@@ -71,6 +71,7 @@ class LiveControl:
 
         before_call(passes)     the call is described, nothing has run; arguments returned here replace the call's
         wrap(call, proceed)     at each of the control's sites, in the base pass
+        predicted(...)          the prediction, with what guidance is about to add to it
         after_call(output)      the prediction, guided already, before the pipeline receives it
         stepping(latents)       the pipeline hands its latents to the scheduler
         stepped(step, latents)  the scheduler has made the next ones of them
@@ -97,6 +98,16 @@ class LiveControl:
     def wrap(self, call: AttnCall, proceed: Proceed) -> torch.Tensor:
         """Wrap the kernel at the control's sites in the base pass."""
         return proceed(call)
+
+    def predicted(self, passes: LiveDenoiser, output: Any, delta: Any) -> Any:
+        """Put predictions together in place of the pipeline: return an output that holds their sum, or None.
+
+        Args:
+            passes: The denoiser.
+            output: What it returned.
+            delta: The sum of w (c - p) over all guidances, for the prompt's rows, or None; the output must hold it.
+        """
+        return None
 
     def after_call(self, output: Any) -> Any:
         """Return the denoiser's output to go on with, or None to leave it as it is."""

@@ -179,16 +179,20 @@ class ControlledDenoiser:
         rows = self.state.rows
         if rows.role == "extra":
             return None
+        guided = any(weight for _, _, weight in self.weights)
+        total = self._total(main_output(output)[rows.cond]) if guided else None
+        for c, live in self.live:
+            if c.in_window(self.state) and (summed := live.predicted(self, output, total)) is not None:
+                return summed
         if rows.role == "uncond":  # the second call of a pair receives what the first has computed
             if self.pending is None:
                 return None
             delta, safe = self.pending
             self.pending = None
             return with_main_output(output, combine(main_output(output), delta, rows, safe))
-        if not any(weight for _, _, weight in self.weights):
+        if not guided:
             return None
         pred = main_output(output)
-        total = self._total(pred[rows.cond])
         safe = safe_scale({g.combine for g, _, weight in self.weights if weight != 0}, self.pipe, self.state)
         if rows.role == "all" and self.pipe is not None:
             self.pending = (total, safe)

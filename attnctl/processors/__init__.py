@@ -10,6 +10,14 @@ from attnctl.data.controls import controls as _controls
 from attnctl.processors.agent import AgentAttention as AgentAttention
 from attnctl.processors.broadway.broadway import BroadWay as BroadWay
 from attnctl.processors.capture.capture import Capture as Capture
+from attnctl.processors.combining.apg import APG as APG
+from attnctl.processors.combining.cfg_plus_plus import CFGPlusPlus as CFGPlusPlus
+from attnctl.processors.combining.fdg import FDG as FDG
+from attnctl.processors.combining.interval import GuidanceInterval as GuidanceInterval
+from attnctl.processors.combining.mag import MaG as MaG
+from attnctl.processors.combining.rescale import Rescale as Rescale
+from attnctl.processors.combining.tcfg import TCFG as TCFG
+from attnctl.processors.combining.zero_star import CFGZeroStar as CFGZeroStar
 from attnctl.processors.editing.fatezero import FateZero as FateZero
 from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
 from attnctl.processors.enhance_video import EnhanceAVideo as EnhanceAVideo

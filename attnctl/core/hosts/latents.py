@@ -39,6 +39,8 @@ class StepLatents:
         self._raw: Tensor | None = None
         self._scale: Callable[[Tensor], Tensor] | None = None
         self._moved: Tensor | None = None
+        self.prediction: Any = None
+        """What the pipeline hands to its scheduler, once it does."""
         self.unseen = False
         """Whether the pipeline may have scaled the latents before anybody watched."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from attnctl.core.call import CallState
 from attnctl.errors import ConfigError
 
-__all__ = ["run_length", "safe_scale", "uses_guidance"]
+__all__ = ["guidance_rescale", "guidance_scale", "run_length", "safe_scale", "uses_guidance"]
 
 
 def uses_guidance(pipe: Any) -> bool | None:
@@ -21,16 +22,28 @@ def uses_guidance(pipe: Any) -> bool | None:
     return flag if isinstance(flag, bool) else None
 
 
-def _guidance_scale(pipe: Any, denoiser: torch.nn.Module) -> float | None:
-    """Return the scale of classifier-free guidance that a pipeline applies to a denoiser's prediction, or None."""
-    scale = getattr(pipe, "guidance_scale", None)
-    if denoiser is getattr(pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
-        second = getattr(pipe, "_guidance_scale_2", None)
-        scale = scale if second is None else second
+# Where a pipeline's call has its scale, the nearest to its formula first: a variable of the step, an argument.
+_SCALES = ("current_guidance_scale", "true_cfg_scale")
+
+
+def guidance_scale(pipe: Any, denoiser: torch.nn.Module, options: Mapping[str, Any]) -> float | None:
+    """Return the scale of classifier-free guidance that a pipeline applies to a denoiser's prediction, or None.
+
+    Args:
+        pipe: The pipeline. Its own `guidance_scale` may be an input of the model, where the call has another scale.
+        denoiser: The denoiser.
+        options: Arguments and variables of the pipeline's call.
+    """
+    scale = next((options[name] for name in _SCALES if options.get(name) is not None), None)
+    if scale is None:
+        scale = getattr(pipe, "guidance_scale", options.get("guidance_scale"))
+        if denoiser is getattr(pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
+            second = getattr(pipe, "_guidance_scale_2", None)
+            scale = scale if second is None else second
     return scale if isinstance(scale, (int, float)) else None
 
 
-def _guidance_rescale(pipe: Any) -> float:
+def guidance_rescale(pipe: Any) -> float:
     """Return the factor by which a pipeline rescales its guided prediction; 0 for none."""
     return getattr(pipe, "guidance_rescale", 0.0) or 0.0
 
@@ -56,10 +69,10 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
     if len(explicit) > 1:
         raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
     cfg = state.rows.role == "both" or uses_guidance(pipe) is True
-    if explicit == {"add"} or not (explicit or (cfg and _guidance_rescale(pipe) > 0)):
+    if explicit == {"add"} or not (explicit or (cfg and guidance_rescale(pipe) > 0)):
         return None
     name = type(pipe).__name__
-    if state.dynamic_scale and _guidance_rescale(pipe) == 0:
+    if state.options.get("use_dynamic_cfg") and guidance_rescale(pipe) == 0:
         return None  # without rescaling, d on both halves comes to the same, and no scale need be known
     if not cfg:
         raise ConfigError(
@@ -68,7 +81,7 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
         )
     assert state.denoiser is not None
     assert state.family is not None
-    scale = _guidance_scale(pipe, state.denoiser)
+    scale = guidance_scale(pipe, state.denoiser, state.options)
     if scale is None:
         raise ConfigError(f'combine="rescale_safe" needs the CFG scale, which {name} does not tell. Use combine="add".')
     scale = scale + 1 if state.family.from_prompt else scale

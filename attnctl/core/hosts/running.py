@@ -30,6 +30,9 @@ _READ = (
     "max_sequence_length",
     "timesteps",
     "use_dynamic_cfg",
+    "guidance_scale",
+    "current_guidance_scale",
+    "true_cfg_scale",
 )
 
 

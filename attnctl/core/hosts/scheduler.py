@@ -49,8 +49,8 @@ class Listener(Protocol):
     def on_scale(self, sample: Any, scale: Callable[[Any], Any]) -> None:
         """The pipeline scales its latents for the denoiser; `scale` does the same to others."""
 
-    def on_step(self, sample: Any) -> Any:
-        """A step ends; `sample` holds the latents that it updates. Return those that it shall update."""
+    def on_step(self, sample: Any, prediction: Any) -> Any:
+        """A step ends; `sample` holds the latents that it updates by a prediction. Return those to update."""
 
     def on_stepped(self, result: Any, drew: bool) -> Any:
         """A step has ended, and drew random numbers or not; return its result, with other latents if a control asks."""
@@ -89,10 +89,11 @@ def _watched(original: type) -> type:
         watch = _watch_of(self)
         if watch is None or watch.current is not self:
             return cls.step(self, *args, **kwargs)
+        prediction = kwargs.get("model_output", args[0] if args else None)
         if "sample" in kwargs:
-            kwargs = kwargs | {"sample": watch.listener.on_step(kwargs["sample"])}
+            kwargs = kwargs | {"sample": watch.listener.on_step(kwargs["sample"], prediction)}
         elif len(args) > place:
-            args = (*args[:place], watch.listener.on_step(args[place]), *args[place + 1 :])
+            args = (*args[:place], watch.listener.on_step(args[place], prediction), *args[place + 1 :])
         result, drew = noting_noise(functools.partial(cls.step, self, *args, **kwargs), kwargs.get("generator"))
         return watch.listener.on_stepped(result, drew)
 

@@ -1,0 +1,1 @@
+"""Guidance that puts the predictions of prompt and negative prompt together in its own way."""
