@@ -47,6 +47,7 @@ from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.errors import AttnctlError, NeverApplied  # noqa: E402
 from attnctl.plans import BlockPlan  # noqa: E402
 from attnctl.processors import PAG, Capture, Guidance  # noqa: E402
+from attnctl.processors.combining.combiner import Combining  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "coverage.json"
 PADDED = frozenset({"zimage"})  # pad tokens stand behind the image's, which hear of nothing
@@ -161,8 +162,9 @@ SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "EnhanceAVideo": lambda cls, model: cls(weight=4.0),
     "PARO": blocks,
 }
-# Edits of a prompt need the words that a pipeline was given: `tests/zoo_pipelines.py` runs them in pipelines.
-OF_PIPELINES = frozenset({"FateZero", "PromptToPrompt"})
+# Edits of a prompt need a pipeline's words, and sums of predictions its negative prompt: pipelines run them in tests.
+SUMS = {name for name, cls in controls("attnctl").items() if issubclass(cls, Combining)}
+OF_PIPELINES = frozenset({"FateZero", "PromptToPrompt"}) | SUMS
 
 
 def settings(name: str, cls: Any, model: Model) -> Any:

@@ -20,12 +20,19 @@ MARKS = ("present", "bound", "right")
 
 
 def run(
-    pipe: Any, prompts: Sequence[str], scale: float, seed: int, control: Control | None, **options: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    scale: float,
+    seed: int,
+    control: Control | None,
+    *,
+    steps: int = STEPS,
+    **options: Any,
 ) -> dict[str, Any]:
     """Generate and judge one picture a prompt; also time it and count perturbed passes."""
     began = time.perf_counter()
     with attnctl.control(pipe, control) if control is not None else nullcontext() as handle:
-        images = generate(pipe, prompts, scale=scale, seed=seed, steps=STEPS, **options)
+        images = generate(pipe, prompts, scale=scale, seed=seed, steps=steps, **options)
     seconds = time.perf_counter() - began
     return score(images, prompts) | {"seconds": seconds, "passes": handle.passes if handle is not None else 0}
 

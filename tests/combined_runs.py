@@ -18,6 +18,7 @@ import attnctl
 from attnctl.core.hosts.families import family_of
 from attnctl.processors import SLG
 
+SCALE = 4.0  # of the pipelines' calls
 Rule = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """u, c and what is known of the step (step, steps, x, sigma, memory), to their sum."""
 
@@ -183,3 +184,11 @@ def _give_back(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         return args[0] if args else kwargs["hidden_states"]
     fit = {tuple(t.shape): t for t in reversed(given) if isinstance(t, Tensor) and t.ndim == 3}
     return tuple(None if o is None else fit[tuple(o.shape)] for o in output)
+
+
+@functools.cache
+def built(recipe: str) -> tuple[Any, dict[str, Any], Tensor]:
+    """Build a pipeline and its call, guided by SCALE; return what it computes without any control, too."""
+    pipe, kwargs = pipes.build(recipe, torch.float64)
+    kwargs |= {} if "true_cfg_scale" in kwargs else {"guidance_scale": SCALE}
+    return pipe, kwargs, pipes.run(pipe, kwargs)

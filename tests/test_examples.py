@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("unplugged")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
 GUIDED |= {"astar_sd15": "astar.png", "attend_excite_sd15": "attend_excite.png", "slg_sd35": "slg.png"}
-GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png", "nag_sdxl": "nag.png"}
+GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png"}
+NO_PASS = {"nag_sdxl": "nag.png", "apg_sdxl": "apg.png", "zero_star_sd35": "zero_star.png"}
+GUIDED |= NO_PASS
 
 CHEAPER = {"agent_sd15", "broadway_animatediff"}
 VISION = {
@@ -76,7 +78,7 @@ def test_every_script_is_tested() -> None:
 def test_guided_example(name: str, tmp_path: Path) -> None:
     text = (fresh if name == "pag_sd15" else run)(name, tmp_path)
     assert "kernels: backend=auto" in text
-    assert "so far" in text or name == "nag_sdxl"  # which needs no extra pass
+    assert "so far" in text or name in NO_PASS
     plain, guided = (np.asarray(Image.open(tmp_path / f)).astype(int) for f in ("plain.png", GUIDED[name]))
     assert plain.shape == guided.shape == (64, 64, 3)
     assert abs(plain - guided).max() > 8

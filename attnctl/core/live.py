@@ -29,6 +29,8 @@ class LiveDenoiser(Protocol):
         state: The call that is under way.
         latents: The latents of the current step.
         shared: What controls keep for the run, shared by denoisers that take turns; emptied when a run begins.
+        running: Whether a further pass is under way: hooks of the base pass do nothing in it.
+        listening: Handles of hooks that are removed when the call is over.
     """
 
     module: torch.nn.Module
@@ -36,6 +38,8 @@ class LiveDenoiser(Protocol):
     state: CallState
     latents: StepLatents
     shared: dict[Any, Any]
+    running: bool
+    listening: list[Any]
 
     def extra_pass(
         self, phase: str, kwargs: dict[str, Any], wrappers: Mapping[str, Wrapper], last: Site | None = None

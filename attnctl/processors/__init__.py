@@ -8,6 +8,7 @@ from attnctl.core.control import Guidance as Guidance
 from attnctl.core.guidance import Branch as Branch
 from attnctl.data.controls import controls as _controls
 from attnctl.processors.agent import AgentAttention as AgentAttention
+from attnctl.processors.auto_guidance import AutoGuidance as AutoGuidance
 from attnctl.processors.broadway.broadway import BroadWay as BroadWay
 from attnctl.processors.capture.capture import Capture as Capture
 from attnctl.processors.combining.apg import APG as APG

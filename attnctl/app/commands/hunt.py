@@ -26,6 +26,12 @@ class Hunt(Common):
     preset: Literal["quality", "style", "shapes"] = "shapes"
     """The published searches for quality and for a style, or one for the shipped models and their judge."""
 
+    unit: Literal["head", "block"] = "head"
+    """What to search for: heads, or the block to perturb."""
+
+    method: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """With --unit block, the guidance to try: PAG, SEG, SLG, STG; several add up, without any all four."""
+
     objective: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: by preset)")] = None
     """shapes, clip, pickscore, blip, or module:function for a callable (images, prompts) of your own."""
 
@@ -117,9 +123,10 @@ class Hunt(Common):
         from attnctl.pipelines.workers import Workers
         from attnctl.plans.writing import check_free
 
-        check_free([self.out / "hunt_result.json"], force=self.force or self.dry_run)
+        file = "blocks.json" if self.unit == "block" else "hunt_result.json"
+        check_free([self.out / file], force=self.force or self.dry_run)
         try:
-            plan = self._plan()
+            plan = self._block_plan() if self.unit == "block" else self._plan()
         except ConfigError as error:
             raise UsageError(str(error)) from None
         device, dtype = device_and_dtype(self.device, self.dtype)
@@ -127,6 +134,8 @@ class Hunt(Common):
         if crew.size > 1 and device == "cuda":
             device = f"cuda:{crew.local}"
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
+        if self.unit == "block":
+            return self._blocks(loaded, plan, crew, device)
         pool = plan.pool(find_sites(loaded.pipe))
         plan = self._halved(plan, len(pool))
         cost = plan.estimate(pool)
@@ -198,6 +207,50 @@ class Hunt(Common):
             fields["call"] = {"max_sequence_length": 0} | fields["call"]
         return HuntPlan(pairs=tuple((text, i) for i, text in enumerate(prompts)), **usual | fields)
 
+    def _block_plan(self) -> Any:
+        """Build the plan of a search for the block to perturb, on the prompts that a search for heads has."""
+        from attnctl.pipelines.hunting.blocks import METHODS, BlockHunt
+
+        others = {
+            "rounds": None, "k": None, "u": None, "heads": None, "prune": 0.0, "group": 0, "repeats": 1,
+            "validate": False, "show": 0,
+        }  # fmt: skip
+        given = [name for name, default in others.items() if getattr(self, name) != default]
+        if given:
+            raise UsageError(f"--{given[0]} is for a search for heads: leave it out with --unit block.")
+        plan = self._plan()
+        return BlockHunt(
+            pairs=plan.pairs if self.pairs is not None else plan.pairs[:8], scale=plan.scale, steps=plan.steps,
+            guidance=plan.guidance, sites=plan.sites, call=plan.call, batch=plan.batch,
+            methods=tuple(name.upper() for name in self.method) or tuple(METHODS),
+        )  # fmt: skip
+
+    def _blocks(self, loaded: Any, plan: Any, crew: Any, device: str) -> Result:
+        """Search for the block to perturb."""
+        from attnctl.core.hosts.listing import find_sites
+        from attnctl.pipelines.hunting.blocks import hunt_blocks
+        from attnctl.pipelines.hunting.plan import halvings
+        from attnctl.pipelines.hunting.scorers import objective_of
+
+        count = len(plan.candidates(find_sites(loaded.pipe)))
+        if self.halving:
+            plan = _changed(plan, halving=halvings(count, len(plan.pairs), 1))
+        data: dict[str, Any] = {"model": loaded.name, "candidates": count, "images": plan.images(count)}
+        outlook = f"{count} candidates, {len(plan.pairs)} prompt-seed pairs: {data['images']} images at most"
+        if self.dry_run:
+            return Result(data, outlook)
+        if not crew.rank:
+            say(outlook)
+        name = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore")
+        ranked = hunt_blocks(
+            loaded.pipe, plan, objective_of(name, device), log=self.log or self.out / "log", model=loaded.name,
+            objective=name,
+        )  # fmt: skip
+        if crew.rank:
+            return Result(None, "")
+        ranked.save(self.out, force=self.force)
+        return Result(data | ranked.to_dict() | {"out": str(self.out)}, _ranked(ranked, self.out, self.model))
+
     def _halved(self, plan: Any, pool: int) -> Any:
         from attnctl.pipelines.hunting.plan import halvings
 
@@ -222,6 +275,23 @@ def _duration(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} hours"
     return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"
+
+
+def _ranked(ranked: Any, out: Path, model: str) -> str:
+    rows = [
+        (i + 1, method, site, f"{ranked.gains[method, site][0]:+.4f}", f"{ranked.gains[method, site][1]:.4f}",
+         ranked.seen[method, site])
+        for i, (method, site) in enumerate(ranked.ranking[:12])
+    ]  # fmt: skip
+    lines = [table(("place", "method", "site", "gain", "error", "pairs"), rows)]
+    lines += [f"{method} at {site} was refused: {reason}" for (method, site), reason in ranked.refused.items()]
+    lines.append(f"plain: {ranked.baseline:.4f}; {ranked.images} images; {out / 'blocks.json'}")
+    control = ranked.control()
+    if control is None:
+        return "\n".join([*lines, "No candidate has bettered plain pictures: use none, or try another --scale."])
+    form, prompt = control.describe(), ranked.plan.pairs[0][0]
+    command = shlex.join(("attnctl", "generate", "--model", model, "--prompt", prompt, "--control", form))
+    return "\n".join([*lines, "To use it:", f"  {form}", f"  {command}"])
 
 
 def _text(result: Any, out: Path, model: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, SiteError
 from attnctl.plans import HeadSet
 
-__all__ = ["STYLE_CONTENTS", "Estimate", "Head", "HuntPlan", "halvings"]
+__all__ = ["STYLE_CONTENTS", "Estimate", "Head", "HuntPlan", "Pictures", "Savings", "halvings"]
 
 Head: TypeAlias = tuple[str, int]
 """A site's name and a head of it."""
@@ -36,82 +36,156 @@ STYLE_CONTENTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuntPlan:
-    """Describe a search.
+class Pictures:
+    """How a search makes and marks its pictures, whatever it tries.
 
     Attributes:
         pairs: (prompt, seed) of the M pictures that judge a candidate.
-        rounds: R; heads chosen in one round act in the next ones.
-        k: Heads chosen in a round.
-        u: Strength of the perturbation during the search, in (0, 1].
         scale: Guidance weight w during the search.
         steps: Denoising steps of a picture.
         guidance: Classifier-free guidance scale during the search; 0 is off, as published.
-        sites: Selector of the layers whose heads form the pool; None for every self- and joint-attention.
-        heads: Restricts the pool to a `HeadSet` or to pairs (site name or depth, head).
+        sites: Selector of the layers to try; None for every self- and joint-attention.
         call: Other arguments of the pipeline, such as height.
-        skip_chosen: Do not generate again with heads that are chosen already (the first authors' code does).
-        prune: Share of the pool to drop before the first round, by the smallest change of the first step's
-            prediction; in [0, 1).
-        prune_pairs: Pairs that this change is measured on.
-        halving: Successive halving over pairs: ((m1, n1), (m2, n2), ...): after m1 pairs keep the best n1 heads, and
-            so on; those that are left see all pairs. Empty for none.
-        batch: Pictures in one pipeline call; candidates of one layer share calls.
-        replay: Let the perturbed pass reuse what comes before the layer of its candidates.
+        halving: Successive halving over pairs: ((m1, n1), (m2, n2), ...): after m1 pairs keep the best n1 candidates,
+            and so on; those that are left see all pairs. Empty for none.
+        batch: Pictures in one pipeline call.
+        replay: Let the perturbed pass reuse what comes before the first layer that it changes.
         baseline: Mark the M pictures without any perturbation too.
-        validate: Mark the M pictures of the chosen set after each round, as published.
-        show: Pairs to draw at the end without, with each chosen head, and with the whole set.
     """
 
     pairs: tuple[tuple[str, int], ...]
-    rounds: int = 1
-    k: int = 24
-    u: float = 0.25
     scale: float = 3.0
     steps: int = 20
     guidance: float = 0.0
     sites: Selector | None = None
-    heads: HeadSet | Sequence[tuple[str | int, int]] | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
-    skip_chosen: bool = True
-    prune: float = 0.0
-    prune_pairs: int = 2
     halving: tuple[tuple[int, int], ...] = ()
-    group: int = 0
-    repeats: int = 1
     batch: int = 1
     replay: bool = True
     baseline: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", _checked_pairs(self.pairs))
+        for name in ("steps", "batch"):
+            self._whole(name, 1)
+        self._number("scale", lambda x: math.isfinite(x) and x != 0, "a finite number other than 0")
+        self._number("guidance", lambda x: 0 <= x < math.inf, "a number of 0 or more")
+        object.__setattr__(self, "halving", self._checked_halving())
+
+    @property
+    def least(self) -> int:
+        """Return how many candidates must be left after every stage."""
+        return 1
+
+    @property
+    def _least(self) -> str:
+        return str(self.least)
+
+    def stages(self, n: int) -> list[tuple[range, int]]:
+        """List the stages of a round over n candidates: the pairs that each adds, and how many candidates see them."""
+        stages, seen, left = [], 0, n
+        for upto, keep in self.halving:
+            if keep < left:  # a later round's pool may be this small already
+                stages.append((range(seen, upto), left))
+                seen, left = upto, keep
+        return [*stages, (range(seen, len(self.pairs)), left)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["sites"] = None if self.sites is None else repr(self.sites)
+        values["call"] = repr(sorted(self.call.items()))
+        return values
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r} was given; expected a whole number, {least} or more.")
+
+    def _number(self, name: str, fits: Callable[[float], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+            raise ConfigError(f"{name}={value!r} was given; expected {wanted}.")
+
+    def _checked_halving(self) -> tuple[tuple[int, int], ...]:
+        seen, left = 0, math.inf
+        stages = tuple(tuple(stage) for stage in self.halving)
+        for stage in stages:
+            whole = len(stage) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in stage)
+            if not whole or not seen < stage[0] < len(self.pairs) or not self.least <= stage[1] < left:
+                raise ConfigError(
+                    f"halving={self.halving!r} was given; expected (pairs, candidates to keep) with pairs that grow "
+                    f"and stay below {len(self.pairs)}, and candidates that shrink and stay at {self._least} or more."
+                )
+            seen, left = stage
+        return stages  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What a search for heads leaves out of the published one, or puts together.
+
+    Attributes:
+        skip_chosen: Do not generate again with heads that are chosen already (the first authors' code does).
+        prune: Share of the pool to drop before the first round, by the smallest change of the first step's
+            prediction; in [0, 1).
+        prune_pairs: Pairs that this change is measured on.
+        group: Heads that act together in a picture, told apart by least squares; 0 tries each alone.
+        repeats: How often the heads are dealt out into groups for each pair.
+    """
+
+    skip_chosen: bool = True
+    prune: float = 0.0
+    prune_pairs: int = 2
+    group: int = 0
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuntPlan(Pictures, Savings):
+    """Describe a search for heads: the pictures, what is saved, and these.
+
+    Attributes:
+        rounds: R; heads chosen in one round act in the next ones.
+        k: Heads chosen in a round.
+        u: Strength of the perturbation during the search, in (0, 1].
+        heads: Restricts the pool to a `HeadSet` or to pairs (site name or depth, head).
+        validate: Mark the M pictures of the chosen set after each round, as published.
+        show: Pairs to draw at the end without, with each chosen head, and with the whole set.
+    """
+
+    rounds: int = 1
+    k: int = 24
+    u: float = 0.25
+    heads: HeadSet | Sequence[tuple[str | int, int]] | None = None
     validate: bool = False
     show: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pairs", _checked_pairs(self.pairs))
+        self._whole("k", 1)  # what halving must leave
+        super().__post_init__()
         if self.heads is not None and not isinstance(self.heads, HeadSet):
             object.__setattr__(self, "heads", HeadSet.from_pairs(self.heads).pairs)
-        for name, least in (
-            ("rounds", 1), ("k", 1), ("steps", 1), ("batch", 1), ("prune_pairs", 1), ("show", 0), ("group", 0),
-            ("repeats", 1),
-        ):  # fmt: skip
+        for name, least in (("rounds", 1), ("prune_pairs", 1), ("show", 0), ("group", 0), ("repeats", 1)):
             self._whole(name, least)
         for name in ("prune_pairs", "show"):
             if (name != "prune_pairs" or self.prune) and getattr(self, name) > len(self.pairs):
                 raise ConfigError(
                     f"{name}={getattr(self, name)} is out of range: there are {len(self.pairs)} prompt-seed pairs."
                 )
-        for name, fits, wanted in (
-            ("u", lambda x: 0 < x <= 1, "a number above 0, up to 1"),
-            ("scale", lambda x: math.isfinite(x) and x != 0, "a finite number other than 0"),
-            ("guidance", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-            ("prune", lambda x: 0 <= x < 1, "the share of the pool to drop, from 0 to below 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-                raise ConfigError(f"{name}={value!r} was given; expected {wanted}.")
-        object.__setattr__(self, "halving", self._checked_halving())
+        self._number("u", lambda x: 0 < x <= 1, "a number above 0, up to 1")
+        self._number("prune", lambda x: 0 <= x < 1, "the share of the pool to drop, from 0 to below 1")
         if self.halving and not self.skip_chosen:
             raise ConfigError("halving ranks new heads only: use it with skip_chosen=True.")
         self._check_group()
+
+    @property
+    def least(self) -> int:
+        return self.k
+
+    @property
+    def _least(self) -> str:
+        return f"{self.k} (k)"
 
     def _check_group(self) -> None:
         if not self.group and self.repeats > 1:
@@ -123,24 +197,6 @@ class HuntPlan:
                 "group marks many heads in each picture: there is nothing to halve, and no chosen head to draw again. "
                 "Use it with halving=() and skip_chosen=True."
             )
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} was given; expected a whole number, {least} or more.")
-
-    def _checked_halving(self) -> tuple[tuple[int, int], ...]:
-        seen, left = 0, math.inf
-        stages = tuple(tuple(stage) for stage in self.halving)
-        for stage in stages:
-            whole = len(stage) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in stage)
-            if not whole or not seen < stage[0] < len(self.pairs) or not self.k <= stage[1] < left:
-                raise ConfigError(
-                    f"halving={self.halving!r} was given; expected (pairs, heads to keep) with pairs that grow and "
-                    f"stay below {len(self.pairs)}, and heads that shrink and stay at {self.k} (k) or more."
-                )
-            seen, left = stage
-        return stages  # type: ignore[return-value]
 
     @classmethod
     def quality(cls, prompts: Sequence[str], *, portrait: str | None = _PORTRAIT, **changes: Any) -> HuntPlan:
@@ -207,15 +263,6 @@ class HuntPlan:
         order = {s.name: i for i, s in enumerate(sites)}
         return tuple(sorted(set(named), key=lambda p: (order[p[0]], p[1])))
 
-    def stages(self, n: int) -> list[tuple[range, int]]:
-        """List the stages of a round over n candidates: the pairs that each adds, and how many candidates see them."""
-        stages, seen, left = [], 0, n
-        for upto, keep in self.halving:
-            if keep < left:  # a later round's pool may be this small already
-                stages.append((range(seen, upto), left))
-                seen, left = upto, keep
-        return [*stages, (range(seen, len(self.pairs)), left)]
-
     def groups(self, n: int) -> int:
         """Count the groups that n heads are dealt out into: of nearly equal size, none larger than `group`."""
         return -(-n // self.group)
@@ -258,15 +305,11 @@ class HuntPlan:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = super().to_dict()
         if not self.group:  # logs of searches by single heads stay readable
             del values["group"], values["repeats"]
         if isinstance(self.heads, HeadSet):
             values["heads"] = self.heads.to_dict()
-        for name in ("sites", "call"):
-            values[name] = None if values[name] is None else repr(values[name])
-        values["call"] = repr(sorted(self.call.items()))
         return values
 
 

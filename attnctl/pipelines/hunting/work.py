@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 import torch
 
 from attnctl.core.attach import attach
+from attnctl.core.control import Control
 from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.pipelines.hunting.plan import Head, HuntPlan
+from attnctl.pipelines.hunting.plan import Head, HuntPlan, Pictures
 from attnctl.pipelines.hunting.rows import RowHeads
 from attnctl.processors.pag import SoftPAG
 
-__all__ = ["Row", "Scorer", "Unit", "cut", "draw", "first_change", "marks_of", "units"]
+__all__ = ["Row", "Scorer", "Unit", "cut", "draw", "first_change", "marks_of", "pictures", "units"]
 
 Scorer: TypeAlias = Callable[[list[Any], list[str]], Any]
 """Called with images (PIL) and their prompts; returns one number for each, more being better."""
@@ -58,15 +59,24 @@ def draw(pipe: Any, plan: HuntPlan, rows: Sequence[Row], steps: int | None = Non
     Raises:
         UnsupportedModelError: The pipeline takes no generator, or does not return one image for every prompt.
     """
-    options = _options(pipe, plan, [i for _, i in rows], steps)
     heads = tuple(h for h, _ in rows)
-    with without_bar(pipe), torch.no_grad():
-        if any(heads):
-            with attach(pipe, RowHeads(rows=heads, u=plan.u, scale=plan.scale), replay=plan.replay):
-                images = getattr(pipe(**options), "images", None)
-        else:
-            images = getattr(pipe(**options), "images", None)
-    if not isinstance(images, list) or len(images) != len(rows):
+    control = RowHeads(rows=heads, u=plan.u, scale=plan.scale) if any(heads) else None
+    return pictures(pipe, plan, [i for _, i in rows], control, steps)
+
+
+def pictures(
+    pipe: Any, plan: Pictures, pairs: Sequence[int], control: Control | None, steps: int | None = None
+) -> list[Any]:
+    """Generate one picture a pair, under a control or plain.
+
+    Raises:
+        UnsupportedModelError: The pipeline takes no generator, or does not return one image for every prompt.
+    """
+    options = _options(pipe, plan, pairs, steps)
+    attached = contextlib.nullcontext() if control is None else attach(pipe, control, replay=plan.replay)
+    with without_bar(pipe), torch.no_grad(), attached:
+        images = getattr(pipe(**options), "images", None)
+    if not isinstance(images, list) or len(images) != len(pairs):
         raise UnsupportedModelError(f"{type(pipe).__name__} does not return one image per prompt.")
     return images
 
@@ -124,7 +134,7 @@ def _stop(*_: Any) -> Any:
     raise _FirstStep
 
 
-def _options(pipe: Any, plan: HuntPlan, pairs: Sequence[int], steps: int | None) -> dict[str, Any]:
+def _options(pipe: Any, plan: Pictures, pairs: Sequence[int], steps: int | None) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "generator" not in parameters:
         raise UnsupportedModelError(f"{type(pipe).__name__} takes no generator, so no run of it can be repeated.")

@@ -165,6 +165,11 @@ class LiveSum(LiveControl):
     def before_call(self, passes: LiveDenoiser) -> None:
         passes.state.scratch.setdefault(_PARTS, []).append(self)
         self.pipe = passes.pipe
+        if passes.state.rows.role == "extra":
+            raise UnsupportedModelError(
+                f"{self.control.describe()}: {type(passes.pipe).__name__} adds guidance of its own to its sum "
+                "(skip_guidance_layers), from a prediction that is no longer there. Use attnctl's SLG for it."
+            )
         if not self.guided:
             check_negative(self.control.describe(), passes.pipe, passes.state.rows)
 

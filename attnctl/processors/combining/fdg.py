@@ -51,6 +51,7 @@ class FDG(Combiner):
             "arXiv 2506.19713",
         ),
         sites="no attention, but the model's predictions",
+        offered=False,
     )
 
     def __post_init__(self) -> None:
