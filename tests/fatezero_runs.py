@@ -23,9 +23,9 @@ def latents(n: int = 2, h: int = 12, w: int = 8) -> Tensor:
     return torch.randn(n, 4, h, w, generator=torch.Generator().manual_seed(n))
 
 
-def run(pipe: Any, inversion: Inversion, text: str = TARGET, guidance: float = 7.5, **options: Any) -> Tensor:
+def call_of(inversion: Inversion, text: str = TARGET, guidance: float = 7.5) -> dict[str, Any]:
     n, (h, w) = inversion.frames, inversion.noise.shape[-2:]
-    given = {
+    return {
         "prompt": [text] * n,
         "negative_prompt": ["ugly"] * n,
         "latents": inversion.noise,
@@ -36,7 +36,10 @@ def run(pipe: Any, inversion: Inversion, text: str = TARGET, guidance: float = 7
         "output_type": "latent",
         "return_dict": False,
     }
-    return pipe(**given | options)[0]
+
+
+def run(pipe: Any, inversion: Inversion, text: str = TARGET, guidance: float = 7.5, **options: Any) -> Tensor:
+    return pipe(**call_of(inversion, text, guidance) | options)[0]
 
 
 def edited(pipe: Any, control: FateZero, x: Tensor | None = None, guidance: float = 7.5, **options: Any) -> Tensor:

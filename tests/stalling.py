@@ -1,24 +1,50 @@
-"""Run controls on a tiny model on the pretend CUDA device and print the waits after the first step (test_stalls.py)."""
+"""Run controls on a tiny model on the pretend CUDA device and print the waits after the first step (test_stalls.py).
+
+python tests/stalling.py FAMILY       every control that a bare model takes
+python tests/stalling.py pipelines    those that need a pipeline: latents that move, edits, motion
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pretend_cuda
 import torch
 import zoo
+import zoo_pipelines as pipes
 from contract import own
+from fatezero_runs import BASE, SOURCE, TARGET, call_of, latents
 from test_paro import plan_for
 from torch import Tensor, nn
 
 import attnctl
 from attnctl.core.control import Control
 from attnctl.errors import AttnctlError
-from attnctl.processors import NAG, PAG, PARO, SEG, SLG, TPG, AgentAttention, Capture, EnhanceAVideo, SoftPAG
+from attnctl.pipelines import invert
+from attnctl.processors import (
+    NAG,
+    PAG,
+    PARO,
+    SEG,
+    SLG,
+    TPG,
+    AgentAttention,
+    AStar,
+    AttendExcite,
+    BroadWay,
+    Capture,
+    EnhanceAVideo,
+    FateZero,
+    PromptToPrompt,
+    SoftPAG,
+)
 
 STEPS = 3
 NEAR = 1e-4
@@ -61,12 +87,81 @@ def outputs(model: nn.Module, inputs: Any, control: Control) -> tuple[list[Tenso
     return found, waits
 
 
+def pipeline_controls() -> Iterator[tuple[str, str, Control, int]]:
+    """Return pipelines, what is controlled, the controls, and how many waits a step may have."""
+    words = ("bear", "water")
+    yield "sd", "AStar", AStar(concepts=words, stop=1.0), 0
+    sides = [[[1.0, 0.0]], [[0.0, 1.0]]]
+    yield "sd", "AStar, masks", AStar(concepts=words, stop=1.0, masks=sides, binarise="otsu"), 0
+    yield "sd", "AttendExcite", AttendExcite(concepts=words, thresholds=(), stop=1.0), 0
+    # A threshold is held against the loss before each update that it may ask for: here one, which it does not.
+    yield "sd", "AttendExcite, threshold", AttendExcite(concepts=words, thresholds=((0.6, 0.0),), stop=1.0), 1
+    yield "sd", "PAG, adaptive", PAG(adaptive=0.5), 0
+    yield "sd", "Capture, words", Capture(words=words), 0
+    yield "sd", "PromptToPrompt", PromptToPrompt(source=SOURCE, target=TARGET, blend_words=("bear",)), 0
+    for store in ("recompute", "qk", "maps"):
+        yield "sd", f"FateZero, {store}", FateZero(source=SOURCE, target=TARGET, store=store), 0
+    # The queries that follow the edit are counted once per step.
+    yield "sd", "FateZero, masks", dataclasses.replace(BASE, blend_latents=True), 1
+    yield "animatediff", "BroadWay", BroadWay(alpha=0.5, beta=1.5, stop=1.0), 0
+    yield "animatediff", "BroadWay, tau", BroadWay(alpha=0.5, beta=1.5, tau=2, stop=1.0), 0
+    yield "animatediff", "BroadWay, mask", BroadWay(motion=1.0, mask=[[0.0, 1.0]], beta_scope="sample", stop=1.0), 0
+    yield "cogvideox", "BroadWay, all frames", BroadWay(alpha=0.0, beta=1.1, stop=1.0), 0
+
+
+def waits_of_steps(name: str, control: Control) -> list[list[str]]:
+    """Run a pipeline on the pretend device under a control; return the waits of each step."""
+    pipe, kwargs = pipes.build(name)
+    if name == "animatediff":
+        kwargs["num_frames"] = 8
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            pretend_cuda.move_module(part)
+    seen: list[int] = []
+    with pretend_cuda.Stalls() as stalls, contextlib.ExitStack() as stack:
+        if isinstance(control, FateZero):
+            inversion = stack.enter_context(invert(pipe, pretend_cuda.moved(latents()), control=control, steps=STEPS))
+            control = dataclasses.replace(control, inversion=inversion)
+            kwargs = call_of(inversion)
+        elif isinstance(control, PromptToPrompt):
+            noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+            edit = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise.repeat(2, 1, 1, 1)}
+            kwargs = {**kwargs, **edit, "height": 16, "width": 16}
+        elif name == "sd":
+            kwargs = {**kwargs, "prompt": SOURCE}
+        kwargs = pretend_cuda.moved(kwargs) | {"num_inference_steps": STEPS, "output_type": "latent"}
+
+        def mark(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+            seen.append(len(stalls.found))
+            return tensors
+
+        with attnctl.control(pipe, control):
+            pipe(**kwargs, callback_on_step_end=mark)
+    return [stalls.found[a:b] for a, b in itertools.pairwise(seen)]
+
+
+def pipeline_main(chosen: Sequence[str]) -> int:
+    """Print a line for every wait after the first step of a pipeline's run."""
+    for name, what, control, most in pipeline_controls():
+        if chosen and what not in chosen:
+            continue
+        waits = waits_of_steps(name, control)
+        worst = max(waits, key=len)
+        if len(worst) > most:
+            for line in dict.fromkeys(worst):
+                print(f"{name}, {what}: {worst.count(line)} x {line}")
+    return 0
+
+
 def main() -> int:
     """Print a line for every wait after the first step, and for every prediction that is not the CPU's."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")
     name = sys.argv[1]
+    if name == "pipelines":
+        zoo.FRAMES = 8  # long enough for a band of frequencies
+        return pipeline_main(sys.argv[2:])
     model, inputs = zoo.build(name)
     makers = dict(controls(model, inputs))
     card, given = pretend_cuda.move_module(zoo.build(name)[0]), pretend_cuda.moved(inputs)

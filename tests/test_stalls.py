@@ -14,12 +14,18 @@ import attnctl
 FAMILIES = ("sd15", "sd3", "flux", "lumina2", "qwen", "hunyuanvideo", "wan", "cogvideox", "animatediff")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_control_waits_for_the_device(family: str) -> None:
+# Of each source of waits one; `benchmarks/reliability.py` runs all, and all families.
+PIPELINES = ("AStar, masks", "AttendExcite, threshold", "PAG, adaptive", "FateZero, masks", "BroadWay, tau")
+
+
+@pytest.mark.parametrize(
+    "arguments", [*((family,) for family in FAMILIES), ("pipelines", *PIPELINES)], ids=lambda a: a[0]
+)
+def test_no_control_waits_for_the_device(arguments: tuple[str, ...]) -> None:
     """In a process of its own, since the pretend device changes torch's."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(Path(attnctl.__file__).parents[1])])
-    command = [sys.executable, str(here / "stalling.py"), family]
+    command = [sys.executable, str(here / "stalling.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -34,7 +34,7 @@ from attnctl.core.hosts.pipelines import run_length
 from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
-from attnctl.core.hosts.scheduler import SchedulerWatch, noise_time, step_of
+from attnctl.core.hosts.scheduler import SchedulerWatch, call_time, noise_time, step_of
 from attnctl.core.passes import ControlledDenoiser, resolve
 from attnctl.core.report import report
 from attnctl.errors import ConfigError
@@ -253,7 +253,7 @@ class DenoiserHandle(Handle):
             if not self._seen:
                 state.step = step_of(scheduler, state.steps, time_of(state.bound), self._call.values.get("timesteps"))
         if any(isinstance(c, Guidance) and c.adaptive for c in self.controls):
-            state.timestep = noise_time(scheduler, time_of(state.bound))
+            state.timestep = noise_time(scheduler, call_time(scheduler, state.bound))
 
     def report(self) -> str:
         return report(self, replay=self._replay)

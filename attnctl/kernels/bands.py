@@ -13,7 +13,7 @@ F / 2 - 1, the published setting), L averages the frames and A' V = mu + beta (A
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import ConfigError
-from attnctl.kernels.checks import wide_dtype
+from attnctl.kernels.checks import full, wide_dtype
 
 __all__ = ["Band", "filter_frames", "motion_beta"]
 
@@ -41,6 +41,8 @@ class Band:
 
     frames: int
     tau: int
+    _low: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """L, on each device that has asked for it."""
 
     @classmethod
     def of(cls, frames: int, tau: int | Literal["auto"] = "auto") -> Band:
@@ -77,12 +79,15 @@ class Band:
 
     def low(self, like: Tensor) -> Tensor:
         """Return L [F, F] in a tensor's device and dtype, float32 at least; the identity where every bin is high."""
-        return _projector(self.frames, self.tau).to(like.device, wide_dtype(like.dtype))
+        key = like.device, wide_dtype(like.dtype)
+        if key not in self._low:
+            self._low[key] = _projector(self.frames, self.tau).to(*key)
+        return self._low[key]
 
     def matrix(self, like: Tensor, beta: float | Tensor) -> Tensor:
         """Return M / g_0 [F, F], symmetric, rows summing to 1."""
         eye = torch.eye(self.frames, device=like.device, dtype=wide_dtype(like.dtype))
-        return torch.lerp(self.low(like), eye, torch.as_tensor(beta, device=like.device, dtype=eye.dtype))
+        return torch.lerp(self.low(like), eye, full(beta, eye))
 
 
 @lru_cache(maxsize=64)
@@ -120,7 +125,7 @@ def filter_frames(v: Tensor, band: Band, beta: float | Tensor, dim: int = -2) ->
         last = wide.movedim(dim, -1)
         low = (last.reshape(-1, band.frames) @ band.low(v)).view(last.shape).movedim(-1, dim).contiguous()
     # lerp, because it returns v itself where beta is 1.
-    return torch.lerp(low.expand_as(wide), wide, torch.as_tensor(beta).to(wide)).to(v.dtype)
+    return torch.lerp(low.expand_as(wide), wide, full(beta, wide)).to(v.dtype)
 
 
 def motion_beta(e1: Tensor, e2: Tensor, e2_low: Tensor, floor: float) -> Tensor:
@@ -137,4 +142,4 @@ def motion_beta(e1: Tensor, e2: Tensor, e2_low: Tensor, floor: float) -> Tensor:
     """
     high = e2 - e2_low
     ratio = ((e1 - e2_low) / high).sqrt().masked_fill(high <= 0, math.nan)
-    return torch.fmax(ratio, ratio.new_tensor(floor))
+    return torch.fmax(ratio, full(floor, ratio))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -23,8 +23,10 @@ __all__ = [
     "check_mask",
     "chunk_rows",
     "current",
+    "full",
     "masked_softmax",
     "pick",
+    "read_later",
     "repeat_heads",
     "room",
     "rows_of",
@@ -83,6 +85,32 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     Shapes: x [B, Hk, N, D] -> [B, heads, N, D]; x itself when there is nothing to repeat.
     """
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def full(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a number as a tensor of another one's device and dtype; a copy of a number would wait for the device."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def read_later(x: Tensor) -> Callable[[], Tensor]:
+    """Copy a small tensor to the machine's memory without waiting for it.
+
+    Returns:
+        What gives the copy. It waits for the work up to this call alone, not for what was given to the device since.
+    """
+    if x.device.type != "cuda":
+        return lambda: x
+    copy = x.to("cpu", non_blocking=True)
+    if not torch.cuda.is_available():  # a device that only pretends
+        return lambda: copy
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(x.device))
+
+    def read() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return read
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

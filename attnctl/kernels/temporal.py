@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels.bands import Band
-from attnctl.kernels.checks import Memory, room, wide_dtype
+from attnctl.kernels.checks import Memory, full, room, wide_dtype
 
 __all__ = [
     "MAX_POSITIONS",
@@ -238,7 +238,7 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
     """
     frames, spread = band.frames, isinstance(beta, Tensor) and beta.dim() == 1
     matrix = None if band.whole or band.mean_only or spread else band.matrix(v, beta)
-    gain = torch.as_tensor(beta, device=v.device, dtype=wide_dtype(v.dtype)).view(-1, 1, 1, 1)
+    gain = full(beta, v.new_empty((), dtype=wide_dtype(v.dtype))).view(-1, 1, 1, 1)
     graph = torch.is_grad_enabled() and (v.requires_grad or any(a.requires_grad for a in pieces))
     out = None if graph else output_like(v) if out is None else out
     memory = None if graph else Memory()

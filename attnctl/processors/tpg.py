@@ -103,8 +103,11 @@ def _shuffle(
             if n not in orders:
                 image = image_in(now[0], n)
                 drawn = torch.randperm(image.stop - image.start, generator=generator) + image.start
-                orders[n] = torch.cat([torch.arange(image.start), drawn, torch.arange(image.stop, n)])
-            order = orders[n].to(x.device, non_blocking=True)
+                order = torch.cat([torch.arange(image.start), drawn, torch.arange(image.stop, n)])
+                # From memory that the device reads by itself, so that the copy is not waited for.
+                pinned = x.device.type == "cuda" and torch.cuda.is_available()
+                orders[n] = (order.pin_memory() if pinned else order).to(x.device, non_blocking=True)
+            order = orders[n]
             if args:
                 return forward(x[:, order], *args[1:], **kwargs)
             return forward(**{**kwargs, "hidden_states": x[:, order]})

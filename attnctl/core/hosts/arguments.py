@@ -86,9 +86,14 @@ def main_input(bound: Mapping[str, Any]) -> Any:
     )
 
 
+def given_time(bound: Mapping[str, Any]) -> Any:
+    """Return the timestep that a denoiser is called with, as it was given; None where it has none."""
+    return next((bound[n] for n in ("timestep", "t", "timesteps") if bound.get(n) is not None), None)
+
+
 def time_of(bound: Mapping[str, Any]) -> float | None:
     """Return the timestep that a denoiser is called with, the noisiest where rows differ; None where it has none."""
-    value = next((bound[n] for n in ("timestep", "t", "timesteps") if bound.get(n) is not None), None)
+    value = given_time(bound)
     if isinstance(value, torch.Tensor):
         return None if value.is_meta or not value.numel() else float(value.max())
     return float(value) if isinstance(value, (int, float)) else None

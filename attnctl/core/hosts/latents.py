@@ -112,6 +112,7 @@ class StepLatents:
                 f"{type(self.pipe).__name__} hands its scheduler latents {tuple(sample.shape)} and its denoiser "
                 f"{tuple(old.shape)}: attnctl cannot move them."
             )
-        if sample.dtype == old.dtype and torch.equal(sample, old):
-            return new
-        return sample + (new - old).to(sample)
+        moved = sample + (new - old).to(sample)
+        if sample.dtype != old.dtype:
+            return moved
+        return torch.where((sample == old).all(), new.to(sample.device), moved)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
+from attnctl.core.hosts.arguments import given_time, time_of
 from attnctl.core.hosts.noise import noting_noise
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["Listener", "SchedulerWatch", "later_evaluation", "noise_time", "place_of", "step_of"]
+__all__ = ["Listener", "SchedulerWatch", "call_time", "later_evaluation", "noise_time", "place_of", "step_of"]
 
 
 def later_evaluation(scheduler: Any) -> bool:
@@ -179,19 +181,47 @@ class SchedulerWatch:
         self._of, self.current = {}, None
 
 
-def place_of(scheduler: Any, timestep: float | None) -> int | None:
+# The timesteps of each run, read from the device once.
+_LISTS: Any = WeakIdKeyDictionary()
+
+
+def times_of(scheduler: Any) -> list[float]:
+    """Return the scheduler's timesteps as numbers."""
+    times = scheduler.timesteps
+    if not isinstance(times, torch.Tensor) or times.device.type == "cpu" or times.is_inference():
+        return [float(t) for t in times]
+    version, numbers = _LISTS.get(times, (None, []))
+    if version != times._version:
+        numbers = times.tolist()
+        _LISTS[times] = times._version, numbers
+    return numbers
+
+
+def call_time(scheduler: Any, bound: Mapping[str, Any]) -> float | None:
+    """Return the timestep that a denoiser is called with, or None; an entry of the scheduler's costs no wait."""
+    given, times = given_time(bound), getattr(scheduler, "timesteps", None)
+    if isinstance(given, torch.Tensor) and isinstance(times, torch.Tensor) and given.device.type != "cpu":
+        base = given._base
+        one = given.numel() > 0 and not any(n > 1 and by for n, by in zip(given.shape, given.stride(), strict=True))
+        if base is not None and one and base is (times if times._base is None else times._base):
+            return times_of(scheduler)[(given.storage_offset() - times.storage_offset()) // max(times.stride(0), 1)]
+    return time_of(bound)
+
+
+def place_of(scheduler: Any, timestep: float | Callable[[], float | None] | None) -> int | None:
     """Find which entry of a scheduler's timesteps its next step takes; None where nothing tells.
 
     Args:
         scheduler: The scheduler.
-        timestep: The timestep that the denoiser is called with, as it is or divided by 1000.
+        timestep: The timestep that the denoiser is called with, as it is or divided by 1000, or what reads it.
     """
     for name in ("step_index", "begin_index"):
         if isinstance(index := getattr(scheduler, name, None), int):
             return index
+    timestep = timestep() if callable(timestep) else timestep
     if timestep is None:
         return None
-    times = [float(t) for t in scheduler.timesteps]
+    times = times_of(scheduler)
     gap = min((abs(a - b) for a, b in itertools.pairwise(times) if a != b), default=1.0)
     for value in (timestep, 1000 * timestep):
         best = min(range(len(times)), key=lambda i: abs(times[i] - value))
@@ -221,7 +251,7 @@ def step_of(scheduler: Any, steps: int, timestep: float | None, run: Any) -> int
         )
     first = len(scheduler.timesteps) - steps
     if isinstance(run, (torch.Tensor, list, tuple)) and len(run) == steps:  # it may begin and end anywhere
-        times = [float(t) for t in scheduler.timesteps]
+        times = times_of(scheduler)
         first = times.index(float(run[0])) if float(run[0]) in times else first
     return min(max(place - first, 0), steps - 1)
 
@@ -240,4 +270,4 @@ def noise_time(scheduler: Any, timestep: float | None) -> float | None:
     if config.get("timestep_type") == "continuous" or "EDM" in type(scheduler).__name__:  # a logarithm of sigma
         sigma = float(scheduler.sigmas[place])
         return 1000 * sigma / (1 + sigma)
-    return float(scheduler.timesteps[place]) * 1000 / config.get("num_train_timesteps", 1000)
+    return times_of(scheduler)[place] * 1000 / config.get("num_train_timesteps", 1000)

@@ -18,7 +18,7 @@ from attnctl.core.sites import Site, select
 from attnctl.errors import ConflictError, SiteError, UnsupportedModelError
 from attnctl.kernels import temporal
 from attnctl.kernels.bands import Band, filter_frames, motion_beta
-from attnctl.kernels.checks import wide_dtype
+from attnctl.kernels.checks import full, wide_dtype
 from attnctl.kernels.temporal import Layer, Reference, guided_maps, output_like, weigh
 from attnctl.processors.broadway.fields import MotionFields, decoder_stage, reference_stage
 
@@ -45,6 +45,7 @@ class Motion(LiveControl):
         self.guides: dict[str, str] = {}
         self.figures: dict[str, tuple[Tensor, Tensor]] = {}
         self._masks: dict[Any, Tensor] = {}
+        self._bands: dict[int, Band] = {}
         if self.all_frames:
             self._say("attends over all frames at once: BroadWay mixes the frames of its values, which is experimental")
         elif self.alpha > 0 and self.levels:
@@ -84,7 +85,7 @@ class Motion(LiveControl):
                 f"BroadWay: {call.site.name} shows {call.q.shape[1]} of its {call.site.heads} heads, because another "
                 "control perturbs the others there. Give one of the two other sites."
             )
-        band = Band.of(call.q.shape[-2], control.tau)
+        band = self._band(call.q.shape[-2])
         layer = self._layer(call)
         name = call.site.name
         weight = None if control.mask is None else self._mask(call, layer)
@@ -109,6 +110,12 @@ class Motion(LiveControl):
         )
         return weigh(pieces, call.v, band, _spread(self._gain(name, energies, beta, layer), weight), out)
 
+    def _band(self, frames: int) -> Band:
+        """Return the bands of so many frames, which keep their filter on the device."""
+        if frames not in self._bands:
+            self._bands[frames] = Band.of(frames, self.control.tau)
+        return self._bands[frames]
+
     def _gain(self, name: str, energies: Tensor | None, beta: float, layer: Layer) -> float | Tensor:
         """Apply the energy rule; one number, or one for each position."""
         if energies is None:
@@ -132,7 +139,7 @@ class Motion(LiveControl):
         out = _in_parts(call, proceed)
         wide = wide_dtype(out.dtype)
         mu = call.v.to(wide).mean(-2, keepdim=True).expand_as(out)
-        return torch.lerp(mu, out.to(wide), torch.as_tensor(gain, device=out.device, dtype=wide)).to(out.dtype)
+        return torch.lerp(mu, out.to(wide), full(gain, mu)).to(out.dtype)
 
     def _mixed(self, call: AttnCall, proceed: Proceed, beta: float) -> Tensor:
         """Filter the rows of a full map along the key frames, by mixing the values of each place over the frames."""
@@ -146,7 +153,7 @@ class Motion(LiveControl):
                 f"BroadWay: the frames of the tokens at {call.site.name} are not known. It needs the arguments of the "
                 "denoiser's call: use attnctl.control(pipe, ...)."
             )
-        band = Band.of(grid[0], self.control.tau)
+        band = self._band(grid[0])
         part = call.keys or image or slice(0, call.v.shape[-2])
         gain: float | Tensor = beta
         if self.control.mask is not None:

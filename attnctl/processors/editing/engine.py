@@ -142,6 +142,8 @@ class Editing(LiveControl):
         self.mask_columns: Tensor | None = None
         self.mask_grid: Grid = (1, 1, 1)
         self.masks: dict[Grid, Tensor] = {}
+        self.grids: set[Grid] = set()
+        """Grids of the layers that the source and the edit share by a mask."""
         self.splits: dict[int, Split] = {}
         self.summed: Tensor | None = None
 
@@ -165,7 +167,7 @@ class Editing(LiveControl):
                 passes.extra_pass("source", inputs, wrappers, last=sites[-1])
         self.fused = frozenset(site.name for site in sites if site.kind == "self") if fused else frozenset()
         self.crossing = cross
-        self.w = self.follow[k].to(device) if cross else None
+        self.w = self.weights[k] if cross else None
         self.whole = cross and bool((self.follow[k] == 1).all()) and not bool(self.source.plan.how.new.any())
         self.masks, self.splits = {}, {}
         self.mask_columns = None
@@ -203,6 +205,7 @@ class Editing(LiveControl):
                 f"{self.control.target!r}: the tokens would not correspond. Give that prompt for every frame."
             )
         self.how = self.source.plan.how.to(state.bound["sample"])
+        self.weights = self.follow.to(state.bound["sample"].device)
         self.checked = True
 
     def noise_added(self) -> None:
@@ -234,14 +237,22 @@ class Editing(LiveControl):
         if self.mask_columns is None or not self.control.blend_attention:
             return None
         _, grid = call.on_image()
+        self.grids.add(grid)
+        return self._mask_on(grid)
+
+    def _mask_on(self, grid: Grid) -> Tensor:
         if grid not in self.masks:
+            assert self.mask_columns is not None
             self.masks[grid] = self._mask(self.mask_columns, grid[1:]).flatten(1)
         return self.masks[grid]
 
     def _split_at(self, tokens: int, mask: Tensor) -> Split:
-        """Return how M parts the queries of a layer of so many tokens; found once a step."""
+        """Return how M parts the queries of a layer of so many tokens, found once per step for all layers."""
         if tokens not in self.splits:
-            self.splits[tokens] = Split.of(mask)
+            for grid in self.grids:
+                self._mask_on(grid)
+            masks = {m.shape[1]: m for m in self.masks.values()} | {tokens: mask}
+            self.splits = dict(zip(masks, Split.each(list(masks.values())), strict=True))
         return self.splits[tokens]
 
     # Attention ---------------------------------------------------------------------------------------------------

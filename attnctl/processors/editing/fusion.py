@@ -87,7 +87,8 @@ def gather_frames(x: Tensor, indices: Sequence[Sequence[int]]) -> Tensor:
         return x
     f = len(indices)
     frames = x.unflatten(0, (-1, f))
-    parts = [frames[:, [row[c] for row in indices]] for c in range(len(indices[0]))]
+    # Slices, because a list of places would be copied to the device at every call.
+    parts = [torch.cat([frames[:, row[c] : row[c] + 1] for row in indices], 1) for c in range(len(indices[0]))]
     return torch.cat(parts, dim=3).flatten(0, 1)
 
 
@@ -110,12 +111,20 @@ class Split:
 
     @classmethod
     def of(cls, mask: Tensor) -> Split:
-        """Sort the queries by a mask, [f, N] bool; waits for the device once, for how many there are."""
-        order = mask.argsort(dim=1, descending=True, stable=True)
-        counts = mask.sum(1)
-        least, most = torch.stack((counts.min(), counts.max())).tolist()
-        rank = order.argsort(dim=1)
-        return cls(order[:, :most], order[:, least:], torch.where(mask, rank, rank + most - least))
+        """Sort the queries by a mask, [f, N] bool."""
+        return cls.each([mask])[0]
+
+    @classmethod
+    def each(cls, masks: Sequence[Tensor]) -> list[Split]:
+        """Sort by several masks; wait for the device once, for how many queries there are of each kind."""
+        counts = [mask.sum(1) for mask in masks]
+        bounds = torch.stack([torch.stack((c.min(), c.max())) for c in counts]).tolist()
+        splits = []
+        for mask, (least, most) in zip(masks, bounds, strict=True):
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            rank = order.argsort(dim=1)
+            splits.append(cls(order[:, :most], order[:, least:], torch.where(mask, rank, rank + most - least)))
+        return splits
 
 
 def take_queries(x: Tensor, at: Tensor | None) -> Tensor:

@@ -177,7 +177,8 @@ class SourceAttention:
         """Sum a cross-attention map over some tokens and average it over heads: [f, N], float32."""
         kept = self.store.get(step, site, device)
         if "map" in kept:
-            return kept["map"].float()[..., list(tokens)].sum(-1).mean(1)
+            shares = torch.stack([kept["map"][..., token] for token in tokens], -1)
+            return shares.float().sum(-1).mean(1)
         k = self.store.text(site).to(device)
         return columns(kept["q"], k, token_weights(tokens, k), scale=self.store.scales[site])[..., 0].mean(1)
 
@@ -190,7 +191,8 @@ def _alone(x: Tensor) -> Tensor:
 def token_weights(tokens: Sequence[int], k: Tensor) -> Tensor:
     """Return the column that sums some tokens, [Nk, 1] float32, for keys [f, H, Nk, D]."""
     weights = torch.zeros(k.shape[2], 1, device=k.device)
-    weights[list(tokens)] = 1
+    for token in tokens:  # a list of places would be copied to the device
+        weights[token] = 1
     return weights
 
 

@@ -29,7 +29,7 @@ from attnctl.core.registry import knob
 from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, choice, number
 from attnctl.processors.latent.guidance import LatentGuidance
-from attnctl.processors.latent.losses import Binarise, binarise, retention, segregation
+from attnctl.processors.latent.losses import Binarise, binarise, retention, segregation, take
 
 __all__ = ["AStar", "layout_masks"]
 
@@ -112,9 +112,9 @@ class AStar(LatentGuidance):
         free = [c for c, mask in enumerate(self.masks) if mask is None]
         bound = [c for c, mask in enumerate(self.masks) if mask is not None]
         if bound:
-            total = total + self.ret * retention(maps[:, bound], drawn[None])
+            total = total + self.ret * retention(take(maps, bound), drawn[None])
         if free and before is not None:
-            total = total + self.ret * retention(maps[:, free], before[:, free])
+            total = total + self.ret * retention(take(maps, free), take(before, free))
         return total
 
     def remember(self, maps: Tensor, memory: dict[str, Any]) -> None:

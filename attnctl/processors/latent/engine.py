@@ -12,7 +12,7 @@ step from the latents of its first evaluation; only those are moved, and the lat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from attnctl.core.call import CallState
 from attnctl.core.guidance import combine
 from attnctl.core.hosts.arguments import main_input, main_name, take_rows, time_of
 from attnctl.core.hosts.outputs import main_output, with_main_output
-from attnctl.core.hosts.scheduler import later_evaluation, place_of
+from attnctl.core.hosts.scheduler import call_time, later_evaluation, place_of
 from attnctl.core.hosts.words import given_text, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.kernels.checks import read_later
 from attnctl.processors.latent.fields import LatentFields, transformed
 from attnctl.processors.latent.reader import MapReader, exit_refusal, prepared, usable
 
@@ -58,6 +59,8 @@ class LatentEngine(LiveControl):
 
     def begin_run(self) -> None:
         self.tokens: dict[int, Tensor] = {}
+        self.unchecked: list[tuple[Callable[[], Tensor], int, torch.dtype]] = []
+        """Whether each gradient of this step was finite, its step, and the dtype of the denoiser's input."""
         self._end_step()
 
     def _end_step(self) -> None:
@@ -102,7 +105,19 @@ class LatentEngine(LiveControl):
         """Give the scheduler the moved latents."""
         moved, passes = self.moved, self.passes
         self._end_step()
+        self._check_finite()
         return latents if moved is None or passes is None else passes.latents.carried(latents, *moved)
+
+    def _check_finite(self) -> None:
+        """Raise if a gradient of the step was not finite: here, where the device has the base pass to work on."""
+        unchecked, self.unchecked = self.unchecked, []
+        for finite, step, dtype in unchecked:
+            if not bool(finite()):
+                raise UnsupportedModelError(
+                    f"{self.control.describe()}: the loss of step {step} or its gradient is not a finite number. The "
+                    f"attention maps hold NaN or overflow in {dtype}: run the model in float32 or bfloat16, or lower "
+                    "step_size."
+                )
 
     def describe(self) -> str:
         return f"latents: {self.updates} updates by {self.forwards} guidance forwards so far"
@@ -119,7 +134,7 @@ class LatentEngine(LiveControl):
                 f'{self.control.describe()}: update="velocity" changes the velocity of flow matching (SD3, FLUX and '
                 f'their kin), but {name} steps otherwise. Use update="latents".'
             )
-        place = place_of(scheduler, time_of(state.bound))
+        place = place_of(scheduler, lambda: call_time(scheduler, state.bound))
         if place is None:
             raise UnsupportedModelError(f"{name} does not tell the noise level of timestep {time_of(state.bound)}.")
         return scheduler.sigmas[min(place, len(scheduler.timesteps) - 1)].to(torch.float32)
@@ -127,7 +142,8 @@ class LatentEngine(LiveControl):
     def share(self, state: CallState, n_text: int) -> Tensor:
         """Return the share of each of the text tokens in each concept, [samples, n_text, C]."""
         if n_text not in self.tokens:
-            self.tokens[n_text] = torch.stack([weights(concepts, n_text) for concepts in self._find(state)])
+            shares = torch.stack([weights(concepts, n_text) for concepts in self._find(state)])
+            self.tokens[n_text] = shares.to(main_input(state.bound).device)
         return self.tokens[n_text]
 
     def _find(self, state: CallState) -> list[Any]:
@@ -198,9 +214,8 @@ class _Update:
         c, passes, state = self.control, self.passes, self.passes.state
         early = c.early_exit and exit_refusal(passes.module, self.bound) is None
         every = c.map_norm == "ae"
-        reader = MapReader(
-            [s.name for s in self.engine.sites], _one_hot if every else self._share, early, c.needs_self_attention
-        )
+        share = _one_hot(z.device) if every else self._share
+        reader = MapReader([s.name for s in self.engine.sites], share, early, c.needs_self_attention)
         name, template = main_name(self.bound), main_input(self.bound)
         scaled = passes.latents.input(z, template)
         self.engine.forwards += 1
@@ -219,11 +234,8 @@ class _Update:
             (grad,) = torch.autograd.grad(loss.sum() * boost, leaf)
         loss = loss.detach().unflatten(0, (z.shape[0], -1)).mean(1)
         grad = passes.latents.unscaled(grad, z) / boost
-        if not bool(torch.isfinite(loss).all() & torch.isfinite(grad).all()):
-            raise UnsupportedModelError(
-                f"{c.describe()}: the loss of step {state.step} or its gradient is not a finite number. The attention "
-                f"maps hold NaN or overflow in {leaf.dtype}: run the model in float32 or bfloat16, or lower step_size."
-            )
+        finite = read_later(torch.isfinite(loss).all() & torch.isfinite(grad).all())
+        self.engine.unchecked.append((finite, state.step, leaf.dtype))
         return loss, grad, maps.detach()
 
     def _share(self, n_text: int) -> Tensor:
@@ -240,5 +252,5 @@ class _Update:
             del self.memory["self_attention"]  # it holds the graph
 
 
-def _one_hot(n: int) -> Tensor:
-    return torch.eye(n)[None]
+def _one_hot(device: torch.device) -> Callable[[int], Tensor]:
+    return lambda n: torch.eye(n, device=device)[None]

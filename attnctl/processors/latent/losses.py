@@ -45,6 +45,7 @@ __all__ = [
     "segregation",
     "self_cross",
     "smooth",
+    "take",
     "token_softmax",
     "total_variation",
 ]
@@ -55,6 +56,11 @@ Binarise = Literal["mean", "otsu"]
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def take(maps: Tensor, places: Sequence[int]) -> Tensor:
+    """Take some concepts of maps [B, C, ...]; a list as an index would be copied to the device."""
+    return torch.stack([maps[:, place] for place in places], 1)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
     Shapes: maps [..., h, w] -> the same. A grid with a side of one token is left alone along that side.
     """
     maps = _wide(maps)
-    x = torch.tensor([-1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device)
+    x = torch.arange(-1, 2, dtype=maps.dtype, device=maps.device)
     line = torch.exp(-((x / (2 * sigma)) ** 2))
     line = line / line.sum()
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
@@ -202,7 +208,7 @@ def info_nce(maps: Tensor, groups: Sequence[int], previous: Tensor | None = None
     if len(groups) != maps.shape[1]:
         raise ConfigError(f"info_nce: {len(groups)} groups were given for {maps.shape[1]} concepts; give one for each.")
     rows = _wide(maps).flatten(2)
-    labels = torch.tensor(list(groups), device=maps.device)
+    labels = torch.stack([maps.new_full((), g, dtype=torch.long) for g in groups])
     if previous is not None:
         rows, labels = torch.cat([rows, previous.detach().to(rows).flatten(2)], 1), labels.repeat(2)
     rows = F.normalize(rows, dim=-1)
@@ -245,7 +251,7 @@ def divergence(maps: Tensor) -> Tensor:
     mean = p.mean(1, keepdim=True)
     tiny = torch.finfo(p.dtype).tiny  # keeps the logarithm of an empty pixel, and its gradient, finite
     kl = (p * ((p + tiny).log() - (mean + tiny).log())).sum(-1)
-    return kl.mean(1) / torch.log(torch.tensor(float(p.shape[1]), dtype=p.dtype, device=p.device))
+    return kl.mean(1) / torch.log(p.new_full((), float(p.shape[1])))
 
 
 def _shares(maps: Tensor, power: float = 1.0) -> Tensor:
@@ -310,5 +316,6 @@ def _coherence(p: Tensor, groups: Sequence[int], name: str) -> tuple[Tensor, Ten
         raise ConfigError(f"{name}: {len(groups)} groups were given for {p.shape[1]} concepts; give one for each.")
     members = [[i for i, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
     rows = p[:, :, None]
-    within = torch.stack([divergence(rows[:, m]) for m in members]).mean(0)
-    return within, divergence(torch.stack([rows[:, m].mean(1) for m in members], 1))
+    grouped = [take(rows, m) for m in members]
+    within = torch.stack([divergence(part) for part in grouped]).mean(0)
+    return within, divergence(torch.stack([part.mean(1) for part in grouped], 1))
