@@ -40,6 +40,11 @@ PICTURES = {
     "pag": Shown(columns=("PAG(scale=2.5, sites=6)", "SoftPAG(scale=2.5, u=0.5, sites=6)"), **MMDIT),
     "seg": Shown(columns=("SEG(scale=2.5, sites=6)",), **MMDIT),
     "slg": Shown(columns=("SLG(sites=6)", "SLG(sites=6, start=0.0, stop=0.6)"), **MMDIT),
+    "combiners": Shown(
+        columns=("APG(norm=0.0, eta=0.5, momentum=0.0)", "CFGZeroStar(zero_init_steps=0)", "GuidanceInterval()"),
+        model="text2image",
+        guidance=6.0,
+    ),
     "tpg": Shown(columns=("TPG(scale=1.0)",), **UNET),
     "nag": Shown(columns=("NAG(scale=4.0)",), model="text2image", guidance=1.5, negative="on gray"),
     "astar": Shown(columns=('AStar(concepts=NOUNS, grad_transform="l2", step_size=1.0, stop=0.1)',), **UNET),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attnctl.pipelines.editing.edit import Edited, edit_video
     from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
     from attnctl.pipelines.guider import ControlGuider
+    from attnctl.pipelines.hunting.blocks import BlockHunt, RankedBlocks, hunt_blocks
     from attnctl.pipelines.hunting.plan import HuntPlan, halvings
     from attnctl.pipelines.hunting.results import Hunted, compose
     from attnctl.pipelines.hunting.search import hunt
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from attnctl.pipelines.vision.segmentation import Segmented, segment
 
 __all__ = [
+    "BlockHunt",
     "Calibration",
     "Classified",
     "ControlGuider",
     "Edited",
     "HuntPlan",
     "Hunted",
+    "RankedBlocks",
     "Segmented",
     "calibrate",
     "check_plan",
@@ -39,6 +42,7 @@ __all__ = [
     "estimate_bytes",
     "halvings",
     "hunt",
+    "hunt_blocks",
     "image_maps",
     "invert",
     "segment",
@@ -60,11 +64,14 @@ _HOMES = {
     "ddim_of": "editing.inversion",
     "edit_video": "editing.edit",
     "estimate_bytes": "editing.inversion",
+    "BlockHunt": "hunting.blocks",
     "HuntPlan": "hunting.plan",
     "Hunted": "hunting.results",
     "compose": "hunting.results",
     "halvings": "hunting.plan",
+    "RankedBlocks": "hunting.blocks",
     "hunt": "hunting.search",
+    "hunt_blocks": "hunting.blocks",
     "image_maps": "map_images",
     "invert": "editing.inversion",
 }
