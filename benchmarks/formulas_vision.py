@@ -13,7 +13,8 @@ from torch import Tensor
 from attnctl import kernels
 from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention
 from attnctl.backbones.mixers import linear as linear_mixers
-from attnctl.backbones.mixers.softmax import neighborhood_mask, sigmoid_attention
+from attnctl.backbones.mixers.softmax import sigmoid_attention
+from attnctl.kernels.neighborhood.axes import axes_of, neighborhood_mask
 
 
 @row("bi-level routing", "softmax over the tokens of routed windows")
@@ -74,7 +75,7 @@ def neighbourhood() -> Both:
     low = (at - 3).clamp(0, 16 - 7)
     seen = ((at[None] >= low[:, None]) & (at[None] < low[:, None] + 7)).all(-1)
     logits = q.double() @ k.double().mT * 32**-0.5
-    got = kernels.attention(q, k, v, mask=neighborhood_mask(GRID, 7)[None, None])
+    got = kernels.attention(q, k, v, mask=neighborhood_mask(axes_of(GRID, 7))[None, None])
     return got, logits.masked_fill(~seen, -math.inf).softmax(-1) @ v.double()
 
 

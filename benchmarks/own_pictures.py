@@ -58,10 +58,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=60, help="pictures to train on per class")
     parser.add_argument("--test", type=int, default=20, help="pictures to test on per class")
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument(
-        "--model-options", default='{"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}'
-    )
+    parser.add_argument("--model", default="biformer_micro")
+    parser.add_argument("--model-options", default="{}")
     parser.add_argument("--out", type=Path, help="keep the run and the answers there")
     args = parser.parse_args()
     if args.folder:
@@ -72,7 +70,7 @@ def main() -> None:
         draw(root / "data", args.train, args.test)
         trained, first = command(
             "classify", root / "data", "--model", args.model, "--model-options", args.model_options,
-            "--epochs", args.epochs, "--out", root / "run",
+            "--epochs", args.epochs, "--size", 64, "--lr", 0.003, "--out", root / "run",
         )  # fmt: skip
         answers, second = command(
             "predict", root / "run", root / "data" / "val" / "triangle", "--out", root / "answers"

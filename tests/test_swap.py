@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones import any_size
-from attnctl.backbones.mixers import MIXERS
+from attnctl.backbones.mixers import MIXERS, Slot
 from attnctl.backbones.mixers.linear import inline, mala, rala
-from attnctl.backbones.mixers.softmax import neighborhood_mask, sigmoid_attention
+from attnctl.backbones.mixers.softmax import NeighborhoodMixer, sigmoid_attention
 from attnctl.errors import ConfigError, SiteError, UnsupportedModelError
+from attnctl.kernels.neighborhood.axes import axes_of, neighborhood_mask
 
 KINDS = [kind for kind, mixer in MIXERS.items() if mixer.__module__.startswith("attnctl.")]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def test_every_kind_in_every_host(kind: str) -> None:
         report = attnctl.swap_report(model)
         changed = model(x)
         assert changed.isfinite().all()
-        if (kind, name) != ("moh", "vit"):
+        if (kind, name) not in (("moh", "vit"), ("gated", "vit")):
             assert not torch.equal(changed, plain), name
         changed.sum().backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == [], name
@@ -126,12 +127,15 @@ def test_linear_forms_against_written_out_weights() -> None:
     torch.testing.assert_close(sigmoid_attention(q, k, v, s, b), want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_neighbourhood(dilation: int) -> None:
-    seen = neighborhood_mask((7, 9), 3, dilation)
-    assert (seen.sum(1) == 9).all()
-    centre = seen[3 * 9 + 4].reshape(7, 9).nonzero()
-    assert centre.tolist() == [[3 + i, 4 + j] for i in (-dilation, 0, dilation) for j in (-dilation, 0, dilation)]
+@pytest.mark.parametrize("more", [{}, {"dilation": 2}, {"kernel": 4, "stride": 2}, {"kernel": (3, 5), "causal": True}])
+def test_neighbourhood(more: dict[str, Any]) -> None:
+    window = {"kernel": 3, "stride": 1, "dilation": 1, "causal": False} | more
+    q, k, v = (torch.randn(2, 2, 65, 8) for _ in range(3))
+    mixer = NeighborhoodMixer(Slot(16, 2, (7, 9), 2, 0.3), **window)
+    seen = neighborhood_mask(axes_of((7, 9), *window.values()))
+    seen = nn.functional.pad(seen, [2, 0, 2, 0], value=True)
+    want = (q @ k.mT * 0.3).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(mixer(q, k, v, q, (7, 9)), want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_report_names_what_is_new_once() -> None:
@@ -226,7 +230,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kind": "multiaxis", "window": 0}, ConfigError, "at least 1"),
     ({"kind": "moh", "shared": 4}, ConfigError, "shared=4"),
     ({"kind": "moh", "topk": 9}, ConfigError, "topk=9"),
-    ({"kind": "neighborhood", "kernel": 4}, ConfigError, "odd"),
+    ({"kind": "neighborhood", "kernel": 4, "stride": 5}, ConfigError, "cannot share a window"),
     ({"kind": "agent", "blocks": 9}, SiteError, "0 to 1"),
     ({"kind": "agent", "blocks": "block.0.attn"}, SiteError, "blocks.0.attn"),
     ({"kind": "agent", "blocks": []}, SiteError, "names nothing"),

@@ -11,12 +11,16 @@ from attnctl.backbones.models.agent_deit import AgentVisionTransformer
 from attnctl.backbones.models.agent_pvt import AgentPVT
 from attnctl.backbones.models.agent_swin import AgentSwinTransformer
 from attnctl.backbones.models.biformer import BiFormer
+from attnctl.backbones.models.nat import NAT
+from attnctl.backbones.models.ravlt import RAVLT
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.multiaxis import MultiAxisAttention, any_size
 from attnctl.backbones.modules.plain import MapAttention
 from attnctl.backbones.modules.routing import BiLevelRoutingAttention
 
 __all__ = [
+    "NAT",
+    "RAVLT",
     "AgentAttention2d",
     "AgentCSwin",
     "AgentPVT",

@@ -89,8 +89,8 @@ def swap(
 ) -> nn.Module:
     """Replace softmax attention in a timm model, in place; projections, rotary embeddings and gates are kept.
 
-    kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "moh", "sigmoid", "neighborhood", the kind of a mixer
-        of your own, or its class.
+    kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "hedgehog", "moh", "gated", "sigmoid", "neighborhood",
+        the kind of a mixer of your own, or its class.
     blocks: which of the places, in the order they run: an index, names or globs, several of these, or a function of
         (name, index); all of them if None.
     grid: (height, width) in tokens of a ViT whose patch embedding does not tell.

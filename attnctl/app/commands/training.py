@@ -59,6 +59,9 @@ class Training(Common):
     warmup: int = 2
     """Epochs in which the learning rate rises."""
 
+    crop: float = 0.4
+    """Least share of a picture that is cut out while training."""
+
     size: int | None = None
     """Side of the pictures in pixels, the model's own if not given."""
 
@@ -85,7 +88,8 @@ class Training(Common):
         from attnctl.pipelines.vision.own_pictures import Recipe, train_pictures
 
         shared = (
-            "model", "swap", "pretrained", "head", "epochs", "batch", "lr", "weight_decay", "warmup", "size",
+            "model", "swap", "pretrained", "head", "epochs", "batch", "lr", "weight_decay", "warmup", "crop",
+            "size",
             "held_out", "amp", "ema", "workers", "seed",
         )  # fmt: skip
         recipe = Recipe(

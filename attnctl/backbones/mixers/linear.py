@@ -2,11 +2,12 @@
 
 "Bridging the Divide: Reconsidering Softmax and Linear Attention" (arXiv 2412.06590), "Rectifying Magnitude Neglect in
 Linear Attention" (arXiv 2507.00698), "Breaking the Low-Rank Dilemma of Linear Attention" (arXiv 2411.07635). The rotary
-embeddings and gates of the last two belong to their own backbones and are left out.
+positions and gates of the last two are options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
+from attnctl.backbones.modules.attend import require
+from attnctl.backbones.modules.rank_linear import mala, rala, rotation
+from attnctl.errors import ConfigError
 
 __all__ = ["InLineMixer", "MALAMixer", "RALAMixer", "inline", "mala", "rala"]
 
@@ -29,35 +33,24 @@ def inline(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (mixed + (1 - scale * (qf * k_mean).sum(dim=-1, keepdim=True)) * v_mean).to(v.dtype)
 
 
-def mala(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float = 1e-6) -> Tensor:
-    """Compute (1 + 1 / z) q (k^T v) s / n - z mean(v) with z = s q mean(k)^T and positive features ELU + 1.
-
-    Shapes: as in `inline`. The weights of a query sum to one, and its magnitude sharpens them.
-    """
-    qf, kf, vf = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
-    z = scale * (qf * kf.mean(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
-    mixed = qf @ (kf.transpose(-2, -1) @ vf) * (scale / k.shape[2])
-    return ((1 + 1 / (z + eps)) * mixed - z * vf.mean(dim=2, keepdim=True)).to(v.dtype)
-
-
-def rala(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float = 1e-6) -> Tensor:
-    """Compute q (k_r^T v) / (n q mean(k_r)^T), where k_r = k weighed by n softmax(s mean(q) k^T), features ELU + 1.
-
-    Shapes: as in `inline`. The weights raise the rank of the summed keys; those of a query sum to one.
-    """
-    qf, kf, vf = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
-    n = k.shape[2]
-    alpha = (scale * qf.mean(dim=2, keepdim=True) @ kf.transpose(-2, -1)).softmax(dim=-1) * n
-    kf = kf * alpha.transpose(-2, -1)
-    z = (qf * kf.mean(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
-    return (qf @ (kf.transpose(-2, -1) @ vf) / n / (z + eps)).to(v.dtype)
+_KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leakyrelu": F.leaky_relu,
+    "exp": lambda x: (0.2 * x).exp(),
+}
 
 
 class InLineMixer(Mixer, kind="inline"):
-    """InLine attention; local=True adds a 3x3 convolution of the values whose weights come from the mean token."""
+    """InLine attention; local=True adds a 3x3 convolution of the values whose weights come from the mean token.
 
-    def __init__(self, slot: Slot, *, local: bool = True, backend: str = "auto") -> None:
+    kernel: what queries and keys go through first: "identity", "relu", "leakyrelu" or "exp" (of a fifth).
+    """
+
+    def __init__(self, slot: Slot, *, local: bool = True, kernel: str = "identity", backend: str = "auto") -> None:
         super().__init__(slot, backend=backend)
+        require(kernel in _KERNELS, ConfigError, f"kernel={kernel!r} was given; expected one of {', '.join(_KERNELS)}.")
+        self.kernel = kernel
         self.residual: nn.Sequential | None = None
         if local:
             dd: dict[str, Any] = {"groups": slot.heads, "device": slot.device, "dtype": slot.dtype}
@@ -71,7 +64,8 @@ class InLineMixer(Mixer, kind="inline"):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""
-        out = inline(q, k, v, self.scale)
+        feature = _KERNELS[self.kernel]
+        out = inline(feature(q), feature(k), v, self.scale)
         if self.residual is None:
             return out
         b, m, _, d = v.shape
@@ -86,28 +80,52 @@ def _mean(x: Tensor) -> Tensor:
     return x.mean(dim=1).unsqueeze(-1)
 
 
-class _SideMixer(Mixer):
-    """A linear mixer with a depthwise convolution of the values that starts at zero (lepe: its kernel, 0 for none)."""
+class _RankMixer(Mixer):
+    """A linear mixer with a depthwise convolution of the values that starts at zero (lepe: its kernel, 0 for none).
 
-    def __init__(self, slot: Slot, *, lepe: int = 5, backend: str = "auto") -> None:
+    rope: turn queries and keys by their place, behind the sums that normalise them; prefix tokens stay as they are.
+    gate: multiply what comes out by a linear layer of the tokens, which starts at 1.
+    """
+
+    def __init__(
+        self, slot: Slot, *, lepe: int = 5, rope: bool = False, gate: bool = False, backend: str = "auto"
+    ) -> None:
         super().__init__(slot, backend=backend)
+        d = slot.dim // slot.heads
+        require(
+            not rope or d % 4 == 0, ConfigError, f"rope=True was given; heads of {d} channels are no multiple of 4."
+        )
         self.lepe = zero_conv(slot, lepe) if lepe else None
+        self.rope = rope
+        self.gate = None
+        if gate:
+            self.gate = nn.Linear(slot.width or slot.dim, slot.dim, device=slot.device, dtype=slot.dtype)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.ones_(self.gate.bias)
 
-    def _side(self, out: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        return out if self.lepe is None else out + side_conv(self.lepe, v, grid, self.prefix)
+    def _mix(self, form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
+        turn: tuple[Tensor, Tensor] | tuple[()] = ()
+        if self.rope:
+            sin, cos = rotation(grid[0], grid[1], q.shape[-1], q)
+            p = self.prefix
+            turn = F.pad(sin, [0, 0, p, 0]), F.pad(cos, [0, 0, p, 0], value=1.0)
+        out = form(q, k, v, self.scale, *turn)
+        if self.lepe is not None:
+            out = out + side_conv(self.lepe, v, grid, self.prefix)
+        return out if self.gate is None else out * split_heads(self.gate(x), self.heads)
 
 
-class MALAMixer(_SideMixer, kind="mala"):
-    """Magnitude-aware linear attention, without rotary embedding and gate."""
+class MALAMixer(_RankMixer, kind="mala"):
+    """Magnitude-aware linear attention; rope and gate are its backbone's, off unless asked for."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""
-        return self._side(mala(q, k, v, self.scale), v, grid)
+        return self._mix(mala, q, k, v, x, grid)
 
 
-class RALAMixer(_SideMixer, kind="rala"):
-    """Rank-augmented linear attention, without rotary embedding and gate."""
+class RALAMixer(_RankMixer, kind="rala"):
+    """Rank-augmented linear attention; rope and gate are its backbone's, off unless asked for."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """Mix tokens."""
-        return self._side(rala(q, k, v, self.scale), v, grid)
+        return self._mix(rala, q, k, v, x, grid)

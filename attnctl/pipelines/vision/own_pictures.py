@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.mixers.softmax import balance
+from attnctl.backbones.mixers.moh import balance
 from attnctl.data.pictures import blank_figure
 from attnctl.errors import ConfigError
 from attnctl.pipelines.vision.charts import write_charts
@@ -38,6 +38,7 @@ class Recipe:
         swap, swap_options, model_options: As for `attnctl.swap` and timm.
         pretrained: Start from timm's weights. head: Train the classifier alone (for "segment": the decoder).
         epochs, batch, lr, weight_decay, warmup: The schedule is a cosine after so many epochs of warmup.
+        crop: Least share of a picture that is cut out while training; timm's 0.08 needs many pictures.
         size: Side of the pictures in pixels, the model's own if None. held_out: Share of pictures to test on where the
             folder has no split.
         amp: "no", "fp16" or "bf16". ema: Decay of the running average of weights, 0 for none.
@@ -58,6 +59,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 2
+    crop: float = 0.4
     size: int | None = None
     held_out: float = 0.2
     amp: str = "no"
@@ -70,7 +72,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        positive = {"epochs": self.epochs, "batch": self.batch, "lr": self.lr}
+        positive = {"epochs": self.epochs, "batch": self.batch, "lr": self.lr, "crop": self.crop}
         shares = {"held_out": self.held_out, "ema": self.ema, "smoothing": self.smoothing}
         for name, value in positive.items():
             if not value > 0:
@@ -310,7 +312,7 @@ def _loaders(recipe: Recipe, run: Run, split: Split, device: torch.device) -> tu
         "num_workers": recipe.workers, "persistent_workers": recipe.workers > 0,
     }  # fmt: skip
     return (
-        create_loader(Pictures(split.train), is_training=True, **shared),
+        create_loader(Pictures(split.train), is_training=True, scale=(recipe.crop, 1.0), **shared),
         create_loader(Pictures(split.test), is_training=False, **shared),
     )
 
