@@ -82,7 +82,7 @@ def test_processors_that_cannot_be_intercepted() -> None:
     module.processor = original
     original._parallel_config = object()
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"parallelism.*disable"):
+    with pytest.raises(UnsupportedModelError, match=r"context parallelism.*Skip whole layers"):
         attnctl.control(model, PAG(sites="*attn1"))
     assert_clean(before, model)
     del original._parallel_config

@@ -56,6 +56,15 @@ def test_plain_attention_runs_on_the_backend_of_the_model(calls: list[Any]) -> N
     assert torch.equal(zoo.call(model, inputs), plain)
 
 
+def test_a_backend_that_is_set_under_control_stays_set(calls: list[Any]) -> None:
+    model, inputs = zoo.build("flux")
+    handle = attnctl.control(model, PAG(sites=own(attnctl.find_sites(model))[0].name, scope="all"), layout="cond")
+    model.set_attention_backend("_native_math")
+    handle.detach()
+    zoo.call(model, inputs)
+    assert len(calls) == len(own(attnctl.find_sites(model)))
+
+
 def test_a_control_that_only_looks(calls: list[Any]) -> None:
     model, inputs = zoo.build("flux")
     model.set_attention_backend("_native_math")

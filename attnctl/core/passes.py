@@ -86,7 +86,7 @@ class ControlledDenoiser:
     processors: Processors = field(init=False)
 
     def __post_init__(self) -> None:
-        self.processors = Processors(self.links)
+        self.processors = Processors(self.links, self.parts)
 
     def make_wrappers(self) -> None:
         """Collect what wraps the kernel at each site in the base pass."""

@@ -13,7 +13,7 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ class Processors:
 
     Args:
         links: The hook of each site, by the site's name.
+        parts: Each control with its sites. Under context parallelism each process has a part of the tokens: what
+            replaces whole blocks token by token is right there and leaves attention alone, all else is refused.
     """
 
-    def __init__(self, links: Mapping[str, SiteHook]) -> None:
-        self.links = links
+    def __init__(self, links: Mapping[str, SiteHook], parts: Sequence[tuple[Any, tuple[Site, ...], Any]]) -> None:
+        self.links, self.parts = links, parts
         self._made: list[Any] = []
         """Every processor that was put under control, those that a host set aside included."""
         self._warned: set[str] = set()
@@ -45,13 +47,18 @@ class Processors:
     def attach(self, undo: contextlib.ExitStack) -> None:
         """Put all under control; `undo` releases them."""
         undo.callback(self._release_made)
-        for link in self.links.values():
+        for link in self._needed().values():
             self._made.append(attach_processor(link.site, link))
             undo.callback(self._release, link)
 
+    def _needed(self) -> dict[str, SiteHook]:
+        """Return the sites whose attention some control needs to see, all of them where no sequence is split."""
+        seen = {s.name for c, sites, _ in self.parts if not getattr(c, "tokenwise", False) for s in sites}
+        return {name: link for name, link in self.links.items() if name in seen or not _is_split(_processor(link))}
+
     def heal(self) -> None:
         """Put the hooks back where another tool has replaced a controlled processor."""
-        for name, link in self.links.items():
+        for name, link in self._needed().items():
             module: Any = link.site.module
             if vars(module.processor).get("_attnctl") is link:
                 continue
@@ -76,6 +83,11 @@ class Processors:
         for processor in self._made:  # a model that fused its projections keeps the old ones for later
             _release_processor(processor)
         self._made.clear()
+
+
+def _processor(link: SiteHook) -> Any:
+    module: Any = link.site.module
+    return module.processor
 
 
 # Making a subclass is the only process-wide state: a cache of classes, harmless to share.
@@ -105,6 +117,7 @@ def _make_controlled(cls: Any) -> type:
         if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
         hidden, encoder = sequences(names, args, kwargs)
+        _refuse_split(link.site, self)  # it may have been split since it was put under control
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
         mode = Intercept(link, hidden, encoder, set_backend(self) if link.open else None)
@@ -132,11 +145,7 @@ def attach_processor(site: Site, link: SiteHook) -> Any:
     _refuse_fixed(site)
     original = module.processor = _release_processor(module.processor)
     inner = _interceptable(site, original)
-    if getattr(inner, "_parallel_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{site.name} runs under context or tensor parallelism, whose attention takes another path: "
-            "disable it before attaching."
-        )
+    _refuse_split(site, inner)
     if isinstance(inner, torch.nn.Module):
         new = inner  # its weights live in the module tree: the same object must stay registered
     else:
@@ -147,6 +156,19 @@ def attach_processor(site: Site, link: SiteHook) -> Any:
         new.__dict__["_attnctl_original"] = original
         module.processor = new
     return new
+
+
+def _is_split(processor: Any) -> bool:
+    """Tell whether several processes share the sequence that a processor attends over."""
+    return getattr(processor, "_parallel_config", None) is not None
+
+
+def _refuse_split(site: Site, processor: Any) -> None:
+    if _is_split(processor):
+        raise UnsupportedModelError(
+            f"{site.name} runs under context parallelism: its attention takes another path, and each process has a "
+            "part of the tokens. Skip whole layers (SLG), or load the model without enable_parallelism."
+        )
 
 
 def _detach_processor(site: Site, link: SiteHook) -> bool:
@@ -174,7 +196,14 @@ def _release_processor(processor: Any) -> Any:
     processor.__class__ = type(processor).__mro__[1]
     for name in ("_attnctl", "_attnctl_original"):
         processor.__dict__.pop(name, None)
-    return processor if original is None else original
+    if original is None:
+        return processor
+    if isinstance(original, torch.nn.Module) or isinstance(processor, torch.nn.Module):
+        return original  # what is set on it is in the module tree
+    for name, value in vars(processor).items():  # a backend, or parallelism, that was set under control stays set
+        if vars(original).get(name, original) is not value:
+            vars(original)[name] = value
+    return original
 
 
 def _refuse_fixed(site: Site) -> None:
