@@ -195,7 +195,7 @@ class DenoiserHandle(Handle):
             w.state.begin_call(w.module, w.family, bound)
             self._follow(w)
             self._time(w)
-            w.state.rows = self._rows.read(bound, w.family.cond_first)
+            w.state.rows = self._rows.read(w.module, w.family, bound)
             if self.prompts is not None:
                 self.prompts.close()
                 own = self._call.pipe is self._pipe

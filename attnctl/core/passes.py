@@ -30,7 +30,7 @@ from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import find_sites
-from attnctl.core.hosts.outputs import main_output, with_main_output
+from attnctl.core.hosts.outputs import fitted, main_output, with_main_output
 from attnctl.core.hosts.pipelines import safe_scale
 from attnctl.core.hosts.processors import Processors
 from attnctl.core.intercept import SiteHook
@@ -69,8 +69,6 @@ class ControlledDenoiser:
     branches: list[tuple[Guidance, Branch]] = field(default_factory=list)
     memory: dict[Any, tuple[int, Any]] = field(default_factory=dict)
     """Step and value of the last c - p of each branch that later steps reuse, by the branch's key."""
-    pending: tuple[Any, float | None] | None = None
-    """Delta of the prompt call, waiting for the negative call of a sequential pair."""
     weights: list[tuple[Guidance, Branch, float]] = field(default_factory=list)
     prefix: Prefix | None = None
     checkpointing: Checkpointing | None = None
@@ -109,6 +107,15 @@ class ControlledDenoiser:
         self.pending = None
         for _, live in self.live:
             live.begin_run()
+
+    @property
+    def pending(self) -> tuple[Any, float | None] | None:
+        """Return the delta of the prompt call, which waits for the negative call, maybe of another denoiser."""
+        return self.shared.get("pending")
+
+    @pending.setter
+    def pending(self, value: tuple[Any, float | None] | None) -> None:
+        self.shared["pending"] = value
 
     # The base pass --------------------------------------------------------------------------------------------
 
@@ -189,7 +196,8 @@ class ControlledDenoiser:
                 return None
             delta, safe = self.pending
             self.pending = None
-            return with_main_output(output, combine(main_output(output), delta, rows, safe))
+            pred = main_output(output)
+            return with_main_output(output, combine(pred, fitted(delta, pred), rows, safe))
         if not guided:
             return None
         pred = main_output(output)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["latents_of", "main_output", "with_latents", "with_main_output"]
+__all__ = ["fitted", "latents_of", "main_output", "with_latents", "with_main_output"]
 
 
 def main_output(output: Any) -> Any:
@@ -25,6 +25,13 @@ def with_main_output(output: Any, new: Any) -> Any:
     if isinstance(output, list):
         return [new, *output[1:]]
     return type(output)(**{**output, next(iter(output)): new})
+
+
+def fitted(delta: Any, prediction: Any) -> Any:
+    """Cut a difference [B, N, C] to the tokens of another prediction, which sees no text in front of its image."""
+    if isinstance(delta, torch.Tensor) and delta.ndim == 3 and delta.shape[1] > prediction.shape[1]:
+        return delta[:, -prediction.shape[1] :]
+    return delta
 
 
 def latents_of(result: Any) -> torch.Tensor:

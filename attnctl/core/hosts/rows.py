@@ -15,6 +15,8 @@ import torch
 
 from attnctl.core.call import Rows
 from attnctl.core.hosts.arguments import main_input, row_count
+from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.listing import unwrapped
 from attnctl.core.hosts.pipelines import uses_guidance
 from attnctl.errors import UnsupportedModelError
 
@@ -35,7 +37,8 @@ class RowLayout:
     def __init__(self, pipe: Any, layout: Layout) -> None:
         self.pipe, self.layout = pipe, layout
         self.calls = 0
-        self._warned = False
+        self._warned = self._shown = False
+        """Whether the user was warned; whether the arguments of the call show its rows."""
         self._scaled: torch.Tensor | None = None
         self._first: Any = None
         self._read: Rows | None = None
@@ -54,21 +57,30 @@ class RowLayout:
         if self._scaled is None or sample.shape[0] >= self._scaled.shape[0]:
             self._scaled = sample
 
-    def read(self, bound: Mapping[str, Any], cond_first: bool = False) -> Rows:
+    def read(self, denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]) -> Rows:
         """Tell the rows of a call.
 
         Raises:
             UnsupportedModelError: The pipeline calls the denoiser in a way that attnctl cannot tell apart.
         """
         total = row_count(bound)
+        negative = getattr(self.pipe, "unconditional_transformer", None)
+        if isinstance(negative, torch.nn.Module) and unwrapped(negative) is denoiser:  # Ideogram 4 has one for each
+            return Rows(total, slice(0, 0), slice(0, total), role="uncond")
         call, self.calls = self.calls, self.calls + 1
         if "skip_layers" in bound and bound["skip_layers"] is not None:
             return Rows(total, slice(0, 0), role="extra")  # SD3's own skip-layer guidance: not ours to guide
+        shown = family.layout(denoiser, bound) if self.layout == "auto" else None
+        self._shown = shown is not None
+        if shown is not None and (call == 0 or self.pipe is None):
+            self._first = main_input(bound)
+            self._read = Rows.halves(total, cond_first=True) if shown == "cond_first" else Rows.all(total)
+            return self._read
         if self.pipe is None:
             return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
         if call == 0:
             self._first = main_input(bound)
-            self._read = self._first_rows(bound, total, cond_first)
+            self._read = self._first_rows(bound, total, family.cond_first)
             return self._read
         if self._read is not None and self._read.role == "all" and self.layout != "cond":
             first = self._first
@@ -86,7 +98,7 @@ class RowLayout:
 
     def _check_pair(self, second: Any) -> None:
         """Raise unless both calls of a step are given the same latents, as prompt and negative prompt are."""
-        first, second = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (self._first, second))
+        first, second = ([x] if isinstance(x, torch.Tensor) else _flat(x) for x in (self._first, second))
         if len(first) != len(second) or not all(
             a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True)
         ):
@@ -98,7 +110,13 @@ class RowLayout:
 
     def warn_bare(self, rows: Rows) -> None:
         """Warn once that the rows of a bare model are all guided as prompt rows, where they may be halves."""
-        if self.pipe is None and self.layout == "auto" and rows.role != "extra" and rows.total % 2 == 0:
+        if (
+            self.pipe is None
+            and self.layout == "auto"
+            and not self._shown
+            and rows.role != "extra"
+            and rows.total % 2 == 0
+        ):
             warn_once = not self._warned
             self._warned = True
             if warn_once:
@@ -132,11 +150,12 @@ class RowLayout:
         x = main_input(bound) if self._scaled is None else self._scaled
         half = total // 2
         if isinstance(x, (list, tuple)):
-            equal = all(torch.equal(a, b) for a, b in zip(x[:half], x[half:], strict=True))
+            one, other = _flat(x[:half]), _flat(x[half:])
+            equal = len(one) == len(other) and all(map(torch.equal, one, other))
         else:  # video UNets may fold frames into rows before scaling
             equal = x.shape[0] % 2 == 0 and torch.equal(*x.chunk(2))
         # NaN is not equal to itself, and would pass for an unknown layout.
-        if not equal and any(bool(part.isnan().any()) for part in (x if isinstance(x, (list, tuple)) else (x,))):
+        if not equal and any(bool(part.isnan().any()) for part in _flat([x])):
             raise UnsupportedModelError(
                 f"{type(self.pipe).__name__} called its denoiser with latents that hold NaN: nothing can be guided "
                 "from there. Give finite latents, and run the model in float32 or bfloat16 if its own results overflow."
@@ -160,7 +179,7 @@ class RowLayout:
         else:
             ratio = first.numel() / sample.numel()
         expected = 2 if rows.role == "both" else 1
-        if ratio == expected:
+        if ratio == expected or (self._shown and ratio in (1, 2)):  # DiT's pipeline steps both halves
             return
         name = type(self.pipe).__name__
         if expected == 2 and ratio == 1:
@@ -173,3 +192,10 @@ class RowLayout:
             "prompt only, negative prompt then prompt in one batch, and one call for each). If the first half is the "
             'negative prompt, pass control(..., layout="uncond_first").'
         )
+
+
+def _flat(latents: Any) -> list[torch.Tensor]:
+    """List the tensors of nested lists: Z-Image's rows may hold several pictures each."""
+    if isinstance(latents, torch.Tensor):
+        return [latents]
+    return [x for part in latents for x in _flat(part)]

@@ -143,12 +143,13 @@ def _joint(
 def _placed(text: str, counts: Tokens, n: int) -> Parts:
     """Place the parts of n tokens in which the text stands first or last."""
     rest = n - counts.stream
-    length = rest if counts.text is None else min(counts.text, rest)
+    length = rest - counts.led if counts.text is None else min(counts.text, rest)
     start = rest if text == "first" else 0
     image = slice(start + counts.before, start + counts.before + counts.image)
     if text == "first":
         return Parts(image, slice(rest - length, rest))
-    return Parts(image, slice(counts.stream, counts.stream + length))
+    start = counts.stream + counts.led
+    return Parts(image, slice(start, start + length))
 
 
 def image_in(state: Any, n: int) -> slice:

@@ -215,9 +215,12 @@ def listed(model: torch.nn.Module, bound: Bound) -> Grid | None:
 
 
 def listed_tokens(model: torch.nn.Module, bound: Bound) -> Tokens | None:
-    """Count the image tokens of Z-Image, which pads its part of the sequence to a multiple of 32."""
+    """Count the tokens of Z-Image, which pads the image's part of the sequence to a multiple of 32."""
     grid = listed(model, bound)
-    return None if grid is None else Tokens(math.ceil(math.prod(grid) / 32) * 32)
+    if grid is None:
+        return None
+    n = math.prod(grid)
+    return Tokens(n, after=math.ceil(n / 32) * 32 - n)
 
 
 def even_text(model: torch.nn.Module, bound: Bound) -> Tokens | None:
@@ -254,9 +257,23 @@ def history(sizes: dict[str, tuple[int, int, int]]) -> Callable[[torch.nn.Module
             latents = bound.get(name)
             if latents is not None:
                 before += math.prod(math.ceil(n / p) for n, p in zip(latents.shape[-3:], size, strict=True))
-        return Tokens(math.prod(video(model, bound)), before=before)
+        prompt = bound.get("image_embeds") if getattr(model.config, "has_image_proj", False) else None
+        led = 0 if prompt is None else int(prompt.shape[1])
+        return Tokens(math.prod(video(model, bound)), before=before, led=led)
 
     return tokens
+
+
+def led_by_image(model: torch.nn.Module, bound: Bound) -> Tokens:
+    """Count HunyuanVideo 1.5's tokens: an image prompt leads its text, and goes to the end where it is zero."""
+    prompt = bound.get("image_embeds")
+    n = 0 if prompt is None else int(prompt.shape[1])
+    text = sum(int(bound[name].shape[1]) for name in _TEXTS_15 if bound.get(name) is not None)
+    leads = prompt is not None and not prompt.is_meta and read_once(prompt, "given", lambda x: bool((x != 0).any()))
+    return Tokens(math.prod(video(model, bound)), text=text, led=n if leads else 0)
+
+
+_TEXTS_15 = ("encoder_hidden_states", "encoder_hidden_states_2")
 
 
 def timed(model: torch.nn.Module, bound: Bound) -> Tokens:

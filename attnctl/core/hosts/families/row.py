@@ -24,11 +24,11 @@ class Tokens:
     In a sequence they lie in the order `before`, `image`, `after`; the text lies in front of all of them or behind.
 
     Attributes:
-        image: Tokens of the image or video that is denoised, with padding that its host puts into it.
+        image: Tokens of the image or video that is denoised.
         before: Tokens of something else in front of it: history, sound, a token for the time.
         after: Tokens of something else behind it: reference images, padding.
         text: Text tokens, where the text is not all of the rest; it then touches what is counted above.
-        led: Tokens of something else (an image prompt) in front of the text in cross-attention.
+        led: Tokens of something else (an image prompt) in front of the text in its own sequence.
     """
 
     image: int

@@ -185,6 +185,7 @@ VIDEOS: tuple[Family, ...] = (
         kinds=_REFINED,
         text="last",
         grid=grids.video,
+        tokens=grids.led_by_image,
         all_frames=True,
         note="its text stands in another order in each row: valid tokens first",
     ),
