@@ -94,14 +94,14 @@ def _shuffle(
 
         def shuffled(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            if x.ndim != 3:
+            image = image_in(now[0], x.shape[1]) if x.ndim == 3 else None
+            if image is None:
                 raise UnsupportedModelError(
                     f"TPG: block {name} was called with hidden states of shape {tuple(x.shape)}, and its tokens cannot "
                     "be shuffled; expected [rows, tokens, channels]. Choose other sites."
                 )
             n = x.shape[1]
             if n not in orders:
-                image = image_in(now[0], n)
                 drawn = torch.randperm(image.stop - image.start, generator=generator) + image.start
                 order = torch.cat([torch.arange(image.start), drawn, torch.arange(image.stop, n)])
                 # From memory that the device reads by itself, so that the copy is not waited for.

@@ -73,6 +73,9 @@ class RowLayout:
         shown = family.layout(denoiser, bound) if self.layout == "auto" else None
         self._shown = shown is not None
         if shown is not None and (call == 0 or self.pipe is None):
+            if shown == "extra":
+                self.calls = call
+                return Rows(total, slice(0, 0), role="extra")
             self._first = main_input(bound)
             self._read = Rows.halves(total, cond_first=True) if shown == "cond_first" else Rows.all(total)
             return self._read

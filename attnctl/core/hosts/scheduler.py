@@ -76,7 +76,8 @@ def _watch_of(scheduler: Any) -> SchedulerWatch | None:
 @functools.cache
 def _watched(original: type) -> type:
     cls: Any = original
-    place = list(inspect.signature(cls.step).parameters).index("sample") - 1
+    names = list(inspect.signature(cls.step).parameters)[1:]
+    place = names.index("sample") if "sample" in names else 2  # a user's own may take any arguments: as in all others
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = _watch_of(self)

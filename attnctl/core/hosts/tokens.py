@@ -152,10 +152,17 @@ def _placed(text: str, counts: Tokens, n: int) -> Parts:
     return Parts(image, slice(start, start + length))
 
 
-def image_in(state: Any, n: int) -> slice:
-    """Return where the image lies in a block's own n tokens: all of them, unless the call's counts show others."""
+def image_in(state: Any, n: int) -> slice | None:
+    """Return where the image lies in a block's own n tokens, or None if these cannot be an image's tokens.
+
+    All of them are where nothing counts the tokens of the call, in UNets, and where blocks attend within a frame.
+    """
     counts, family = None if state.tokens is None else state.tokens.counts, state.family
-    if counts is None or family is None or family.unet or n < counts.stream:
+    if counts is None or family is None or family.unet:
+        return slice(0, n)
+    if n < counts.image:
+        return slice(0, n) if state.grid is not None and n in (state.grid[0], math.prod(state.grid[1:])) else None
+    if n < counts.stream:
         return slice(0, n)
     if n == counts.stream or family.text is None:
         return slice(counts.before, counts.before + counts.image) if n == counts.stream else slice(0, n)

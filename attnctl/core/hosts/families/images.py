@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from attnctl.core.hosts.families import grids
-from attnctl.core.hosts.families.row import Bound, Family
+from attnctl.core.hosts.families.row import Bound, Family, Layout
 from attnctl.core.hosts.published import Default
 
 __all__ = ["CROSS", "IMAGES"]
@@ -16,7 +16,13 @@ _JOINT = (("attn", "joint"),)
 CROSS = (("attn2", "cross"), ("attn1", "self"))
 
 
-def _classes(model: torch.nn.Module, bound: Bound) -> Literal["cond", "cond_first"]:
+def _caching(model: torch.nn.Module, bound: Bound) -> Layout | None:
+    """GLM-Image runs its reference images through the denoiser first, to keep their keys."""
+    layers: Any = getattr(bound.get("kv_caches"), "caches", None)
+    return "extra" if layers and layers[0].mode == "write" else None
+
+
+def _classes(model: torch.nn.Module, bound: Bound) -> Layout:
     """Read DiT's rows off their classes: the second half of a guided batch has the class that stands for none."""
     config: Any = model.config
     labels, none = bound.get("class_labels"), config.num_embeds_ada_norm
@@ -181,6 +187,7 @@ IMAGES: tuple[Family, ...] = (
         kinds=(("attn1", "joint"),),
         text="first",
         grid=grids.image,
+        layout=_caching,
         note="calls that read the keys of reference images are refused",
     ),
     Family(

@@ -13,6 +13,8 @@ from attnctl.core.sites import Grid
 
 __all__ = ["Bound", "Family", "Tokens"]
 
+Layout: TypeAlias = Literal["cond", "cond_first", "extra"]
+
 Bound: TypeAlias = Mapping[str, Any]
 """Arguments of one denoiser call by parameter name."""
 
@@ -64,7 +66,8 @@ class Family:
         all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         from_prompt: Whether its pipelines count guidance from the prompt, c + s (c - u), and not from u + s (c - u).
-        layout: Gives the layout of a call's rows where its arguments show it: "cond" (no negative rows), "cond_first".
+        layout: Gives the layout of a call's rows where its arguments show it: "cond" (no negative rows), "cond_first",
+            or "extra" for a call that fills a cache of reference images and predicts nothing.
         shared: Arguments of its calls that all rows share, whatever their first axis.
         row_axis: The axis of the rows in arguments where that is not the first.
         published: Published sites by the kind of control that acts there, named by its class: "Guidance" for the
@@ -87,7 +90,7 @@ class Family:
     all_frames: bool = False
     cond_first: bool = False
     from_prompt: bool = False
-    layout: Callable[[torch.nn.Module, Bound], Literal["cond", "cond_first"] | None] = lambda model, bound: None
+    layout: Callable[[torch.nn.Module, Bound], Layout | None] = lambda model, bound: None
     shared: frozenset[str] = frozenset()
     row_axis: Mapping[str, int] = field(default_factory=dict)
     published: Mapping[str, Default] = field(default_factory=dict)

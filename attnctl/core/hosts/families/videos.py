@@ -8,7 +8,7 @@ import torch
 
 from attnctl.core.hosts.families import grids
 from attnctl.core.hosts.families.images import CROSS
-from attnctl.core.hosts.families.row import Family
+from attnctl.core.hosts.families.row import Bound, Family, Layout
 from attnctl.core.hosts.published import Default
 
 __all__ = ["VIDEOS"]
@@ -25,6 +25,11 @@ def _image_first(name: str, module: torch.nn.Module) -> tuple[str, ...]:
 def _text_first(name: str, module: torch.nn.Module) -> tuple[str, ...]:
     """Wan-Animate 2 reads the text first."""
     return ("cross", "aux") if name.endswith("cross_attn") else ()
+
+
+def _caching(model: torch.nn.Module, bound: Bound) -> Layout | None:
+    """Wan-Animate 2 runs its reference through the denoiser first, to keep its keys."""
+    return "extra" if bound.get("kv_cache_mode") == "extract" else None
 
 
 def _decoder(model: torch.nn.Module, name: str) -> str | None:
@@ -93,6 +98,7 @@ VIDEOS: tuple[Family, ...] = (
         classes=("WanAnimate2Transformer3DModel",),
         kinds=(("self_attn", "self"), ("cross_attn", "cross")),
         grid=grids.offset_grid,
+        layout=_caching,
         calls=_text_first,
         all_frames=True,
     ),
@@ -298,7 +304,7 @@ VIDEOS: tuple[Family, ...] = (
     Family(
         name="Sana-Video",
         classes=("SanaVideoTransformer3DModel",),
-        kinds=CROSS,
+        kinds=(("attn2", "cross"), ("attn1", "")),
         grid=grids.video,
         all_frames=True,
         note="attn1 is linear attention of its own, which no control reaches",
