@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -13,8 +16,10 @@ import zoo_pipelines as pipes
 from torch import Tensor, nn
 
 import attnctl
+from attnctl.core.control import Control
 from attnctl.core.hosts.kinds import image_lengths, shown_kind, text_lengths
-from attnctl.errors import AttnctlError, SiteError, UnsupportedModelError
+from attnctl.core.sites import KINDS
+from attnctl.errors import AttnctlError, NeverApplied, SiteError, UnsupportedModelError
 from attnctl.processors import PAG, SEG, Capture, SoftPAG
 
 R = torch.randn
@@ -206,10 +211,45 @@ def test_kinds_by_counting() -> None:
     assert shown_kind(model, bound, 31, 31, 24, 7) == "joint"
     assert shown_kind(model, bound, 31, 31, 31, None) == "joint"
     assert shown_kind(model, bound, 24, 31, 24, None) == "joint"  # keys of the text beside the image's own
-    assert shown_kind(model, bound, 7, 7, 7, None) == "joint"  # the text's own refiner
+    assert shown_kind(model, bound, 7, 7, 7, None) == "text"  # the text's own refiner
+    assert shown_kind(model, bound, 24, 7, 24, 7) == "cross"
+    assert shown_kind(model, bound, 24, 9, 24, None) == "aux"  # an image prompt
+    assert shown_kind(model, bound, 37, 37, 37, None) is None  # image, text, and something else
     bound["encoder_hidden_states"] = R(2, 24, 32)  # text as long as the image: nothing is certain
-    assert shown_kind(model, bound, 24, 24, 24, None) == "joint"
+    assert shown_kind(model, bound, 24, 24, 24, None) is None
     assert shown_kind(model, {"hidden_states": R(2, 24, 4)}, 25, 25, 25, None) == "self"  # no text came in at all
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Through(Control):
+    """Change nothing, everywhere."""
+
+    kinds = KINDS
+
+    def wrapper(self, sites: Any) -> Any:
+        return lambda call, proceed: proceed(call)
+
+
+def test_counts_give_no_unlisted_model_a_wrong_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = 0, []
+    for name in zoo.HOSTS:
+        model, inputs = zoo.build(name, zoo.HOSTS[name].rows or 2)
+        with contextlib.suppress(UnsupportedModelError):
+            listed = {s.name: s.kind for s in attnctl.find_sites(model)}
+            with monkeypatch.context() as patch, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                patch.setattr("attnctl.core.hosts.families._BY_CLASS", {})
+                with attnctl.control(model, _Through(sites=list(listed)), layout="cond") as handle:
+                    with contextlib.suppress(NeverApplied):  # a site that this call does not reach
+                        model(**inputs)
+                    shown = {s.name: s.kind for s in handle.sites if s.name in listed}
+        for site, kind in shown.items():
+            right += kind == listed[site]
+            # A branch that the call does not reach keeps the kind of its name.
+            if kind in ("self", "cross") and kind != listed[site] and "image_cond" not in site:
+                wrong.append((name, site, kind, listed[site]))
+    assert not wrong
+    assert right >= 290
 
 
 def test_gligen_grounding_is_left_alone() -> None:

@@ -35,7 +35,7 @@ from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
 from attnctl.core.hosts.scheduler import SchedulerWatch, call_time, noise_time, step_of
-from attnctl.core.passes import ControlledDenoiser, resolve
+from attnctl.core.passes import PENDING, ControlledDenoiser, resolve
 from attnctl.core.report import report
 from attnctl.errors import ConfigError
 
@@ -122,9 +122,9 @@ class DenoiserHandle(Handle):
         if self.enabled:
             self._rows.check_step(sample)
             check_in_place(self._pipe, [w.module for w in self._watched])
+        self._shared.pop(PENDING, None)
         for w in self._watched:
             w.state.step += 1
-            w.pending = None
             for _, live in w.live:
                 sample = live.stepping(sample) if isinstance(sample, torch.Tensor) else sample
         self._latents.end_step()
@@ -168,7 +168,7 @@ class DenoiserHandle(Handle):
             self._begin_run(step, steps, timestep)
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
-            w.pending = None
+        self._shared.pop(PENDING, None)
         self._rows.calls = 0
 
     def _begin_run(self, step: int, steps: int | None, timestep: float | None) -> None:

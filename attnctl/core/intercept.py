@@ -45,6 +45,8 @@ class SiteHook:
             self.kernel = functools.partial(attention, backend=backend)
         self.wrappers: tuple[Wrapper, ...] | None = None
         self.reached = False
+        self.idle = False
+        """Whether the site of an unlisted model has turned out to be of a kind that no control acts on."""
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
         self.block_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -117,14 +119,17 @@ class Intercept(TorchFunctionMode):
                 f"{self.link.site.name} drops attention weights (p = {dropout_p}): call model.eval() first."
             )
         state, queries, keys = self.link.state, query.shape[-2], key.shape[-2]
-        if self.link.seen is None and state.family is not None and not state.family.classes:
+        unseen = self.link.seen is None and not self.link.idle
+        if unseen and state.family is not None and not state.family.classes:
             # What its name says of an unlisted model's site is a hint; later calls find what the first one showed.
-            self.link.site = shown_site(self.link.site, state, queries, keys, self.hidden, self.encoder)
+            site, acts = shown_site(self.link.site, state, queries, keys, self.hidden, self.encoder)
+            self.link.site, self.link.idle = site, not acts
         counts = None if state.tokens is None else state.tokens.counts
         at = self.index + self.passed
         parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
-        if not parts.acts:
+        if self.link.idle or not parts.acts:
             self.passed += 1
+            self.link.reached |= self.link.idle
             options: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         if is_causal:

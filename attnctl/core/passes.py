@@ -38,7 +38,9 @@ from attnctl.core.live import LiveControl, PassEnded
 from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site
 
-__all__ = ["ControlledDenoiser", "resolve"]
+__all__ = ["PENDING", "ControlledDenoiser", "resolve"]
+
+PENDING = "pending"
 
 
 @dataclass
@@ -54,7 +56,8 @@ class ControlledDenoiser:
     latents: StepLatents = field(default_factory=lambda: StepLatents(None))
     """The latents of the current step, shared by the denoisers of a pipeline."""
     shared: dict[Any, Any] = field(default_factory=dict)
-    """What live controls keep for the run, shared by the denoisers of a pipeline."""
+    """What live controls keep for the run, shared by the denoisers of a pipeline. Under `PENDING` the delta of a prompt
+    call waits for the negative call of the pair, which another denoiser may run."""
     positional: int = 0
     """How many arguments of the current call were given by position."""
     running: bool = False
@@ -104,18 +107,9 @@ class ControlledDenoiser:
         """Forget what earlier steps left for later ones."""
         self.memory.clear()
         self.began.clear()
-        self.pending = None
+        self.shared.pop(PENDING, None)
         for _, live in self.live:
             live.begin_run()
-
-    @property
-    def pending(self) -> tuple[Any, float | None] | None:
-        """Return the delta of the prompt call, which waits for the negative call, maybe of another denoiser."""
-        return self.shared.get("pending")
-
-    @pending.setter
-    def pending(self, value: tuple[Any, float | None] | None) -> None:
-        self.shared["pending"] = value
 
     # The base pass --------------------------------------------------------------------------------------------
 
@@ -192,10 +186,9 @@ class ControlledDenoiser:
             if c.in_window(self.state) and (summed := live.predicted(self, output, total)) is not None:
                 return summed
         if rows.role == "uncond":  # the second call of a pair receives what the first has computed
-            if self.pending is None:
+            if PENDING not in self.shared:
                 return None
-            delta, safe = self.pending
-            self.pending = None
+            delta, safe = self.shared.pop(PENDING)
             pred = main_output(output)
             return with_main_output(output, combine(pred, fitted(delta, pred), rows, safe))
         if not guided:
@@ -203,7 +196,7 @@ class ControlledDenoiser:
         pred = main_output(output)
         safe = safe_scale({g.combine for g, _, weight in self.weights if weight != 0}, self.pipe, self.state)
         if rows.role == "all" and self.pipe is not None:
-            self.pending = (total, safe)
+            self.shared[PENDING] = (total, safe)
             if safe is not None:
                 return None  # the whole share goes to the negative call
         return with_main_output(output, combine(pred, total, rows, safe))

@@ -2,15 +2,15 @@
 
 Names are a hint alone there: the same class of module attends within the image in one model and over text and image in
 another. What is certain is what a call brings: its queries and keys, the tokens that the processor was handed, and the
-image and text of the denoiser's own call. A site whose tokens are the image's, and cannot be the text's, is
-self-attention; one that shows anything else counts as joint attention whose parts are not known, so that whatever must
-tell image from text is refused.
+image and text of the denoiser's own call. Where these counts decide, the site has the kind that they show; where they
+do not, it counts as joint attention whose parts are not known, so that whatever must tell image from text is refused.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,43 +34,71 @@ def shown_kind(
     keys: int,
     hidden: int | None,
     encoder: int | None,
-) -> str:
-    """Tell "self" from "joint" at a site that its name calls self-attention.
+) -> str | None:
+    """Tell the kind of an attention by counting tokens; None where the counts do not decide.
 
     Args:
         denoiser: The model.
         bound: Arguments of its call by name.
         queries: Tokens of q.
         keys: Tokens of k.
-        hidden: Tokens that the processor was handed, or None where that is no sequence.
-        encoder: Tokens of a second sequence that it was handed, or None.
+        hidden: Tokens that the processor was called with, or None where that is no sequence.
+        encoder: Tokens of a second sequence that it was called with, or None.
     """
     if encoder and queries == keys == (hidden or 0) + encoder:
         return "joint"
-    text = text_lengths(bound)
+    text, image = text_lengths(bound), image_lengths(denoiser, bound)
     if not text and queries == keys:
         return "self"  # nothing but the image (or the classes that modulate it) came in
-    image = image_lengths(denoiser, bound)
-    return "self" if queries == keys and queries in image and queries not in text else "joint"
+    only_image, only_text = image - text, text - image
+    if queries in image and keys - queries in text and keys not in text:
+        return "joint"  # queries of the image alone
+    if queries == keys:
+        if queries in only_image:
+            return "self"
+        if queries in only_text:
+            return "text"
+        return "joint" if any(queries == i + t for i in image for t in text) else None
+    if queries in image and keys in only_text:
+        return "cross"
+    return "aux"
 
 
-def shown_site(site: Site, state: Any, queries: int, keys: int, hidden: Any, encoder: Any) -> Site:
-    """Return an unlisted model's site with the kind that its first call shows.
+def shown_site(site: Site, state: Any, queries: int, keys: int, hidden: Any, encoder: Any) -> tuple[Site, bool]:
+    """Return an unlisted model's site with the kind that its first call shows, and whether controls act there.
+
+    A control that was put on self-attention by name acts where the call shows self or joint attention (of unknown parts
+    where the counts do not decide); one that was put on cross-attention acts there unless the call shows another kind.
+    Elsewhere it leaves the site alone, and a warning gives the counts.
 
     Raises:
-        UnsupportedModelError: It is another one, and the call runs inside a compiled block, where that comes too late.
+        UnsupportedModelError: It is another kind, and the call runs inside a compiled block, where that comes too late.
     """
-    if site.kind != "self" or state.denoiser is None:
-        return site
-    kind = shown_kind(state.denoiser, state.bound, queries, keys, _tokens(hidden), _tokens(encoder))
+    if site.kind not in ("self", "cross", "joint") or state.denoiser is None:
+        return site, True
+    shown = shown_kind(state.denoiser, state.bound, queries, keys, _tokens(hidden), _tokens(encoder))
+    kind = shown or ("cross" if site.kind == "cross" and queries != keys else "joint")
     if kind == site.kind:
-        return site
+        return site, True
     if torch.compiler.is_compiling():
         raise UnsupportedModelError(
             f"{site.name} attends to more than its image, which a compiled block shows too late: call the model once "
             "under control before it is compiled."
         )
-    return replace(site, kind=kind)
+    acts = kind == "joint" and site.kind != "cross"
+    if not acts:
+        text, image = sorted(text_lengths(state.bound)), sorted(image_lengths(state.denoiser, state.bound))
+        warnings.warn(
+            f"attnctl: {site.name} was taken for {site.kind}-attention by its name, and computes {kind} attention "
+            f"({queries} queries, {keys} keys; the image has {_either(image)} tokens, the text {_either(text)}): it is "
+            "left alone. Name other sites to be rid of this warning.",
+            stacklevel=2,
+        )
+    return replace(site, kind=kind), acts
+
+
+def _either(lengths: list[int]) -> str:
+    return " or ".join(map(str, lengths)) if lengths else "no"
 
 
 def _tokens(value: Any) -> int | None:
@@ -86,7 +114,9 @@ def text_lengths(bound: Mapping[str, Any]) -> set[int]:
             continue
         parts = value if isinstance(value, (list, tuple)) else [value]
         for part in parts:
-            if isinstance(part, torch.Tensor) and part.ndim >= 2:
+            if ids and isinstance(part, torch.Tensor) and part.ndim == 1:
+                lengths.add(int(part.shape[0]))
+            elif isinstance(part, torch.Tensor) and part.ndim >= 2:
                 lengths |= {int(part.shape[-1 if ids else -2]), int(part.shape[1] if part.ndim > 2 else part.shape[0])}
     return lengths
 
