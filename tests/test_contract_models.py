@@ -253,13 +253,13 @@ def test_image_and_text_tokens_are_told_apart(name: str) -> None:
         assert a.image is not None
         assert a.text is not None
         n = a.q.shape[-2]
-        assert sorted([*range(n)[a.image], *range(n)[a.text]]) == [*range(n)]
+        padding = [*range(48, 64)] if name == "zimage" else []  # between image and text
+        assert sorted([*range(n)[a.image], *padding, *range(n)[a.text]]) == [*range(n)]
         changed = (a.v != b.v).any(-1).any(1)  # [B, N]
         is_image = torch.zeros(n, dtype=torch.bool)
         is_image[a.image] = True
-        reached = 48 if name == "zimage" else None  # the pad tokens of its image part hear of no latent
         assert not changed[:, ~is_image].any(), a.site.name
-        assert changed[:, is_image][:, :reached].all(), a.site.name
+        assert changed[:, is_image].all(), a.site.name
 
 
 @pytest.mark.parametrize("name", JOINT)

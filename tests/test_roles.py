@@ -6,74 +6,19 @@ queries and keys of each joint attention; if only the image changes, exactly the
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.control import Control
-from attnctl.core.sites import KINDS
+from attnctl.pipelines.probing import moved, silenced, with_other_image, with_other_text
 
-TEXT = re.compile(
-    r"^(encoder_hidden_states(?!_image|.*mask)|text_bth|input_ids|clip_text$|cap_feats|text_encoder_layers)"
-)
-IMAGE = ("sample", "hidden_states", "x", "vision_tokens")
 # The prompt's pooled embedding modulates every token of these hosts, so the change of text shows everywhere.
 POOLED = ("mochi",)
 # Their text is a summary that other layers make of the prompt.
 SUMMARISED = ("bria_fibo2",)
 
 ROLES = tuple(n for n in zoo.EVERY if n not in ("anyflow_far", "kandinsky6_sr", "prior"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Silent(Control):
-    """Note the queries and keys of each attention, and give zeros for it, except where text attends to text."""
-
-    kinds = KINDS
-    seen: list[Any] = field(default_factory=list, compare=False)
-
-    def wrapper(self, sites: Any) -> Any:
-        def silent(call: Any, proceed: Any) -> Tensor:
-            if call.site.kind == "text":
-                return proceed(call)
-            self.seen.append((call.site, call.q, call.k, call.image, call.text, call.keys))
-            return torch.zeros_like(call.q[..., : call.v.shape[-1]])
-
-        return silent
-
-
-def calls(model: nn.Module, inputs: dict[str, Any]) -> list[Any]:
-    """Run a model with attention silenced, and return what each attention saw."""
-    sites = attnctl.find_sites(model)
-    names = [s.name for s in sites if s.kind in ("self", "cross", "joint", "dual", "text")]
-    control = _Silent(sites=names)
-    inputs = inputs | ({"kv_cache": type(inputs["kv_cache"])(2)} if "kv_cache" in inputs else {})
-    with attnctl.control(model, control, layout="cond"):
-        zoo.call(model, inputs)
-    return control.seen
-
-
-def changed(value: Any) -> Any:
-    """Return other values of the same shape."""
-    if isinstance(value, Tensor):
-        g = torch.Generator().manual_seed(9)
-        if value.is_floating_point():
-            return value + torch.randn(value.shape, generator=g).to(value)
-        return (value + 1) % 8
-    if isinstance(value, (list, tuple)):
-        return type(value)(changed(v) for v in value)
-    return value
-
-
-def moved(a: Tensor, b: Tensor) -> set[int]:
-    """Return the tokens that differ between two [B, H, N, D]."""
-    return set((a != b).any(3).any(1).any(0).nonzero()[:, 0].tolist())
 
 
 def differences(name: str) -> list[str]:
@@ -84,13 +29,10 @@ def differences(name: str) -> list[str]:
         model, inputs = zoo.build(name, rows)
         if not any(s.kind == "joint" for s in attnctl.find_sites(model)):
             return []
-        base = calls(model, inputs)
-        text = calls(model, inputs | {n: changed(v) for n, v in inputs.items() if TEXT.search(n)})
-        image = calls(model, inputs | {n: changed(v) for n, v in inputs.items() if n in IMAGE})
+        base, text, image = (silenced(model, a) for a in (inputs, with_other_text(inputs), with_other_image(inputs)))
     found = []
-    for (site, q, k, at, words, keys), (_, _, k_text, *_), (_, q_image, k_image, *_) in zip(
-        base, text, image, strict=True
-    ):
+    for call, other, another in zip(base, text, image, strict=True):
+        site, at, words, keys = call.site, call.image, call.text, call.keys
         if site.kind != "joint":
             continue
         if at is None or words is None:
@@ -98,14 +40,14 @@ def differences(name: str) -> list[str]:
             continue
         # Learnt tokens stand in front of AuraFlow's text and count as its first places.
         learnt = model.register_tokens.shape[1] if hasattr(model, "register_tokens") else 0
-        told, shown = set(range(words.start + learnt, words.stop)), moved(k, k_text)
+        told, shown = set(range(words.start + learnt, words.stop)), set(moved(call.k, other.k))
         if name not in POOLED and told != shown:
             found.append(f"{name} {site.name}: text {words}, shown {sorted(shown)}")
         own = keys or at
-        told, shown = set(range(own.start, own.stop)), moved(k, k_image)
+        told, shown = set(range(own.start, own.stop)), set(moved(call.k, another.k))
         if not shown <= told or (name not in SUMMARISED and shown != told):
             found.append(f"{name} {site.name}: image keys {own}, shown {sorted(shown)}")
-        told, shown = set(range(at.start, at.stop)), moved(q, q_image)
+        told, shown = set(range(at.start, at.stop)), set(moved(call.q, another.q))
         if told != shown:
             found.append(f"{name} {site.name}: image rows {at}, shown {sorted(shown)}")
     return found

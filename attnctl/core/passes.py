@@ -107,7 +107,6 @@ class ControlledDenoiser:
         """Forget what earlier steps left for later ones."""
         self.memory.clear()
         self.began.clear()
-        self.shared.pop(PENDING, None)
         for _, live in self.live:
             live.begin_run()
 

@@ -22,8 +22,13 @@ class Sites(Common):
     revision: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
     """The commit or branch of a hub model."""
 
+    probe: bool = False
+    """Load the weights, run two steps, and show what each attention sees, and the row that would list the model."""
+
     def run(self, command: str) -> Result:
         """Build the denoiser and list its sites."""
+        if self.probe:
+            return self._probed()
         import attnctl
         from attnctl.pipelines.models import load_denoiser
 
@@ -44,6 +49,32 @@ class Sites(Common):
             say(f"{len(sites)} sites of {self.model}; select by name, glob, stage, depth or kind.")
         text = table(("depth", "name", "kind", "heads", "head dim", "grid"), rows)
         return Result({"model": self.model, "sites": data}, text)
+
+    def _probed(self) -> Result:
+        """Run the model, and show what its attention sees; layers that see alike share a line."""
+        from attnctl.pipelines.models import load
+        from attnctl.pipelines.probing import probe_pipeline, suggested_row
+
+        denoiser, arguments, seen = probe_pipeline(load(self.model, revision=self.revision).pipe)
+        lines: dict[tuple[Any, ...], int] = {}
+        for s in seen:
+            name = ".".join("*" if part.isdigit() else part for part in s.site.name.split("."))
+            line = (name, s.site.kind, s.counted or "-", s.queries, s.keys, _span(s.image), _span(s.text))
+            lines[line] = lines.get(line, 0) + 1
+        names = ("name", "kind", "by counts", "queries", "keys", "image keys", "text keys")
+        rows = [(*line, count) for line, count in lines.items()]
+        row = suggested_row(denoiser, arguments, seen)
+        data = [dict(zip((*names, "layers"), r, strict=True)) for r in rows]
+        text = table((*names, "layers"), rows) + f"\n\nA row of attnctl/core/hosts/families/ for it:\n\n{row}"
+        return Result({"model": self.model, "seen": data, "row": row}, text)
+
+
+def _span(tokens: tuple[int, ...]) -> str:
+    """Write tokens as a range, with their number where they leave gaps."""
+    if not tokens:
+        return "-"
+    whole = len(tokens) == tokens[-1] - tokens[0] + 1
+    return f"{tokens[0]}-{tokens[-1]}" + ("" if whole else f" ({len(tokens)})")
 
 
 def _grid(grid: Any) -> str:

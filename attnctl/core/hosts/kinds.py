@@ -59,8 +59,8 @@ def shown_kind(
         if queries in only_text:
             return "text"
         return "joint" if any(queries == i + t for i in image for t in text) else None
-    if queries in image and keys in only_text:
-        return "cross"
+    if queries in image and keys in text:
+        return "cross" if keys in only_text else None
     return "aux"
 
 
