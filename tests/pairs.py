@@ -24,7 +24,7 @@ from attnctl.core.hosts.families import family_of
 from attnctl.data.controls import controls
 from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
-from attnctl.plans import BlockPlan
+from attnctl.plans import BlockPlan, Online
 from attnctl.processors import (
     PARO,
     AStar,
@@ -37,6 +37,7 @@ from attnctl.processors import (
     Guidance,
     PromptToPrompt,
     ShareAttention,
+    SparseAttention,
 )
 from attnctl.processors.combining.combiner import Combining
 
@@ -106,6 +107,9 @@ def run(host: Host, controls: Sequence[Control], editing: bool) -> Tensor:
         return pipes.run(host.pipe, kwargs)
 
 
+POOLED = Online(density=0.4, by="pooled", every=2, block=8, rest="drop")
+
+
 def block_plan(heads: int, tokens: int, text: int = 0, first: bool = False, seed: int = 0) -> BlockPlan:
     """Keep about half of the blocks of 8 x 8 image tokens."""
     n = -(-tokens // 8)
@@ -129,6 +133,7 @@ def unet() -> Host:
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
+        "SparseAttention": SparseAttention(POOLED, **full),
         "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
     }
     changed: dict[str, dict[str, Any]] = {
@@ -156,6 +161,7 @@ def motion() -> Host:
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
+        "SparseAttention": SparseAttention(POOLED, sites="down_blocks.0.attentions"),
     }
     changed = {"BroadWay": {"alpha": 0.2}}
     call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
@@ -176,6 +182,7 @@ def joint() -> Host:
         "BroadWay": BroadWay(alpha=0.0, stop=1.0),
         "Capture": Capture(words=(1,)),
         "PARO": PARO(plan),
+        "SparseAttention": SparseAttention(POOLED),
     }
     changed = {
         "BroadWay": {"beta": 2.0},

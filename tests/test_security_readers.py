@@ -26,12 +26,12 @@ from attnctl.plans import BlockPlan
 
 
 def sums() -> dict[str, Sums]:
-    mass = torch.rand(2, 6, 3, 3)
+    mass = torch.rand(2, 8, 3, 3)
     return {"a.attn": Sums({"grid": [1, 4, 6], "n_text": 7, "text_first": True}, {0: 2}, {0: mass})}
 
 
 FACTS = {"a.attn": {"i": 0, "calls": {"0": 2}, "call": {"grid": [1, 4, 6], "n_text": 7, "text_first": True}}}
-MASS = {"0/mass/0": torch.ones(2, 6, 3, 3)}
+MASS = {"0/mass/0": torch.ones(2, 8, 3, 3)}
 STORES: list[tuple[str, Any, dict[str, torch.Tensor]]] = [
     ("no facts", None, MASS),
     ("a list", [], MASS),
@@ -46,11 +46,11 @@ STORES: list[tuple[str, Any, dict[str, torch.Tensor]]] = [
     ("an endless grid", {"a.attn": FACTS["a.attn"] | {"call": {"grid": [1, 1, 10**20], "n_text": 0}}}, MASS),
     ("another key", FACTS, MASS | {"0/odd/0": torch.ones(1)}),
     ("a key without place", FACTS, MASS | {"mass": torch.ones(1)}),
-    ("a place of nobody", FACTS, {"9/mass/0": torch.ones(2, 6, 3, 3)}),
-    ("three axes", FACTS, {"0/mass/0": torch.ones(6, 3, 3)}),
-    ("whole numbers", FACTS, {"0/mass/0": torch.ones(2, 6, 3, 3, dtype=torch.int64)}),
-    ("NaN", FACTS, {"0/mass/0": torch.full((2, 6, 3, 3), float("nan"))}),
-    ("mass below 0", FACTS, {"0/mass/0": -torch.ones(2, 6, 3, 3)}),
+    ("a place of nobody", FACTS, {"9/mass/0": torch.ones(2, 8, 3, 3)}),
+    ("three axes", FACTS, {"0/mass/0": torch.ones(8, 3, 3)}),
+    ("whole numbers", FACTS, {"0/mass/0": torch.ones(2, 8, 3, 3, dtype=torch.int64)}),
+    ("NaN", FACTS, {"0/mass/0": torch.full((2, 8, 3, 3), float("nan"))}),
+    ("mass below 0", FACTS, {"0/mass/0": -torch.ones(2, 8, 3, 3)}),
     ("nothing", FACTS, {"none": torch.zeros(1)}),
 ]
 

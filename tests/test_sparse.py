@@ -17,7 +17,7 @@ from attnctl.errors import BackendError, PlanError
 from attnctl.kernels.sparse.dispatch import block_sparse
 from attnctl.kernels.sparse.lists import bundles, coarser, csr
 from attnctl.plans import BlockPlan
-from attnctl.plans.orders import ORDERS, permutation, permute_heads, restore_heads
+from attnctl.plans.orders import LAYOUTS, ORDERS, first_alike, permutation, permute_heads, restore_heads, tile_shape
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures" / "paro"
@@ -38,7 +38,7 @@ def masked_dense(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, image: slice)
     tokens = plan.keep[0].repeat_interleave(plan.block_q, -2)[:, :count]
     tokens = tokens.repeat_interleave(plan.block_k, -1)[:, :, :count]
     for h in range(heads):
-        order = permutation(plan.grid, plan.order[h]) if plan.grid else torch.arange(count)
+        order = permutation(plan.grid, plan.order[h], plan.block_k) if plan.grid else torch.arange(count)
         place = order.argsort()
         keep[h, image, image] = tokens[h][place][:, place]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1).double() for x in (k, v))
@@ -69,6 +69,27 @@ def test_orders_are_the_published_ones() -> None:
         assert torch.equal(ours, t[f"{name}_perm"][:, :, text:])
         assert torch.equal(restore_heads(ours, grid, order), t[name][:, :, text:])
     assert permute_heads(t["q"], grid, (0,) * 8) is t["q"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "tile", "flat"),
+    [
+        ((8, 32, 32), 64, (4, 4, 4), (1, 8, 8)),
+        ((1, 16, 16), 16, (1, 4, 4), (1, 4, 4)),
+        ((13, 30, 45), 64, (4, 4, 4), (1, 8, 8)),
+        ((4, 3, 2), 64, (4, 3, 2), (1, 3, 2)),
+    ],
+)
+def test_tiles_are_boxes_of_a_block(grid: tuple, block: int, tile: tuple, flat: tuple) -> None:
+    assert (tile_shape(grid, block), tile_shape(grid, block, flat=True)) == (tile, flat)
+    for order, shape in (("TILE", tile), ("SQUARE", flat)):
+        laid = permutation(grid, LAYOUTS.index(order), block)
+        assert torch.equal(laid.sort().values, torch.arange(laid.numel()))
+        places = torch.stack(torch.unravel_index(laid[: shape[0] * shape[1] * shape[2]], grid), -1)
+        assert places.amin(0).tolist() == [0, 0, 0]
+        assert (places.amax(0) + 1).tolist() == list(shape)
+    # An image has two orders of axes, and boxes are squares there.
+    assert [first_alike((1, 16, 16), o, 16) for o in range(8)] == [0, 1, 0, 0, 1, 1, 6, 6]
 
 
 @pytest.mark.parametrize("name", ["bsa_equal", "bsa_ragged"])
@@ -107,9 +128,9 @@ def test_kernels_are_the_masked_map(backend: str, n: int, bq: int, bk: int, n_te
 
 @pytest.mark.parametrize("backend", HERE)
 def test_a_full_mask_is_dense_attention(backend: str) -> None:
-    q, k, v = qkv(6, 2 * 5 * 7 + 3)
-    keep = torch.ones(6, 5, 5, dtype=torch.bool)
-    plan = BlockPlan.from_mask(keep, 16, list(ORDERS), 3, grid=(2, 5, 7))
+    q, k, v = qkv(8, 2 * 5 * 7 + 3)
+    keep = torch.ones(8, 5, 5, dtype=torch.bool)
+    plan = BlockPlan.from_mask(keep, 16, list(LAYOUTS), 3, grid=(2, 5, 7))
     assert (attnctl.attention(q, k, v, plan=plan, backend=backend) - attnctl.attention(q, k, v)).abs().max() <= 1e-6
 
 
@@ -119,7 +140,7 @@ def test_any_plan_is_the_masked_map(data: st.DataObject) -> None:
     grid = tuple(data.draw(st.integers(1, 6), label=x) for x in "fhw")
     n = grid[0] * grid[1] * grid[2]
     bq, bk = (data.draw(st.integers(1, 20), label=x) for x in ("bq", "bk"))
-    order = data.draw(st.lists(st.integers(0, 5), min_size=2, max_size=2), label="order")
+    order = data.draw(st.lists(st.integers(0, 7), min_size=2, max_size=2), label="order")
     n_text = data.draw(st.integers(0, 4), label="text")
     density = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="density")
     plan = random_plan(2, n, bq, bk, density=density, n_text=n_text, order=order, grid=grid)
@@ -193,7 +214,7 @@ def test_density_counts_text_and_partial_blocks() -> None:
         ({"block": 0}, "block=0 must be a whole number"),
         ({"n_text": -1}, "n_text=-1 must be a whole number"),
         ({"order": [0]}, "one order for each of 2 heads"),
-        ({"order": [0, 6], "grid": (1, 4, 8)}, "Order 6 is unknown"),
+        ({"order": [0, 8], "grid": (1, 4, 8)}, "Order 8 is unknown"),
         ({"order": ["FHW", "FHV"], "grid": (1, 4, 8)}, "Did you mean"),
         ({"order": [0, 1]}, "grid=.* must be given"),
         ({"grid": (1, 4, 0)}, "expected \\(frames, rows, columns\\)"),

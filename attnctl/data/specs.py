@@ -90,6 +90,8 @@ def parse_control(text: str) -> Any:
             raise ConfigError(f"{name} is given {keyword.arg!r} twice in {text!r}.")
         try:
             values[keyword.arg] = _literal(keyword.value)
+        except AttnctlError:
+            raise
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             given = ast.unparse(keyword.value)
             raise ConfigError(f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}.") from None
@@ -188,7 +190,7 @@ def _nested(name: Any, where: str) -> type:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Read a literal, inf, or a range of whole numbers such as range(4, 8)."""
+    """Read a literal, inf, a range of whole numbers such as range(4, 8), or a part such as Online(density=0.3)."""
     if isinstance(node, ast.Name) and node.id == "inf":
         return math.inf
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
@@ -196,6 +198,11 @@ def _literal(node: ast.expr) -> Any:
         if node.keywords or not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) for n in numbers):
             raise ValueError("a range takes one to three whole numbers")
         return range(*numbers)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        fields = {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+        if len(fields) != len(node.keywords):
+            raise ValueError("'**' is not taken, and no field twice")
+        return _make(_nested(node.func.id, "A value"), node.func.id, fields)
     return _tuples(ast.literal_eval(node))
 
 

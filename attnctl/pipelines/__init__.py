@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnctl.pipelines.calibration.calibrate import Calibration, calibrate
+    from attnctl.pipelines.calibration.compare import candidates, compare
     from attnctl.pipelines.calibration.report import check_plan, draw_maps, write_report
     from attnctl.pipelines.editing.edit import Edited, edit_video
     from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
@@ -33,8 +34,10 @@ __all__ = [
     "RankedBlocks",
     "Segmented",
     "calibrate",
+    "candidates",
     "check_plan",
     "classify",
+    "compare",
     "compose",
     "ddim_of",
     "draw_maps",
@@ -58,6 +61,8 @@ _HOMES = {
     "ControlGuider": "guider",
     "Edited": "editing.edit",
     "calibrate": "calibration.calibrate",
+    "candidates": "calibration.compare",
+    "compare": "calibration.compare",
     "check_plan": "calibration.report",
     "draw_maps": "calibration.report",
     "write_report": "calibration.report",

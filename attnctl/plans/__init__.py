@@ -1,4 +1,4 @@
-"""What was found out about a model, as data: head selections and block plans, saved without pickles.
+"""What was found out about a model, or is asked of its attention, as data: head sets, block plans, selectors.
 
 The classes are imported when they are asked for: files are read and written without PyTorch too.
 """
@@ -12,10 +12,19 @@ if TYPE_CHECKING:
     from attnctl.plans.blocks import BlockPlan
     from attnctl.plans.heads import HeadSet
     from attnctl.plans.model import ModelPlan
+    from attnctl.plans.selectors import Neighborhood, Online, Radial, SlidingTile
 
-__all__ = ["BlockPlan", "HeadSet", "ModelPlan"]
+__all__ = ["BlockPlan", "HeadSet", "ModelPlan", "Neighborhood", "Online", "Radial", "SlidingTile"]
 
-_HOMES = {"BlockPlan": "blocks", "HeadSet": "heads", "ModelPlan": "model"}
+_HOMES = {
+    "BlockPlan": "blocks",
+    "HeadSet": "heads",
+    "ModelPlan": "model",
+    "Neighborhood": "selectors",
+    "Online": "selectors",
+    "Radial": "selectors",
+    "SlidingTile": "selectors",
+}
 
 
 def __getattr__(name: str) -> Any:

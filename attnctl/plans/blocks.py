@@ -1,7 +1,7 @@
 """Which blocks of an attention map to compute: one attention's plan, for every head and part of the run.
 
-The image tokens are laid out per head in one of six orders, cut into blocks, and for every block of queries a plan says
-which blocks of keys count; the softmax runs over those alone. Text tokens attend and are attended to in full.
+The image tokens are laid out per head in one of several orders, cut into blocks, and for every block of queries a plan
+says which blocks of keys count; the softmax runs over those alone. Text tokens attend and are attended to in full.
 "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual Generation Models",
 arXiv 2506.16054.
 """
@@ -23,28 +23,26 @@ from attnctl.errors import PlanError, unboxed, whole
 from attnctl.plans.block_files import read_masks, write_masks
 from attnctl.plans.orders import order_ids
 
-__all__ = ["BlockPlan"]
+__all__ = ["BlockPlan", "Blocks"]
 
 Grid = tuple[int, int, int]
 _LARGEST = 1 << 40  # tokens: far beyond any sequence, and far from where products of sizes overflow
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BlockPlan:
-    """Hold the blocks that one attention computes.
-
-    Make one with `from_mask`, which brings its arguments into this form.
+class Blocks:
+    """The blocks that one attention computes, as kernels read them: nothing is checked, and nothing leaves the device.
 
     Attributes:
         keep: Blocks to compute, bool [groups, heads, query blocks, key blocks], in each head's own order of tokens.
         block_q: Tokens in a block of queries; the last block may be smaller.
         block_k: Tokens in a block of keys; the last block may be smaller.
-        order: Number of every head's token order (`attnctl.plans.orders.ORDERS`).
+        order: Number of every head's token order (`attnctl.plans.orders.LAYOUTS`).
         grid: Frames, rows and columns of the image tokens; None where no head is reordered.
         n_image: Number of image tokens; None for any that makes as many blocks (see `sized`).
         n_text: Number of text tokens that it was made with.
         text_first: Whether the text stands before the image.
-        about: Facts for people: metric, density asked for, captured mass.
+        rest: Whether each block that is left out still counts as its mean key and its mean value.
     """
 
     keep: Tensor
@@ -55,6 +53,78 @@ class BlockPlan:
     n_image: int | None
     n_text: int = 0
     text_first: bool = True
+    rest: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Return the number of parts of the run that have blocks of their own."""
+        return int(self.keep.shape[0])
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return int(self.keep.shape[1])
+
+    def group_at(self, step: int, steps: int) -> int:
+        """Return which part of the run a step lies in; steps beyond the end lie in the last."""
+        return min(max(step, 0) * self.groups // max(steps, 1), self.groups - 1)
+
+    @cached_property
+    def density(self) -> float:
+        """Share of the whole map that is computed, text included, averaged over heads and parts of the run."""
+        n, t = self.n_image or self.keep.shape[-1] * self.block_k, self.n_text
+        rows = _sizes(n, self.block_q)
+        columns = _sizes(n, self.block_k)
+        image = float((self.keep.cpu().double() * rows[:, None] * columns).sum((-2, -1)).mean())
+        return (image + t * (2 * n + t)) / (n + t) ** 2
+
+    @cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What kernels have derived from these blocks, by their own keys; it goes when they do."""
+        return {}
+
+    def sized(self, n_image: int) -> Blocks:
+        """Return these blocks for a number of image tokens: themselves, unless they were made for any.
+
+        Raises:
+            PlanError: They were made for another number, or that number makes more or fewer blocks.
+        """
+        if self.n_image == n_image:
+            return self
+        if self.n_image is not None:
+            raise PlanError(f"The plan is for {self.n_image} image tokens; this attention has {n_image}.")
+        if ("sized", n_image) not in self.cache:
+            _check_size(self.keep, n_image, self.block_q, self.block_k)
+            self.cache["sized", n_image] = replace(self, n_image=n_image)
+        found: Blocks = self.cache["sized", n_image]
+        return found
+
+    def span(self, tokens: int) -> slice:
+        """Return where the image tokens lie in a sequence; the text may be longer or shorter than the plan's.
+
+        Raises:
+            PlanError: The sequence is too short for the plan's image.
+        """
+        image = tokens - self.n_text if self.n_image is None else self.n_image
+        text = tokens - image
+        if image < 1 or text < 0 or bool(text) != bool(self.n_text):
+            raise PlanError(
+                f"The plan is for {self.n_image or 'any number of'} image and {self.n_text} text tokens; the sequence "
+                f"has {tokens} tokens."
+            )
+        return slice(text, tokens) if self.text_first else slice(0, image)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class BlockPlan(Blocks):
+    """Hold the blocks that one attention computes, checked, in the memory of the CPU, and in files.
+
+    Make one with `from_mask`, which brings its arguments into this form.
+
+    Attributes:
+        about: Facts for people: metric, density asked for, captured mass.
+    """
+
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -133,65 +203,6 @@ class BlockPlan:
             f"BlockPlan({self.heads} heads, {self.groups} step groups, {nq} x {nk} blocks of {self.block_q} x "
             f"{self.block_k} tokens, density {self.density:.3f})"
         )
-
-    @property
-    def groups(self) -> int:
-        """Return the number of parts of the run that have blocks of their own."""
-        return int(self.keep.shape[0])
-
-    @property
-    def heads(self) -> int:
-        """Return the number of heads."""
-        return int(self.keep.shape[1])
-
-    def group_at(self, step: int, steps: int) -> int:
-        """Return which part of the run a step lies in; steps beyond the end lie in the last."""
-        return min(max(step, 0) * self.groups // max(steps, 1), self.groups - 1)
-
-    @cached_property
-    def density(self) -> float:
-        """Share of the whole map that is computed, text included, averaged over heads and parts of the run."""
-        n, t = self.n_image or self.keep.shape[-1] * self.block_k, self.n_text
-        rows = _sizes(n, self.block_q)
-        columns = _sizes(n, self.block_k)
-        image = float((self.keep.double() * rows[:, None] * columns).sum((-2, -1)).mean())
-        return (image + t * (2 * n + t)) / (n + t) ** 2
-
-    @cached_property
-    def cache(self) -> dict[Any, Any]:
-        """What kernels have derived from this plan, by their own keys; it goes when the plan does."""
-        return {}
-
-    def sized(self, n_image: int) -> BlockPlan:
-        """Return this plan for a number of image tokens: itself, unless it was made for any.
-
-        Raises:
-            PlanError: It was made for another number, or that number makes more or fewer blocks.
-        """
-        if self.n_image == n_image:
-            return self
-        if self.n_image is not None:
-            raise PlanError(f"The plan is for {self.n_image} image tokens; this attention has {n_image}.")
-        if ("sized", n_image) not in self.cache:
-            _check_size(self.keep, n_image, self.block_q, self.block_k)
-            self.cache["sized", n_image] = replace(self, n_image=n_image)
-        found: BlockPlan = self.cache["sized", n_image]
-        return found
-
-    def span(self, tokens: int) -> slice:
-        """Return where the image tokens lie in a sequence; the text may be longer or shorter than the plan's.
-
-        Raises:
-            PlanError: The sequence is too short for the plan's image.
-        """
-        image = tokens - self.n_text if self.n_image is None else self.n_image
-        text = tokens - image
-        if image < 1 or text < 0 or bool(text) != bool(self.n_text):
-            raise PlanError(
-                f"The plan is for {self.n_image or 'any number of'} image and {self.n_text} text tokens; the sequence "
-                f"has {tokens} tokens."
-            )
-        return slice(text, tokens) if self.text_first else slice(0, image)
 
     def to_mask(self, site: str = "") -> tuple[Tensor, dict[str, Any]]:
         """Return the mask and what else a file holds of this plan, under the name of its site."""

@@ -35,6 +35,7 @@ from attnctl.processors.sharing.masactrl import MasaCtrl as MasaCtrl
 from attnctl.processors.sharing.share_attention import ShareAttention as ShareAttention
 from attnctl.processors.sharing.style_aligned import StyleAligned as StyleAligned
 from attnctl.processors.slg import SLG as SLG
+from attnctl.processors.sparse.attention import SparseAttention as SparseAttention
 from attnctl.processors.tpg import TPG as TPG
 
 # A name imported as itself is public; every control that is imported here has entered the registry.

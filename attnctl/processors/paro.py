@@ -9,8 +9,6 @@ A plan comes from `attnctl.pipelines.calibrate`.
 from __future__ import annotations
 
 import os
-import warnings
-import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,10 +26,9 @@ from attnctl.data.about import About
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError, nearest
 from attnctl.kernels.sparse.dispatch import block_sparse, check_sparse
 from attnctl.plans import BlockPlan, ModelPlan
+from attnctl.processors.sparse.calls import OnceWarned, TextMasks, words_of
 
 __all__ = ["PARO"]
-
-_MASKS = 1024  # whose verdicts are remembered: one or two for each site of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +128,7 @@ class PARO(Control):
 
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
         plans = _copies({site.name: self._plan_of(site) for site in sites})
-        masks = _TextMasks()
-        warned: set[str] = set()
+        masks, warned = TextMasks(), OnceWarned("PARO")
 
         def sparse(call: AttnCall, proceed: Proceed) -> Tensor:
             plan = plans[call.site.name]
@@ -146,9 +142,7 @@ class PARO(Control):
             image = call.image or slice(0, call.q.shape[2])
             why = _refusal(plan, call, image, masks)
             if why:
-                if why not in warned:
-                    warned.add(why)
-                    warnings.warn(f"attnctl: PARO leaves attention dense: {why}.", stacklevel=2)
+                warned.dense(why)
                 return proceed(call)
             group = 0 if plan.groups == 1 else plan.group_at(call.state.step, call.state.steps or 1)
             return proceed(call.with_(kernel=partial(_kernel, call, plan, group, image, self.kernel)))
@@ -174,46 +168,7 @@ def _copies(plans: Mapping[str, BlockPlan]) -> dict[str, BlockPlan]:
     return copies
 
 
-class _TextMasks:
-    """Which masks leave out nothing but text keys.
-
-    Reading that off a mask waits for the device. Hosts make their masks anew in every call from the masks that the
-    pipeline passes to the denoiser, which are the same tensors in every step: what was read holds as long as they do.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], slice, bool] | None = None
-        self._by_site: dict[Hashable, tuple[list[weakref.ref[Tensor]], bool]] = {}
-
-    def text_only(self, call: AttnCall, image: slice) -> bool:
-        """Return whether a call's mask, if it has one, leaves every image token to every query."""
-        mask = call.mask
-        if mask is None:
-            return True
-        if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
-            return False
-        given = [x for name, x in call.state.bound.items() if "mask" in name and isinstance(x, Tensor)]
-        key = call.site.name, mask.shape, image.start, image.stop, tuple((id(x), _version(x)) for x in given)
-        refs, verdict = self._by_site.get(key, ([], False))
-        if not refs or any(ref() is not x for ref, x in zip(refs, given, strict=True)):
-            verdict = self._read(mask, image)
-            if len(self._by_site) > _MASKS:
-                self._by_site.clear()
-            self._by_site[key] = [weakref.ref(x) for x in given], verdict
-        return verdict
-
-    def _read(self, mask: Tensor, image: slice) -> bool:
-        """Read the verdict off a mask, which the sites of one denoiser call share."""
-        if self._last is None or self._last[0]() is not mask or self._last[1] != image:
-            self._last = weakref.ref(mask), image, bool(mask[..., image].all())
-        return self._last[2]
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _refusal(plan: BlockPlan, call: AttnCall, image: slice, masks: _TextMasks) -> str:
+def _refusal(plan: BlockPlan, call: AttnCall, image: slice, masks: TextMasks) -> str:
     """Return why a call cannot follow its plan, or ""."""
     n = image.stop - image.start
     if plan.n_image not in (None, n) or (plan.grid is not None and call.grid not in (None, plan.grid)):
@@ -238,8 +193,5 @@ def _kernel(
     n = call.q.shape[2]
     if q.shape[1:3] != (plan.heads, n) or k.shape[2] != n or (mask is not None and mask is not call.mask):
         return call.kernel(q, k, v, mask=mask, scale=scale)
-    words = None
-    if mask is not None:  # padding of the text: each prompt has words of its own, and the rest is left out
-        shown = mask[:, 0, 0].expand(-1, n)
-        words = shown[:, : image.start] if image.start else shown[:, image.stop :]
+    words = None if mask is None else words_of(call, image)
     return block_sparse(q, k, v, plan, group=group, image=image, scale=scale, words=words, backend=kernel)

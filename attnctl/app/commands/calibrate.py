@@ -16,13 +16,13 @@ __all__ = ["Calibrate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Common):
-    """Make a block plan for PARO from a few prompts, and compare dense and sparse pictures of another prompt."""
+    """Make a block plan for PARO from a few prompts, and compare ways to compute a part of attention on others."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
-    """A prompt to calibrate on; give it once or twice."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """A prompt to calibrate on; give it once or twice. Without one, --check compares what needs no plan."""
 
     check: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
-    """Prompts that were not calibrated on, to compare dense and sparse on."""
+    """Prompts that were not calibrated on, to compare dense attention, the plan and other selectors on."""
 
     model: str = "shapes:mmdit"
     """`shapes:mmdit` (shipped), a hub id, or a local folder."""
@@ -78,6 +78,8 @@ class Calibrate(Common):
         from attnctl.pipelines.calibration.measure import processes
         from attnctl.pipelines.models import device_and_dtype, load
 
+        if not self.prompt and not self.check:
+            raise UsageError("Give --prompt TEXT to calibrate on, --check TEXT to compare on, or both.")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
         if (self.out / "attnctl_blocks.json").exists() and not self.force:
@@ -94,6 +96,9 @@ class Calibrate(Common):
         say(f"Loading {self.model} ({device}, {dtype})")
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         loaded.pipe.set_progress_bar_config(disable=True)
+        if not self.prompt:
+            rows = self._compared(loaded.pipe, None, call)
+            return Result({"model": loaded.name, "compared": rows}, _compared_text(rows))
         result = calibrate(
             loaded.pipe, self.prompt, density=self.density, block=self.block, groups=self.groups, metric=self.metric,
             budget=self.budget, seed=self.seed, call=call, out=self.out / "measured", model=loaded.name,
@@ -109,8 +114,20 @@ class Calibrate(Common):
             "plan": str(self.out), "model": loaded.name, "density": result.plan.density, "captured": result.captured,
             "bytes": result.plan.packed_bytes, "sites": report["sites"], "checks": report["checks"],
             "report": str(self.out / "report.md"), "picture": str(self.out / "maps.png"),
+            "compared": self._compared(loaded.pipe, result.plan, call) if self.check else [],
         }  # fmt: skip
         return Result(data, _text(data, self.check))
+
+    def _compared(self, pipe: Any, plan: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
+        """Compare a plan, if there is one, with selectors that compute as much."""
+        from attnctl.pipelines.calibration.compare import candidates, compare, grid_and_steps
+        from attnctl.processors import SparseAttention
+
+        say("Comparing ways to compute as much of attention")
+        grid, steps = grid_and_steps(pipe, self.check[0], call)
+        controls = {} if plan is None else {"plan": SparseAttention(plan)}
+        controls |= candidates(self.density, self.block, grid, steps)
+        return compare(pipe, controls, self.check, seed=self.seed + 1000, call=call)
 
 
 def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:
@@ -132,6 +149,26 @@ def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:
     for check in data["checks"]:
         quality = "identical" if check["psnr_db"] is None else f"{check['psnr_db']} dB to dense"
         lines.append(f"checked on {check['prompt']!r}: {quality}")
+    if data["compared"]:
+        lines.append(_compared_text(data["compared"]))
     if not prompts:
         lines.append("Not checked: give --check PROMPT to compare dense and sparse pictures of another prompt.")
     return "\n".join(lines)
+
+
+def _compared_text(rows: list[dict[str, Any]]) -> str:
+    """Lay a comparison out as a table, and name the control to use."""
+    from attnctl.pipelines.calibration.compare import best_of
+
+    def shown(value: float | None, digits: int, factor: float = 1.0) -> Any:
+        return "" if value is None else round(factor * value, digits)
+
+    cells = [
+        (
+            r["name"], shown(r["executed"], 1, 100), shown(r["captured"], 1, 100), shown(r["layer_error"], 3),
+            "identical" if r["psnr_db"] is None else r["psnr_db"], r["seconds"], r["dense_seconds"],
+        )
+        for r in rows
+    ]  # fmt: skip
+    header = ("selector", "computed %", "captured %", "layer error", "dB to dense", "seconds", "dense seconds")
+    return "\n".join([table(header, cells), f"nearest to dense: {best_of(rows)['control']}"])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels.checks import chunk_rows, repeat_heads, wide_dtype
-from attnctl.plans.orders import ORDERS, permutation
+from attnctl.plans.orders import LAYOUTS, first_alike, permutation
 
 __all__ = ["BlockMass", "block_mass", "choose_masks", "choose_masks_together", "choose_orders"]
 
@@ -61,7 +61,7 @@ def block_mass(
         block_k: Tokens in a block of keys.
         image: Where the image tokens lie; None for all.
         scale: Factor on q k^T, 1 / sqrt(D) if None.
-        orders: For each head the orders to try; None for all six.
+        orders: For each head the orders to try; None for all of `LAYOUTS`.
         eps: Entries below it count as empty, in the paper's marks; None leaves these out.
         sigma: Share of empty entries from which a block counts as empty.
 
@@ -71,7 +71,7 @@ def block_mass(
     image = slice(0, q.shape[2]) if image is None else image
     heads, n, wide = q.shape[1], image.stop - image.start, wide_dtype(q.dtype)
     # On an image, or any grid with an axis of one, several orders are the same layout: measured once.
-    same = [_first_alike(grid, o) for o in range(len(ORDERS))]
+    same = [first_alike(grid, o, block_k) for o in range(len(LAYOUTS))]
     distinct = sorted(set(same))
     tried = [distinct] * heads if orders is None else orders
     tallies = _tallies(grid, tried, block_q, block_k, eps, q)
@@ -170,7 +170,7 @@ def _tallies(
             parts: list[slice | Tensor] = [slice(h, h + 1) for h in heads]
             if q.device.type != "cpu":
                 parts = [slice(0, len(tried)) if len(heads) == len(tried) else torch.tensor(heads).to(q.device)]
-            tokens = permutation(grid, order)
+            tokens = permutation(grid, order, block_k)
             found += [_Tally(part, slot, tokens, block_q, block_k, eps, q) for part in parts]
     return found
 
@@ -181,12 +181,6 @@ def _assembled(shape: tuple[int, int, int, int], tallies: list[_Tally], name: st
     for tally in tallies:
         whole[tally.heads, tally.slot] = getattr(tally, name)
     return whole
-
-
-def _first_alike(grid: tuple[int, int, int], order: int) -> int:
-    """Return the first order that lays a grid out as this one does."""
-    long = [[axis for axis in axes if grid[axis] > 1] for axes in ORDERS.values()]
-    return long.index(long[order])
 
 
 def _marks(
@@ -213,7 +207,7 @@ def choose_orders(found: BlockMass, density: float, metric: str = "mass", alpha:
     """Choose the order of every head.
 
     Args:
-        found: What `block_mass` says, for all six orders.
+        found: What `block_mass` says, for all orders.
         density: Share of blocks that will be kept.
         metric: "mass": the most mass in that share of the blocks; "paro": the paper's formula with the sign of its
             first term corrected; "paro_literal": as printed, for study.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from attnctl.errors import BackendError, PlanError, nearest
 from attnctl.kernels import sdpa
-from attnctl.kernels.checks import chunk_rows, repeat_heads, wide_dtype
+from attnctl.kernels.checks import repeat_heads
 from attnctl.kernels.sparse import flex, gather, triton, xformers_blocks
 from attnctl.kernels.sparse.lists import lay_out, put_back
+from attnctl.kernels.sparse.written_out import masked, reference
 from attnctl.kernels.timing import fastest, size_class
-from attnctl.plans.blocks import BlockPlan
+from attnctl.plans.blocks import BlockPlan, Blocks
 
 __all__ = [
     "SPARSE",
@@ -35,8 +37,8 @@ __all__ = [
     "sparse_backends",
 ]
 
-Call = tuple[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None, Tensor | None]
-Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, int, slice, float | None, Tensor | None], Tensor]
+Call = tuple[Tensor, Tensor, Tensor, Blocks, int, slice, float | None, Tensor | None]
+Run = Callable[[Tensor, Tensor, Tensor, Blocks, int, slice, float | None, Tensor | None], Tensor]
 """q [B, H, N, D], k [B, Hk, N, D], v [B, Hk, N, Dv], plan, step group, image tokens, scale, text keys to attend to
 (bool [B or 1, T], None for all) -> image rows [B, H, n, Dv], all in the model's own order."""
 
@@ -46,40 +48,7 @@ class Sparse(NamedTuple):
 
     run: Run
     missing: Callable[[str], str]
-    declines: Callable[[Tensor, Tensor, Tensor, BlockPlan], str]
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    plan: BlockPlan,
-    group: int,
-    scale: float | None,
-    words: Tensor | None = None,
-) -> Tensor:
-    """Compute the image rows with an explicit masked softmax, in float32 or wider: what the kernels are held against.
-
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D]; words, bool
-    [B or 1, T] -> [B, H, N, Dv].
-    """
-    heads, n, wide = q.shape[1], q.shape[2], wide_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys = repeat_heads(torch.cat([k_text, k], 2), heads).to(wide).transpose(-2, -1)
-    values = repeat_heads(torch.cat([v_text, v], 2), heads).to(wide)
-    keep = plan.keep[group].to(q.device).repeat_interleave(plan.block_k, -1)[..., :n]
-    keep = F.pad(keep, (k_text.shape[2], 0), value=True)
-    shown = F.pad(q.new_ones((1, k_text.shape[2]), dtype=torch.bool) if words is None else words, (0, n), value=True)
-    parts = []
-    step = chunk_rows(q.shape[0], heads, keys.shape[-1], q.device)
-    for first in range(0, n, step):
-        rows = torch.arange(first, min(first + step, n), device=q.device)
-        logits = (q[..., rows, :].to(wide) * scale) @ keys
-        kept = keep[:, rows // plan.block_q] & shown[:, None, None]
-        parts.append(logits.masked_fill(~kept, -torch.inf).softmax(-1) @ values)
-    return torch.cat(parts, 2).to(v.dtype)
+    declines: Callable[[Tensor, Tensor, Tensor, Blocks], str]
 
 
 def _laid_out(kernel: Callable[..., Tensor]) -> Run:
@@ -89,7 +58,7 @@ def _laid_out(kernel: Callable[..., Tensor]) -> Run:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: BlockPlan,
+        plan: Blocks,
         group: int,
         image: slice,
         scale: float | None,
@@ -113,7 +82,7 @@ def _without_padding(kernel: Run) -> Run:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: BlockPlan,
+        plan: Blocks,
         group: int,
         image: slice,
         scale: float | None,
@@ -139,7 +108,7 @@ def _anywhere(device_type: str) -> str:
     return ""
 
 
-def _any_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
+def _any_call(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     return ""
 
 
@@ -151,6 +120,7 @@ SPARSE: dict[str, Sparse] = {
     "xformers": Sparse(
         _without_padding(_laid_out(xformers_blocks.run)), xformers_blocks.missing, xformers_blocks.declines
     ),
+    "masked": Sparse(_laid_out(masked), _anywhere, _any_call),
     "reference": Sparse(_laid_out(reference), _anywhere, _any_call),
 }
 """Kernels by name; `auto` never takes one that rounds to 8 bits."""
@@ -164,7 +134,7 @@ def block_sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     *,
     group: int = 0,
     image: slice | None = None,
@@ -178,7 +148,7 @@ def block_sparse(
         q: Queries [B, H, N, D].
         k: Keys [B, Hk, N, D]; Hk divides H.
         v: Values [B, Hk, N, Dv].
-        plan: What to compute.
+        plan: What to compute; with B H heads, each sample has blocks of its own.
         group: Part of the run.
         image: Where the image tokens lie; None for where the plan says.
         scale: Factor on q k^T, 1 / sqrt(D) if None.
@@ -192,6 +162,8 @@ def block_sparse(
         PlanError: Heads or tokens are not the plan's.
         BackendError: An unknown kernel, or one that cannot run here.
     """
+    if len(q) > 1 and plan.heads == len(q) * q.shape[1]:
+        return _each_sample(q, k, v, plan, group, image, scale, words, backend)
     if q.shape[1] != plan.heads:
         raise PlanError(f"The plan is for {plan.heads} heads; this attention has {q.shape[1]}.")
     if q.shape[2] != k.shape[2]:
@@ -213,6 +185,32 @@ def block_sparse(
         return rows
     texts = sdpa.run(q[:, :, text], k, v, mask, scale)
     return torch.cat([texts, rows] if image.start else [rows, texts], 2)
+
+
+def _each_sample(
+    q: Tensor, k: Tensor, v: Tensor, plan: Blocks, group: int, image: slice | None, scale: float | None,
+    words: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """Compute samples that have blocks of their own: as heads of one sample, or one by one where their words differ."""
+    heads = q.shape[1]
+    if words is None or len(words) == 1:
+        folded = [x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v)]
+        out = block_sparse(
+            folded[0], folded[1], folded[2], plan, group=group, image=image, scale=scale, words=words, backend=backend
+        )
+        return out.view(*q.shape[:3], v.shape[-1])
+    rows = []
+    for b in range(len(q)):
+        one, own = slice(b, b + 1), slice(b * heads, (b + 1) * heads)
+        if ("sample", b) not in plan.cache:
+            plan.cache["sample", b] = replace(plan, keep=plan.keep[:, own], order=plan.order[own])
+        some = plan.cache["sample", b]
+        rows.append(
+            block_sparse(
+                q[one], k[one], v[one], some, group=group, image=image, scale=scale, words=words[one], backend=backend
+            )
+        )
+    return torch.cat(rows)
 
 
 def _image_rows(call: Call, backend: str) -> Tensor | None:
@@ -238,7 +236,7 @@ def choose_sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     backend: str = "auto",
     *,
     group: int = 0,
@@ -302,7 +300,7 @@ def _kind(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
     return q.device, q.dtype, q.shape, k.shape[1]
 
 
-def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
+def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     kernel = SPARSE[name]
     reason = kernel.missing(q.device.type) or kernel.declines(q, k, v, plan)
     if reason or kernel.missing is _anywhere:  # what runs anywhere is torch itself, and needs no trial

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnctl.kernels.checks import current, repeat_heads
 from attnctl.kernels.sparse.lists import derived
-from attnctl.plans.blocks import BlockPlan
+from attnctl.plans.blocks import Blocks
 
 __all__ = ["block_mask", "compiled", "declines", "eager", "missing", "run", "tile"]
 
@@ -34,8 +34,10 @@ def missing(device_type: str) -> str:
     return ""
 
 
-def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
+def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     """Say why flex_attention does not take a call, or return ""."""
+    if plan.rest:
+        return "it knows no means of blocks that are left out"
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "flex_attention has no backward pass on CPU"
     if q.device.type == "cuda":
@@ -54,7 +56,7 @@ def run(
     v: Tensor,
     k_text: Tensor,
     v_text: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     group: int,
     scale: float | None,
     words: Tensor | None = None,
@@ -83,7 +85,7 @@ def run(
         return compiled()(q, keys, values, block_mask=mask, scale=scale, kernel_options=tiles)
 
 
-def _gaps(plan: BlockPlan, text: int) -> tuple[int, int]:
+def _gaps(plan: Blocks, text: int) -> tuple[int, int]:
     """Return how many keys fill up the image's last block, and how many the text."""
     assert plan.n_image is not None
     if not text:
@@ -92,7 +94,7 @@ def _gaps(plan: BlockPlan, text: int) -> tuple[int, int]:
     return -plan.n_image % plan.block_k, -text % step
 
 
-def block_mask(plan: BlockPlan, group: int, words: Tensor, *, backward: bool = False) -> Any:
+def block_mask(plan: Blocks, group: int, words: Tensor, *, backward: bool = False) -> Any:
     """Return a plan's lists as torch's BlockMask over image keys, a gap, text keys and what fills them up.
 
     Args:
@@ -122,7 +124,7 @@ def block_mask(plan: BlockPlan, group: int, words: Tensor, *, backward: bool = F
 
 
 def _lists(
-    plan: BlockPlan, group: int, gap: int, text: int, device: torch.device
+    plan: Blocks, group: int, gap: int, text: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return counts and numbers of the partial and of the whole key blocks of every row, int32.
 

@@ -3,7 +3,8 @@
 The key blocks that a query block needs are copied side by side, and torch's dense kernel runs on the copy. Copies are
 kept about as large as a core's cache: larger ones are slower, since they are written to memory and read back. Nothing
 is padded and nothing is masked: query blocks with equally many key blocks run together, and what is left of the last
-block, like the text, stands at the end of the copy.
+block, like the text, stands at the end of the copy. So do the means of blocks that are left out, where they count: each
+has the logarithm of its size added to its logit.
 
 One head is laid out at a time, in memory that the next one takes over: for all heads together it would be new memory,
 and a CPU spends longer on getting its pages than on filling them. Queries are laid out in the order in which they are
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels import sdpa
-from attnctl.kernels.checks import Memory
-from attnctl.kernels.sparse.lists import Bundle, bundles, layout, ratio
-from attnctl.plans.blocks import BlockPlan
+from attnctl.kernels.checks import Memory, as_bias
+from attnctl.kernels.sparse.lists import Bundle, block_means, block_sizes, bundles, layout, ratio
+from attnctl.plans.blocks import Blocks
 
 __all__ = ["run"]
 
@@ -33,7 +34,7 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     group: int,
     image: slice,
     scale: float | None,
@@ -55,17 +56,17 @@ def run(
     orders = layout(plan, group, q.device)
     for h in range(heads):
         work = bundles(plan, group, h, times, q.device)
-        order = None if orders is None else orders.there[plan.order[h]]
+        order = None if orders is None else orders.there[orders.rows_of[h]]
         there, back = _ways(work, times * plan.block_q, n, order)
         for b in range(batch):
             kv = b, h // shared
+            keys = _laid_out("keys", k[kv][image], order, memory)
+            values = _laid_out("values", v[kv][image], order, memory)
             head = _Head(
-                _laid_out("keys", k[kv][image], order, memory),
-                _laid_out("values", v[kv][image], order, memory),
-                (k[kv][text], v[kv][text]),
-                plan.block_k,
+                keys, values, (k[kv][text], v[kv][text]), plan.block_k,
                 None if words is None else words[b if len(words) > 1 else 0],
-            )
+                (block_means(keys, plan.block_k), block_means(values, plan.block_k)) if plan.rest else None,
+            )  # fmt: skip
             queries = _laid_out("queries", q[b, h, image], there, memory)
             results = _compute(queries, head, work, times * plan.block_q, scale, memory)
             if out is None:
@@ -76,19 +77,28 @@ def run(
 
 
 class _Head(NamedTuple):
-    """Keys and values of one head: image in its order, text, tokens in a block, which text tokens are words."""
+    """Keys and values of one head: image in its order, text, tokens in a block, which text tokens are words, means."""
 
     keys: Tensor
     values: Tensor
     text: tuple[Tensor, Tensor]
     block: int
     words: Tensor | None = None
+    means: tuple[Tensor, Tensor] | None = None
 
-    def mask(self, keys: int) -> Tensor | None:
-        """Return the mask [1, 1, 1, keys] of a copy whose last keys are the text, or None where all are words."""
-        if self.words is None:
+    def bias(self, keys: int, left: Tensor | None) -> Tensor | None:
+        """Return what is added to the logits of a copy's `keys` and of the means behind them, [1, 1, 1, all].
+
+        None for nothing: all text is words, and no means are there.
+        """
+        if self.words is None and left is None:
             return None
-        return F.pad(self.words, (keys - len(self.words), 0), value=True)[None, None, None]
+        bias = self.keys.new_zeros(keys + (0 if left is None else left.shape[1]))
+        if self.words is not None:  # the text is the last of the keys
+            bias[keys - len(self.words) : keys] = as_bias(self.words, bias.dtype)
+        if left is not None:
+            bias[keys:] = block_sizes(len(self.keys), self.block, bias).log()[left[0]]
+        return bias[None, None, None]
 
     def blocks(self) -> tuple[Tensor, Tensor]:
         """Return whole blocks of keys and of values, each as one row."""
@@ -139,17 +149,22 @@ def _compute(
         rows, count = bundle.blocks.shape
         stop = min(n, at + rows * height)  # a partial query block is alone in its bundle
         ends = head.ends(bundle.tail)
-        mask = head.mask(count * head.block + ends[0].shape[0])
+        left = bundle.left if head.means is not None else None
+        mask = head.bias(count * head.block + ends[0].shape[0], left)
         size = (count * head.block + ends[0].shape[0]) * queries.shape[-1] * queries.element_size()
         # Behind whole blocks something must be appended row by row: the copy is in one piece only for a single row.
-        together = 1 if ends[0].shape[0] else min(_MOST_ROWS, max(1, _CACHE_BYTES // max(1, size)))
+        together = 1 if ends[0].shape[0] or left is not None else min(_MOST_ROWS, max(1, _CACHE_BYTES // max(1, size)))
         # Rows lie along the batch axis: a kernel's results are then in the order of the queries.
         some = queries[at:stop].view(rows, 1, -1, queries.shape[-1]).split(together)
         columns = bundle.blocks.view(-1).split(together * count) if count else [bundle.blocks.view(-1)] * len(some)
         done = [] if out is None else out[at:stop].view(rows, 1, -1, out.shape[-1]).split(together)
-        copies = [_Copies("keys", blocks[0], ends[0], memory), _Copies("values", blocks[1], ends[1], memory)]
+        means = (None, None) if left is None else head.means or (None, None)
+        copies = [
+            _Copies("keys", blocks[0], ends[0], means[0], memory),
+            _Copies("values", blocks[1], ends[1], means[1], memory),
+        ]
         for i, part in enumerate(some):
-            keys, values = (copy.of(columns[i], len(part)) for copy in copies)
+            keys, values = (copy.of(columns[i], len(part), None if left is None else left[i]) for copy in copies)
             result = sdpa.run(part, keys, values, mask, scale)
             if out is None:
                 found.append(result.flatten(0, 2))
@@ -160,25 +175,33 @@ def _compute(
 
 
 class _Copies:
-    """Key (or value) blocks copied side by side, and `end` behind them."""
+    """Key (or value) blocks copied side by side, `end` behind them, and behind that some of the blocks' means."""
 
-    def __init__(self, name: str, blocks: Tensor, end: Tensor, memory: Memory | None) -> None:
-        self.name, self.blocks, self.end, self.memory = name + " copied", blocks, end, memory
+    def __init__(self, name: str, blocks: Tensor, end: Tensor, means: Tensor | None, memory: Memory | None) -> None:
+        self.name, self.blocks, self.end, self.means, self.memory = name + " copied", blocks, end, means, memory
         self.whole = self.place = end[:0]
 
-    def of(self, columns: Tensor, rows: int) -> Tensor:
-        """Copy the blocks of some rows, numbers [rows * C], and return them as [rows, 1, tokens, D]."""
+    def of(self, columns: Tensor, rows: int, left: Tensor | None) -> Tensor:
+        """Copy the blocks of some rows, numbers [rows * C], and return them as [rows, 1, tokens, D].
+
+        `left`: The blocks, of one row, whose means come last.
+        """
         count, width, after = columns.shape[0] // rows, self.end.shape[-1], self.end.shape[0]
-        inside = count * self.blocks.shape[1] // width
+        inside, means = count * self.blocks.shape[1] // width, 0 if left is None else len(left)
         if self.memory is None:
             taken = self.blocks.index_select(0, columns).view(rows, 1, inside, width)
-            return torch.cat([taken, self.end.expand(rows, 1, after, width)], 2) if after else taken
-        if self.whole.shape != (rows, 1, inside + after, width):
-            self.whole = self.memory.take(self.name, (rows, 1, inside + after, width), self.blocks)
+            parts = [taken, self.end.expand(rows, 1, after, width)] if after else [taken]
+            if left is not None and self.means is not None:
+                parts.append(self.means.index_select(0, left)[None, None])
+            return torch.cat(parts, 2)
+        if self.whole.shape != (rows, 1, inside + after + means, width):
+            self.whole = self.memory.take(self.name, (rows, 1, inside + after + means, width), self.blocks)
             # In one piece: there is one row, or nothing behind the blocks.
             self.place = self.whole.view(-1)[: rows * inside * width].view(rows * count, self.blocks.shape[1])
             # What stands behind the blocks is the same for every row of a bundle, and stays.
-            self.whole[:, :, inside:] = self.end
+            self.whole[:, :, inside : inside + after] = self.end
         if count:
             torch.index_select(self.blocks, 0, columns, out=self.place)
+        if left is not None and self.means is not None:
+            torch.index_select(self.means, 0, left, out=self.whole[0, 0, inside + after :])
         return self.whole

@@ -14,10 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.plans.blocks import BlockPlan
-from attnctl.plans.orders import ORDERS, permutation
+from attnctl.kernels.checks import wide_dtype
+from attnctl.plans.blocks import Blocks
+from attnctl.plans.orders import permutation
 
-__all__ = ["Bundle", "Layout", "bundles", "coarser", "csr", "derived", "lay_out", "layout", "put_back", "ratio"]
+__all__ = [
+    "Bundle",
+    "Layout",
+    "block_means",
+    "block_sizes",
+    "bundles",
+    "coarser",
+    "csr",
+    "derived",
+    "lay_out",
+    "layout",
+    "put_back",
+    "ratio",
+]
 
 T = TypeVar("T")
 
@@ -33,23 +47,27 @@ class Bundle(NamedTuple):
         rows: Their numbers, int64 [R].
         blocks: Their whole key blocks, int64 [R, C].
         tail: Whether they also take the last key block, which is a partial one.
+        left: The key blocks that they leave out, int64 [R, L]; None where these count for nothing.
     """
 
     rows: Tensor
     blocks: Tensor
     tail: bool
+    left: Tensor | None = None
 
 
 class Layout(NamedTuple):
     """The orders of a plan's heads on a device.
 
     Attributes:
-        ids: Number of every head's order, int64 [H].
-        there: For each of the six orders, which token stands at each place, int64 [6, n].
-        back: For each of the six orders, where each token stands, int64 [6, n].
+        ids: Row of every head's order in the tables, int64 [H].
+        rows_of: The same for the host.
+        there: For each order that is used, which token stands at each place, int64 [orders, n].
+        back: For each order that is used, where each token stands, int64 [orders, n].
     """
 
     ids: Tensor
+    rows_of: tuple[int, ...]
     there: Tensor
     back: Tensor
 
@@ -60,7 +78,7 @@ class Layout(NamedTuple):
         return (table.index_select(0, self.ids) + n * torch.arange(heads, device=table.device)[:, None]).flatten()
 
 
-def derived(plan: BlockPlan, group: int, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+def derived(plan: Blocks, group: int, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """Return what `make` derives from a plan for a part of the run; that of another part is dropped first."""
     part, found = plan.cache.get("lists", (None, {}))
     if part != group:
@@ -73,20 +91,23 @@ def derived(plan: BlockPlan, group: int, key: tuple[Any, ...], make: Callable[[]
     return value
 
 
-def layout(plan: BlockPlan, group: int, device: torch.device) -> Layout | None:
+def layout(plan: Blocks, group: int, device: torch.device) -> Layout | None:
     """Return the orders of a plan's heads, or None where every head keeps the model's."""
     grid = plan.grid
     if grid is None or not any(plan.order):
         return None
 
     def make() -> Layout:
-        there = torch.stack([permutation(grid, o) for o in range(len(ORDERS))])
-        return Layout(*(x.to(device) for x in (torch.tensor(plan.order), there, there.argsort(-1))))
+        used = sorted(set(plan.order))
+        rows = tuple(used.index(o) for o in plan.order)
+        there = torch.stack([permutation(grid, o, plan.block_k) for o in used])
+        ids, there, back = (x.to(device) for x in (torch.tensor(rows), there, there.argsort(-1)))
+        return Layout(ids, rows, there, back)
 
     return derived(plan, group, ("layout", device), make)
 
 
-def lay_out(x: Tensor, plan: BlockPlan, group: int) -> Tensor:
+def lay_out(x: Tensor, plan: Blocks, group: int) -> Tensor:
     """Lay the image tokens of every head out in its own order.
 
     Shapes: x [B, H, n, D] -> the same.
@@ -94,7 +115,7 @@ def lay_out(x: Tensor, plan: BlockPlan, group: int) -> Tensor:
     return _reorder(x, layout(plan, group, x.device), inverse=False)
 
 
-def put_back(x: Tensor, plan: BlockPlan, group: int) -> Tensor:
+def put_back(x: Tensor, plan: Blocks, group: int) -> Tensor:
     """Undo `lay_out`, bit for bit.
 
     Shapes: x [B, H, n, D] -> the same.
@@ -121,12 +142,12 @@ def coarser(keep: Tensor, times: int) -> Tensor:
     return padded.unflatten(-2, (-1, times)).any(-2)
 
 
-def ratio(plan: BlockPlan, group: int) -> int:
+def ratio(plan: Blocks, group: int) -> int:
     """Return how many query blocks to join, by predicted time: work divided by the kernel's efficiency at it."""
 
     def make() -> int:
         costs = {}
-        for times in (1, 2, 4):
+        for times in (1,) if plan.rest else (1, 2, 4):  # what a row leaves out is its own
             height = times * plan.block_q
             if times > 1 and height > _TALLEST:
                 break
@@ -137,7 +158,7 @@ def ratio(plan: BlockPlan, group: int) -> int:
     return derived(plan, group, ("ratio",), make)
 
 
-def bundles(plan: BlockPlan, group: int, head: int, times: int, device: torch.device) -> tuple[Bundle, ...]:
+def bundles(plan: Blocks, group: int, head: int, times: int, device: torch.device) -> tuple[Bundle, ...]:
     """Return the work of one head, grouped by the number of key blocks.
 
     The last query block stands alone where it is partial, so that the others can be stacked.
@@ -146,31 +167,60 @@ def bundles(plan: BlockPlan, group: int, head: int, times: int, device: torch.de
     assert n is not None
 
     def make() -> tuple[Bundle, ...]:
-        keep = coarser(plan.keep[group, head], times)
-        made = _bundles(keep, n, times * plan.block_q, plan.block_k)
-        return tuple(Bundle(b.rows.to(device), b.blocks.to(device), b.tail) for b in made)
+        keep = coarser(plan.keep[group, head].cpu(), times)
+        made = _bundles(keep, n, times * plan.block_q, plan.block_k, rest=plan.rest)
+        if device.type == "cpu":
+            return tuple(made)
+        lefts = [None if b.left is None else b.left.to(device) for b in made]
+        return tuple(
+            Bundle(b.rows.to(device), b.blocks.to(device), b.tail, x) for b, x in zip(made, lefts, strict=True)
+        )
 
     return derived(plan, group, ("bundles", head, times, device), make)
 
 
-def _bundles(keep: Tensor, n: int, block_q: int, block_k: int) -> list[Bundle]:
-    whole = keep[:, :-1] if n % block_k else keep
-    tail = keep[:, -1] if n % block_k else torch.zeros(len(keep), dtype=torch.bool)
-    counts = whole.sum(-1)
-    # Sorted by row, then by column: the columns of a row lie together.
-    columns = whole.nonzero()[:, 1].split(counts.tolist())
-    alone = torch.zeros(len(keep), dtype=torch.bool)
-    alone[-1] = bool(n % block_q)
-    kinds: dict[tuple[int, bool, bool], list[int]] = {}
-    for row, kind in enumerate(zip(counts.tolist(), tail.tolist(), alone.tolist(), strict=True)):
-        kinds.setdefault(kind, []).append(row)
-    return [
-        Bundle(torch.tensor(rows), torch.stack([columns[r] for r in rows]), has_tail)
-        for (_, has_tail, _), rows in kinds.items()
-    ]
+def _bundles(keep: Tensor, n: int, block_q: int, block_k: int, *, rest: bool) -> list[Bundle]:
+    ragged = bool(n % block_k)
+    whole = keep[:, :-1] if ragged else keep
+    kinds = 4 * whole.sum(-1) + (2 * keep[:, -1] if ragged else 0)
+    if n % block_q:
+        kinds[-1] += 1  # alone
+    found = []
+    for kind in kinds.unique().tolist():
+        rows = (kinds == kind).nonzero()[:, 0]
+        # Sorted by row, then by column: the columns of a row lie together.
+        columns = whole.index_select(0, rows).nonzero()[:, 1].view(len(rows), kind // 4)
+        left = _left_out(keep.index_select(0, rows)) if rest else None
+        found.append(Bundle(rows, columns, kind // 2 % 2 == 1, left))
+    # The partial query block comes last.
+    return sorted(found, key=lambda b: int(b.rows[-1]) == len(keep) - 1 and bool(n % block_q))
 
 
-def csr(plan: BlockPlan, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_out(keep: Tensor) -> Tensor | None:
+    """Return the blocks that rows leave out, which are equally many, or None where they keep all: [R, nk] -> [R, L]."""
+    columns = (~keep).nonzero()[:, 1]
+    return columns.view(len(keep), -1) if len(columns) else None
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """Return the mean token of every block; the last one may be smaller: [..., n, D] -> [..., blocks, D]."""
+    n, wide = x.shape[-2], wide_dtype(x.dtype)
+    whole = n // block
+    means = x[..., : whole * block, :].unflatten(-2, (whole, block)).mean(-2, dtype=wide)
+    if n % block:
+        means = torch.cat([means, x[..., whole * block :, :].mean(-2, keepdim=True, dtype=wide)], -2)
+    return means.to(x.dtype)
+
+
+def block_sizes(n: int, block: int, like: Tensor) -> Tensor:
+    """Return the number of tokens of every block as a tensor of the same kind and place as another, [blocks]."""
+    sizes = like.new_full((-(-n // block),), float(block))
+    if n % block:
+        sizes[-1] = n % block
+    return sizes
+
+
+def csr(plan: Blocks, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the number of key blocks of every row and their numbers, ascending, padded with zeros.
 
     Shapes: int32 [H, nq] and int32 [H, nq, nk].

@@ -21,9 +21,10 @@ from torch import Tensor
 from attnctl.errors import BackendError
 from attnctl.kernels.checks import current, repeat_heads
 from attnctl.kernels.sparse.lists import csr, derived, lay_out, layout
-from attnctl.plans.blocks import BlockPlan
+from attnctl.kernels.sparse.rest import with_means
+from attnctl.plans.blocks import Blocks
 
-__all__ = ["declines", "missing", "quantised", "run", "run_int8", "tiles"]
+__all__ = ["declines", "missing", "quantised", "run", "run_int8", "run_with_sums", "tiles"]
 
 _LEAST, _TILE_Q, _TILE_K, _WIDEST = 16, 128, 64, 256
 _FLAT = 1e-30  # in place of a factor 0: -inf times 0 is no number
@@ -61,7 +62,7 @@ def missing(device_type: str) -> str:
     return ""
 
 
-def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
+def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     """Say why the kernel does not take a call, or return ""."""
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"the Triton kernel needs q, k, v of one dtype out of float16, bfloat16, float32, not {q.dtype}"
@@ -77,7 +78,7 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
     return ""
 
 
-def tiles(plan: BlockPlan, dtype: torch.dtype) -> tuple[int, int]:
+def tiles(plan: Blocks, dtype: torch.dtype) -> tuple[int, int]:
     """Return how many queries and keys one step of the kernel takes; both divide the plan's blocks."""
     # Without tensor cores, and before Hopper's, the sums of 128 queries do not fit into the registers.
     tall = dtype != torch.float32 and _architecture() in (*_WARP_GROUPS, _NO_CARD)
@@ -88,7 +89,7 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     group: int,
     image: slice,
     scale: float | None,
@@ -98,7 +99,31 @@ def run(
     warps: int | None = None,
     stages: int | None = None,
 ) -> Tensor:
+    """Compute the image rows of block-sparse attention; see `run_with_sums`."""
+    out, sums = run_with_sums(
+        q, k, v, plan, group, image, scale, words, int8=int8, warps=warps, stages=stages, sums=plan.rest
+    )
+    return out if sums is None else with_means(out, sums, q, k, v, plan, group, image, scale)
+
+
+def run_with_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Blocks,
+    group: int,
+    image: slice,
+    scale: float | None,
+    words: Tensor | None = None,
+    *,
+    int8: bool = False,
+    warps: int | None = None,
+    stages: int | None = None,
+    sums: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Compute the image rows of block-sparse attention, all tensors in the model's own order.
+
+    Blocks that are left out count for nothing here.
 
     Args:
         q: Queries [B, H, N, D].
@@ -113,9 +138,10 @@ def run(
         warps: Warps of a program; None for 8 on tiles of 128 queries of wide heads, else 4.
         stages: Depth of the pipeline that loads keys and values; None for the architecture's, less where the card's
             shared memory is too small.
+        sums: Whether to return the log of every query's sum of exponentials.
 
     Returns:
-        [B, H, n, Dv].
+        [B, H, n, Dv], and the sums in float32, [B, H, n], or None.
 
     Raises:
         BackendError: Not even one stage fits into the card's shared memory.
@@ -138,6 +164,7 @@ def run(
         queries, scales_q, k, scales_k = quantised(q, k, plan, group, image)
         k_first, k_text = 0, n
     tensors = queries, k, v, out
+    logs = q.new_empty((batch, heads, n), dtype=torch.float32) if sums else None
     align = _alignment(tensors)
     tile_q, tile_k = tiles(plan, q.dtype)
     padded = [max(_LEAST, 1 << (w - 1).bit_length()) for w in widths]
@@ -147,19 +174,20 @@ def run(
     steps = plan.block_q // tile_q
     launch = partial(
         _forward()[(lists.rows.shape[1] * steps, batch * heads)],
-        *tensors, scales_q, scales_k, *lists, shown, *(s // align for x in tensors for s in x.stride()[:2]),
+        *tensors, lists.order if logs is None else logs, scales_q, scales_k, *lists, shown,
+        *(s // align for x in tensors for s in x.stride()[:2]),
         n, text, k_first, k_text, image.start, text_first,
         heads, heads // k.shape[1], shared_v, steps, lists.rows.shape[1], lists.lists.shape[-1],
         scales_q.shape[-1], scales_k.shape[-1], max(scale * math.log2(math.e), _FLAT),
         *(x.stride(2) for x in tensors), align, *widths, padded[0], padded[1] >> split,
         plan.block_q, plan.block_k, tile_q, tile_k,
         REORDERED=plan.grid is not None and any(plan.order), SPLIT=split, WORDS=words is not None, INT8=int8,
-        PRECISION="ieee",
+        PRECISION="ieee", SUMS=sums,
         num_warps=warps or (8 if tile_q * padded[0] >= 128 * 128 else 4),
     )  # fmt: skip
     why = _launched(launch, q.device, stages or (3 if arch == 90 else 2))
     if why is None:
-        return out
+        return out, logs
     raise BackendError(
         f"backend='triton' was given, but blocks of {plan.block_q} x {plan.block_k} with heads {width} wide do not fit "
         f"into this card ({why}). Take smaller blocks, or another kernel."
@@ -211,7 +239,7 @@ def _alignment(tensors: Sequence[Tensor]) -> int:
 run_int8 = partial(run, int8=True)
 
 
-def quantised(q: Tensor, k: Tensor, plan: BlockPlan, group: int, image: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantised(q: Tensor, k: Tensor, plan: Blocks, group: int, image: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lay queries and keys out in each head's order and round them to 8 bits, a tile at a time.
 
     Shapes: q [B, H, N, D]; k [B, Hk, N, D] -> queries int8 [B, H, n, D] and their scales float32 [B, H, tiles]; keys
@@ -248,7 +276,7 @@ def _rounded(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return small.flatten(2, 3)[:, :, :n], scales.contiguous()
 
 
-def _lists(plan: BlockPlan, group: int, device: torch.device) -> _Lists:
+def _lists(plan: Blocks, group: int, device: torch.device) -> _Lists:
     """Return a plan as what the kernel reads."""
 
     def make() -> _Lists:

@@ -115,7 +115,7 @@ def _text(
 
 @triton.jit
 def forward(
-    q, k, v, out,
+    q, k, v, out, sums,
     q_scales, k_scales,
     ids, order, rows, counts, lists, words,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, out_batch, out_head,
@@ -125,14 +125,16 @@ def forward(
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     REORDERED: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of image queries of one head.
 
     Args:
         q, k, v, out: Tensors [B, H, tokens, width]: strides of batch and head in units of ALIGN elements, of tokens in
             elements, the last is 1; q and out of the image alone.
+        sums: Float32 [B, H, n], the log of every query's sum of exponentials, if SUMS.
         q_scales, k_scales: Float32 [B, H, tiles of queries] and [B, H, tiles of keys], if INT8.
-        ids, order: Int32 [H] and [6, n]: every head's order, and where token i of an order lies among the image's.
+        ids, order: Int32 [H] and [orders, n]: every head's order, and where token i of an order lies among the image's.
         rows: Int32 [H, query blocks]: blocks in the order in which they are computed, the longest lists first.
         counts, lists: Int32 [H, query blocks] and [H, query blocks, list_length]: the key blocks of every query block,
             in ascending order.
@@ -191,6 +193,9 @@ def forward(
             top, total, acc, rest, scale, TILE_K, K_TOKEN, V_TOKEN,
             WIDTH, WIDTH_V, PADDED, PADDED_V, WORDS or i == 1, SPLIT, WORDS, INT8, PRECISION,
         )  # fmt: skip
+    if SUMS:
+        log_sums = (top * scale + tl.log2(total)) * 0.6931471805599453
+        tl.store(sums + (batch * heads + head) * n + found, log_sums, mask=real)
     _store(out, found, real, acc / total[:, None], OUT_TOKEN, WIDTH_V, PADDED_V)
     if SPLIT:
         _store(out + PADDED_V, found, real, rest / total[:, None], OUT_TOKEN, WIDTH_V - PADDED_V, PADDED_V)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnctl.kernels import xformers
 from attnctl.kernels.checks import repeat_heads
 from attnctl.kernels.sparse.lists import derived
-from attnctl.plans.blocks import BlockPlan
+from attnctl.plans.blocks import Blocks
 
 __all__ = ["declines", "missing", "run", "sequences"]
 
@@ -52,8 +52,10 @@ def missing(device_type: str) -> str:
     return xformers.missing(device_type)
 
 
-def declines(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str:
+def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     """Say why xformers does not take a call, or return ""."""
+    if plan.rest:
+        return "it knows no means of blocks that are left out"
     return xformers.declines(q, k, v, None)
 
 
@@ -63,7 +65,7 @@ def run(
     v: Tensor,
     k_text: Tensor,
     v_text: Tensor,
-    plan: BlockPlan,
+    plan: Blocks,
     group: int,
     scale: float | None,
     words: None = None,
@@ -92,7 +94,7 @@ def run(
     return torch.stack(out)
 
 
-def sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.device) -> tuple[Sequences, ...]:
+def sequences(plan: Blocks, group: int, text: int, most: int, device: torch.device) -> tuple[Sequences, ...]:
     """Cut a plan's query blocks into calls of at most `most` keys (or one query block), kept with the plan.
 
     Args:
@@ -106,7 +108,7 @@ def sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.d
     return derived(plan, group, key, lambda: tuple(_sequences(plan, group, text, most, device)))
 
 
-def _sequences(plan: BlockPlan, group: int, text: int, most: int, device: torch.device) -> list[Sequences]:
+def _sequences(plan: Blocks, group: int, text: int, most: int, device: torch.device) -> list[Sequences]:
     n, keep = plan.n_image, plan.keep[group]
     assert n is not None
     heads, nq, nk = keep.shape

@@ -1,7 +1,8 @@
 """Calibrate block-sparse attention: run a pipeline on a few prompts, see where the mass lies, and write a plan.
 
-Two looks at the model. The first adds up the blocks of every attention in all six orders and chooses one a head; the
-second adds them up again in that order, for each part of the run; where the run has one part, the first look is enough.
+Two looks at the model. The first adds up the blocks of every attention in all orders, tiles among them, and chooses one
+a head; the second adds them up again in that order, for each part of the run; where the run has one part, the first
+look is enough.
 No map is ever built: `attnctl.kernels.sparse.block_mass` takes a few rows at a time.
 """
 
@@ -24,7 +25,7 @@ from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import choose_masks, choose_masks_together, choose_orders
 from attnctl.pipelines.calibration.measure import Settings, Sums, over_prompts, runner
 from attnctl.plans import BlockPlan, ModelPlan
-from attnctl.plans.orders import ORDERS, order_name
+from attnctl.plans.orders import LAYOUTS, order_name
 from attnctl.plans.reading import Expected, read_bytes
 from attnctl.plans.writing import publish
 
@@ -136,7 +137,7 @@ def _check_looks(first: Mapping[str, Sums], second: Mapping[str, Sums]) -> None:
         looks = [look[name] for look in (first, second) if name in look]
         (heads, orders, *blocks), *others = (next(iter(sums.mass.values())).shape for sums in looks)
         alike = all(other[0] == heads and list(other[2:]) == blocks for other in others)
-        if len(looks) < 2 or not alike or orders != len(ORDERS) or looks[0].call != looks[1].call:
+        if len(looks) < 2 or not alike or orders != len(LAYOUTS) or looks[0].call != looks[1].call:
             raise PlanError(
                 f"The measurements of {name} do not belong together: one of them is damaged. Delete the folder of "
                 "measurements and run the calibration again."
@@ -179,7 +180,7 @@ def _conclude(
     laid, model_mass = {}, {}
     for name, sums in second.items():
         heads, order = torch.arange(len(orders[name])), torch.tensor(orders[name])
-        parts = [m[heads, order] if m.shape[1] == len(ORDERS) else m[:, 0] for m in sums.by_group()]
+        parts = [m[heads, order] if m.shape[1] == len(LAYOUTS) else m[:, 0] for m in sums.by_group()]
         laid[name], model_mass[name] = torch.stack(parts), first[name].average().mass[:, 0]
     keeps, in_model_order = _keep(laid, settings), _keep(model_mass, settings)
     plans: dict[str, BlockPlan] = {}

@@ -24,7 +24,7 @@ from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
-from attnctl.plans.orders import ORDERS
+from attnctl.plans.orders import LAYOUTS
 from attnctl.plans.reading import Expected, open_tensors, parse_json
 from attnctl.plans.writing import publish
 
@@ -267,7 +267,7 @@ def _add(found: dict[str, Sums], places: Mapping[int, str], key: str, tensor: Te
     sums = found[places[int(place)]]
     axes = 4 if kind == "mass" else 2
     shape = tensor.shape if tensor.ndim == axes and tensor.dtype in (torch.float32, torch.float64) else (0, 0)
-    if not tensor.numel() or shape[1] not in (1, len(ORDERS)):
+    if not tensor.numel() or shape[1] not in (1, len(LAYOUTS)):
         raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
     if not bool(tensor.isfinite().all()) or (kind == "mass" and bool((tensor < 0).any())):
         raise ValueError(f"{key} holds what is no attention")
