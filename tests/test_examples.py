@@ -69,6 +69,7 @@ def test_every_script_is_tested() -> None:
         "paro_cogvideox",
         "prompt_to_prompt_sd15",
         "share_sdxl",
+        "sparse_flux",
         *CHEAPER,
         *VISION,
     }
@@ -116,6 +117,13 @@ def test_paro(tmp_path: Path) -> None:
     text = run("paro_cogvideox", tmp_path, "--steps", "4")
     assert "dB to dense" in text
     for name in ("report.md", "maps.png", "plan/attnctl_blocks.json", "plain.png", "paro.png"):
+        assert (tmp_path / name).is_file(), name
+
+
+def test_sparse(tmp_path: Path) -> None:
+    text = run("sparse_flux", tmp_path, "--steps", "2")
+    assert "% of the maps between image tokens computed" in text
+    for name in ("plain.png", "online.png", "windows.png"):
         assert (tmp_path / name).is_file(), name
 
 
