@@ -15,7 +15,9 @@ from torch import Tensor
 from attnctl.errors import BackendError
 from attnctl.kernels.sparse import triton
 from attnctl.kernels.sparse.dispatch import block_sparse, probe_sparse
+from attnctl.kernels.sparse.select import keep_density
 from attnctl.plans import BlockPlan
+from attnctl.plans.blocks import Blocks
 
 torch.set_num_threads(1)
 
@@ -38,6 +40,21 @@ def cases() -> dict[str, BlockPlan]:
         "full": BlockPlan.from_mask(full, 16, ["WFH", "HWF"], 3, grid=(2, 4, 5)),
         "one block a row": BlockPlan.from_mask(one, 16, n_image=48),
     }
+
+
+def means() -> dict[str, float]:
+    """Return errors of the kernel's sums, and of blocks left out that count as their means, in tiles of the grid."""
+    q, k, v = qkv(2, 73, 16)
+    g = torch.Generator().manual_seed(0)
+    keep = keep_density(torch.rand(1, 2, 5, 5, generator=g), 0.4, by_row=True)
+    blocks = Blocks(keep=keep, block_q=16, block_k=16, order=(2, 6), grid=(2, 5, 7), n_image=70, n_text=3, rest=True)
+    out, want = (block_sparse(q, k, v, blocks, backend=name) for name in ("triton", "reference"))
+    plain = BlockPlan.from_mask(keep, 16, [0, 0], 3, n_image=70)
+    _, sums = triton.run_with_sums(q, k, v, plain, 0, slice(3, 73), None)
+    tokens = keep[0].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :70, :70]
+    seen = torch.nn.functional.pad(tokens, (3, 0), value=True)
+    logits = (q[:, :, 3:].double() @ k.double().mT / 4).masked_fill(~seen, -torch.inf)
+    return {"means": relative(out, want.double()), "sums": float((logits.logsumexp(-1) - sums).abs().max())}
 
 
 def main() -> int:
@@ -97,6 +114,7 @@ def main() -> int:
     found["smoothing"] = relative(smooth, masked_dense(q, uneven, v, plan, plan.span(48)))
     q8, scales, k8, k_scales = triton.quantised(q, uneven, plan, 0, slice(0, 48))
     found["int8"] = [str(q8.dtype), list(scales.shape), str(k8.dtype), list(k_scales.shape)]
+    found |= means()
     json.dump(found, sys.stdout)
     return 0
 

@@ -215,6 +215,11 @@ def test_triton_is_the_masked_map(interpreted: dict[str, Any]) -> None:
             assert error <= limits[kernel], (case, kernel, error)
 
 
+def test_triton_joins_means_by_its_sums(interpreted: dict[str, Any]) -> None:
+    assert interpreted["means"] <= 1e-5
+    assert interpreted["sums"] <= 1e-5
+
+
 def test_triton_with_odd_numbers(interpreted: dict[str, Any]) -> None:
     assert interpreted["nan stays out"]
     assert interpreted["large logits"]

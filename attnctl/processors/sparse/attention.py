@@ -74,6 +74,10 @@ class SparseAttention(Control):
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict(("SparseAttention", "PARO"), "site", "each brings the kernel, and one kernel computes an attention"),
         Conflict("AgentAttention", "site", "blocks go by the places of tokens, which merging takes away"),
+        Conflict(
+            "ShareAttention", "site", "blocks are of the picture's own keys, and other pictures' are appended there"
+        ),
+        Conflict("TPG", "block", "the one shuffles the tokens of the block, the other goes by their places"),
     )
 
     def __post_init__(self) -> None:

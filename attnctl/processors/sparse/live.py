@@ -274,7 +274,7 @@ class LiveSparse(LiveControl):
         return own, used
 
     def result(self, parts: Sequence[LiveControl]) -> float:
-        """Return the share of the maps between image tokens that the last run computed."""
+        """Return the share of the maps between image tokens that was computed where the control acted last."""
         tallies = [p.tally for p in parts if isinstance(p, LiveSparse) and p.tally.calls]
         return sum(t.executed * t.calls for t in tallies) / max(sum(t.calls for t in tallies), 1)
 
