@@ -5,6 +5,8 @@ Blocks are chosen in one of four calls, as `Online` does by default, and used in
 of these, choosing and lists included. Beside it stands what choosing takes alone, in one call, and its products in four
 calls as a share of those of dense attention.
 `--quality`: pictures of shapes mmdit against dense ones and by the judge, at equal executed shares of the maps.
+`--gpu`: the selectors' kernels on the card that is there, at the shapes of FLUX, CogVideoX-5B and Wan 14B, against
+flash and cuDNN; `--gpu --pretend` runs the same lines on a CPU.
 The table goes to stderr, the JSON to stdout.
 """
 
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_gpu import measure_gpu
 from sparse_quality import measure_quality
 from torch import Tensor
 
@@ -160,6 +163,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--quality", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--pretend", action="store_true", help="--gpu: on a CPU, at tiny shapes")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(SIZES), choices=list(SIZES), help="--speed")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pictures", type=int, default=32)
@@ -174,6 +179,8 @@ def main() -> int:
         result["speed"] = measure_speed(options.repeats, options.tokens)
     if options.quality:
         result["quality"] = measure_quality(options.pictures, options.steps, options.scale, options.out)
+    if options.gpu:
+        result["gpu"] = measure_gpu(options.repeats, options.pretend)
     print(json.dumps(result, indent=1))
     return 0
 
