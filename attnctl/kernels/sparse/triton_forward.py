@@ -38,6 +38,12 @@ def _store(x, token, valid, rows, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PAD
 
 
 @triton.jit
+def _store_sums(sums, token, valid, powers):
+    """Write the logs of sums of exponentials, which come as powers of two."""
+    tl.store(sums + token, powers * 0.6931471805599453, mask=valid)
+
+
+@triton.jit
 def _attend(
     queries, q_scale, k, v, k_scale, at_k, at_v, inside, top, total, acc, rest, scale,
     K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PADDED: tl.constexpr,
@@ -123,9 +129,8 @@ def forward(
     heads, shared_k, shared_v, tiles, row_count, list_length, q_scale_count, k_scale_count, scale,
     Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, OUT_TOKEN: tl.constexpr, ALIGN: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, SUMS: tl.constexpr,
     REORDERED: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
-    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of image queries of one head.
 
@@ -194,8 +199,7 @@ def forward(
             WIDTH, WIDTH_V, PADDED, PADDED_V, WORDS or i == 1, SPLIT, WORDS, INT8, PRECISION,
         )  # fmt: skip
     if SUMS:
-        log_sums = (top * scale + tl.log2(total)) * 0.6931471805599453
-        tl.store(sums + (batch * heads + head) * n + found, log_sums, mask=real)
+        _store_sums(sums + (batch * heads + head) * n, found, real, top * scale + tl.log2(total))
     _store(out, found, real, acc / total[:, None], OUT_TOKEN, WIDTH_V, PADDED_V)
     if SPLIT:
         _store(out + PADDED_V, found, real, rest / total[:, None], OUT_TOKEN, WIDTH_V - PADDED_V, PADDED_V)
