@@ -137,4 +137,6 @@ def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:
 
 def same_keys(keys: NegativeKeys, part: AttnCall) -> bool:
     """Tell whether a negative prompt's keys are the prompt's own, as those of an image prompt are."""
-    return keys.k.shape[1:] == part.k.shape[1:] and torch.equal(_rows(keys.k, part.k.shape[0]), part.k)
+    if keys.k.shape[1:] != part.k.shape[1:] or part.k.is_meta:
+        return False
+    return torch.equal(_rows(keys.k, part.k.shape[0]), part.k)

@@ -223,7 +223,7 @@ class LiveNegative(LiveControl):
 
     def _check_time(self, key: Key, part: AttnCall) -> None:
         """See by the prompt's own keys whether those of a text move with the time; if so, forget what was recorded."""
-        if self.timeless is not None:
+        if self.timeless is not None or part.k.is_meta:
             return
         call, probe = self._probes.setdefault(key, (part.state.call, part.k[:, :, :4].detach().clone()))
         if call == part.state.call:
