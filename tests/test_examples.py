@@ -59,6 +59,7 @@ def test_every_script_is_tested() -> None:
     assert {p.stem for p in EXAMPLES.glob("[!_]*.py")} == {
         *GUIDED,
         "by_hand",
+        "nag_few_steps",
         "word_maps",
         "enhance_video",
         "fatezero_sd15",
@@ -185,6 +186,12 @@ def test_prompt_to_prompt(tmp_path: Path) -> None:
     assert abs(image - edited).max() > 60
     assert np.median(abs(image - edited)) <= 8  # the background stays
     assert (tmp_path / "pair.png").is_file()
+
+
+def test_nag_without_guidance(tmp_path: Path) -> None:
+    assert "negative_prompt='a blue square on gray'" in run("nag_few_steps", tmp_path)
+    plain, guided = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("plain", "nag"))
+    assert abs(plain - guided).max() > 8
 
 
 def test_own_control(tmp_path: Path) -> None:

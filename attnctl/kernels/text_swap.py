@@ -1,7 +1,7 @@
-"""Attention of a joint sequence with another text in it: keys, values and masks of two calls put together.
+"""Attention over a sequence with another text in it: tokens and masks of two calls put together.
 
-The image's part is taken from one call, the text's from another that ran with the other text. Either call may have a
-mask of its own, over keys or over queries and keys.
+One call gives the sequence, of which the text's tokens are replaced by those of another call, which ran with the other
+text and maybe with other tokens beside it. Either call may have a mask, over keys or over queries and keys.
 """
 
 from __future__ import annotations
@@ -9,63 +9,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["joined", "joined_mask"]
+__all__ = ["swapped", "swapped_mask"]
 
 
-def joined(text: Tensor, image: Tensor, text_first: bool) -> Tensor:
-    """Join text and image tokens [B, H, T, D] and [B, H, N, D] in the order of the host's sequence."""
-    return torch.cat([text, image] if text_first else [image, text], 2)
+def swapped(own: Tensor, text: Tensor, at: slice) -> Tensor:
+    """Put text tokens [B, H, T, D] in the place of those that stand `at` a part of a sequence [B, H, N, D]."""
+    return torch.cat([own[:, :, : at.start], text, own[:, :, at.stop :]], 2)
 
 
-def joined_mask(
-    image_mask: Tensor | None,
-    text_mask: Tensor | None,
+def swapped_mask(
+    own: Tensor | None,
+    other: Tensor | None,
     *,
-    image: tuple[slice, slice],
-    text: tuple[slice, slice],
-    other: tuple[int, int],
-    tokens: int,
-    text_first: bool,
+    at: slice,
+    text: slice,
+    seen: tuple[int, int],
+    keys: int,
+    queries: slice | None = None,
 ) -> Tensor | None:
-    """Join the masks of two calls, for the image's queries, and the text's where there are any.
+    """Put the masks of two calls together.
 
     Args:
-        image_mask: Mask of the call that the image is taken from, [B, H, Nq, Nk] or what broadcasts to it.
-        text_mask: Mask of the call that the text is taken from.
-        image: Places of the image among the queries and the keys of the first call.
-        text: Places of the text among the queries (empty for none) and the keys of the second call.
-        other: Place of an image token of the second call among its queries and its keys.
-        tokens: Image tokens N.
-        text_first: Whether the text stands before the image.
+        own: Mask of the call that gives the sequence, [B, H, Nq, Nk] or what broadcasts to it.
+        other: Mask of the call that gives the text.
+        at: Places of the text among the sequence's keys (and queries, where all ask).
+        text: Places of the text among the keys of the other call (and its queries).
+        seen: A token that is no text, among the queries and the keys of the other call.
+        keys: Keys of the sequence.
+        queries: The sequence's queries that ask; None for all of them, the new text's included.
 
     Returns:
-        A mask that broadcasts to [B, H, N + T, N + T], or None where all may attend to all.
+        A mask that broadcasts over the new queries and keys, or None where all may attend to all.
     """
-    if image_mask is None and text_mask is None:
+    if own is None and other is None:
         return None
-    first, second = _four(image_mask), _four(text_mask)
-    length = text[1].stop - text[1].start
-    queries = text[0].stop - text[0].start
-    shared = all(m is None or m.shape[2] == 1 for m in (first, second))
-    lines = [
-        _line(_part(first, image[0], image[1]), _part(second, _one(other[0]), text[1]), tokens, length, text_first)
-    ]
-    if queries and not shared:
-        over_image = _part(second, text[0], _one(other[1]))
-        lines.append(_line(over_image, _part(second, text[0], text[1]), tokens, length, text_first))
-        lines = [_full(lines[0], tokens), _full(lines[1], queries)]
-        lines = lines[::-1] if text_first else lines
-    lines = _alike(lines)
-    rows = [max(line.shape[a] for line in lines) for a in (0, 1)]
-    return torch.cat([line.expand(*rows, -1, -1) for line in lines], 2)
+    own, other = _four(own), _four(other)
+    over_text = _part(other, slice(seen[0], seen[0] + 1), text)
+    sizes = (at.start, text.stop - text.start, keys - at.stop)
+
+    def rows(part: slice) -> Tensor:
+        """Return the lines of some of the sequence's queries."""
+        mine = [_part(own, part, columns) for columns in (slice(0, at.start), slice(at.stop, keys))]
+        return _line([mine[0], over_text, mine[1]], sizes)
+
+    if queries is not None:
+        return rows(queries)
+    if all(m is None or m.shape[2] == 1 for m in (own, other)):
+        return rows(slice(0, 1))
+    over_rest = _part(other, text, slice(seen[1], seen[1] + 1))
+    middle = _line([over_rest, _part(other, text, text), over_rest], sizes)
+    parts = [rows(slice(0, at.start)) if sizes[0] else None, middle, rows(slice(at.stop, keys)) if sizes[2] else None]
+    lines = _alike([x.expand(-1, -1, n, -1) for x, n in zip(parts, sizes, strict=True) if x is not None])
+    most = [max(line.shape[a] for line in lines) for a in (0, 1)]
+    return torch.cat([line.expand(*most, -1, -1) for line in lines], 2)
 
 
 def _four(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-
-
-def _one(at: int) -> slice:
-    return slice(at, at + 1)
 
 
 def _part(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
@@ -76,18 +76,13 @@ def _part(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
     return mask if mask.shape[3] == 1 else mask[..., columns]
 
 
-def _line(over_image: Tensor | None, over_text: Tensor | None, tokens: int, length: int, text_first: bool) -> Tensor:
-    """Put the columns of image and text together, [B, H, 1 or Nq, N + T]."""
-    like = over_image if over_image is not None else over_text
+def _line(parts: list[Tensor | None], sizes: tuple[int, ...]) -> Tensor:
+    """Put columns beside each other, [B, H, 1 or Nq, sum of sizes]; None for columns that all may attend to."""
+    like = next((part for part in parts if part is not None), None)
     everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=None if like is None else like.device)
-    parts = _alike([everything if part is None else part for part in (over_image, over_text)])
-    shape = [max(part.shape[a] for part in parts) for a in range(3)]
-    sized = [part.expand(*shape, n) for part, n in zip(parts, (tokens, length), strict=True)]
-    return torch.cat(sized[::-1] if text_first else sized, 3)
-
-
-def _full(line: Tensor, rows: int) -> Tensor:
-    return line.expand(-1, -1, rows, -1)
+    masks = _alike([everything if part is None else part for part in parts])
+    shape = [max(mask.shape[a] for mask in masks) for a in range(3)]
+    return torch.cat([mask.expand(*shape, n) for mask, n in zip(masks, sizes, strict=True)], 3)
 
 
 def _alike(masks: list[Tensor]) -> list[Tensor]:
@@ -96,4 +91,4 @@ def _alike(masks: list[Tensor]) -> list[Tensor]:
     if floating is None:
         return masks
     zero = torch.zeros((), dtype=floating.dtype, device=floating.device)
-    return [m if m.is_floating_point() else torch.where(m.to(floating.device), zero, zero - torch.inf) for m in masks]
+    return [m if m.is_floating_point() else torch.where(m, zero, zero - torch.inf) for m in masks]

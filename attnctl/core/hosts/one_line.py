@@ -25,6 +25,8 @@ __all__ = ["one_line"]
 # What is added to the image inside of the blocks: nothing that is read here depends on it.
 _RESIDUALS = re.compile(r"residual|block_samples|controlnet")
 _TEXT = re.compile(r"^(encoder|text|txt|cap|prompt|pooled|context)")
+# Places of tokens in the sequence, which are numbers of it and no tokens themselves.
+_PLACES = re.compile(r"indices|indexes|indicator|input_ids")
 _SIZES = ("num_frames", "height", "width")
 
 
@@ -67,7 +69,18 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
     for name, value in cut.items():
         if name != main_name(bound) and not _TEXT.search(name):
             cut[name] = _tokens(value, tokens, keep, texts, family.text)
+            if (_of_the_image(name, value) and cut[name] is value) or _PLACES.search(name):
+                return None
     return _resized(cut, grid)
+
+
+def _of_the_image(name: str, value: Any) -> bool:
+    """Tell whether an argument says something of each place or frame of the image: it must be cut with it."""
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(v, Tensor) and _of_the_image(name, v) for v in value)
+    if not isinstance(value, Tensor):
+        return False
+    return name == "position_ids" or value.ndim > 3 or (value.ndim > 1 and "timestep" in name)
 
 
 def _line(grid: Grid) -> Tensor:
@@ -122,7 +135,8 @@ def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | 
     if isinstance(value, dict):
         return {k: _tokens(v, tokens, keep, texts, text) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_tokens(v, tokens, keep, texts, text) for v in value)
+        parts = [_tokens(v, tokens, keep, texts, text) for v in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
     keep = keep.to(value.device)

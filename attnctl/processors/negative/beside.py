@@ -14,7 +14,7 @@ from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.families import Family
 from attnctl.core.live import LiveDenoiser
 from attnctl.errors import UnsupportedModelError
-from attnctl.processors.negative.keys import image_queries_only, text_keys
+from attnctl.processors.negative.keys import has_text_stream, text_keys
 from attnctl.processors.negative.lockstep import ENDED, Lockstep
 
 __all__ = ["Beside", "Key"]
@@ -79,8 +79,8 @@ class Beside:
         pauses, state = self._pauses, self.passes.state
 
         def meet(call: AttnCall, proceed: Proceed) -> Tensor:
-            text = None if image_queries_only(call) else text_keys(call)[1]
-            if text is None or text.start == text.stop:
+            text = text_keys(call) if has_text_stream(call) else slice(0, 0)
+            if text.start == text.stop:
                 return proceed(call)
             return pauses[0](((call.site.name, call.index), call))
 

@@ -1,4 +1,4 @@
-"""The negative prompt's keys and values at a site, and the attention of the positive's queries to them."""
+"""The negative prompt's keys and values at a site, and the attention of the prompt's queries to them."""
 
 from __future__ import annotations
 
@@ -9,40 +9,35 @@ from torch import Tensor
 
 from attnctl.core.call import AttnCall
 from attnctl.errors import UnsupportedModelError
-from attnctl.kernels.text_swap import joined, joined_mask
+from attnctl.kernels.text_swap import swapped, swapped_mask
 
-__all__ = ["NegativeKeys", "attend_beside", "image_queries_only", "same_keys", "text_first", "text_keys"]
+__all__ = ["NegativeKeys", "attend_beside", "has_text_stream", "image_queries", "same_keys", "text_keys"]
 
 
-def text_first(call: AttnCall) -> bool:
-    """Tell whether the text stands before the image in a joint sequence.
+def text_keys(call: AttnCall) -> slice:
+    """Return the places of the text among the keys of a cross- or joint attention.
 
     Raises:
-        UnsupportedModelError: The family has no rule.
+        UnsupportedModelError: Nothing tells.
     """
-    family = call.state.family
-    if family is None or family.text is None or call.image is None:
+    if call.site.kind != "joint":
+        return slice(0, call.k.shape[2]) if call.text is None else call.text
+    if call.image is None or call.text is None:
         raise UnsupportedModelError(
             f"{call.site.name}: nothing tells image from text tokens in this call, whose attention is joint, so that a "
             "negative prompt cannot take the text's place. Choose other sites (sites=...)."
         )
-    return family.text == "first"
+    return call.text
 
 
-def image_queries_only(call: AttnCall) -> bool:
-    """Tell whether image tokens alone ask, and image and text answer: the text is never updated."""
-    return call.site.kind == "joint" and call.k.shape[2] > call.q.shape[2]
+def image_queries(call: AttnCall) -> slice:
+    """Return the places of the image among the queries."""
+    return slice(0, call.q.shape[2]) if call.image is None else call.image
 
 
-def text_keys(call: AttnCall) -> tuple[slice, slice]:
-    """Return the places of the image and of the text among the keys of a joint attention."""
-    n, keys = call.q.shape[2], call.k.shape[2]
-    if not image_queries_only(call):
-        first = text_first(call)
-        assert call.image is not None
-        image = call.image
-        return image, slice(0, image.start) if first else slice(image.stop, keys)
-    return (slice(keys - n, keys), slice(0, keys - n)) if text_first(call) else (slice(0, n), slice(n, keys))
+def has_text_stream(call: AttnCall) -> bool:
+    """Tell whether the text asks, too, and is updated by the image from block to block."""
+    return call.site.kind == "joint" and call.keys is None
 
 
 @dataclass
@@ -54,23 +49,21 @@ class NegativeKeys:
         v: Values [b, H, T, D].
         mask: The mask of the call that they were read off, or None.
         text: Places of the text among that call's keys.
-        other: An image token of that call among its queries and its keys.
+        seen: A token of that call that is no text, among its queries and its keys.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
     text: slice
-    other: tuple[int, int] = (0, 0)
+    seen: tuple[int, int]
 
     @classmethod
     def of(cls, call: AttnCall) -> NegativeKeys:
         """Read the text's keys off a call that was made with the negative prompt."""
-        if call.site.kind != "joint":
-            return cls(call.k, call.v, call.mask, slice(0, call.k.shape[2]))
-        image, text = text_keys(call)
-        query = 0 if image_queries_only(call) else image.start
-        return cls(call.k[:, :, text], call.v[:, :, text], call.mask, text, (query, image.start))
+        text = text_keys(call)
+        key = text.stop if text.start == 0 else 0
+        return cls(call.k[:, :, text], call.v[:, :, text], call.mask, text, (image_queries(call).start, key))
 
     def attended(self, part: AttnCall) -> AttnCall:
         """Return the call of the prompt's image queries to the negative prompt in place of the prompt.
@@ -78,65 +71,49 @@ class NegativeKeys:
         Args:
             part: The prompt's rows of a call.
         """
-        k, v = (_rows(x, part.q.shape[0]) for x in (self.k, self.v))
-        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else _rows(self.mask, part.q.shape[0])
-        if part.site.kind != "joint":
-            return part.with_(k=k, v=v, mask=mask)
-        first, (image, _) = text_first(part), text_keys(part)
-        queries = slice(0, part.q.shape[2]) if image_queries_only(part) else image
-        mask = joined_mask(
-            part.mask,
-            mask,
-            image=(queries, image),
-            text=(slice(0, 0), self.text),
-            other=self.other,
-            tokens=image.stop - image.start,
-            text_first=first,
+        rows, at, queries = part.q.shape[0], text_keys(part), image_queries(part)
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else _repeated(self.mask, rows)
+        k, v = (swapped(y, _repeated(x, rows), at) for x, y in ((self.k, part.k), (self.v, part.v)))
+        mask = swapped_mask(
+            part.mask, mask, at=at, text=self.text, seen=self.seen, keys=part.k.shape[2], queries=queries
         )
-        k, v = (joined(x, y[:, :, image], first) for x, y in ((k, part.k), (v, part.v)))
         return part.with_(q=part.q[:, :, queries], k=k, v=v, mask=mask)
 
 
-def _rows(x: Tensor, rows: int) -> Tensor:
+def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:
+    """Attend from and to a joint sequence with the negative text in place of the text, in one call.
+
+    Args:
+        part: The prompt's rows of a joint attention, of which all but the text counts.
+        negative: The same attention with the negative prompt, of which the text counts.
+
+    Returns:
+        What the image's queries see [b, H, N, D], and what the text's queries see [b, H, T, D].
+    """
+    at, text, image = text_keys(part), text_keys(negative), image_queries(part)
+    length = text.stop - text.start
+    q, k, v = (
+        swapped(y, x[:, :, text], at) for x, y in ((negative.q, part.q), (negative.k, part.k), (negative.v, part.v))
+    )
+    other = image_queries(negative).start
+    mask = swapped_mask(part.mask, negative.mask, at=at, text=text, seen=(other, other), keys=part.k.shape[2])
+    out = part.with_(q=q, k=k, v=v, mask=mask).plain()
+    moved = 0 if image.start < at.start else length - (at.stop - at.start)
+    return out[:, :, image.start + moved : image.stop + moved], out[:, :, at.start : at.start + length]
+
+
+def same_keys(keys: NegativeKeys, part: AttnCall) -> bool:
+    """Tell whether a negative prompt's keys are the prompt's own, as those of an image prompt are."""
+    own = part.k[:, :, text_keys(part)]
+    if keys.k.shape[1:] != own.shape[1:] or own.is_meta:
+        return False
+    return torch.equal(_repeated(keys.k, own.shape[0]), own)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
     """Repeat rows that several frames share."""
     if x.shape[0] == rows:
         return x
     if rows % x.shape[0]:
         raise UnsupportedModelError(f"{x.shape[0]} rows of a negative prompt do not fit the prompt's {rows}.")
     return x.repeat_interleave(rows // x.shape[0], 0)
-
-
-def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:
-    """Attend with the image's and the negative text's queries to the image and the negative text, in one call.
-
-    Args:
-        part: The prompt's rows of a joint attention, whose image counts.
-        negative: The same attention with the negative prompt, whose text counts.
-
-    Returns:
-        What the image's queries see [b, H, N, D], and what the text's queries see [b, H, T, D].
-    """
-    first, (image, _), (small, text) = text_first(part), text_keys(part), text_keys(negative)
-    tokens, length = image.stop - image.start, text.stop - text.start
-    q, k, v = (
-        joined(x[:, :, text], y[:, :, image], first)
-        for x, y in ((negative.q, part.q), (negative.k, part.k), (negative.v, part.v))
-    )
-    mask = joined_mask(
-        part.mask,
-        negative.mask,
-        image=(image, image),
-        text=(text, text),
-        other=(small.start, small.start),
-        tokens=tokens,
-        text_first=first,
-    )
-    out = part.with_(q=q, k=k, v=v, mask=mask).plain()
-    return (out[:, :, length:], out[:, :, :length]) if first else (out[:, :, :tokens], out[:, :, tokens:])
-
-
-def same_keys(keys: NegativeKeys, part: AttnCall) -> bool:
-    """Tell whether a negative prompt's keys are the prompt's own, as those of an image prompt are."""
-    if keys.k.shape[1:] != part.k.shape[1:] or part.k.is_meta:
-        return False
-    return torch.equal(_rows(keys.k, part.k.shape[0]), part.k)

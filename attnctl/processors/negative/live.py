@@ -34,7 +34,8 @@ from attnctl.processors.negative.beside import Beside, Key
 from attnctl.processors.negative.keys import (
     NegativeKeys,
     attend_beside,
-    image_queries_only,
+    has_text_stream,
+    image_queries,
     same_keys,
     text_keys,
 )
@@ -55,6 +56,9 @@ class NegativeGuidance(Protocol):
 
     @property
     def form(self) -> Form: ...
+
+    @property
+    def scale(self) -> float: ...
 
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Compute z of z+ and z-, [B, H, N, D]."""
@@ -78,8 +82,8 @@ class LiveNegative(LiveControl):
         self.recordings = 0
         """Calls of the denoiser that have recorded keys since the control was attached."""
         self._passes: LiveDenoiser
-        self.whole = False
-        """Whether the negative prompt's call in lockstep carries the whole image along."""
+        self.lockstep: Literal["stream", "rows"] | None = None
+        """How the negative prompt's call in lockstep carries the image along; None where there was none."""
         self._answer: Tensor | None = None
         self._beside: Beside | None = None
         self.begin_run()
@@ -104,10 +108,10 @@ class LiveNegative(LiveControl):
         if rows.role in ("uncond", "extra"):
             return
         bound, frames = passes.state.bound, _frames(passes.state)
-        positive = take_rows(bound, rows.cond, rows.total, frames)
+        positive = take_rows(bound, rows.cond, rows.total, frames, self.family)
         self._batched = rows.uncond is not None and self.text is None and self.embeds is None
         if self._batched:
-            negative = text_arguments(take_rows(bound, rows.uncond, rows.total, frames), positive)  # type: ignore[arg-type]
+            negative = text_arguments(take_rows(bound, rows.uncond, rows.total, frames, self.family), positive)  # type: ignore[arg-type]
         else:
             negative = self._conditions(positive)
         if not negative:
@@ -135,7 +139,7 @@ class LiveNegative(LiveControl):
             made = ghost_call(passes.pipe, arguments)
             total, rows = row_count(made), passes.state.rows
             if total == rows.total != rows.prompts:
-                made = take_rows(made, rows.cond, rows.total, _frames(passes.state))
+                made = take_rows(made, rows.cond, rows.total, _frames(passes.state), self.family)
             passes.shared[key] = text_arguments(made, positive)
         return _to_rows(passes.shared[key], row_count(positive), positive)
 
@@ -163,7 +167,7 @@ class LiveNegative(LiveControl):
             return proceed(call)
         first, own = part
         key = call.site.name, call.index - first
-        if call.site.kind == "joint" and not image_queries_only(call):
+        if call.site.kind == "joint" and has_text_stream(call):
             return self._joint(key, call, own, proceed)
         if self._batched and state.phase == "base":
             assert (
@@ -179,7 +183,7 @@ class LiveNegative(LiveControl):
             return proceed(call)
         out = proceed(call)
         away = proceed(keys.attended(own)) if call.site.kind != "joint" else keys.attended(own).plain()
-        return self._guided(call, out, away, slice(0, call.q.shape[2]))
+        return self._guided(call, out, away, image_queries(call))
 
     def _is_text(self, key: Key, keys: NegativeKeys, part: AttnCall) -> bool:
         """Tell whether an attention call is the one to the text: the first in its site whose keys a text changes.
@@ -213,7 +217,7 @@ class LiveNegative(LiveControl):
         recorded: dict[Key, NegativeKeys] = {}
 
         def note(call: AttnCall, proceed: Proceed) -> Tensor:
-            if call.site.kind != "joint" or image_queries_only(call):
+            if call.site.kind != "joint" or not has_text_stream(call):
                 recorded[call.site.name, call.index] = NegativeKeys.of(call)
             return proceed(call)
 
@@ -238,7 +242,7 @@ class LiveNegative(LiveControl):
     # Joint attention in lockstep ------------------------------------------------------------------------------
 
     def _joint(self, key: Key, call: AttnCall, part: AttnCall, proceed: Proceed) -> Tensor:
-        image, text = text_keys(call)
+        text, image = text_keys(call), image_queries(call)
         if text.start == text.stop:  # blocks behind the last that sees the text
             return proceed(call)
         if call.state.phase != "base":
@@ -251,13 +255,14 @@ class LiveNegative(LiveControl):
         out = proceed(call)
         away, seen = attend_beside(part, negative)
         guided = self._guided(call, out, away, image)
-        small, text = text_keys(negative)
         answer = negative.q.new_zeros(*negative.q.shape[:3], seen.shape[-1])
-        answer[:, :, text] = seen
-        if self.whole:  # the image of the second call is the first one's
+        if self.lockstep == "rows":  # what the second call has beside its text is the first one's
             rows = call.state.rows
             cond = rows.cond if out.shape[0] == rows.total else slice(0, 1)
-            answer[:, :, small] = guided[cond][:, :, image]
+            others = text_keys(negative)
+            answer[:, :, : others.start] = guided[cond][:, :, : text.start]
+            answer[:, :, others.stop :] = guided[cond][:, :, text.stop :]
+        answer[:, :, text_keys(negative)] = seen
         if getattr(self._passes, "branches", ()):
             self.keys[key] = NegativeKeys.of(negative)
         self._answer = answer
@@ -272,9 +277,22 @@ class LiveNegative(LiveControl):
                 "NAG(form='stream') needs to know how the image lies in the arguments of "
                 f"{type(self.denoiser).__name__}, and nothing tells. Use form='rows'."
             )
-        self.whole = smaller is None
+        self.lockstep = "rows" if smaller is None else "stream"
         names = [site.name for site in self.sites if site.kind == "joint"]
         return Beside(self._passes, self.family, self._kwargs if smaller is None else smaller, names)
+
+    def describe(self) -> str | None:
+        how = "not known before the first call"
+        if self._batched:
+            how = "the negative rows of the same batch"
+        elif self.recordings:
+            calls = f"{self.recordings} call{'s' if self.recordings > 1 else ''} of the denoiser"
+            how = f"keys, recorded by {calls}" + (" (they move with the time)" if self.timeless is False else "")
+        elif self.lockstep is not None:
+            how = f"a call in lockstep, form {self.lockstep!r}"
+        return (
+            f"  negative prompt: {how}; scale={self.control.scale:g} is {self.control.scale + 1:g} in the authors' code"
+        )
 
     def _close(self) -> None:
         """End the call with the negative prompt."""
