@@ -9,7 +9,8 @@ zimage   Z-Image Turbo, 9 steps                               VRAM: about 22 GB
 qwen     Qwen-Image with the Lightning LoRA, 8 steps          VRAM: about 60 GB
 wan      Wan 2.1 14B with the 4-step LoRA of lightx2v, GIF    VRAM: about 45 GB at 480 x 832, 49 frames
 
-Estimates, not measured; those four have not been run here. The control encodes the negative prompt through the pipeline itself, once per run.
+Estimates, not measured; those four have not been run here. The control encodes the negative prompt through the pipeline
+itself, once per run.
 """
 
 from __future__ import annotations

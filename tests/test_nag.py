@@ -192,7 +192,7 @@ def test_two_calls_take_the_negative_prompt_to_the_prompts_call_alone() -> None:
 
 def test_beside_other_guidance() -> None:
     # p carries NAG too, so that c - p holds the perturbation alone: without any, it is zero.
-    for name in ("pixart", "sd3"):
+    for name in ("pixart", "sd3", "flux"):
         model, inputs, other = two_texts(name)
         site = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")][2]
         nag = NAG(**SETTING, negative_embeds=other)
@@ -234,6 +234,18 @@ def test_refusals(pipe: Any) -> None:
     handle = attnctl.control(model, NAG(negative_embeds=other), layout="cond")
     with handle, pytest.raises(UnsupportedModelError, match="checkpointing"):
         zoo.call(model, inputs)
+
+
+def test_compiled_blocks() -> None:
+    model, inputs, other = two_texts("wan", torch.float32)
+    control = NAG(**SETTING, negative_embeds=other)
+    expected = run(model, inputs, control)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert distance(run(model, inputs, control), expected) < 1e-5
+    model, inputs, other = two_texts("flux", torch.float32)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="not compiled"):
+        run(model, inputs, NAG(negative_embeds=other))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def negative_arguments(
         raise ConfigError(_NONE)
     if isinstance(chosen.get("prompt"), str) and isinstance(own.get("prompt"), (list, tuple)):
         chosen["prompt"] = [chosen["prompt"]] * len(own["prompt"])
-    return own | dict.fromkeys(prompts) | chosen
+    # Pooled embeddings stay the prompt's in any case; a pipeline may ask for them beside others.
+    replaced = [name for name in prompts if "prompt" in chosen or "pooled" not in name]
+    return own | dict.fromkeys(replaced) | chosen
 
 
 _NONE = (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.hosts.arguments import main_input, main_name
+from attnctl.core.hosts.arguments import main_input, main_name, row_count
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.kinds import text_lengths
 from attnctl.core.sites import Grid
@@ -63,24 +63,26 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
         if part is None:
             return None
         cut[main_name(bound)] = part
-    texts = text_lengths(bound)
+    texts, rows = text_lengths(bound), row_count(bound)
     if tokens in texts:
         return None  # image and text cannot be told apart by their lengths
     for name, value in cut.items():
         if name != main_name(bound) and not _TEXT.search(name):
             cut[name] = _tokens(value, tokens, keep, texts, family.text)
-            if (_of_the_image(name, value) and cut[name] is value) or _PLACES.search(name):
+            per_frame = "timestep" in name and isinstance(value, Tensor) and value.ndim > 1
+            if per_frame or _PLACES.search(name) or not (cut[name] is not value or _of_whole_call(value, rows)):
                 return None
     return _resized(cut, grid)
 
 
-def _of_the_image(name: str, value: Any) -> bool:
-    """Tell whether an argument says something of each place or frame of the image: it must be cut with it."""
+def _of_whole_call(value: Any, rows: int) -> bool:
+    """Tell whether an argument speaks of the whole call, or of each row, and not of places or frames of the image."""
     if isinstance(value, (list, tuple)):
-        return any(isinstance(v, Tensor) and _of_the_image(name, v) for v in value)
-    if not isinstance(value, Tensor):
-        return False
-    return name == "position_ids" or value.ndim > 3 or (value.ndim > 1 and "timestep" in name)
+        return not any(isinstance(v, Tensor) for v in value)
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return True
+    vectors = value.ndim == 2 and value.is_floating_point() and value.shape[0] == rows
+    return vectors or (value.ndim == 1 and value.shape[0] in (1, rows))
 
 
 def _line(grid: Grid) -> Tensor:
@@ -124,10 +126,10 @@ def _unet(denoiser: torch.nn.Module, cut: dict[str, Any]) -> dict[str, Any] | No
     side = 2 ** (len(levels) - 1)
     if min(sample.shape[-2:]) < side:
         return None
-    # Image latents and masks beside them have the same size.
-    size = sample.shape[-2:]
-    same = [n for n, x in cut.items() if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-2:] == size]
-    return cut | {name: cut[name][..., :side, :side] for name in same}
+    if any(isinstance(x, Tensor) and x.ndim > 3 and x is not sample for x in cut.values()):
+        return None  # what is read of an image beside the latents may stand among the keys
+    cut["sample"] = sample[..., :side, :side]
+    return cut
 
 
 def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:

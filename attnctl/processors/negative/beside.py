@@ -17,7 +17,7 @@ from attnctl.errors import UnsupportedModelError
 from attnctl.processors.negative.keys import has_text_stream, text_keys
 from attnctl.processors.negative.lockstep import ENDED, Lockstep
 
-__all__ = ["Beside", "Key"]
+__all__ = ["Beside", "Key", "check_beside"]
 
 Key = tuple[str, int]
 """Name of a site, and the number of the attention call in it."""
@@ -39,7 +39,7 @@ class Beside:
     """
 
     def __init__(self, passes: LiveDenoiser, family: Family, kwargs: dict[str, Any], sites: Sequence[str]) -> None:
-        _check(passes.module)
+        check_beside(passes.module)
         self.passes, self.sites = passes, sites
         self._vars: dict[str, Any] | None = None
         self._pauses: list[Callable[[Any], Any]] = []
@@ -101,8 +101,12 @@ class Beside:
         self._lock.close()
 
 
-def _check(denoiser: torch.nn.Module) -> None:
-    """Raise where a second call cannot go through a denoiser's blocks while the first does."""
+def check_beside(denoiser: torch.nn.Module) -> None:
+    """Raise where a second call cannot go through a denoiser's blocks while the first does.
+
+    Raises:
+        UnsupportedModelError: Gradient checkpointing, compiled blocks, or hooks of diffusers; what to switch off.
+    """
     why = None
     if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
         why = "gradient checkpointing runs blocks a second time: call disable_gradient_checkpointing()"

@@ -30,7 +30,7 @@ from attnctl.core.hosts.prompt import arguments_of
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.processors.negative.beside import Beside, Key
+from attnctl.processors.negative.beside import Beside, Key, check_beside
 from attnctl.processors.negative.keys import (
     NegativeKeys,
     attend_beside,
@@ -120,6 +120,12 @@ class LiveNegative(LiveControl):
         self._kwargs = positive | own_containers(negative)
         if self.timeless is False:
             self.keys.clear()  # they move with the time: each call records its own
+        if _compiled(self.denoiser):
+            # What follows runs inside of a graph, which cannot wait for a second call, nor compare keys.
+            if any(site.kind == "joint" for site in self.sites):
+                check_beside(self.denoiser)
+            if not self._batched:
+                self._record()
 
     def _conditions(self, positive: Mapping[str, Any]) -> dict[str, Any]:
         """Return the negative prompt's arguments of the denoiser, which the pipeline makes once per run."""
@@ -191,6 +197,8 @@ class LiveNegative(LiveControl):
         The others are those to image prompts (IP-Adapter, Wan's image to video), before it or behind.
         """
         site, index = key
+        if torch.compiler.is_compiling():
+            return index == 0
         if site not in self._text_at and not same_keys(keys, part):
             self._text_at[site] = index
         return self._text_at.get(site) == index
@@ -227,7 +235,7 @@ class LiveNegative(LiveControl):
 
     def _check_time(self, key: Key, part: AttnCall) -> None:
         """See by the prompt's own keys whether those of a text move with the time; if so, forget what was recorded."""
-        if self.timeless is not None or part.k.is_meta:
+        if self.timeless is not None or part.k.is_meta or torch.compiler.is_compiling():
             return
         call, probe = self._probes.setdefault(key, (part.state.call, part.k[:, :, :4].detach().clone()))
         if call == part.state.call:
@@ -316,6 +324,10 @@ def _prompt_rows(call: AttnCall) -> tuple[int, AttnCall] | None:
         f"{call.site.name} attends with {call.q.shape[0]} rows where the denoiser was called with {rows.total}: the "
         "prompt's rows cannot be told apart."
     )
+
+
+def _compiled(denoiser: torch.nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in denoiser.modules())
 
 
 def _frames(state: CallState) -> int:
