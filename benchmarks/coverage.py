@@ -149,6 +149,14 @@ def blocks(cls: Any, model: Model) -> Any:
     return cls(plan=plan, sites=site.name)
 
 
+def negative(cls: Any, model: Model) -> Any:
+    """Keep away from the negative rows of the call; from another text where a host takes no such rows."""
+    texts = {k: model.inputs[k] for k in TEXT_INPUTS if k in model.inputs}
+    if model.layout != "cond" or not texts:
+        return cls()
+    return cls(negative_embeds={k: list(map(moved, v)) if isinstance(v, list) else moved(v) for k, v in texts.items()})
+
+
 def _names(model: Model, cls: Any, *kinds: str) -> list[str]:
     names = [s.name for s in model.sites(*kinds) if s.kind in cls.kinds]
     return names or ["*"]  # nothing to name: the control says so itself
@@ -160,6 +168,7 @@ SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "BroadWay": lambda cls, model: cls(stop=1.0),
     "Capture": lambda cls, model: cls(words=(1, 3)),
     "EnhanceAVideo": lambda cls, model: cls(weight=4.0),
+    "NAG": negative,
     "PARO": blocks,
 }
 # Edits of a prompt need a pipeline's words, and sums of predictions its negative prompt: pipelines run them in tests.

@@ -70,6 +70,13 @@ def test_every_kind_of_attention_against_the_formula(name: str) -> None:
     assert_clean(before, model)
 
 
+def test_as_many_frames_as_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "FRAMES", 4)
+    model, inputs, other = two_texts("cogvideox")
+    expected = naive_nag(model, inputs, {**inputs, **other}, "joint", **SETTING)
+    assert distance(run(model, inputs, NAG(**SETTING, negative_embeds=other)), expected) < 1e-12
+
+
 @pytest.mark.parametrize("form", ["stream", "rows"])
 def test_texts_of_other_lengths_and_masks(form: str) -> None:
     model, inputs, _ = two_texts("qwen")

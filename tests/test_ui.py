@@ -104,7 +104,8 @@ def test_knobs_refuse(method: str, values: dict[str, Any], said: str) -> None:
 
 
 def test_models_tell_what_they_take(models: Models) -> None:
-    assert set(OFFERED) - {"NAG"} >= set(models.takes("shapes:mmdit")) >= {"PAG", "SoftPAG", "SEG", "AStar", "TPG"}
+    takes = set(models.takes("shapes:mmdit"))
+    assert set(OFFERED) - {"AgentAttention"} >= takes >= {"PAG", "SoftPAG", "SEG", "AStar", "TPG", "NAG"}
     assert {"NAG", "AgentAttention", "PAG", "AttendExcite"} <= set(models.takes("shapes:text2image"))
     pipe = models.get("shapes:text2image").pipe
     assert not any("attnctl" in type(p).__module__ for p in pipe.unet.attn_processors.values())

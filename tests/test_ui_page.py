@@ -181,7 +181,8 @@ def test_a_browser_clicks_and_looks(browser: Any, page: str) -> None:
     tab.get_by_label("Model").first.click()
     tab.get_by_role("option", name="shapes:mmdit").click()
     tab.wait_for_selector("text=Guide away from the prediction whose attention maps lean towards a target")
-    assert not tab.get_by_label("NAG", exact=True).count()  # needs cross-attention, which this model has not
+    # It needs self-attention of image tokens alone, which this model has not.
+    assert not tab.get_by_label("AgentAttention", exact=True).count()
 
     tab.get_by_role("tab", name="Words").click()
     tab.get_by_label("Steps").nth(1).fill("1")

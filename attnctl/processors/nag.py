@@ -23,7 +23,7 @@ from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
-from attnctl.data.about import About
+from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError
 from attnctl.kernels.checks import wide_dtype
 from attnctl.processors.negative.live import Form, LiveNegative
@@ -97,6 +97,8 @@ class NAG(Control):
             "both compute the cross-attention of chosen rows, which the other takes for all",
         ),
     )
+
+    presets: ClassVar[tuple[Preset, ...]] = (Preset("shapes:text2image", "NAG(scale=10.0, tau=3.5)"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,20 +49,15 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
         return _unet(denoiser, cut)
     keep = _line(grid)
     tokens = math.prod(grid)
-    if isinstance(main, (list, tuple)):
-        parts = [_spatial(x, grid, 0) for x in main]
-        if any(part is None for part in parts):
-            return None
-        cut[main_name(bound)] = type(main)(parts)
-    elif main.ndim == 3:
+    if isinstance(main, Tensor) and main.ndim == 3:
         if main.shape[1] != tokens:  # reference images or padding stand beside the image
             return None
         cut[main_name(bound)] = main[:, keep.to(main.device)]
     else:
-        part = _spatial(main, grid, _channels(denoiser, main))
-        if part is None:
+        line = _spatial(denoiser, family, bound, grid)
+        if line is None:
             return None
-        cut[main_name(bound)] = part
+        cut[main_name(bound)] = line
     texts, rows = text_lengths(bound), row_count(bound)
     if tokens in texts:
         return None  # image and text cannot be told apart by their lengths
@@ -91,30 +86,32 @@ def _line(grid: Grid) -> Tensor:
     return torch.arange(w) if w >= h else torch.arange(h) * w
 
 
-def _channels(denoiser: torch.nn.Module, main: Tensor) -> int:
-    """Return the axis of the channels of latents with rows first."""
-    config: Any = getattr(denoiser, "config", None)
-    counts = {getattr(config, name, None) for name in ("in_channels", "in_visual_dim")}
-    return next((a for a in range(1, main.ndim) if main.shape[a] in counts), 1)
+def _spatial(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any], grid: Grid) -> Any:
+    """Cut latents that are no sequence: a tensor with rows first, or a list with one per row; None where nothing tells.
 
-
-def _spatial(x: Tensor, grid: Grid, channels: int) -> Tensor | None:
-    """Cut latents whose axes are (frames,) rows and columns, in this order, beside `channels` and those before it."""
-    axes = [a for a in range(x.ndim) if a != channels][-3 if x.ndim > 3 and _has_frames(x, channels) else -2 :]
-    sizes = (*((grid[0],) if len(axes) == 3 else ()), *grid[1:])
-    if len(axes) == 2 and grid[0] != 1:
+    Which axis holds frames, rows and columns shows in the grid of latents that are twice as long there.
+    """
+    name, main = main_name(bound), main_input(bound)
+    listed = isinstance(main, (list, tuple))
+    first = main[0] if listed else main
+    axes: dict[int, int] = {}
+    for axis in range(0 if listed else 1, first.ndim):
+        shape = [2 * n if a == axis else n for a, n in enumerate(first.shape)]
+        probe = torch.empty(shape, dtype=first.dtype, device="meta")
+        other = family.grid(denoiser, {**bound, name: [probe] if listed else probe})
+        changed = [i for i in range(3) if other is not None and other[i] != grid[i]]
+        if len(changed) == 1:
+            axes[changed[0]] = axis
+    short = 1 if grid[2] >= grid[1] else 2
+    if 1 not in axes or 2 not in axes or (grid[0] > 1 and 0 not in axes) or first.shape[axes[short]] % grid[short]:
         return None
-    for axis, size in zip(axes[:-2], sizes[:-2], strict=True):  # one frame of tokens
-        x = x.narrow(axis, 0, math.ceil(x.shape[axis] / size))
-    row, column = axes[-2:]
-    short, count = (row, sizes[-2]) if sizes[-1] >= sizes[-2] else (column, sizes[-1])
-    if x.shape[short] % count:
-        return None
-    return x.narrow(short, 0, x.shape[short] // count)
 
+    def line(x: Tensor) -> Tensor:
+        if 0 in axes:
+            x = x.narrow(axes[0], 0, math.ceil(x.shape[axes[0]] / grid[0]))
+        return x.narrow(axes[short], 0, x.shape[axes[short]] // grid[short])
 
-def _has_frames(x: Tensor, channels: int) -> bool:
-    return x.ndim == (4 if channels == 0 else 5)
+    return type(main)(map(line, main)) if listed else line(main)
 
 
 def _unet(denoiser: torch.nn.Module, cut: dict[str, Any]) -> dict[str, Any] | None:
