@@ -34,7 +34,7 @@ import conftest  # noqa: E402, F401  (first: offline, quiet, one thread)
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 import zoo  # noqa: E402
-from contract import Replace, Through, snapshot  # noqa: E402
+from contract import Replace, Through, other_texts, snapshot  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import attnctl  # noqa: E402
@@ -149,14 +149,6 @@ def blocks(cls: Any, model: Model) -> Any:
     return cls(plan=plan, sites=site.name)
 
 
-def negative(cls: Any, model: Model) -> Any:
-    """Keep away from the negative rows of the call; from another text where a host takes no such rows."""
-    texts = {k: model.inputs[k] for k in TEXT_INPUTS if k in model.inputs}
-    if model.layout != "cond" or not texts:
-        return cls()
-    return cls(negative_embeds={k: list(map(moved, v)) if isinstance(v, list) else moved(v) for k, v in texts.items()})
-
-
 def _names(model: Model, cls: Any, *kinds: str) -> list[str]:
     names = [s.name for s in model.sites(*kinds) if s.kind in cls.kinds]
     return names or ["*"]  # nothing to name: the control says so itself
@@ -168,7 +160,7 @@ SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "BroadWay": lambda cls, model: cls(stop=1.0),
     "Capture": lambda cls, model: cls(words=(1, 3)),
     "EnhanceAVideo": lambda cls, model: cls(weight=4.0),
-    "NAG": negative,
+    "NAG": lambda cls, m: cls(negative_embeds=other_texts(m.inputs, TEXT_INPUTS) if m.layout == "cond" else None),
     "PARO": blocks,
 }
 # Edits of a prompt need a pipeline's words, and sums of predictions its negative prompt: pipelines run them in tests.

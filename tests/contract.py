@@ -162,3 +162,12 @@ def run(model: Any, inputs: dict[str, Any], *controls: Any, layout: Any = "cond"
     """Call a model under controls."""
     with torch.no_grad(), attnctl.control(model, *controls, layout=layout):
         return zoo.call(model, inputs)
+
+
+def other_texts(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return other texts in place of a call's: its own, turned round; None where it has none."""
+
+    def turned(value: Any) -> Any:
+        return [turned(v) for v in value] if isinstance(value, list) else value.flip(-1)
+
+    return {name: turned(inputs[name]) for name in names if name in inputs} or None
