@@ -3,7 +3,7 @@
     python benchmarks/own_pictures.py             # draws the folder, runs the commands, prints scores and seconds
     python benchmarks/own_pictures.py --folder data   # draws the folder alone
 
-The folder has three classes, circle, square and triangle: scenes of one object, 60 to train on and 20 to test per
+The folder has three classes, circle, square and triangle: scenes of one object, 200 to train on and 20 to test per
 class.
 """
 
@@ -55,9 +55,9 @@ def main() -> None:
     """Draw the folder, and run the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="draw the pictures there, and stop")
-    parser.add_argument("--train", type=int, default=60, help="pictures to train on per class")
+    parser.add_argument("--train", type=int, default=200, help="pictures to train on per class")
     parser.add_argument("--test", type=int, default=20, help="pictures to test on per class")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--model", default="biformer_micro")
     parser.add_argument("--model-options", default="{}")
     parser.add_argument("--out", type=Path, help="keep the run and the answers there")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import attnctl
 from attnctl.backbones.look.attribution import gradient_attention, relevance, rollout
+from attnctl.backbones.look.sites import backbone_sites
 from attnctl.errors import ConfigError, UnsupportedModelError
 
 NAMES = {"vit": "vit_tiny_patch16_224", "eva02": "eva02_tiny_patch14_224", "siglip": "vit_base_patch16_siglip_224"}
@@ -100,3 +101,35 @@ def test_models_whose_tokens_change_are_refused() -> None:
     with pytest.raises(ConfigError, match="layer=7 was given, but this model has 3"):
         gradient_attention(model, images, layer=7)
     assert gradient_attention(timm.create_model("pvt_v2_b0", num_classes=3), torch.rand(1, 3, 64, 64)).shape[0] == 1
+
+
+def test_gradient_times_attention_of_maps() -> None:
+    """BiFormer's last stage attends over a map [B, H, W, C], and routed windows before it."""
+    import attnctl.backbones  # registers the names with timm
+
+    del attnctl
+    model = timm.create_model("biformer_micro", num_classes=3).eval().double()
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    last: Any = backbone_sites(model)[-1].module
+    taken: list[Tensor] = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        weights.retain_grad()
+        taken.append(weights)
+        return weights @ v
+
+    from attnctl.backbones.modules import plain
+
+    whole = plain.attend
+    plain.attend = keep  # type: ignore[assignment]
+    try:
+        model(images)[:, 1].sum().backward()
+    finally:
+        plain.attend = whole
+    want = (taken[-1] * taken[-1].grad).clamp(min=0).mean((1, 2))  # type: ignore[operator]
+    got = gradient_attention(model, images, 1)
+    torch.testing.assert_close(got.flatten(1).double(), want, atol=1e-7, rtol=1e-4)
+    assert last.num_heads > 1
+    for layer in range(len(backbone_sites(model)) - 1):
+        assert gradient_attention(model, images, 1, layer=layer).min() >= 0

@@ -198,16 +198,23 @@ def _weighed(call: _Call) -> Tensor:
 
     The output is A v, so the gradient by A is that of the output times the values.
     """
+    reading, frame = call.site.reading, call.site.frame
+    cut = (frame is not None and frame.places is not None) or reading.order is not None
     gradient = call.gradient
     with call.probe() as probe:
-        if gradient is None or gradient.ndim != 3 or gradient.shape[:2] != probe.mixed.shape[:2]:
+        if gradient is not None and gradient.ndim == 4 and reading.channels_first:
+            gradient = gradient.flatten(2).mT
+        elif gradient is not None:  # in the order in which `mixed` was taken from what the same layer was given
+            gradient = gradient.flatten(0, -2).unflatten(0, (probe.mixed.shape[0], -1))
+        if gradient is None or (cut and reading.values is None) or gradient.shape != probe.mixed.shape:
             raise UnsupportedModelError(
                 f"{call.site.name} has its tokens in an order of its own, so gradients cannot be laid beside its maps."
             )
         g = gradient.float().unflatten(-1, (probe.heads, -1)).transpose(1, 2)
         v = probe.leaf.detach().float().unflatten(-1, (probe.heads, -1)).transpose(1, 2)
         by_place = g @ v.mT
-        by_place = by_place[:, :, probe.query_at.argsort()][..., probe.key_at.argsort()]
+        queries, keys = (at.argsort()[(at < 0).sum() :] for at in (probe.query_at, probe.key_at))  # without padding
+        by_place = by_place[:, :, queries][..., keys]
         return (by_place * probe.matrix()).clamp(min=0)
 
 
