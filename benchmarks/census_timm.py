@@ -162,7 +162,17 @@ def main() -> None:
         for classes, n in counts.most_common(40):
             print(f"  {n:4} {classes}")
     if args.json:
-        args.json.write_text(json.dumps({"timm": timm.__version__, "rows": rows}, indent=1) + "\n")
+        shown = ("name", "model", "classes", "read", "swap", "sites", "places", "whole")
+        result = {
+            "timm": timm.__version__,
+            "models": len(names),
+            "attention": len(rows),
+            "read": len(read),
+            "whole": sum(bool(r.get("whole")) for r in read),
+            "swapped": sum(not r["swap"] for r in rows),
+            "rows": [{k: r.get(k) for k in shown} for r in rows],
+        }
+        args.json.write_text(json.dumps(result, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

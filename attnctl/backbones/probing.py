@@ -116,8 +116,9 @@ def probe(
     elif head == "mha":
         if dim % heads:
             raise ConfigError(f"heads={heads} was given; it must divide {dim} channels.")
-        pool = AttentionPoolLatent(dim, num_heads=heads)
-        pool.mlp = None
+        attention: Any = AttentionPoolLatent(dim, num_heads=heads)
+        attention.mlp = None
+        pool = attention
     elif head == "linear":
         pool = _Mean()
     else:
