@@ -69,7 +69,7 @@ def inactive(rounds: int) -> dict[str, Any]:
                 continue  # an edit of its own call
             with attnctl.control(host.pipe, control) as handle:
                 handle.enabled = False
-                exact[f"{name}, {host.name}"] = bool(torch.equal(pairs.run(host, (), editing=False), plain))
+                exact[f"{name}, {host.name}"] = bool(torch.equal(pairs.run(host, ()), plain))
     return {
         "exact": sum(exact.values()),
         "of": len(exact),
@@ -139,7 +139,7 @@ def restore() -> dict[str, Any]:
                     _end(host, control, error, at)
                     after = snapshot(model, scheduler)
                     residue = [k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]
-                    same = bool(torch.equal(pairs.run(host, (), editing=False), plain))
+                    same = bool(torch.equal(pairs.run(host, ()), plain))
                     cases, restored, left = cases + 1, restored + (same and not residue), left + len(residue)
     return {"cases": cases, "restored": restored, "left_over": left, "diffusers_pag_pipeline": _theirs()}
 

@@ -5,6 +5,7 @@ python tests/pairs.py > docs/reference/pairs.md
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import editing_hosts
 import torch
 import zoo
 import zoo_pipelines as pipes
@@ -20,7 +22,9 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.conflicts import commute, conflict_between
+from attnctl.core.hosts.autoencoders import Coder
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.paths import PathScheduler, Route, base_of
 from attnctl.data.controls import controls
 from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
@@ -34,7 +38,9 @@ from attnctl.processors import (
     Control,
     EnhanceAVideo,
     FateZero,
+    FlowEdit,
     Guidance,
+    Inject,
     PromptToPrompt,
     ShareAttention,
     SparseAttention,
@@ -74,9 +80,8 @@ class Host:
     results: dict[Any, Tensor] = field(default_factory=dict)
 
     def run(self, *controls: Control) -> Tensor:
-        """Run the pipeline under some controls; FateZero asks for calls of its own."""
-        editing = any(isinstance(c, FateZero) for c in controls)
-        return run(self, controls, editing)
+        """Run the pipeline under some controls; those that edit ask for calls of their own."""
+        return run(self, controls, _editing(controls))
 
     def plain(self, controls: Sequence[Control]) -> Tensor:
         """Return what the pipeline computes without any control, for the same call."""
@@ -93,18 +98,21 @@ class Host:
         return self.results[key]
 
 
-def _editing(controls: Sequence[Control]) -> bool:
-    return any(isinstance(c, FateZero) for c in controls)
+def _editing(controls: Sequence[Control]) -> str:
+    return next((n for c in controls if (n := type(c).__name__) in ("FateZero", "Inject", "FlowEdit")), "")
 
 
-def run(host: Host, controls: Sequence[Control], editing: bool) -> Tensor:
+def run(host: Host, controls: Sequence[Control], editing: str = "") -> Tensor:
     """Run a host once; the handle is detached whatever happens."""
-    kwargs = host.kwargs | (host.kwargs.get("editing", {}) if editing else {})
+    kwargs = host.kwargs | host.kwargs.get("editing", {}).get(editing, {})
     kwargs.pop("editing", None)
-    if not controls:
-        return pipes.run(host.pipe, kwargs)
-    with attnctl.control(host.pipe, *controls):
-        return pipes.run(host.pipe, kwargs)
+    scheduler, before = kwargs.pop("scheduler", host.pipe.scheduler), host.pipe.scheduler
+    host.pipe.scheduler = scheduler
+    try:
+        with attnctl.control(host.pipe, *controls) if controls else contextlib.nullcontext():
+            return pipes.run(host.pipe, kwargs)
+    finally:
+        host.pipe.scheduler = before
 
 
 POOLED = Online(density=0.4, by="pooled", every=2, block=8, rest="drop")
@@ -146,7 +154,7 @@ def unet() -> Host:
     }
     call = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise, "height": 32, "width": 24}
     call |= {"num_inference_steps": STEPS, "guidance_scale": 5.0}
-    call["editing"] = {"prompt": [TARGET] * 2, "latents": inversion.noise}
+    call["editing"] = {"FateZero": {"prompt": [TARGET] * 2, "latents": inversion.noise}}
     return _host("UNet", pipe, call, first, changed, "mid")
 
 
@@ -202,7 +210,39 @@ def crossed() -> Host:
     return _host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {}, 1)
 
 
-HOSTS = {"unet": unet, "motion": motion, "joint": joint, "crossed": crossed}
+@functools.cache
+def flowing() -> Host:
+    """SD3 with words, whose flow edits go along."""
+    pipe = editing_hosts.build("sd3")
+    coded = Coder(pipe).encode(editing_hosts.clip(1, 16, 24))
+    words = {"source": SOURCE, "target": TARGET}
+    inversion = invert(pipe, coded, SOURCE, steps=STEPS)
+    first: dict[str, Control] = {
+        "Inject": Inject(**words, stop=1.0, inversion=inversion),
+        "Capture": Capture(words=("bear",)),
+    }
+    noise = torch.randn(coded.latents.shape, generator=torch.Generator().manual_seed(0))
+    call = {"prompt": TARGET, "negative_prompt": "", "latents": noise, "height": 16, "width": 24}
+    call |= {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    call["scheduler"] = pipe.scheduler
+    pairs = pipe.scheduler = PathScheduler(base_of(pipe.scheduler), Route(pairs=torch.zeros_like))
+    call["editing"] = {
+        "Inject": {"latents": inversion.noise, "scheduler": inversion.way_back()},
+        "FlowEdit": {
+            "prompt": [SOURCE, TARGET],
+            "negative_prompt": ["", ""],
+            "latents": torch.cat([coded.latents] * 2),
+            "scheduler": pairs,
+        },
+    }
+    changed = {"Inject": {"parts": ("k",)}}
+    made = _host("flow with words", pipe, call, first, changed | {"Capture": {"words": ("water",)}}, 1)
+    for known, settings in ((made.first, {}), (made.second, {"source_scale": 2.0})):
+        known["FlowEdit"] = FlowEdit(**words, target_scale=3.0, **settings)
+    return made
+
+
+HOSTS = {"unet": unet, "motion": motion, "joint": joint, "crossed": crossed, "flowing": flowing}
 PAIRS: tuple[tuple[str, str], ...] = tuple(itertools.combinations_with_replacement(METHODS, 2))
 
 

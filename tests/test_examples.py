@@ -62,6 +62,7 @@ def test_every_script_is_tested() -> None:
         "nag_few_steps",
         "word_maps",
         "enhance_video",
+        "edit_transformer",
         "fatezero_sd15",
         "gallery",
         "hunt_sd3",
@@ -136,6 +137,7 @@ def test_word_maps(tmp_path: Path) -> None:
 
 
 def test_fatezero(tmp_path: Path) -> None:
+    assert "denoiser calls" in run("edit_transformer", tmp_path, "--steps", "2")
     text = run("fatezero_sd15", tmp_path, "--frames", "2", "--steps", "4")
     assert "source: recompute" in text
     assert (tmp_path / "strip.png").is_file()

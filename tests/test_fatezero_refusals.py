@@ -18,7 +18,7 @@ import attnctl
 from attnctl.data.clips import ClipError
 from attnctl.data.specs import control_from_dict, control_to_dict
 from attnctl.errors import AttnctlError, ConfigError, SiteError, UnsupportedModelError
-from attnctl.pipelines import ddim_of, invert
+from attnctl.pipelines import ddim_of, edit_video, invert
 from attnctl.pipelines.editing.codec import encode
 from attnctl.processors import FateZero
 from attnctl.processors.editing.source import Inversion, MemoryBudgetError, SourceStore, check_room
@@ -137,12 +137,14 @@ def test_schedulers(pipe: Any, name: str, inverts: bool) -> None:
 
 
 def test_other_models() -> None:
-    for name in ("pixart", "sd3"):
-        other = pipes.build(name)[0]
-        with pytest.raises(UnsupportedModelError, match="UNets"):
-            attnctl.control(other, BASE)
-        with pytest.raises(UnsupportedModelError, match=r"has no unet.*SD 1, SD 2, SDXL"):
-            job(other, clip(1))
+    video = pipes.build("animatediff")[0]
+    with pytest.raises(UnsupportedModelError, match="UNets"):
+        attnctl.control(video, BASE)
+    for method in ("inject", "flowedit"):
+        with pytest.raises(UnsupportedModelError, match="along the flow of a transformer"):
+            edit_video(pipes.build("sd")[0], clip(1), source=SOURCE, target=TARGET, method=method, progress=False)
+    with pytest.raises(UnsupportedModelError, match="no autoencoder"):
+        job(pipes.build("wan")[0], clip(1))
     with pytest.raises(UnsupportedModelError, match="AutoPipelineForText2Image"):
         invert(pipes.build("sd_img2img")[0], latents(), SOURCE, steps=2)
 

@@ -45,7 +45,7 @@ def test_every_pair(host: str) -> None:
         else:
             _together(made, names, controls)
         assert_clean(before, pipes.denoiser(made.pipe), made.pipe.scheduler)
-    assert torch.equal(pairs.run(made, (), editing=False), made.plain(()))
+    assert torch.equal(pairs.run(made, ()), made.plain(()))
 
 
 def _refused(made: pairs.Host, controls: tuple[Any, Any]) -> None:

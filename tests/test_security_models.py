@@ -190,6 +190,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "AttendExcite": {"concepts": ("cat",)},
     "FateZero": {"source": "a cat", "target": "a dog"},
     "PromptToPrompt": {"source": "a cat", "target": "a dog"},
+    "Inject": {"source": "a cat", "target": "a dog"},
+    "FlowEdit": {"source": "a cat", "target": "a dog"},
     "PARO": {"plan": BlockPlan.from_mask(torch.ones(2, 3, 3, dtype=torch.bool), 8)},
 }
 

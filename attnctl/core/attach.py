@@ -195,11 +195,12 @@ class DenoiserHandle(Handle):
             w.state.begin_call(w.module, w.family, bound)
             self._follow(w)
             self._time(w)
-            w.state.rows = self._rows.read(w.module, w.family, bound)
             if self.prompts is not None:
                 self.prompts.close()
                 own = self._call.pipe is self._pipe
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
+            samples = getattr(w.state.prompts, "samples", None)
+            w.state.rows = self._rows.read(w.module, w.family, bound, samples)
             if w.branches:
                 self._rows.warn_bare(w.state.rows)
             changed = w.begin_pass(self._replay)

@@ -20,6 +20,8 @@ from attnctl.processors.combining.rescale import Rescale as Rescale
 from attnctl.processors.combining.tcfg import TCFG as TCFG
 from attnctl.processors.combining.zero_star import CFGZeroStar as CFGZeroStar
 from attnctl.processors.editing.fatezero import FateZero as FateZero
+from attnctl.processors.editing.flow_edit import FlowEdit as FlowEdit
+from attnctl.processors.editing.inject import Inject as Inject
 from attnctl.processors.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
 from attnctl.processors.enhance_video import EnhanceAVideo as EnhanceAVideo
 from attnctl.processors.latent.astar import AStar as AStar

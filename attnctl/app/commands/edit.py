@@ -15,10 +15,12 @@ from attnctl.data.files import below, slug
 
 __all__ = ["Edit"]
 
+_FAMILY = "(default: the model family's)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Common):
-    """Edit a video (or frames, or an image) with a text prompt, by FateZero."""
+    """Edit a video (or frames, or an image) with a text prompt: by FateZero, injection or FlowEdit."""
 
     input: Annotated[Path, tyro.conf.Positional]
     """A video file, a folder of frames, or an image."""
@@ -30,7 +32,19 @@ class Edit(Common):
     """What it shall show."""
 
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
-    """`shapes:text2image` (shipped), a hub id, or a local folder: SD 1, SD 2 or SDXL."""
+    """`shapes:text2image` or `shapes:mmdit` (shipped), a hub id, or a local folder: SD 1, 2, XL, or a transformer."""
+
+    method: Literal["fatezero", "flowedit", "inject"] = "fatezero"
+    """How: by the inverted source's attention, without inverting (transformers), or by its values at chosen blocks."""
+
+    solver: Literal["fireflow", "rf_solver", "euler", "uniinv", "rf_inversion"] = "fireflow"
+    """What inverts the source along a transformer's flow."""
+
+    mask: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
+    """A picture of the frames' size: outside what is white, nothing changes."""
+
+    check: bool = False
+    """Measure how well the inversion alone gives the source back (transformers)."""
 
     revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
     """The commit or branch of a hub model."""
@@ -38,11 +52,26 @@ class Edit(Common):
     mode: Literal["refine", "replace"] = "refine"
     """Align the prompts (refine), or put words in the places of others (replace; equally many words)."""
 
-    cross_replace: float = 0.8
+    cross_replace: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint=_FAMILY)] = None
     """Share of the steps in which cross-attention follows the source."""
 
-    self_replace: float = 0.8
+    self_replace: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint=_FAMILY)] = None
     """Share of the steps in which self-attention follows the source."""
+
+    strength: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint=_FAMILY)] = None
+    """Share of the steps that edit, for --method flowedit."""
+
+    source_guidance: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint=_FAMILY)] = None
+    """Guidance of the source's prompt, for --method flowedit."""
+
+    inject: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: 0.2)")] = None
+    """Share of the steps in which the source is injected, for --method inject."""
+
+    parts: Annotated[str, tyro.conf.arg(metavar="LETTERS")] = "v"
+    """What --method inject takes: some of q, k and v."""
+
+    sites: Annotated[str | None, tyro.conf.arg(metavar="SELECTOR", help_behavior_hint=_FAMILY)] = None
+    """The layers that are edited."""
 
     blend: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
     """Word of the source outside which the source is kept; several may be given."""
@@ -68,11 +97,11 @@ class Edit(Common):
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where kept attention goes."""
 
-    steps: int = 50
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_FAMILY)] = None
     """Steps of the inversion and of the edit."""
 
-    guidance: float = 7.5
-    """Classifier-free guidance scale of the edit."""
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint=_FAMILY)] = None
+    """Guidance scale of the edit."""
 
     negative: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """What not to show."""
@@ -89,8 +118,8 @@ class Edit(Common):
     size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as it is)")] = None
     """Pixels that the shorter side is brought to."""
 
-    window: int = 8
-    """Frames that go through the model at once."""
+    window: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 8, or all)")] = None
+    """Frames that go through the model at once: 8 on UNets, all on transformers, whose windows are edited apart."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -112,7 +141,7 @@ class Edit(Common):
         from attnctl.pipelines import edit_video
         from attnctl.pipelines.models import device_and_dtype, load
 
-        control = self._control()
+        fields = self._fields()
         clip = FileClip(self.input)  # read before the model: a missing file is said at once
         device, dtype = device_and_dtype(self.device, self.dtype)
         say(f"Loading {self.model} ({device}, {dtype})")
@@ -124,7 +153,11 @@ class Edit(Common):
         done = edit_video(
             loaded.pipe,
             clip,
-            control,
+            method=self.method,
+            solver=self.solver,
+            mask=self.mask,
+            check=self.check,
+            announce=say,
             steps=self.steps,
             guidance_scale=self.guidance,
             negative_prompt=self.negative,
@@ -139,6 +172,7 @@ class Edit(Common):
             keep=False,
             model=loaded.name,
             command=command,
+            **fields,
         )
         if done.report:
             say(done.report)
@@ -154,31 +188,40 @@ class Edit(Common):
 
         names = ("steps", "every", "window", "frames", "size", "start")
         check_wholes({name: getattr(self, name) for name in names}, UsageError, "--")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
 
-    def _control(self) -> Any:
-        """Make the control of the options."""
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of the control that the options say, and refuse those that cannot be."""
         from attnctl.errors import ConfigError
-        from attnctl.processors import FateZero
+        from attnctl.processors import FateZero, FlowEdit, Inject
 
-        blend: Any = (self.blend, self.blend_target) if self.blend_target else self.blend
+        fields: dict[str, Any] = {"source": self.source, "target": self.target}
+        given: dict[str, Any]
+        if self.method == "flowedit":
+            cls: Any = FlowEdit
+            given = {"strength": self.strength, "source_scale": self.source_guidance}
+        elif self.method == "inject":
+            cls, given = Inject, {"stop": self.inject, "parts": tuple(self.parts), "sites": self.sites}
+        else:
+            cls = FateZero
+            blend: Any = (self.blend, self.blend_target) if self.blend_target else self.blend
+            given = {"cross_replace": self.cross_replace, "self_replace": self.self_replace, "sites": self.sites}
+            fields |= {
+                "mode": self.mode,
+                "blend_words": blend or None,
+                "blend_threshold": self.blend_threshold,
+                "blend_latents": self.blend_latents,
+                "equalizer": dict(map(_weight, self.weight)) or None,
+                "keys": tuple(map(_key, self.keys)),
+                "store": self.store,
+            }
+        fields |= {name: value for name, value in given.items() if value is not None}
         try:
-            return FateZero(
-                source=self.source,
-                target=self.target,
-                mode=self.mode,
-                cross_replace=self.cross_replace,
-                self_replace=self.self_replace,
-                blend_words=blend or None,
-                blend_threshold=self.blend_threshold,
-                blend_latents=self.blend_latents,
-                equalizer=dict(map(_weight, self.weight)) or None,
-                keys=tuple(map(_key, self.keys)),
-                store=self.store,
-            )
+            cls(**fields)
         except ConfigError as error:
             raise UsageError(str(error)) from None
+        return fields
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -15,6 +15,8 @@ from attnctl.core.hosts.families import Family
 from attnctl.errors import UnsupportedModelError
 
 __all__ = [
+    "ROW_LISTS",
+    "SHARED",
     "as_given",
     "bind_call",
     "cut_tensor",
@@ -27,9 +29,9 @@ __all__ = [
 ]
 
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
-_SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
+SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
 # Arguments that are Python lists with one entry a row.
-_ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
+ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
 _MAIN = ("sample", "hidden_states", "x", "vision_tokens", "input_ids")
 
 
@@ -126,19 +128,19 @@ def take_rows(
         if isinstance(value, torch.Tensor):
             return cut_tensor(value, rows, total, (1, frames))
         if isinstance(value, dict):
-            return {k: v if k in _SHARED else cut(v) for k, v in value.items()}
+            return {k: v if k in SHARED else cut(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(cut(v) for v in value)
         return value
 
-    shared = _SHARED if family is None else _SHARED | family.shared
+    shared = SHARED if family is None else SHARED | family.shared
     taken = {}
     for name, value in bound.items():
         if name in shared:
             taken[name] = value
         elif family is not None and name in family.row_axis and isinstance(value, torch.Tensor):
             taken[name] = value.movedim(family.row_axis[name], 0)[rows].movedim(0, family.row_axis[name])
-        elif name in _ROW_LISTS and isinstance(value, (list, tuple)):
+        elif name in ROW_LISTS and isinstance(value, (list, tuple)):
             taken[name] = value[rows] if len(value) == total else value
         else:
             taken[name] = cut(value)

@@ -135,10 +135,11 @@ class EncoderWatch:
         by_value: dict[str, tuple[float, Reading]] = {}
         by_length: dict[str, tuple[float, Reading]] = {}
         for encoded in self.encoded:
-            source = next((s for t in reversed(self.texts) if (s := _shifted(t, encoded.ids)) is not None), None)
-            if source is None:
+            # An empty negative prompt's end mark stands among the ids of every other prompt: the longest text counts.
+            sources = [s for t in reversed(self.texts) if (s := _shifted(t, encoded.ids)) is not None]
+            if not sources:
                 continue
-            text, shift = source
+            text, shift = max(sources, key=lambda s: (len(s[0].ids) == len(encoded.ids), sum(s[0].real)))
             real = [i + shift for i, r in enumerate(text.real) if r]
             places = _places(row, encoded.states, real, sorted(offsets))
             if places is not None:

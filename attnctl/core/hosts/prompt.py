@@ -46,6 +46,11 @@ class PromptCall:
     readings: tuple[tuple[Reading, ...], ...] | None = None
     negative_readings: tuple[tuple[Reading, ...], ...] | None = None
 
+    @property
+    def samples(self) -> int:
+        """Return how many pictures (or videos) the call makes."""
+        return len(self.prompts) * self.images
+
 
 class PromptWatch:
     """Remembers the texts of a pipeline's current call.

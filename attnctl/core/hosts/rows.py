@@ -57,8 +57,16 @@ class RowLayout:
         if self._scaled is None or sample.shape[0] >= self._scaled.shape[0]:
             self._scaled = sample
 
-    def read(self, denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]) -> Rows:
+    def read(
+        self, denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any], samples: int | None = None
+    ) -> Rows:
         """Tell the rows of a call.
+
+        Args:
+            denoiser: The denoiser.
+            family: Its family.
+            bound: Its arguments.
+            samples: How many pictures the pipeline was asked for, where its prompts tell: as many rows are all of them.
 
         Raises:
             UnsupportedModelError: The pipeline calls the denoiser in a way that attnctl cannot tell apart.
@@ -83,7 +91,8 @@ class RowLayout:
             return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
         if call == 0:
             self._first = main_input(bound)
-            self._read = self._first_rows(bound, total, family.cond_first)
+            whole = self.layout == "auto" and samples == total
+            self._read = Rows.all(total) if whole else self._first_rows(bound, total, family.cond_first)
             return self._read
         if self._read is not None and self._read.role == "all" and self.layout != "cond":
             first = self._first

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attnctl.data.clips import open_clip
-from attnctl.errors import ConfigError
+from attnctl.core.hosts.families import family_of
+from attnctl.data.clips import Clip, ClipError, open_clip
+from attnctl.data.picture_files import read_picture
+from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.pipelines.bounds import check_wholes
 from attnctl.pipelines.editing.codec import check_pipeline
+from attnctl.pipelines.editing.defaults import Defaults, defaults_of
 from attnctl.pipelines.editing.files import make_strip, output_files, parts_of, record_of, write
+from attnctl.pipelines.editing.flow_job import FlowJob
 from attnctl.pipelines.editing.job import Job
 from attnctl.processors.editing.fatezero import FateZero
+from attnctl.processors.editing.flow_edit import FlowEdit
+from attnctl.processors.editing.inject import Inject
 from attnctl.processors.editing.source import Offload
 
 __all__ = ["Edited", "edit_video"]
@@ -59,16 +65,22 @@ class Edited:
 def edit_video(
     pipe: Any,
     video: Any,
-    control: FateZero | None = None,
+    control: FateZero | Inject | FlowEdit | None = None,
     *,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
+    method: str = "fatezero",
+    solver: str = "fireflow",
+    mask: Any = None,
+    check: bool = False,
+    announce: Callable[[str], object] = lambda text: None,
+    options: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     start: int = 0,
     count: int | None = None,
     every: int = 1,
     size: int | tuple[int, int] | None = None,
-    window: int = 8,
+    window: int | None = None,
     fps: float | None = None,
     offload: Offload = "none",
     budget: int | None = None,
@@ -81,20 +93,29 @@ def edit_video(
     command: str = "",
     **fields: Any,
 ) -> Edited:
-    """Edit a clip with a text prompt (FateZero, arXiv 2303.09535).
+    """Edit a clip or a picture with a text prompt, by FateZero (arXiv 2303.09535), injection or FlowEdit.
 
     Args:
-        pipe: A Stable Diffusion pipeline (SD 1, SD 2, SDXL).
+        pipe: A pipeline of a Stable Diffusion UNet (SD 1, SD 2, SDXL), or of a transformer (SD3, FLUX, Qwen-Image,
+            PixArt, Sana, Wan, LTX-Video, CogVideoX, HunyuanVideo, Mochi).
         video: A video file, a folder of frames, an image, or frames as an array or a list of images.
         control: The edit; or give its fields here: source, target, cross_replace, blend_words, ...
-        steps: Steps of the inversion and of the edit.
-        guidance_scale: Classifier-free guidance of the edit.
+        method: Whose fields they are: "fatezero", "inject" or "flowedit". Fields that are not given are the family's
+            (`attnctl.pipelines.editing.defaults`).
+        solver: On transformers, what inverts: "fireflow", "rf_solver", "euler", "uniinv" or "rf_inversion".
+        mask: A picture, or an array of bool [height, width], of the frames' size: what is not black may change.
+        check: On transformers, measure the inversion's own reconstruction, for the report.
+        options: On transformers, further arguments of the pipeline's call, such as max_sequence_length.
+        announce: Called with what the run will cost, in words, before it begins.
+        steps: Steps of the inversion and of the edit; None for the family's.
+        guidance_scale: Guidance of the edit; None for the family's.
         negative_prompt: What not to show.
         start: First frame.
         count: Most frames; None for all.
         every: Take every m-th frame.
         size: Shorter side, or (height, width), that frames are brought to; None keeps theirs.
-        window: Most frames that go through the model at once, besides the frames that all look at.
+        window: Most frames that go through the model at once, besides the frames that all look at; None for 8 on UNets,
+            for all on transformers of videos. There windows are edited apart.
         fps: Frames per second of the output; None for the source's, divided by `every`.
         offload: Where stored attention goes: "none", "cpu", "disk" (stores "qk" and "maps").
         budget: Most bytes to store.
@@ -105,7 +126,7 @@ def edit_video(
         progress: A bar on stderr, none, or a function to call after every step.
         model: The model's name, for the record.
         command: The command line, for the record.
-        **fields: Fields of `FateZero`.
+        **fields: Fields of the control.
 
     Returns:
         The edit.
@@ -117,26 +138,24 @@ def edit_video(
         MemoryBudgetError: What would be stored does not fit; nothing has run yet.
         UnsupportedModelError: The model or its scheduler cannot be edited.
     """
-    edit = _edit_of(control, fields)
-    check_wholes({"start": start, "every": every, "window": window, "steps": steps, "frames": count}, ConfigError)
-    _check_finite("guidance_scale", guidance_scale)
-    _check_finite("fps", 1.0 if fps is None else fps, 0.0)
-    check_pipeline(pipe)
+    wholes = {"start": start, "every": every, "window": window, "steps": steps, "frames": count}
+    edit, steps, scale = _settled(pipe, control, method, fields, wholes, guidance_scale, fps)
     clip = open_clip(video)
     chosen = range(start, clip.count, every)[:count]
     if not chosen:
         raise ConfigError(f"start={start}, count={count}, every={every} leave no frame of {clip.count}.")
-    job = Job(pipe, clip, chosen, edit, steps, size, window)
+    job = _job_of(pipe, clip, chosen, edit, steps, size, window, solver, mask, check, options)
     job.check(offload, budget, folder)
+    announce(job.costs_in_words())
     files = output_files(out, len(chosen), force)
     rate = float(fps or clip.fps / every)
-    call = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+    call = {"guidance_scale": scale, "negative_prompt": negative_prompt}
     record = record_of(pipe, job, call, rate, model)
-    with parts_of(files, record, job) as parts, _bar(progress, 2 * steps * len(job.windows)) as tick:
+    with parts_of(files, record, job) as parts, _bar(progress, job.ticks * len(job.windows)) as tick:
         report = ""
         for first in job.windows:
             if parts.has(first):
-                for _ in range(2 * steps):
+                for _ in range(job.ticks):
                     tick()
                 continue
             before, after, report = job.run(first, call, offload, budget, folder, tick)
@@ -149,6 +168,57 @@ def edit_video(
     return Edited(whole[1], whole[0], rate, strip, record, report, next(iter(files), None))
 
 
+def _is_flow(pipe: Any) -> bool:
+    """Tell whether a pipeline runs a transformer, which is edited along its flow."""
+    return getattr(pipe, "unet", None) is None and getattr(pipe, "transformer", None) is not None
+
+
+def _settled(
+    pipe: Any,
+    control: Any,
+    method: str,
+    fields: dict[str, Any],
+    wholes: dict[str, int | None],
+    guidance: float | None,
+    fps: float | None,
+) -> tuple[FateZero | Inject | FlowEdit, int, float]:
+    """Check what was given, and fill in what the family of models has by default: the edit, its steps and guidance."""
+    check_wholes(wholes, ConfigError)
+    _check_finite("guidance_scale", 1.0 if guidance is None else guidance)
+    _check_finite("fps", 1.0 if fps is None else fps, 0.0)
+    if not _is_flow(pipe):
+        check_pipeline(pipe)
+    edit, usual = _edit_of(pipe, control, method, fields)
+    scale = float(usual.guidance if guidance is None else guidance)
+    if isinstance(edit, FlowEdit):  # the pipeline guides the target's rows, the control brings the source's to theirs
+        edit = dataclasses.replace(edit, target_scale=scale)
+    return edit, wholes["steps"] or usual.steps, scale
+
+
+def _job_of(
+    pipe: Any,
+    clip: Clip,
+    chosen: range,
+    edit: FateZero | Inject | FlowEdit,
+    steps: int,
+    size: Any,
+    window: int | None,
+    solver: str,
+    mask: Any,
+    check: bool,
+    options: Mapping[str, Any] | None,
+) -> Job | FlowJob:
+    region = None if mask is None else _mask_of(mask)
+    if _is_flow(pipe):
+        return FlowJob(pipe, clip, chosen, edit, steps, size, window, solver, region, check, options)
+    if not isinstance(edit, FateZero):
+        raise UnsupportedModelError(
+            f"{type(edit).__name__} edits along the flow of a transformer; {type(pipe).__name__} is a UNet's. Use "
+            'method="fatezero".'
+        )
+    return Job(pipe, clip, chosen, edit, steps, size, window or 8, region)
+
+
 def _check_finite(name: str, value: Any, least: float = -math.inf) -> None:
     """Refuse now what would make no picture, or what no record or video could hold after all the work."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -156,20 +226,52 @@ def _check_finite(name: str, value: Any, least: float = -math.inf) -> None:
         raise ConfigError(f"{name}={value!r}: give a finite number{'' if least < 0 else f' above {least:g}'}.")
 
 
-def _edit_of(control: FateZero | None, fields: dict[str, Any]) -> FateZero:
+_METHODS: dict[str, type[FateZero] | type[Inject] | type[FlowEdit]] = {
+    "fatezero": FateZero,
+    "inject": Inject,
+    "flowedit": FlowEdit,
+}
+
+
+def _edit_of(
+    pipe: Any, control: Any, method: str, fields: dict[str, Any]
+) -> tuple[FateZero | Inject | FlowEdit, Defaults]:
+    """Return the edit that was given or described, and the defaults of its method in the pipeline's family."""
+    denoiser = getattr(pipe, "unet", None)
+    family = family_of(pipe.transformer if denoiser is None else denoiser).name
     if control is not None:
-        if not isinstance(control, FateZero) or fields:
+        if not isinstance(control, (FateZero, Inject, FlowEdit)) or fields:
             what = f"{control!r:.80} and {sorted(fields)}" if fields else f"{control!r:.80}"
-            raise ConfigError(f"Give a FateZero control or its fields, not {what}.")
-        return dataclasses.replace(control, inversion=None)
-    names = [f.name for f in dataclasses.fields(FateZero)]
+            raise ConfigError(f"Give a FateZero, Inject or FlowEdit control or its fields, not {what}.")
+        usual = defaults_of(pipe, family, type(control).__name__)
+        if isinstance(control, (FateZero, Inject)):
+            return dataclasses.replace(control, inversion=None), usual
+        return control, usual
+    if method not in _METHODS:
+        raise ConfigError(
+            f"method={method!r} is unknown. Choose one of {', '.join(_METHODS)}." + nearest(method, _METHODS)
+        )
+    cls = _METHODS[method]
+    names = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(fields) - set(names))
     if unknown or not {"source", "target"} <= set(fields):
         raise ConfigError(
             f"edit_video needs source= (what the video shows) and target= (what it shall show); unknown: "
-            f"{', '.join(unknown) or 'nothing'}. Fields of FateZero: {', '.join(names)}."
+            f"{', '.join(unknown) or 'nothing'}. Fields of {cls.__name__}: {', '.join(names)}."
         )
-    return FateZero(**fields)
+    usual = defaults_of(pipe, family, cls.__name__)
+    return cls(**{**usual.fields, **fields}), usual
+
+
+def _mask_of(mask: Any) -> np.ndarray:
+    """Return a mask as bool, [height, width] or [frames, height, width]."""
+    if isinstance(mask, (str, Path)):
+        mask = read_picture(mask, ClipError)
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L")) > 127
+    if not isinstance(mask, np.ndarray) or mask.ndim not in (2, 3):
+        raise ConfigError(f"mask={mask!r:.60}: give a picture, or an array of bool [height, width].")
+    return mask.astype(bool)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from attnctl.data.png import png_with_text
 from attnctl.data.provenance import hardware, versions
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import ConfigError
+from attnctl.pipelines.editing.flow_job import FlowJob
 from attnctl.pipelines.editing.job import Job
 from attnctl.plans.reading import Expected, open_tensors
 from attnctl.plans.writing import check_free, publish
@@ -34,7 +35,7 @@ _PART = Expected("a window of an edit that is done", ClipError)
 class Parts:
     """Windows of a job that are done: in memory, or in a folder beside the output."""
 
-    def __init__(self, job: Job, folder: Path | None) -> None:
+    def __init__(self, job: Job | FlowJob, folder: Path | None) -> None:
         self.job = job
         self.folder = folder
         self.windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -95,7 +96,7 @@ class Parts:
 
 
 @contextlib.contextmanager
-def parts_of(files: list[Path], record: dict[str, Any], job: Job) -> Iterator[Parts]:
+def parts_of(files: list[Path], record: dict[str, Any], job: Job | FlowJob) -> Iterator[Parts]:
     """Give a place for windows that are done: what an earlier run of the same job left is taken up again."""
     if not files:
         yield Parts(job, None)
@@ -168,9 +169,11 @@ def make_strip(parts: Parts) -> Image.Image:
     return grid(images, 2, len(shown), labels, [f"frame {job.chosen[i]}" for i in shown], tile=96)
 
 
-def record_of(pipe: Any, job: Job, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
+def record_of(pipe: Any, job: Job | FlowJob, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
     """Say how the edit is made; machine paths stay out of it."""
-    device = str(next(pipe.unet.parameters()).device)
+    device = str(next(job.denoiser.parameters()).device)
+    flow = {"solver": job.solver, "costs": job.costs, "options": job.options} if isinstance(job, FlowJob) else {}
+    mask = None if job.mask is None else hashlib.sha256(np.packbits(job.mask).tobytes()).hexdigest()
     sample = job.read([0]) if len(job.chosen) == 1 else job.read([0, len(job.chosen) - 1])
     return {
         "schema": 1,
@@ -184,13 +187,15 @@ def record_of(pipe: Any, job: Job, call: dict[str, Any], fps: float, model: str)
         "control": control_to_dict(job.edit),
         "steps": job.steps,
         **call,
+        **flow,
+        "mask_sha256": mask,
         "window": job.window,
         "store_bytes": job.bytes,
         "model": model or str(getattr(pipe, "name_or_path", "") or type(pipe).__name__).rsplit("/", 1)[-1],
         "pipeline": type(pipe).__name__,
         "scheduler": type(job.ddim).__name__,
         "scheduler_replaced": None if job.ddim is pipe.scheduler else type(pipe.scheduler).__name__,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "dtype": str(next(job.denoiser.parameters()).dtype).removeprefix("torch."),
         "device": device,
         "hardware": hardware(device),
         "versions": versions(),

@@ -7,26 +7,28 @@ the attention that an edit asks to keep.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnctl.core.attach import attach
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
+from attnctl.core.hosts.autoencoders import Coded, Coder
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.data.clips import open_clip
-from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError, window
 from attnctl.pipelines.editing.codec import check_pipeline, encode, latent_factor
+from attnctl.pipelines.editing.flow_inversion import invert_flow
+from attnctl.pipelines.editing.running import running_on
 from attnctl.processors.editing.align import follow_table
 from attnctl.processors.editing.engine import SourcePass
 from attnctl.processors.editing.fatezero import FateZero
@@ -34,7 +36,7 @@ from attnctl.processors.editing.fusion import frame_indices
 from attnctl.processors.editing.prompts import site_factors
 from attnctl.processors.editing.source import Inversion, Offload, SourceAttention, SourceStore, check_room
 
-__all__ = ["ddim_of", "estimate_bytes", "inverse_of", "invert", "running_on"]
+__all__ = ["ddim_of", "estimate_bytes", "inverse_of", "invert"]
 
 _STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM", "Consistency", "Cogvideo", "VQDiffusion", "UnCLIP", "AMUSEd")
 
@@ -106,31 +108,6 @@ def inverse_of(ddim: Any) -> Any:
     return DDIMInverseScheduler(**{n: config[n] for n in names if n in config})
 
 
-@contextlib.contextmanager
-def running_on(pipe: Any, scheduler: Any, step: Callable[[], object] | None = None) -> Iterator[dict[str, Any]]:
-    """Run a pipeline with another scheduler and without its own progress bar; then give it back what it had.
-
-    Args:
-        step: Called after every step.
-
-    Yields:
-        Further arguments of the pipeline's call.
-    """
-    before = pipe.scheduler
-
-    def report(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step is not None:
-            step()
-        return tensors
-
-    with without_bar(pipe):
-        pipe.scheduler = scheduler
-        try:
-            yield {"callback_on_step_end": report}
-        finally:
-            pipe.scheduler = before
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Record(Control):
     """Note the latents of an inversion, and the attention that an edit wants kept."""
@@ -188,11 +165,13 @@ def invert(
     rows: Sequence[int] | None = None,
     total: int | None = None,
     step: Callable[[], object] | None = None,
+    solver: str = "fireflow",
 ) -> Inversion:
     """Take frames back to noise.
 
     Args:
-        pipe: A Stable Diffusion pipeline (SD 1, SD 2, SDXL); any scheduler whose noise DDIM knows.
+        pipe: A pipeline of a Stable Diffusion UNet (SD 1, SD 2, SDXL), which DDIM inverts whatever its scheduler, or of
+            a transformer, which is inverted along its flow.
         frames: uint8 RGB [n, height, width, 3], an image, a list of images, a path, or latents [n, C, h, w].
         prompt: What the frames show; the control's source by default.
         control: The edit that follows: it says which frames self-attention looks at, and what to keep.
@@ -202,6 +181,7 @@ def invert(
         budget: Most bytes to store; None for what is free.
         rows: The clip's frame in each row, where `frames` is a window of a clip of `total` frames.
         step: Called after every step.
+        solver: On transformers, the rule of the steps: "fireflow", "rf_solver", "euler", "uniinv" or "rf_inversion".
 
     Returns:
         The inversion; close it (it is a context manager) to let go of stored attention.
@@ -211,21 +191,16 @@ def invert(
         MemoryBudgetError: What would be stored does not fit; nothing has run yet.
         UnsupportedModelError: The scheduler or the model cannot be inverted.
     """
-    text = prompt if prompt is not None else control.source if control is not None else None
-    if text is None or (control is not None and control.source != text):
-        raise ConfigError(
-            f"invert() was given prompt={prompt!r} and a control for {control.source if control else None!r}: give one "
-            "prompt that describes the source."
+    text = _source_of(prompt, control, steps)
+    if getattr(pipe, "unet", None) is None and getattr(pipe, "transformer", None) is not None:
+        coded = frames if isinstance(frames, Coded) else Coder(pipe).encode(frames_of(frames))
+        return invert_flow(
+            pipe, coded, text, edit=control, steps=steps, solver=solver, offload=offload, folder=folder, step=step
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps={steps!r}: give a whole number of steps, 1 or more.")
     check_pipeline(pipe)
     ddim = ddim_of(pipe.scheduler)
     inverse = inverse_of(ddim)
-    if not isinstance(frames, Tensor):
-        clip = open_clip(frames)
-        frames = encode(pipe, clip.read(range(clip.count)))
-    x = frames
+    x = frames if isinstance(frames, Tensor) else encode(pipe, frames_of(frames))
     edit = control or FateZero(source=text, target=text, keys="self", equalizer={})
     n = x.shape[0]
     indices = frame_indices(edit.keys, n if total is None else total, rows)
@@ -258,6 +233,25 @@ def invert(
         raise
     inversion.latents.append(noise)
     return inversion
+
+
+def _source_of(prompt: str | None, control: FateZero | None, steps: Any) -> str:
+    """Return the prompt that describes the source."""
+    text = prompt if prompt is not None else control.source if control is not None else None
+    if text is None or (control is not None and control.source != text):
+        raise ConfigError(
+            f"invert() was given prompt={prompt!r} and a control for {control.source if control else None!r}: give one "
+            "prompt that describes the source."
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps={steps!r}: give a whole number of steps, 1 or more.")
+    return text
+
+
+def frames_of(source: Any) -> np.ndarray:
+    """Read all frames of a clip: a path, frames, an image or a list of images."""
+    clip = open_clip(source)
+    return clip.read(range(clip.count))
 
 
 def estimate_bytes(

@@ -15,7 +15,9 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.data.clips import Clip, fit
 from attnctl.pipelines.editing.codec import decode, encode, latent_factor
-from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert, running_on
+from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
+from attnctl.pipelines.editing.masks import check_mask, region_of
+from attnctl.pipelines.editing.running import running_on
 from attnctl.processors.editing.fatezero import FateZero
 from attnctl.processors.editing.fusion import frame_indices
 from attnctl.processors.editing.source import Offload, check_room
@@ -27,10 +29,19 @@ class Job:
     """One clip on its way through the model, window by window."""
 
     def __init__(
-        self, pipe: Any, clip: Clip, chosen: range, edit: FateZero, steps: int, size: Any, window: int
+        self,
+        pipe: Any,
+        clip: Clip,
+        chosen: range,
+        edit: FateZero,
+        steps: int,
+        size: Any,
+        window: int,
+        mask: np.ndarray | None = None,
     ) -> None:
         self.pipe, self.clip, self.chosen, self.edit, self.steps = pipe, clip, chosen, edit, steps
-        self.size, self.window = size, window
+        self.size, self.window, self.mask = size, window, mask
+        self.denoiser, self.ticks = pipe.unet, 2 * steps
         self.windows = range(0, len(chosen), window)
         self.ddim = ddim_of(pipe.scheduler)
         self.factor = latent_factor(pipe)
@@ -53,6 +64,7 @@ class Job:
         """Refuse what cannot run, before anything runs."""
         self.edit.resolve(find_sites(self.pipe.unet), family_of(self.pipe.unet))
         self.edit.plan(self.pipe)
+        check_mask(self.mask, self.clip, self.chosen)
         height, width = self.read([0]).shape[1:3]
         self.height, self.width = height, width
         rows = max(len(self.rows(first)) for first in self.windows)
@@ -60,6 +72,13 @@ class Job:
         self.bytes = estimate_bytes(self.pipe.unet, self.edit, rows, h, w, self.steps)[self.edit.store]
         device = next(self.pipe.unet.parameters()).device
         check_room(self.bytes, offload if self.edit.store != "recompute" else "none", device, budget, folder)
+
+    def costs_in_words(self) -> str:
+        """Say what the run will cost."""
+        return (
+            f"{len(self.windows)} window(s) of {self.window} frame(s), {self.width}x{self.height}: {self.steps} calls "
+            f"to invert and {self.steps} to edit each; {self.bytes / 2**20:.1f} MiB kept of the source per window"
+        )
 
     def run(
         self, first: int, call: dict[str, Any], offload: Offload, budget: Any, folder: Any, tick: Callable[[], object]
@@ -79,6 +98,7 @@ class Job:
             total=len(self.chosen),
             step=tick,
         )
+        inversion.region = region_of(self.mask, [self.chosen[i] for i in rows], self.chosen, self.size, self.factor)
         with (
             inversion,
             torch.no_grad(),

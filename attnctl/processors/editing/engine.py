@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper, is_last
@@ -103,7 +104,7 @@ class Editing(LiveControl):
         self.control, self.inversion = control, control.inversion
         self.source = SourcePass(control, denoiser, pipe)
         self.source.indices = self.inversion.indices
-        self.changes_latents = control.blend_latents
+        self.changes_latents = control.blend_latents or self.inversion.region is not None
         self.steps = self.inversion.steps
         self.follow = self.source.plan.follow(self.steps)
         kept = self.inversion.store
@@ -234,7 +235,8 @@ class Editing(LiveControl):
 
     def _mask_at(self, call: AttnCall) -> Tensor | None:
         """Return M for a layer, [f, tokens], or None where the source rules everywhere."""
-        if self.mask_columns is None or not self.control.blend_attention:
+        region = self.inversion.region
+        if region is None and (self.mask_columns is None or not self.control.blend_attention):
             return None
         _, grid = call.on_image()
         self.grids.add(grid)
@@ -242,9 +244,20 @@ class Editing(LiveControl):
 
     def _mask_on(self, grid: Grid) -> Tensor:
         if grid not in self.masks:
-            assert self.mask_columns is not None
-            self.masks[grid] = self._mask(self.mask_columns, grid[1:]).flatten(1)
+            size = grid[1:]
+            if self.inversion.region is not None:
+                mask = self._region(size)
+            else:
+                assert self.mask_columns is not None
+                mask = self._mask(self.mask_columns, size)
+            self.masks[grid] = mask.to(self.inversion.noise.device).flatten(1)
         return self.masks[grid]
+
+    def _region(self, size: tuple[int, int]) -> Tensor:
+        """Return where a given mask allows changes, bool [f, *size]."""
+        region = self.inversion.region
+        assert region is not None
+        return F.interpolate(region[:, None].float(), size=size, mode="area")[:, 0] >= 0.5
 
     def _split_at(self, tokens: int, mask: Tensor) -> Split:
         """Return how M parts the queries of a layer of so many tokens, found once per step for all layers."""
@@ -324,9 +337,12 @@ class Editing(LiveControl):
         self.summed = share if self.summed is None else self.summed + share
 
     def stepped(self, step: int, latents: Tensor) -> Tensor:
+        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+        if self.inversion.region is not None:  # outside a given mask, nothing changes
+            inside = self._region(size).to(latents.device)
+            return blend_latents(latents, self.inversion.latents[self.step].to(latents), inside)
         if not self.control.blends_at(step, self.steps) or self.mask_columns is None:
             return latents
-        size = (int(latents.shape[-2]), int(latents.shape[-1]))
         mask = self._mask(self.mask_columns, size)
         if self.summed is not None:
             mask = mask | self._mask(self.summed, size)

@@ -1,4 +1,4 @@
-"""FateZero: edit a video (or an image) with a text prompt, its frames riding in the batch of a 2D UNet.
+"""FateZero: edit a video (or an image) with a text prompt, in UNets of images and in transformers.
 
 "FateZero: Fusing Attentions for Zero-shot Text-based Video Editing", arXiv 2303.09535. The source is taken back to
 noise by DDIM with its own prompt; the edit starts there with the target prompt, and at step k takes attention from the
@@ -9,8 +9,10 @@ inversion step T-1-k, which has the same timestep:
     cross    columns of A_s for the words that both prompts share, in the steps of `cross_replace`
 
 Only the prompt's rows change. Self-attention may look at the keys and values of other frames (`keys`), in all rows.
-Layers are chosen by their downsampling, not by their number of queries, and grids are carried along, so that any size
-and any UNet of Stable Diffusion works. Where the released code differs by accident, a field says "official".
+In UNets the frames ride in the batch. Layers are chosen by their downsampling, not by their number of queries, and
+grids are carried along, so that any size and any UNet of Stable Diffusion works. Where the released code differs by
+accident, a field says "official". In transformers the source is inverted along its flow (`attnctl.kernels.flow`), rides
+as a row beside the edit, and a joint softmax is fused in parts: `attnctl.processors.editing.joint`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from attnctl.core.hosts.families import family_of
 from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site
 from attnctl.data.about import About
+from attnctl.processors.editing.beside import RowEditing
 from attnctl.processors.editing.engine import Editing
 from attnctl.processors.editing.source_edit import LatentAlign, SourceEdit
 
@@ -35,11 +39,13 @@ class FateZero(SourceEdit):
 
     `attnctl.pipelines.edit_video` does the whole job. By hand: `attnctl.pipelines.invert(pipe, frames, control=...)`
     returns an `Inversion`; attach `dataclasses.replace(control, inversion=inversion)` and run the pipeline with
-    `latents=inversion.noise`, one prompt a frame.
+    `latents=inversion.noise`, one prompt a frame; on a transformer with `pipe.scheduler = inversion.way_back()` and one
+    prompt.
 
     Attributes:
         keys: Frames whose keys and values self-attention sees: "mid", "first", "last", "previous", a whole number to
             look back (-1) or ahead (1), or a list of these; "self" for each frame its own.
+            Transformers attend to all frames already.
         keys_factor: Downsampling from which on `keys` holds; None for the layers that are edited.
         store: How the source's attention is had: "recompute", "qk" or "maps" (see `attnctl.processors.editing.source`).
         blend_attention: Whether self-attention is fused by the blend mask.
@@ -67,4 +73,4 @@ class FateZero(SourceEdit):
     )
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
-        return Editing(self, denoiser, pipe)
+        return Editing(self, denoiser, pipe) if family_of(denoiser).unet else RowEditing(self, denoiser, pipe)

@@ -21,17 +21,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, Proceed
+from attnctl.core.call import AttnCall, CallState, Proceed
+from attnctl.core.hosts.arguments import main_input
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.noise import is_noisy
+from attnctl.core.hosts.words import row_texts
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Grid, Site
 from attnctl.data.about import About
 from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.processors.editing.exchange import Exchange, check_reads, read_row
 from attnctl.processors.editing.fusion import blend_latents, blend_mask, fold_values
 from attnctl.processors.editing.prompts import WordEdit
+from attnctl.processors.editing.rows import RowFusion, SourceRow, row_of, word_column
 from attnctl.processors.editing.source import token_weights
 
 __all__ = ["PromptToPrompt"]
@@ -85,7 +89,7 @@ class PromptToPrompt(WordEdit):
         return fused, masks
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
-        return _Pair(self, denoiser, pipe)
+        return (_Pair if family_of(denoiser).unet else _RowPair)(self, denoiser, pipe)
 
 
 class _Pair(LiveControl):
@@ -97,12 +101,17 @@ class _Pair(LiveControl):
                 f"PromptToPrompt: source and target are both {control.target!r}: the edit repeats its source.",
                 stacklevel=2,
             )
-        self.control, self.plan, self.pipe = control, control.plan(pipe), pipe
-        fused, masks = control.groups(find_sites(denoiser), family_of(denoiser))
+        self.control, self.pipe = control, pipe
+        sites, family = find_sites(denoiser), family_of(denoiser)
+        fused, masks = control.groups(sites, family)
+        self._prepare(sites, family)
         self.fused = frozenset(s.name for s in fused)
         self.masking = frozenset(s.name for s in masks)
         self.changes_latents = control.blend_words is not None
         self.begin_run()
+
+    def _prepare(self, sites: Sequence[Site], family: Any) -> None:
+        self.plan = self.control.plan(self.pipe)
 
     def begin_run(self) -> None:
         self.follow: Tensor | None = None
@@ -135,13 +144,16 @@ class _Pair(LiveControl):
             )
         if is_noisy(getattr(passes.pipe, "scheduler", None)):
             self.noise_added()
-        x = state.bound["sample"][state.rows.cond]
+        x = main_input(state.bound)[state.rows.cond]
         if not torch.equal(x[0], x[1]):
             raise ConfigError(
                 "PromptToPrompt: source and target begin with different noise. Give latents=noise.repeat(2, 1, 1, 1), "
                 "or two generators of one seed."
             )
         self.steps = int(state.steps or 0)
+        self._read_words(state, x)
+
+    def _read_words(self, state: CallState, x: Tensor) -> None:
         follow = self.plan.follow(self.steps)
         self.crossing = [bool(row.any()) for row in follow]
         self.follow, self.how = follow.to(x.device), self.plan.how.to(x)
@@ -197,6 +209,71 @@ class _Pair(LiveControl):
         for total in self.sums.values():
             mask = mask | blend_mask(total, self.grid[1:], size, self.control.blend_threshold)
         return torch.cat([latents[:1], blend_latents(latents[1:2], latents[:1], mask)])
+
+
+class _RowPair(_Pair):
+    """Prompt-to-prompt at work on a transformer."""
+
+    def _prepare(self, sites: Sequence[Site], family: Any) -> None:
+        check_reads(self.pipe, "PromptToPrompt")
+        self.fusion = RowFusion(self.control, sites, family)
+
+    def begin_run(self) -> None:
+        super().begin_run()
+        self.fusion.begin_run()
+        self.held: SourceRow | None = None
+
+    def _read_words(self, state: CallState, x: Tensor) -> None:
+        source, target = row_texts(state.prompts, 2, "PromptToPrompt")
+        readings = [read_row(row, self.pipe, "PromptToPrompt") for row in (source, target)]
+        self.fusion.exchange = Exchange(self.control, readings[0], readings[1])
+        self.follow = torch.ones(1)  # the words are read
+
+    def before_call(self, passes: LiveDenoiser) -> None:
+        if passes.state.rows.role in ("uncond", "extra"):
+            return
+        super().before_call(passes)
+        self.active = self.fusion.begin_step(self.step, self.steps)
+        self.held = None
+
+    def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
+        rows = call.state.rows
+        if rows.role in ("uncond", "extra"):
+            return proceed(call)
+        source = rows.cond.start
+        alone = call.q.shape[0] == 1 and rows.total > 1  # Mochi calls attention row by row
+        if call.index > 0 and not alone:
+            return proceed(call)
+        if call.site.name in self.masking and call.state.phase == "base" and self.changes_latents:
+            self._sum_words(call, source)
+        if not self.active or call.site.name not in self.fused:
+            return proceed(call)
+        if alone and call.index == source:
+            self.held = row_of(call, 0)
+        if alone and call.index != source + 1:
+            return proceed(call)
+        kept = self.held if alone else row_of(call, source)
+        assert kept is not None
+        return self.fusion.fuse(call, proceed, kept, 0 if alone else source + 1)
+
+    def _sum_words(self, call: AttnCall, source: int) -> None:
+        """Add up the attention to the blend words over steps, layers and heads."""
+        assert self.fusion.exchange is not None
+        for side, row in (("source", source), ("target", source + 1)):
+            tokens = self.fusion.exchange.blend(side == "target")
+            if tokens:
+                share = word_column(call, row, tokens)
+                self.sums[side] = self.sums[side] + share if side in self.sums else share
+                self.grid = call.on_image()[1]
+
+    def stepped(self, step: int, latents: Tensor) -> Tensor:
+        start, end = self.control.blend_window
+        if not int(start * self.steps) < step + 1 <= int(end * self.steps) or not self.sums:
+            return latents
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=latents.device)
+        for columns in self.sums.values():
+            mask = mask | self.fusion.mask(self.grid, columns)
+        return torch.cat([latents[:1], self.fusion.blended(latents[1:2], latents[:1], mask)])
 
 
 def _with(x: Tensor, rows: slice, part: Tensor) -> Tensor:

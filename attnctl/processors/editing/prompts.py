@@ -29,10 +29,12 @@ from attnctl.processors.editing.align import (
     word_tokens,
 )
 from attnctl.processors.editing.fusion import CrossEdit
+from attnctl.processors.editing.places import transformer_groups
 
-__all__ = ["WordEdit", "WordMode", "WordPlan", "site_factors"]
+__all__ = ["TextMass", "WordEdit", "WordMode", "WordPlan", "site_factors"]
 
 WordMode = Literal["refine", "replace"]
+TextMass = Literal["source", "edit"]
 _DEFAULT = "default_"
 _FACTORS = (1, 2, 4, 8, 16)
 _WINDOW = Bounds(kind="window")
@@ -80,10 +82,12 @@ class WordEdit(Control, abstract=True):
         blend_threshold: Attention above this share of its maximum counts as inside; at 0 all is inside, at 1 nothing.
         equalizer: Weights of words of the target, above 1 for more of them.
         factor: Downsampling of the latents from which on layers take part; None for 2, and for 1 in models whose
-            latents have no more than 32 x 32 cells.
+            latents have no more than 32 x 32 cells. Transformers have one resolution, and take part whole.
         mask_factor: Downsampling of the layers whose attention to the blend words is looked at; None for 4, or the
             nearest below that the model has.
         replace_tail: In mode "replace", "official" takes what follows the last changed word by position, as released.
+        text_mass: In joint attention, whose share of the attention goes to the text: "source" (inside the blend words
+            the edit's), or "edit".
     """
 
     source: str
@@ -99,8 +103,9 @@ class WordEdit(Control, abstract=True):
     factor: int | None = knob(None, options=_FACTORS)
     mask_factor: int | None = knob(None, options=_FACTORS)
     replace_tail: Tail = knob("aligned", options=Tail)
+    text_mass: TextMass = knob("source", options=TextMass)
 
-    kinds: ClassVar[tuple[str, ...]] = ("self", "cross")
+    kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint", "dual")
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict("WordEdit", "model", "each takes the attention of a source of its own"),
         Conflict("AgentAttention", "site", "merged tokens have no counterpart in the source's attention"),
@@ -206,10 +211,12 @@ class WordEdit(Control, abstract=True):
 
     def groups(self, sites: Sequence[Site], family: Family) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         """Return the sites whose attention is edited, and the cross-attention sites that the blend mask is made of."""
-        if not family.unet or any(s.kind == "temporal" for s in sites):
+        if not family.unet:
+            return transformer_groups(self, sites, family)
+        if any(s.kind == "temporal" for s in sites):
             raise UnsupportedModelError(
                 f"{self._label} edits the self- and cross-attention of image UNets (SD 1, SD 2, SDXL), frames riding "
-                f"in the batch; this is a {family.name} model."
+                f"in the batch, and transformers; this is a {family.name} model."
             )
         factors = site_factors(sites)
         if self.sites is not None:

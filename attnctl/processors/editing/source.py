@@ -10,9 +10,11 @@ Three ways to have the source's attention at an editing step, behind one interfa
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, Proceed
+from attnctl.core.hosts.paths import Bend, PathScheduler
+from attnctl.core.sites import Grid
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.kernels import columns
 from attnctl.kernels.maps import softmax_map
@@ -198,7 +202,7 @@ def token_weights(tokens: Sequence[int], k: Tensor) -> Tensor:
 
 @dataclass
 class Inversion:
-    """A source taken back to noise by DDIM, with what an edit needs of it.
+    """A source taken back to noise, with what an edit needs of it.
 
     Attributes:
         prompt: The source prompt.
@@ -209,6 +213,14 @@ class Inversion:
         indices: The rows that each row's self-attention looked at.
         store: The source's attention; None in mode "recompute".
         settings: What the control that inverted would edit; another control may not ask for more.
+        levels: Noise level of each of the latents, 0 clean and 1 noise; none where DDIM has inverted on a UNet.
+        rule: What has inverted.
+        readings: How the text encoders read the prompt.
+        columns: Attention to the blend words, [1, N], by the noise level at which it was seen.
+        grid: The grid of tokens that it was seen on.
+        region: Where a mask allows changes, bool [frames, rows, columns] of pixels; None for no mask.
+        psnr: How near the way back, with the source's prompt, comes to the source, in dB; None if not measured.
+        path: The scheduler that has inverted.
     """
 
     prompt: str
@@ -219,11 +231,51 @@ class Inversion:
     indices: list[list[int]] = field(default_factory=list)
     store: SourceStore | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    levels: tuple[float, ...] = ()
+    rule: str = "ddim"
+    readings: tuple[Any, ...] = ()
+    columns: list[tuple[float, Tensor]] = field(default_factory=list)
+    grid: Grid | None = None
+    region: Tensor | None = None
+    psnr: float | None = None
+    path: PathScheduler | None = None
 
     @property
     def steps(self) -> int:
         """Return the number of steps T."""
-        return len(self.timesteps)
+        return len(self.levels) - 1 if self.levels else len(self.timesteps)
+
+    def way_back(self, note: Callable[[int, Tensor], None] = lambda i, x: None) -> PathScheduler:
+        """Make the scheduler that leads an edit back along this path.
+
+        Args:
+            note: Called with the number and the latents of each level that is reached.
+
+        Raises:
+            ConfigError: DDIM has inverted on a UNet, whose way back is `attnctl.pipelines.ddim_of(pipe.scheduler)`.
+        """
+        if self.path is None:
+            raise ConfigError(
+                "This inversion was made on a UNet: edit with pipe.scheduler = "
+                "attnctl.pipelines.ddim_of(pipe.scheduler)."
+            )
+        back = self.path.back(note)
+        if self.rule == "rf_inversion":  # eta 0.9 for the first quarter of the steps, as published
+            back.route = dataclasses.replace(back.route, bend=Bend(self.latents[0], 0.9, -(-self.steps // 4)))
+        return back
+
+    def between(self, level: float) -> Tensor:
+        """Return the source's latents at a noise level, on the straight line between its two neighbours."""
+        assert self.path is not None
+        i = max(1, min(len(self.levels) - 1, bisect.bisect_left(self.levels, level - 1e-9)))
+        for at in (i - 1, i):
+            if abs(self.levels[at] - level) < 1e-9:
+                return self.latents[at]
+        return self.path.mixed(self.latents[i - 1], self.levels[i - 1], self.latents[i], self.levels[i], level)
+
+    def columns_at(self, level: float) -> Tensor | None:
+        """Return the attention to the blend words at the nearest noise level at which it was seen."""
+        return min(self.columns, key=lambda item: abs(item[0] - level))[1] if self.columns else None
 
     @property
     def frames(self) -> int:

@@ -54,7 +54,7 @@ class SourceEdit(WordEdit, abstract=True):
 
     def keyed(self, sites: Sequence[Site], family: Any) -> tuple[Site, ...]:
         """Return the self-attention sites at which `keys` holds."""
-        if not frame_indices(self.keys, 2)[0]:
+        if not family.unet or not frame_indices(self.keys, 2)[0]:
             return ()
         if self.keys_factor is None:
             return tuple(s for s in self.groups(sites, family)[0] if s.kind == "self")

@@ -64,6 +64,7 @@ class Family:
         first: Pattern of the sites that run before all others although they are registered later.
         unet: Whether the sites lie in down, mid and up stages of halving resolution.
         all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
+        frames_first: Whether its latents have frames before channels.
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         from_prompt: Whether its pipelines count guidance from the prompt, c + s (c - u), and not from u + s (c - u).
         layout: Gives the layout of a call's rows where its arguments show it: "cond" (no negative rows), "cond_first",
@@ -88,6 +89,7 @@ class Family:
     first: str | None = None
     unet: bool = False
     all_frames: bool = False
+    frames_first: bool = False
     cond_first: bool = False
     from_prompt: bool = False
     layout: Callable[[torch.nn.Module, Bound], Layout | None] = lambda model, bound: None

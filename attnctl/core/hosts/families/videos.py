@@ -47,6 +47,7 @@ VIDEOS: tuple[Family, ...] = (
         kinds=(("attn1", "joint"),),
         text="first",
         grid=grids.frames_first,
+        frames_first=True,
         all_frames=True,
         published={"Guidance": Default(depth=(11, 42), source=f"{_STG}: CogVideoX block 11 of 42")},
     ),
@@ -56,6 +57,7 @@ VIDEOS: tuple[Family, ...] = (
         kinds=(("transformer_blocks.*attn1", "joint"), ("", "aux")),
         text="first",
         grid=grids.frames_first,
+        frames_first=True,
         all_frames=True,
     ),
     Family(
@@ -123,6 +125,7 @@ VIDEOS: tuple[Family, ...] = (
         classes=("AnyFlowTransformer3DModel",),
         kinds=CROSS,
         grid=grids.frames_first,
+        frames_first=True,
         all_frames=True,
     ),
     Family(
