@@ -214,7 +214,7 @@ def crossed() -> Host:
 def flowing() -> Host:
     """SD3 with words, whose flow edits go along."""
     pipe = editing_hosts.build("sd3")
-    coded = Coder(pipe).encode(editing_hosts.clip(1, 16, 24))
+    coded = Coder(pipe).encode(editing_hosts.clip(1, 48, 64))
     words = {"source": SOURCE, "target": TARGET}
     inversion = invert(pipe, coded, SOURCE, steps=STEPS)
     first: dict[str, Control] = {
@@ -222,7 +222,7 @@ def flowing() -> Host:
         "Capture": Capture(words=("bear",)),
     }
     noise = torch.randn(coded.latents.shape, generator=torch.Generator().manual_seed(0))
-    call = {"prompt": TARGET, "negative_prompt": "", "latents": noise, "height": 16, "width": 24}
+    call = {"prompt": TARGET, "negative_prompt": "", "latents": noise, "height": 48, "width": 64}
     call |= {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
     call["scheduler"] = pipe.scheduler
     pairs = pipe.scheduler = PathScheduler(base_of(pipe.scheduler), Route(pairs=torch.zeros_like))
@@ -287,6 +287,8 @@ def pair(host: Host, names: tuple[str, str]) -> tuple[Control, Control] | None:
     one, other = names
     if host.name != "UNet" and any(issubclass(METHODS[n], Combining) for n in names) and pair(unet(), names):
         return None  # sums of predictions know nothing of the model
+    if host.name == "flow with words" and not {"Inject", "FlowEdit"} & set(names):
+        return None  # as on other hosts
     if host.name == "UNet with motion" and "BroadWay" not in names:
         return None  # as without motion
     if host.name == "video with cross-attention" and any(pair(make(), names) for make in (unet, motion, joint)):
