@@ -20,7 +20,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
 GUIDED |= {"astar_sd15": "astar.png", "attend_excite_sd15": "attend_excite.png", "slg_sd35": "slg.png"}
 GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png"}
-NO_PASS = {"nag_sdxl": "nag.png", "apg_sdxl": "apg.png", "zero_star_sd35": "zero_star.png"}
+NO_PASS = {
+    "nag_sdxl": "nag.png",
+    "regions_flux": "regions.png",
+    "apg_sdxl": "apg.png",
+    "zero_star_sd35": "zero_star.png",
+}
 GUIDED |= NO_PASS
 
 CHEAPER = {"agent_sd15", "broadway_animatediff"}

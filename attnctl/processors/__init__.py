@@ -31,6 +31,7 @@ from attnctl.processors.nag import NAG as NAG
 from attnctl.processors.pag import PAG as PAG
 from attnctl.processors.pag import SoftPAG as SoftPAG
 from attnctl.processors.paro import PARO as PARO
+from attnctl.processors.regions.regions import Regions as Regions
 from attnctl.processors.seg import SEG as SEG
 from attnctl.processors.sharing.consistent import Consistent as Consistent
 from attnctl.processors.sharing.masactrl import MasaCtrl as MasaCtrl

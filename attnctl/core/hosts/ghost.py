@@ -27,7 +27,7 @@ from attnctl.core.hosts.arguments import bind_call, main_name
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["equal", "ghost_call", "negative_arguments", "text_arguments"]
+__all__ = ["EMBEDS", "equal", "ghost_call", "negative_arguments", "text_arguments"]
 
 _TEXT = re.compile(r"encoder|text|txt|cap|prompt|context|input_ids|position_ids|mask|indicator|lens?$|lengths?$")
 # Pooled embeddings modulate the image: they stay the prompt's. Others are not the text's.
@@ -79,12 +79,19 @@ _NONE = (
 )
 
 
-def ghost_call(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+EMBEDS = "pass embeddings of it: NAG(negative_embeds={...}), by the names of the pipeline's or the denoiser's arguments"
+
+
+def ghost_call(
+    pipe: Any, arguments: Mapping[str, Any], what: str = "the negative prompt", remedy: str = EMBEDS
+) -> dict[str, Any]:
     """Call a copy of a pipeline up to its denoiser; return the arguments that the denoiser would receive, by name.
 
     Args:
         pipe: The pipeline. Nothing of it changes.
         arguments: Arguments of its call by name.
+        what: What the text is called in errors.
+        remedy: What to do where the pipeline cannot encode it.
 
     Raises:
         ConfigError: The pipeline cannot encode the prompt: its text encoder was deleted, or it refuses the call.
@@ -110,28 +117,21 @@ def ghost_call(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:
             type(pipe).__call__(ghost, **_fresh(arguments))
         except Exception as error:
-            raise _refused(pipe, arguments, error) from error
+            raise _refused(pipe, arguments, error, what, remedy) from error
     if not reached:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} ended without calling its denoiser for the negative prompt. Pass its embeddings: "
-            "NAG(negative_embeds={...}), by the names of the denoiser's arguments."
-        )
+        raise UnsupportedModelError(f"{type(pipe).__name__} ended without calling its denoiser for {what}: {remedy}.")
     return reached[0]
 
 
-def _refused(pipe: Any, arguments: Mapping[str, Any], error: Exception) -> ConfigError:
+def _refused(pipe: Any, arguments: Mapping[str, Any], error: Exception, what: str, remedy: str) -> ConfigError:
     name = type(pipe).__name__
     encoders = [n for n in vars(pipe) if re.fullmatch(r"text_encoder(_\d)?", n)]
     if encoders and all(getattr(pipe, n) is None for n in encoders) and arguments.get("prompt") is not None:
         return ConfigError(
-            f"{name} has no text encoder to encode the negative prompt with (it was deleted, or not loaded). Encode "
-            "the negative prompt while the encoder is there, and pass embeddings: negative_prompt_embeds=... to the "
-            "pipeline, or NAG(negative_embeds={...}) by the names of the pipeline's or the denoiser's arguments."
+            f"{name} has no text encoder to encode {what} with (it was deleted, or not loaded). Encode it while the "
+            f"encoder is there: {remedy}."
         )
-    return ConfigError(
-        f"{name} could not encode the negative prompt ({type(error).__name__}: {error}). Pass embeddings of it: "
-        "NAG(negative_embeds={...}), by the names of the pipeline's or the denoiser's arguments."
-    )
+    return ConfigError(f"{name} could not encode {what} ({type(error).__name__}: {error}): {remedy}.")
 
 
 def _fresh(arguments: Mapping[str, Any]) -> dict[str, Any]:

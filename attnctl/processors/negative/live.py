@@ -24,7 +24,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed, Rows
 from attnctl.core.hosts.arguments import own_containers, row_count, take_rows
 from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.ghost import equal, ghost_call, negative_arguments, text_arguments
+from attnctl.core.hosts.ghost import EMBEDS, equal, ghost_call, negative_arguments, text_arguments
 from attnctl.core.hosts.one_line import one_line
 from attnctl.core.hosts.prompt import arguments_of
 from attnctl.core.live import LiveControl, LiveDenoiser
@@ -40,7 +40,7 @@ from attnctl.processors.negative.keys import (
     text_keys,
 )
 
-__all__ = ["Form", "LiveNegative"]
+__all__ = ["Form", "LiveNegative", "prompt_rows"]
 
 Form = Literal["auto", "stream", "rows"]
 
@@ -72,6 +72,11 @@ class LiveNegative(LiveControl):
         sites: Where it acts.
         denoiser: The denoiser.
     """
+
+    what = "the negative prompt"
+    """What the text is called in errors."""
+    remedy = EMBEDS
+    """What to do where the pipeline cannot encode it."""
 
     def __init__(self, control: NegativeGuidance, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
         self.control, self.sites, self.denoiser = control, sites, denoiser
@@ -142,7 +147,7 @@ class LiveNegative(LiveControl):
             )
         if key not in passes.shared:
             arguments = negative_arguments(passes.pipe, arguments_of(passes.pipe), self.text, self.embeds)
-            made = ghost_call(passes.pipe, arguments)
+            made = ghost_call(passes.pipe, arguments, self.what, self.remedy)
             total, rows = row_count(made), passes.state.rows
             if total == rows.total != rows.prompts:
                 made = take_rows(made, rows.cond, rows.total, _frames(passes.state), self.family)
@@ -168,7 +173,7 @@ class LiveNegative(LiveControl):
         state = call.state
         if not state.rows.prompts or self._idle:
             return proceed(call)
-        part = _prompt_rows(call)
+        part = prompt_rows(call)
         if part is None:
             return proceed(call)
         first, own = part
@@ -310,7 +315,7 @@ class LiveNegative(LiveControl):
             self._beside = None
 
 
-def _prompt_rows(call: AttnCall) -> tuple[int, AttnCall] | None:
+def prompt_rows(call: AttnCall) -> tuple[int, AttnCall] | None:
     """Return the prompt's rows of an attention call, and the number of the first call where each is for one sample.
 
     Mochi attends once per sample; None for a sample that does not carry the prompt.

@@ -1,0 +1,1 @@
+"""A prompt per region of the picture, inside attention."""

@@ -1,0 +1,231 @@
+"""Prompts per region: against the formula written out with a dense mask, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo_pipelines as pipes
+from contract import Replace
+from PIL import Image
+from torch import Tensor
+
+import attnctl
+from attnctl.core.call import AttnCall, Proceed
+from attnctl.errors import ConfigError, ConflictError
+from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
+from attnctl.processors import NAG, PAG, Regions
+
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+LEFT, RIGHT, BASE = "a black bear", "the red water", "a bear in the water"
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture(scope="module")
+def sd() -> Any:
+    """Stable Diffusion in double precision, one picture without classifier-free guidance."""
+    pipe, call = pipes.build("sd")
+    pipe.unet.double(), pipe.text_encoder.double()
+    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    call |= {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": noise, "negative_prompt": None}
+    return pipe, call
+
+
+@pytest.fixture(scope="module")
+def mmdit() -> Any:
+    """The shipped joint-attention model in double precision."""
+    pipe = attnctl.load_shapes("mmdit")
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, *(m for n, m in pipe.components.items() if n.startswith("text_encoder") and m)):
+        part.double()
+    return pipe
+
+
+def run(pipe: Any, call: dict[str, Any], *controls: Any, **more: Any) -> Tensor:
+    """Run a pipeline under controls and return its latents."""
+    if not controls:
+        return pipes.run(pipe, call | more)
+    with attnctl.control(pipe, *controls):
+        return pipes.run(pipe, call | more)
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# Areas
+
+
+def test_boxes_cover_tokens_by_their_share() -> None:
+    cover = box_on_grid((0.25, 0.0, 1.0, 0.5), 3, 2)
+    assert torch.allclose(cover, torch.tensor([[0.5, 1.0], [0.25, 0.5], [0.0, 0.0]]))
+    mask = torch.zeros(6, 4)
+    mask[:3, 1:] = 1
+    assert torch.allclose(mask_on_grid(mask, 3, 2), cover)
+
+
+def test_tokens_are_grouped_by_their_regions() -> None:
+    inside = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    groups = {regions: places.tolist() for regions, places in patterns(inside)}
+    assert groups == {(0,): [0], (0, 1): [1], (1,): [2], (): [3]}
+
+
+# Cross-attention
+
+
+def test_one_region_over_all_is_its_prompt(sd: Any) -> None:
+    pipe, call = sd
+    plain = run(pipe, call | {"prompt": LEFT})
+    everywhere = Regions(prompts=(LEFT,), areas=((0, 0, 1, 1),), base=0.0, stop=1.0)
+    assert far(run(pipe, call | {"prompt": BASE}, everywhere), plain) < 1e-12
+    same = Regions(prompts=(BASE, BASE), areas=HALVES, stop=1.0)
+    assert far(run(pipe, call | {"prompt": BASE}, same), run(pipe, call | {"prompt": BASE})) < 1e-12
+
+
+def test_cross_attention_mixes_the_outputs(sd: Any) -> None:
+    pipe, call = sd
+    keys: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for prompt in (LEFT, RIGHT):
+        seen = keys[prompt] = {}
+
+        def note(c: AttnCall, proceed: Proceed, seen: Any = seen) -> Tensor:
+            seen[c.site.name] = (c.k, c.v)
+            return proceed(c)
+
+        run(pipe, call | {"prompt": prompt}, Replace(sites="cross", function=note))
+
+    def naive(c: AttnCall, proceed: Proceed) -> Tensor:
+        assert c.grid is not None
+        _, h, w = c.grid
+        areas = ((0.0, 0.0, 0.5, 0.6), (0.4, 0.0, 1.0, 1.0))
+        shares = [box_on_grid(a, h, w).flatten().double()[:, None] for a in areas]
+        total = shares[0] + shares[1]
+        covered = total.clamp_max(1) * 0.7
+        out = (1 - covered) * proceed(c)
+        for prompt, share in zip((LEFT, RIGHT), shares, strict=True):
+            k, v = keys[prompt][c.site.name]
+            out = out + covered * share / total.clamp_min(1e-6) * F.scaled_dot_product_attention(c.q, k, v)
+        return out
+
+    expected = run(pipe, call | {"prompt": BASE}, Replace(sites="cross", function=naive))
+    regions = Regions(prompts=(LEFT, RIGHT), areas=((0, 0, 0.5, 0.6), (0.4, 0, 1, 1)), base=0.3, stop=1.0)
+    assert far(run(pipe, call | {"prompt": BASE}, regions), expected) < 1e-12
+
+
+def test_negative_rows_stay_and_guidance_adds_up(sd: Any) -> None:
+    pipe, call = sd
+    regions = Regions(prompts=(LEFT, RIGHT), areas=HALVES, stop=1.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(c: AttnCall, proceed: Proceed) -> Tensor:
+        out = proceed(c)
+        seen.append((out[0], F.scaled_dot_product_attention(c.q, c.k, c.v)[0]))
+        return out
+
+    guided = {"prompt": BASE, "guidance_scale": 4.0, "negative_prompt": "ugly"}
+    plain = run(pipe, call | guided)
+    out = run(pipe, call | guided, Replace(sites="cross", function=watch), regions)
+    assert all(torch.equal(a, b) for a, b in seen)
+    assert far(out, plain) > 1e-3
+    assert far(run(pipe, call | guided, regions, PAG(scale=2.0, sites="mid")), out) > 1e-4
+    assert torch.equal(run(pipe, call | guided), plain)  # nothing is left behind
+
+
+# Joint attention
+
+
+@pytest.mark.parametrize(("base", "isolation"), [(0.3, "none"), (0.0, "all"), (0.2, "alternate")])
+def test_joint_attention_equals_one_sequence_under_a_dense_mask(mmdit: Any, base: float, isolation: str) -> None:
+    pipe, areas = mmdit, ((0.0, 0.0, 0.5, 0.7), (0.4, 0.0, 1.0, 0.7))
+    texts = ("a red circle on gray", "a blue square on gray", "a red circle and a blue square on gray")
+    left, right, whole = ([pipe.encode_prompt(t, t, t, max_sequence_length=0)[i] for i in (0, 2)] for t in texts)
+    n = [x[0].shape[1] for x in (whole, left, right)]
+    edges = np.cumsum([0, *n])
+    order = {s.name: i for i, s in enumerate(attnctl.find_sites(pipe)) if s.kind == "joint"}
+
+    def dense(c: AttnCall, proceed: Proceed) -> Tensor:
+        assert c.image is not None
+        assert c.grid is not None
+        image, total = c.image, c.k.shape[2]
+        assert image.start == 0  # the text stands behind the image in this host
+        tokens = image.stop
+        inside = torch.stack([box_on_grid(a, *c.grid[1:]).flatten() >= 0.5 for a in areas])
+        bias = torch.full((total, total), -math.inf, dtype=torch.float64)
+        place = [slice(tokens + edges[i], tokens + edges[i + 1]) for i in range(3)]
+        bias[place[0], place[0]] = bias[place[0], :tokens] = 0
+        alone = isolation == "all" or (isolation == "alternate" and order[c.site.name] % 2 == 0)
+        together = (inside[:, :, None] & inside[:, None]).any(0) | ~(inside.any(0)[:, None] | inside.any(0)[None])
+        bias[:tokens, :tokens] = 0 if not alone else torch.where(together, 0.0, -math.inf).double()
+        covered = inside.any(0)
+        weight = torch.tensor(math.log(base / (1 - base)) if base else -math.inf, dtype=torch.float64)
+        bias[:tokens, place[0]] = torch.where(covered, weight, weight.new_zeros(()))[:, None]
+        for r in (0, 1):
+            bias[place[r + 1], place[r + 1]] = 0
+            bias[place[r + 1], :tokens] = torch.where(inside[r], 0.0, -math.inf).double()[None]
+            bias[:tokens, place[r + 1]] = torch.where(inside[r], 0.0, -math.inf).double()[:, None]
+        return F.scaled_dot_product_attention(c.q, c.k, c.v, bias)
+
+    noise = torch.randn(1, *_latents(pipe), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": noise, "output_type": "latent"}
+    joined = torch.cat([whole[0], left[0], right[0]], 1)
+    with attnctl.control(pipe, Replace(sites="joint", function=dense)):
+        expected = pipe(prompt_embeds=joined, pooled_prompt_embeds=whole[1], **call).images
+    regions = Regions(prompts=texts[:2], areas=areas, base=base, isolation=isolation, stop=1.0)  # type: ignore[arg-type]
+    with attnctl.control(pipe, regions):
+        out = pipe(texts[2], max_sequence_length=0, **call).images
+    assert far(out, expected) < 1e-10
+
+
+def _latents(pipe: Any) -> tuple[int, int, int]:
+    config = pipe.transformer.config
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Regions(prompts=(), areas=()), "one text per region"),
+        (lambda: Regions(prompts=("a", ""), areas=HALVES), "none of them empty"),
+        (lambda: Regions(prompts=("a",), areas=HALVES), "1 prompts and 2 areas"),
+        (lambda: Regions(prompts=("a",), areas=((0.5, 0, 0.5, 1),)), "is empty"),
+        (lambda: Regions(prompts=("a",), areas=((0, 0, 1.5, 1),)), "areas"),
+        (lambda: Regions(prompts=("a",), areas=(torch.zeros(4, 4),)), "mask is empty"),
+        (lambda: Regions(prompts=("a",), areas=(torch.full((4, 4), 255.0),)), "0 to 1"),
+        (lambda: Regions(prompts=("a",), areas=(torch.ones(4),)), r"\[height, width\]"),
+    ],
+)
+def test_what_is_no_region_is_refused(make: Callable[[], Regions], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_masks_come_from_files_and_pictures(sd: Any, tmp_path: Path) -> None:
+    pipe, call = sd
+    mask = np.zeros((32, 24), np.uint8)
+    mask[:, :12] = 255
+    Image.fromarray(mask).save(tmp_path / "left.png")
+    made = [
+        Regions(prompts=(LEFT,), areas=(area,), stop=1.0)
+        for area in (HALVES[0], str(tmp_path / "left.png"), Image.fromarray(mask), mask / 255)
+    ]
+    outs = [run(pipe, call | {"prompt": BASE}, regions) for regions in made]
+    assert all(far(out, outs[0]) < 1e-6 for out in outs)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    for name, words in (("none.png", "none.png"), ("black.png", "black all over")):
+        with pytest.raises(ConfigError, match=words):
+            attnctl.control(pipe, Regions(prompts=(LEFT,), areas=(str(tmp_path / name),)))
+
+
+def test_regions_and_a_negative_prompt_at_one_site_are_refused(sd: Any) -> None:
+    with pytest.raises(ConflictError):
+        attnctl.control(sd[0], Regions(prompts=(LEFT,), areas=HALVES[:1]), NAG())
