@@ -42,6 +42,7 @@ from attnctl.processors import (
     Guidance,
     Inject,
     PromptToPrompt,
+    Regions,
     ShareAttention,
     SparseAttention,
 )
@@ -142,6 +143,7 @@ def unet() -> Host:
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
         "SparseAttention": SparseAttention(POOLED, **full),
+        "Regions": Regions(prompts=("bear",), areas=((0, 0, 0.5, 1),), stop=1.0),
         "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
     }
     changed: dict[str, dict[str, Any]] = {
@@ -170,6 +172,7 @@ def motion() -> Host:
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
         "SparseAttention": SparseAttention(POOLED, sites="down_blocks.0.attentions"),
+        "Regions": Regions(prompts=("cat",), areas=((0, 0, 0.5, 1),), stop=1.0),
     }
     changed = {"BroadWay": {"alpha": 0.2}}
     call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
@@ -206,7 +209,13 @@ def joint() -> Host:
 def crossed() -> Host:
     """LTX: cross-attention to the text beside attention over all frames."""
     pipe, call = pipes.build("ltx")
-    first: dict[str, Control] = {"EnhanceAVideo": EnhanceAVideo(weight=4.0)}
+    embeds = {
+        n: torch.randn_like(x) if x.is_floating_point() else x for n, x in call.items() if n.startswith("prompt_")
+    }
+    first: dict[str, Control] = {
+        "EnhanceAVideo": EnhanceAVideo(weight=4.0),
+        "Regions": Regions(embeds=(embeds,), areas=((0, 0, 0.5, 1),), stop=1.0),
+    }
     return _host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {}, 1)
 
 

@@ -24,7 +24,7 @@ from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
 from attnctl.kernels.checks import as_bias, check_mask
 from attnctl.processors.negative.beside import Key
-from attnctl.processors.negative.keys import NegativeKeys, image_queries_only, text_keys
+from attnctl.processors.negative.keys import NegativeKeys, has_text_stream, image_queries, text_keys
 from attnctl.processors.negative.live import Form, LiveNegative, prompt_rows
 
 __all__ = ["LiveRegions", "RegionText", "read_mask"]
@@ -34,7 +34,7 @@ class RegionControl(Protocol):
     """What a control with regions says of itself."""
 
     @property
-    def prompts(self) -> tuple[str, ...]: ...
+    def texts(self) -> tuple[tuple[str | None, Mapping[str, Any] | None], ...]: ...
 
     @property
     def areas(self) -> tuple[Any, ...]: ...
@@ -53,9 +53,10 @@ class RegionControl(Protocol):
 class _Words:
     """One region's prompt, as a text beside the call's."""
 
-    negative_prompt: str
-    negative_embeds: Mapping[str, Any] | None = None
+    negative_prompt: str | None
+    negative_embeds: Mapping[str, Any] | None
     form: Form = "stream"
+    scale: float = 0.0
 
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Return the attention to the region's text."""
@@ -96,7 +97,7 @@ class RegionText(LiveNegative):
     def answer(self, call: AttnCall, seen: Tensor) -> None:
         """Say what the text's queries have seen there, [b, H, T, D]."""
         self._answer = call.q.new_zeros(*call.q.shape[:3], seen.shape[-1])
-        self._answer[:, :, text_keys(call)[1]] = seen
+        self._answer[:, :, text_keys(call)] = seen
 
 
 class LiveRegions(LiveControl):
@@ -111,7 +112,7 @@ class LiveRegions(LiveControl):
     def __init__(self, control: RegionControl, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
         self.control = control
         self.order = {site.name: i for i, site in enumerate(sites)}
-        self.texts = [RegionText(_Words(prompt), sites, denoiser) for prompt in control.prompts]
+        self.texts = [RegionText(_Words(*text), sites, denoiser) for text in control.texts]
         self.masks = [read_mask(area) if isinstance(area, str) else area for area in control.areas]
         self._shares: dict[Any, Tensor] = {}
 
@@ -135,12 +136,10 @@ class LiveRegions(LiveControl):
             return proceed(call)
         first, part = chosen
         key = call.site.name, call.index - first
-        if call.site.kind == "joint" and not image_queries_only(call):
-            if text_keys(call)[1].start == text_keys(call)[1].stop:  # blocks behind the last that sees the text
+        if call.site.kind == "joint" and has_text_stream(call):
+            if text_keys(call).start == text_keys(call).stop:  # blocks behind the last that sees the text
                 return proceed(call)
-            out = proceed(call)
-            image = text_keys(part)[0]
-            return _put(call, out, self._joint(key, part), image)
+            return _put(call, proceed(call), self._joint(key, part), image_queries(part))
         return self._crossed(key, call, part, proceed)
 
     def shares(self, call: AttnCall, tokens: int) -> Tensor:
@@ -169,7 +168,8 @@ class LiveRegions(LiveControl):
         if any(k is None and not text.same for k, text in zip(keys, self.texts, strict=True)):
             return proceed(call)  # an attention to an image prompt, not to the text
         out = proceed(call)
-        base = out[_cond(call, out)]
+        image = image_queries(part)
+        base = out[_cond(call, out)][:, :, image]
         shares = self.shares(part, base.shape[2]).to(base.dtype)[:, :, None]
         total = shares.sum(0)
         covered = total.clamp_max(1) * (1 - self.control.base)
@@ -180,13 +180,13 @@ class LiveRegions(LiveControl):
             else:
                 seen = proceed(k.attended(part)) if call.site.kind != "joint" else k.attended(part).plain()
             mixed = mixed + covered * share / total.clamp_min(1e-6) * seen
-        return _put(call, out, mixed, slice(0, out.shape[2]))
+        return _put(call, out, mixed, image)
 
     # Joint attention: each set of regions attends to keys of its own ------------------------------------------
 
     def _joint(self, key: Key, part: AttnCall) -> Tensor:
         """Attend with the prompt's image queries, [b, H, N, D]; and with the regions' texts."""
-        image, _ = text_keys(part)
+        image = image_queries(part)
         inside = self.shares(part, image.stop - image.start) >= 0.5
         base_pass = part.state.phase == "base"
         texts: list[NegativeKeys | None] = []
@@ -212,8 +212,7 @@ class LiveRegions(LiveControl):
 
     def _group(self, part: AttnCall, texts: list[NegativeKeys | None], places: Tensor, seen: Tensor) -> Tensor:
         """Attend with the image queries of one set of regions to its texts and to the image tokens that it sees."""
-        image, own = text_keys(part)
-        rows = part.q.shape[0]
+        image, own, rows = image_queries(part), text_keys(part), part.q.shape[0]
         mask = part.mask if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))
         at = places + image.start
         plain = not texts or any(text is None for text in texts)
@@ -226,7 +225,9 @@ class LiveRegions(LiveControl):
             if text is not None:
                 k, v = (x.expand(rows, *x.shape[1:]) for x in (text.k, text.v))
                 parts.append((k, v, _text_columns(part, text)))
-        columns = seen + image.start
+        every = torch.arange(part.k.shape[2], device=at.device)
+        beside = every[((every < own.start) | (every >= own.stop)) & ((every < image.start) | (every >= image.stop))]
+        columns = torch.cat([seen + image.start, beside])  # references and registers beside the image are seen by all
         parts.append((part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, at, columns, 0.0)))
         return _attend(part, part.q[:, :, at], parts)
 
@@ -256,14 +257,14 @@ def _text_columns(part: AttnCall, text: NegativeKeys) -> Tensor | None:
     if text.mask is None:
         return None
     mask = text.mask.reshape((1,) * (4 - text.mask.ndim) + tuple(text.mask.shape))
-    mask = mask if mask.shape[2] == 1 else mask[:, :, text.other[0] : text.other[0] + 1]
+    mask = mask if mask.shape[2] == 1 else mask[:, :, text.seen[0] : text.seen[0] + 1]
     mask = mask.expand(*mask.shape[:3], text.text.stop if mask.shape[3] == 1 else mask.shape[3])[..., text.text]
     return as_bias(mask, part.q.dtype)
 
 
 def _text_sees(part: AttnCall, meeting: AttnCall, places: Tensor) -> Tensor:
     """Attend with a region's text to itself and to the image inside of the region, [b, H, T, D]."""
-    image, text = text_keys(part)[0], text_keys(meeting)[1]
+    image, text = image_queries(part), text_keys(meeting)
     keys = NegativeKeys.of(meeting)
     columns = places + image.start
     mask = None if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))

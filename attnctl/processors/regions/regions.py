@@ -20,7 +20,7 @@ regions attend in one call, so there is no N x N mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -49,6 +49,8 @@ class Regions(Control):
 
     Attributes:
         prompts: One prompt per region.
+        embeds: Embeddings in place of the prompts, one mapping per region, by the names of the pipeline's arguments
+            for the prompt's ("prompt_embeds"), or of the denoiser's ("encoder_hidden_states").
         areas: One area per region: a box (left, top, right, bottom) in fractions of the picture, the name of a picture
             file that is white inside, or a mask [h, w] from 0 to 1. Areas may overlap.
         base: How much a covered token follows the prompt of the call, 0 to 1, besides the regions' prompts.
@@ -58,6 +60,7 @@ class Regions(Control):
     """
 
     prompts: tuple[str, ...] = knob((), kind="free", values="one text per region")
+    embeds: tuple[Mapping[str, Any], ...] | None = knob(None, values="tensors by name", compare=False, repr=False)
     areas: tuple[Area, ...] = knob((), kind="free", values="one box, file or mask per region", compare=False)
     base: float = knob(0.2, 0.0, below=1.0, span=(0.0, 0.9, 0.05), shown=True)
     isolation: Isolation = knob("alternate", options=Isolation)
@@ -86,14 +89,17 @@ class Regions(Control):
     def __post_init__(self) -> None:
         super().__post_init__()
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        if self.embeds is not None and (prompts or not all(isinstance(e, Mapping) and e for e in self.embeds)):
+            raise ConfigError("Regions: embeds takes one mapping of names to tensors per region, without prompts.")
+        if self.embeds is None and not (prompts and all(isinstance(p, str) and p.strip() for p in prompts)):
             raise ConfigError(
                 f"Regions: prompts={self.prompts!r:.80} should be one text per region, none of them empty."
             )
         areas = tuple(self.areas)
-        if len(areas) != len(prompts):
+        count = len(prompts if self.embeds is None else self.embeds)
+        if len(areas) != count:
             raise ConfigError(
-                f"Regions: {len(prompts)} prompts and {len(areas)} areas were given: give one area per prompt, such as "
+                f"Regions: {count} prompts and {len(areas)} areas were given: give one area per prompt, such as "
                 "areas=((0, 0, 0.5, 1), (0.5, 0, 1, 1)) for two halves."
             )
         object.__setattr__(self, "prompts", prompts)
@@ -105,6 +111,11 @@ class Regions(Control):
 
     def needs_prompt(self) -> bool:
         return True
+
+    @property
+    def texts(self) -> tuple[tuple[str | None, Mapping[str, Any] | None], ...]:
+        """Return each region's prompt and embeddings, one of which is None."""
+        return tuple((p, None) for p in self.prompts) if self.embeds is None else tuple((None, e) for e in self.embeds)
 
     def isolated(self, index: int) -> bool:
         """Tell whether image tokens see their own region alone at one of the control's sites."""
