@@ -36,6 +36,7 @@ import torch  # noqa: E402
 import zoo  # noqa: E402
 from contract import Replace, Through, other_texts, snapshot  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from zoo_loop import IMAGE_INPUTS, Loop  # noqa: E402
 
 import attnctl  # noqa: E402
 from attnctl.core.call import AttnCall, Proceed  # noqa: E402
@@ -52,12 +53,11 @@ from attnctl.processors.combining.combiner import Combining  # noqa: E402
 RESULT = Path(__file__).parent / "results" / "coverage.json"
 PADDED = frozenset({"zimage"})  # pad tokens stand behind the image's, which hear of nothing
 FRAMES = 4  # the least that BroadWay takes
-SILENT = "no effect, and no word of it"
-IMAGE_INPUTS = ("sample", "hidden_states", "x", "vision_tokens")
 TEXT_INPUTS = (
     *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"),
     *("text_bth", "cap_feats", "clip_text", "text_encoder_layers", "input_ids"),
 )
+SILENT = "no effect, and no word of it"
 
 
 @dataclass
@@ -95,32 +95,6 @@ class Model:
         return {k: v for k, v in variables.items() if k not in self.own}
 
 
-class Loop(diffusers.DiffusionPipeline):
-    """The shortest pipeline: a scheduler moves the latents, and two calls of the denoiser see them.
-
-    The prediction of the second call is what comes out; the scheduler is given noise, whatever was predicted.
-    """
-
-    def __init__(self, transformer: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any], guidance_scale: float = 1.0) -> Any:
-        """Run two steps; return the last prediction. A host of codes has no latents: nothing moves."""
-        self.guidance_scale = guidance_scale
-        key = next((k for k in IMAGE_INPUTS if k in inputs), "")
-        listed = isinstance(inputs.get(key), list)
-        latents = torch.stack(inputs[key]) if listed else inputs.get(key, torch.zeros(1))
-        generator = torch.Generator().manual_seed(0)
-        self.scheduler.set_timesteps(2)
-        for t in self.scheduler.timesteps:
-            out = zoo.call(self.transformer, inputs | ({key: [*latents] if listed else latents} if key else {}))
-            noise = torch.randn(latents.shape, generator=generator)
-            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
-        return out
-
-
 # What a control is told where its defaults name no place or no word
 
 
@@ -154,14 +128,18 @@ def _names(model: Model, cls: Any, *kinds: str) -> list[str]:
     return names or ["*"]  # nothing to name: the control says so itself
 
 
+# These share attention between prompts: each row is one.
+SEVERAL = ("Consistent", "MasaCtrl", "ShareAttention", "StyleAligned")
 SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "AStar": words,
     "AttendExcite": words,
     "BroadWay": lambda cls, model: cls(stop=1.0),
     "Capture": lambda cls, model: cls(words=(1, 3)),
-    "EnhanceAVideo": lambda cls, model: cls(weight=4.0),
+    "EnhanceAVideo": lambda cls, model: cls(weight=40.0),
     "NAG": lambda cls, m: cls(negative_embeds=other_texts(m.inputs, TEXT_INPUTS) if m.layout == "cond" else None),
     "PARO": blocks,
+    **dict.fromkeys(SEVERAL, lambda cls, model: cls(start=0.0)),
+    "Consistent": lambda cls, model: cls(chance=1.0, late_chance=1.0),
 }
 # Edits of a prompt need a pipeline's words, and sums of predictions its negative prompt: pipelines run them in tests.
 SUMS = {name for name, cls in controls("attnctl").items() if issubclass(cls, Combining)}
@@ -203,8 +181,9 @@ def _acts(control: Any, model: Model) -> bool:
             out = pipe(model.inputs)
     else:
         plain = model.plain
-        with attnctl.control(model.module, control, layout=model.layout) as handle:
-            handle.set_step(0, 2, 900.0)
+        layout = "cond" if type(control).__name__ in SEVERAL else model.layout
+        with attnctl.control(model.module, control, layout=layout) as handle:
+            handle.set_step(1, 3, 600.0)
             out = model.run()
             if isinstance(control, Capture):
                 return torch.equal(out, plain) and _recorded(handle.result(control))
@@ -232,8 +211,11 @@ def through(model: Model) -> str:
         with attnctl.control(model.module, Through(), layout=model.layout):
             same = torch.equal(model.run(), model.plain)
         return "exact" if same and torch.equal(model.run(), model.plain) else "differs"
-    except NeverApplied as error:
-        return f"not reached: {error}"
+    except NeverApplied:  # sites that this call does not use: conditions that it lacks, attention without softmax
+        seen = Replace(function=lambda call, proceed: proceed(call), sites=[*model.calls])
+        with attnctl.control(model.module, seen, layout=model.layout):
+            same = torch.equal(model.run(), model.plain)
+        return "exact" if same and torch.equal(model.run(), model.plain) else "differs"
     except AttnctlError as error:
         return f"refused: {error}"
     except Exception as error:
@@ -258,25 +240,24 @@ def silenced(model: Model, seen: dict[tuple[str, int], Tensor]) -> Iterator[None
         seen[call.site.name, call.index] = call.q
         return torch.zeros_like(proceed(call))
 
-    with attnctl.control(model.module, Replace(function=silent), layout=model.layout):
+    with attnctl.control(model.module, Replace(function=silent, sites=[*model.calls]), layout=model.layout):
         yield
 
 
 def image_rows(model: Model) -> dict[tuple[str, int], Tensor]:
     """Find the query rows [N] of each attention call that move with the image alone."""
     keys = [k for k in IMAGE_INPUTS if k in model.inputs] or ["input_ids"]
-    seen: list[dict[tuple[str, int], Tensor]] = [{}, {}]
-    for calls, inputs in zip(
-        seen, (model.inputs, model.inputs | {k: moved(model.inputs[k]) for k in keys}), strict=True
-    ):
+    one: dict[tuple[str, int], Tensor] = {}
+    other: dict[tuple[str, int], Tensor] = {}
+    for calls, changed in ((one, {}), (other, {k: moved(model.inputs[k]) for k in keys})):
         with silenced(model, calls):
-            zoo.call(model.module, inputs)
-    return {where: (q != seen[1][where]).any(-1).any(1).any(0) for where, q in seen[0].items() if where in seen[1]}
+            zoo.call(model.module, model.inputs | changed)
+    return {where: (q != other[where]).any(-1).any(1).any(0) for where, q in one.items() if where in other}
 
 
 def roles(model: Model) -> dict[str, Any]:
     """Compare the rows that PAG changes at each of its sites with the image's."""
-    names = [s.name for s in model.sites("self", "joint")]
+    names = [s.name for s in model.sites("self", "joint") if s.name in model.calls]
     if not names:
         return {"sites": 0, "wrong": []}
     try:
@@ -357,8 +338,13 @@ def packed(models: dict[str, Any]) -> dict[str, Any]:
         name: {n: [state, number[why]] if why else [state] for n, (state, why) in one["cells"].items()}
         for name, one in models.items()
     }
+    states = [state for one in models.values() for state, _ in one["cells"].values()]
+    classes = {one["class"] for one in models.values()}
+    changed = {one["class"] for one in models.values() if one["through"] != "exact"}
+    counts = {"classes": len(classes), "unchanged": len(classes - changed)}
     return {
         "versions": versions(),
+        "counts": counts | {state: states.count(state) for state in ("acts", "refused", "fault")},
         "reasons": reasons,
         "models": {name: one | {"cells": cells[name]} for name, one in models.items()},
     }
@@ -379,7 +365,7 @@ def shown(models: dict[str, Any]) -> str:
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=zoo.EVERY, default=zoo.EVERY, help="these models")
+    parser.add_argument("--only", nargs="+", choices=zoo.EVERY, default=zoo.EVERY)
     parser.add_argument("--show", action="store_true", help="write no file")
     options = parser.parse_args()
     zoo.FRAMES = FRAMES
@@ -389,7 +375,9 @@ def main() -> int:
         models = {name: measured(name) for name in options.only}
     print(shown(models), file=sys.stderr)
     print(f"{len(models)} models in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    if not options.show:
+    if options.show:
+        print(json.dumps(packed(models), indent=1))
+    else:
         text = json.dumps(packed(models), indent=1) + "\n"
         RESULT.write_text(text)
         STORED.write_text(text)

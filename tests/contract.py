@@ -15,7 +15,7 @@ from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.processors import PAG, Control, SoftPAG
 
-ALL_KINDS = ("self", "cross", "joint", "dual", "temporal", "text")
+ALL_KINDS = ("self", "cross", "joint", "dual", "temporal", "text", "audio", "aux")
 
 # Hosts with a norm or a rotary table that computes in float32 whatever the type of the model.
 SINGLE_INSIDE = frozenset({"hunyuandit", "sana"})

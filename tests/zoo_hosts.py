@@ -971,7 +971,8 @@ def minimax_h3(draw: Draw) -> Tiny:
         "time_embed_dim": 16,
         "rope_freq_dim": 2,
     }
-    audio_tokens, image = 5, IMAGE[0] * IMAGE[1]
+    audio_tokens, (frames, height, width) = 5, video_grid(draw)
+    image = frames * height * width
     text, audio, video = torch.arange(TEXT + audio_tokens + image).split([TEXT, audio_tokens, image])
     tags = torch.zeros(TEXT + audio_tokens + image, dtype=torch.long)
     tags[text], tags[audio] = 1, 2
@@ -979,7 +980,7 @@ def minimax_h3(draw: Draw) -> Tiny:
     times[audio] = 1
     positions = torch.zeros(len(tags), 3)
     positions[:, 0] = torch.arange(len(tags))
-    positions[video] = grid_ids(*IMAGE, time=TEXT)
+    positions[video] = torch.cat([grid_ids(height, width, time=TEXT + i) for i in range(frames)])
     inputs = {
         "hidden_states": draw.rows(image, 16),
         "audio_hidden_states": draw.rows(audio_tokens, 6),
@@ -992,7 +993,7 @@ def minimax_h3(draw: Draw) -> Tiny:
         "audio_indices": audio,
         "text_indices": text,
     }
-    return Tiny(config, inputs, IMAGE_GRID)
+    return Tiny(config, inputs, video_grid(draw))
 
 
 @host("Cosmos3OmniTransformer", rows=1)
@@ -1015,24 +1016,26 @@ def cosmos3(draw: Draw) -> Tiny:
         "rope_theta": 1e8,
         "vocab_size": 32,
     }
-    image = IMAGE[0] * IMAGE[1]
+    frames, height, width = grid = video_grid(draw)
+    image = frames * height * width
     text, vision = torch.arange(TEXT + image).split([TEXT, image])
     positions = torch.arange(TEXT + image).repeat(3, 1)
-    positions[:, TEXT:] = (TEXT + grid_ids(*IMAGE)).long().T
+    places = torch.cat([grid_ids(height, width, time=i) for i in range(frames)])
+    positions[:, TEXT:] = (TEXT + places).long().T
     inputs = {
         "input_ids": draw.whole(32, TEXT)[0],
         "text_indexes": text,
         "position_ids": positions,
         "und_len": TEXT,
         "sequence_length": TEXT + image,
-        "vision_tokens": [draw.normal(1, 2, *IMAGE_GRID)],
-        "vision_token_shapes": [IMAGE_GRID],
+        "vision_tokens": [draw.normal(1, 2, *grid)],
+        "vision_token_shapes": [grid],
         "vision_sequence_indexes": vision,
         "vision_mse_loss_indexes": vision,
         "vision_timesteps": torch.full((image,), 0.5),
-        "vision_noisy_frame_indexes": [torch.tensor([0])],
+        "vision_noisy_frame_indexes": [torch.arange(frames)],
     }
-    return Tiny(config, inputs, IMAGE_GRID)
+    return Tiny(config, inputs, grid)
 
 
 # Audio alone

@@ -24,7 +24,7 @@ from attnctl.core.call import CallState, Rows, Wrapper
 from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch, added, check_reached, combine, difference, overridden, scaled
-from attnctl.core.hosts.arguments import as_given, own_containers, row_count, take_rows
+from attnctl.core.hosts.arguments import as_given, own_containers, row_count, shared_like_rows, take_rows
 from attnctl.core.hosts.caches import check_rows_kept, own_context
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
@@ -149,7 +149,7 @@ class ControlledDenoiser:
     def _watch_prefix(self, replay: bool) -> None:
         """Have the base pass keep what the perturbed passes of this call need not compute again."""
         due = [b for g, b, weight in self.weights if weight != 0 and self.due(g, b)]
-        if due and replay and Prefix.refusal(self.module) is None:
+        if due and replay and Prefix.refusal(self.module) is None and not shared_like_rows(self.state):
             targets = {m for b in due for m in b.targets}
             if self.prefix is None or self.prefix.targets != targets:
                 self.prefix = Prefix(self.module, targets)

@@ -22,7 +22,7 @@ from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.registry import Conflict, knob
-from attnctl.core.sites import Site
+from attnctl.core.sites import Site, select
 from attnctl.data.about import About
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels.checks import repeat_heads, room, wide_dtype
@@ -107,7 +107,8 @@ class EnhanceAVideo(Control):
         return super().resolve(sites, family)
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        return tuple(s for s in sites if s.kind in self.kinds)
+        present = [kind for kind in self.kinds if any(s.kind == kind for s in sites)]
+        return select(sites, present or list(self.kinds), kinds=self.kinds, what=self._label)
 
     def default_source(self, family: Family) -> str | None:
         return "Enhance-A-Video, arXiv 2502.07508: every attention over all frames"

@@ -171,6 +171,8 @@ def _copies(plans: Mapping[str, BlockPlan]) -> dict[str, BlockPlan]:
 def _refusal(plan: BlockPlan, call: AttnCall, image: slice, masks: TextMasks) -> str:
     """Return why a call cannot follow its plan, or ""."""
     n = image.stop - image.start
+    if image.start > 0 and image.stop < call.q.shape[2]:
+        return "other tokens stand before and behind the image's, where a plan knows of text alone"
     if plan.n_image not in (None, n) or (plan.grid is not None and call.grid not in (None, plan.grid)):
         was = f"a grid of {plan.grid}" if plan.grid is not None else f"{plan.n_image} image tokens"
         return f"the plan was made for {was}, this run has {call.grid or n}"

@@ -24,6 +24,7 @@ __all__ = [
     "main_name",
     "own_containers",
     "row_count",
+    "shared_like_rows",
     "take_rows",
     "time_of",
 ]
@@ -111,6 +112,13 @@ def row_count(bound: Mapping[str, Any]) -> int:
     """Count the rows of a call."""
     main = main_input(bound)
     return len(main) if isinstance(main, (list, tuple)) else int(main.shape[0])
+
+
+def shared_like_rows(state: Any) -> bool:
+    """Tell whether a call's argument that all rows share has as many entries as there are rows (times of streams)."""
+    values = [state.bound.get(name) for name in state.family.shared]
+    total = state.rows.total
+    return total > 1 and any(isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == total for x in values)
 
 
 def take_rows(

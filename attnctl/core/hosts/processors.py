@@ -221,18 +221,25 @@ def _native_backend(processor: Any, native: Any) -> Iterator[None]:
     if not hasattr(processor, "_attention_backend"):
         yield
         return
-    held = vars(processor).get("_attention_backend", _MISSING)
+    # Two calls may pass through one module side by side (NAG's): the last to leave puts back what the first met.
+    inside, held = _NATIVE.get(id(processor), (0, vars(processor).get("_attention_backend", _MISSING)))
+    _NATIVE[id(processor)] = inside + 1, held
     processor._attention_backend = native
     try:
         yield
     finally:
-        if held is _MISSING:
+        inside, held = _NATIVE.pop(id(processor))
+        if inside > 1:
+            _NATIVE[id(processor)] = inside - 1, held
+        elif held is _MISSING:
             del processor._attention_backend
         else:
             processor._attention_backend = held
 
 
 _MISSING = object()
+_NATIVE: dict[int, tuple[int, Any]] = {}
+"""By the id of a processor: how many calls are inside of it, and the backend that the first of them met."""
 
 
 def _interceptable(site: Any, processor: Any) -> Any:

@@ -217,6 +217,12 @@ class _Update:
         share = _one_hot(z.device) if every else self._share
         reader = MapReader([s.name for s in self.engine.sites], share, early, c.needs_self_attention)
         name, template = main_name(self.bound), main_input(self.bound)
+        first = template[0] if isinstance(template, (list, tuple)) else template
+        if not first.is_floating_point():
+            raise UnsupportedModelError(
+                f"{type(c).__name__}: {type(passes.module).__name__} is called with codes of a picture ({name}), which "
+                "no gradient can move. Use a guidance (PAG, SEG) with this model."
+            )
         scaled = passes.latents.input(z, template)
         self.engine.forwards += 1
         with torch.inference_mode(False), torch.enable_grad(), prepared(passes.module, c.checkpoint, passes.snapshot):

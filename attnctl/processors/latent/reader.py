@@ -57,6 +57,11 @@ class MapReader:
         if self.reading:  # a checkpointed block runs again during backward, and must then compute the same
             if read is not None:
                 maps, grid = read
+                if grid in self.total and self.total[grid].shape != maps.shape:
+                    raise UnsupportedModelError(
+                        f"{call.site.name} attends to {maps.shape[-1]} text tokens and a site before it to "
+                        f"{self.total[grid].shape[-1]}: maps of different texts cannot be added. Choose `sites` of one."
+                    )
                 self.total[grid] = maps if grid not in self.total else self.total[grid] + maps
                 self.heads += call.q.shape[1]
             if seen is not None:

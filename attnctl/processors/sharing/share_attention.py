@@ -25,7 +25,7 @@ from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.registry import Conflict, knob
-from attnctl.core.sites import Site
+from attnctl.core.sites import Site, select
 from attnctl.data.about import About
 from attnctl.errors import ConfigError, UnsupportedModelError, choice, unboxed, whole
 from attnctl.kernels.sharing import match_statistics, widened_mask
@@ -148,7 +148,8 @@ class ShareAttention(Control):
         return whole(unboxed(self.sources), what, 0, of="pictures")
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
-        return tuple(s for s in sites if s.kind in ("self", "joint"))
+        present = [kind for kind in ("self", "joint") if any(s.kind == kind for s in sites)]
+        return select(sites, present or "self", kinds=self.kinds, what=self._label)
 
     def is_off(self) -> bool:
         return self.chance == 0
