@@ -108,9 +108,13 @@ class RAVLT(Pyramid):
     """RAVLT (attention="rala") and MAViT ("mala") with timm's interface.
 
     Args:
-        dims, depths, num_heads: per stage. attention: of the stages that are not in softmax_stages.
-        mlp_ratio: hidden channels over channels. init_values: start of the layer scales per stage, None for none.
-        projection: channels before the classifier.
+        dims: Channels per stage.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        attention: Attention of the stages that are not in softmax_stages.
+        mlp_ratio: Hidden channels over channels.
+        init_values: Start of the layer scales per stage, None for none.
+        projection: Channels before the classifier.
     """
 
     def __init__(
