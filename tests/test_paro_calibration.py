@@ -19,7 +19,16 @@ from attnctl.plans import BlockPlan
 from attnctl.plans.orders import ORDERS
 
 torch.set_num_threads(1)
+measuring = importlib.import_module("attnctl.kernels.sparse.block_mass")
 FIXTURES = Path(__file__).parent / "fixtures" / "paro"
+
+
+@pytest.fixture(params=["head by head", "together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Measure in the way of CPUs, and in that of GPUs."""
+    if request.param == "together":
+        monkeypatch.setattr(measuring, "_HeadByHead", measuring._Together)
+    return str(request.param)
 
 
 @pytest.fixture(params=["calib_4x8x8", "calib_partial_3x7x9"])
@@ -36,7 +45,7 @@ def measure(facts: dict, t: dict[str, Tensor], dtype: torch.dtype = torch.float6
     return BlockMass(*(x[:, : len(ORDERS)] for x in found))  # the paper has no tiles
 
 
-def test_sums_and_marks(case: tuple[dict, dict[str, Tensor]]) -> None:
+def test_sums_and_marks(case: tuple[dict, dict[str, Tensor]], way: str) -> None:
     facts, t = case
     found = measure(facts, t)
     assert (found.mass - t["block_mass"]).abs().max() <= 1e-10
@@ -64,13 +73,31 @@ def test_masks(case: tuple[dict, dict[str, Tensor]]) -> None:
         assert torch.equal(choose_masks(mass, density), t["mask"][:, i])
 
 
-def test_mass_of_chosen_orders_alone() -> None:
+def test_mass_of_chosen_orders_alone(way: str) -> None:
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 60, 8, generator=g), torch.randn(2, 2, 60, 8, generator=g)
     every = block_mass(q, k, (3, 4, 5), 16, 8)
     some = block_mass(q, k, (3, 4, 5), 16, 8, orders=[[0], [5], [2], [6]])
     assert torch.equal(some.mass[:, 0], every.mass[torch.arange(4), torch.tensor([0, 5, 2, 6])])
     assert (every.mass.sum(-1) - 1).abs().max() <= 1e-6
+
+
+def test_both_ways_measure_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, h, 71, 8, generator=g, dtype=torch.float64) * 3 for h in (4, 2))
+
+    def both(step: int) -> list[BlockMass]:
+        found = []
+        for kind in (measuring._HeadByHead, measuring._Together):
+            with monkeypatch.context() as patch:
+                patch.setattr(measuring, "_HeadByHead", kind)
+                patch.setattr(measuring, "chunk_rows", lambda *given, **options: step)
+                found.append(block_mass(q, k, (3, 4, 5), 8, 16, image=slice(4, 64), eps=1e-3))
+        return found
+
+    for step in (7, 256):
+        one, other = both(step)
+        assert all((a - b).abs().max() <= 1e-12 for a, b in zip(one, other, strict=True))
 
 
 def test_equal_orders_keep_the_model_s() -> None:

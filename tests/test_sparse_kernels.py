@@ -294,3 +294,30 @@ def test_a_kernel_with_wrong_numbers_does_not_count(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(SPARSE, "triton", SPARSE["triton"]._replace(run=breaks, missing=lambda device: ""))
     assert "OSError: no such symbol" in probe_sparse("triton", "cpu", torch.float32, 16)
     probe_sparse.cache_clear()
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (16, 16), (128, 64), (256, 128)])
+def test_the_probe_runs_what_calls_run(block_q: int, block_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 128 queries or fewer flex compiles flex-decoding, a kernel that no picture or video reaches."""
+    seen: list[tuple[Tensor, Any, slice]] = []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, plan: Any, group: int, image: slice, *rest: Any) -> Tensor:
+        seen.append((q, plan, image))
+        return SPARSE["reference"].run(q, k, v, plan, group, image, *rest)
+
+    probe_sparse.cache_clear()
+    for name in ("flex", "triton"):
+        monkeypatch.setitem(SPARSE, name, SPARSE[name]._replace(run=noted, missing=lambda device: ""))
+        assert probe_sparse(name, "cpu", torch.float32, 16, block_q, block_k) == ""
+    probe_sparse.cache_clear()
+    assert len(seen) == 2
+    for q, plan, image in seen:
+        n = image.stop - image.start
+        assert n > 128
+        assert q.shape[2] - n > 0  # text is there
+        assert (plan.block_q, plan.block_k) == (block_q, block_k)
+        assert n > max(block_q, block_k)
+        assert n % block_q  # the last blocks are partial
+        assert n % block_k
+        assert plan.keep.any(-1).all()
+        assert not plan.keep.all()

@@ -39,6 +39,8 @@ _MAX_ELEMENTS = 2**23
 _MAX_ROWS = 256
 # On other devices every block costs launches: it may take this share of the memory, which is assumed where unknown.
 _SHARE = 12
+# So many blocks may be alive at once: logits, their softmax, and what is made of it.
+_ALIVE = 3
 _ASSUMED_MEMORY = 80 << 30
 
 
@@ -135,12 +137,16 @@ def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
-def chunk_rows(batch: int, heads: int, keys: int, device: torch.device) -> int:
-    """Return how many query rows fit into one bounded block of float32 logits on a device."""
+def chunk_rows(batch: int, heads: int, keys: int, device: torch.device, *, alive: float = _ALIVE) -> int:
+    """Return how many query rows fit into one bounded block of float32 logits on a device.
+
+    `alive`: Blocks of that size that the caller holds at once; fewer of them may be larger, but not on a CPU, whose
+    cache bounds the block.
+    """
     a_row = max(1, batch * heads * keys)
     if device.type == "cpu":
         return min(_MAX_ROWS, max(1, _MAX_ELEMENTS // a_row))
-    return max(1, room(device) // (4 * a_row))
+    return max(1, int(_ALIVE * room(device) / (alive * 4 * a_row)))
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -94,14 +94,21 @@ def argmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kt = repeat_heads(k, q.shape[1]).detach().to(wide).transpose(-2, -1)
     queries = q.detach().to(wide) * scale
+    masked = None if mask is None else mask.detach()
     best = []
-    for start in range(0, q.shape[2], step := chunk_rows(q.shape[0], q.shape[1], k.shape[2], q.device)):
+    step = chunk_rows(q.shape[0], q.shape[1], k.shape[2], q.device, alive=1 if mask is None else 3)
+    for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
-        logits, cut = queries[..., rows, :] @ kt, rows_of(mask, rows)
-        best.append((logits if cut is None else logits + as_bias(cut.detach(), wide)).max(dim=-1, keepdim=True))
+        best.append(_best(queries[..., rows, :], kt, rows_of(masked, rows)))
     index = torch.cat([b.indices for b in best], 2).expand(-1, -1, -1, v.shape[-1])
     picked = repeat_heads(v, q.shape[1]).gather(2, index)
     return picked if mask is None else picked.masked_fill(torch.cat([b.values for b in best], 2).isneginf(), 0.0)
+
+
+def _best(queries: Tensor, kt: Tensor, mask: Tensor | None) -> torch.return_types.max:
+    """Return the largest logit of every query and its key; the logits are given up before the next ones are made."""
+    logits = queries @ kt
+    return (logits if mask is None else logits + as_bias(mask, logits.dtype)).max(dim=-1, keepdim=True)
 
 
 def temperature(

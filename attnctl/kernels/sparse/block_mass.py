@@ -74,26 +74,22 @@ def block_mass(
     same = [first_alike(grid, o, block_k) for o in range(len(LAYOUTS))]
     distinct = sorted(set(same))
     tried = [distinct] * heads if orders is None else orders
-    tallies = _tallies(grid, tried, block_q, block_k, eps, q)
     shape = heads, len(tried[0]), -(-n // block_q), -(-n // block_k)
     queries = q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    keys = repeat_heads(k, heads).to(wide).transpose(-2, -1)
-    step = chunk_rows(1, heads, keys.shape[-1], q.device)
+    keys = repeat_heads(k, heads).to(wide)
+    kind = _HeadByHead if q.device.type == "cpu" else _Together
+    tally = kind(grid, tried, block_q, block_k, image, keys, eps)
     mass = queries.new_zeros(shape)
     marks: list[tuple[Tensor, Tensor]] = []
     for b in range(q.shape[0]):
-        for first in range(0, n, step):
-            rows = slice(image.start + first, image.start + min(first + step, n))
-            p = (queries[b, :, rows] @ keys[b]).softmax(-1)[..., image]
-            for tally in tallies:
-                tally.add(p, first)
-        part = _assembled(shape, tallies, "sums")  # of this sample alone: the marks are of one map each
+        for first in range(0, n, tally.step):
+            rows = slice(image.start + first, image.start + min(first + tally.step, n))
+            tally.add(queries[b, :, rows], keys[b], first)
+        part = tally.sums()  # of this sample alone: the marks are of one map each
         mass += part
         if eps is not None:
-            low, top = (_assembled(shape, tallies, name) for name in ("low", "top"))
-            marks.append(_marks(part, low, top, n, block_q, block_k, sigma))
-        for tally in tallies:
-            tally.clear()
+            marks.append(_marks(part, tally.low(), tally.top(), n, block_q, block_k, sigma))
+        tally.clear()
     sparse, uneven = (torch.stack(m).mean(0) for m in zip(*marks, strict=True)) if marks else (None, None)
     mass = mass / _sizes(n, block_q, mass)[:, None] / q.shape[0]
     if orders is not None:
@@ -102,52 +98,158 @@ def block_mass(
     return BlockMass(*(None if x is None else x.index_select(1, back) for x in (mass, sparse, uneven)))  # type: ignore[arg-type]
 
 
-class _Tally:
-    """The sums of blocks in one order, of the heads that try it.
+class _Together:
+    """Sums of blocks of all heads in all orders that they try: every chunk of rows takes a few launches.
+
+    The map is laid out keys first, [H, keys, rows]. The keys of a block are then rows of one table, and `embedding_bag`
+    adds them up, or takes the largest, where they stand: a copy in every order would be as many maps.
 
     Args:
-        heads: These heads; indices where they do not lie side by side.
-        slot: Place of the order among those that a head tries.
+        grid: Frames, rows and columns of the image tokens.
+        tried: For each head its orders, equally many.
+        block_q: Tokens in a block of queries.
+        block_k: Tokens in a block of keys.
+        image: Where the image tokens lie.
+        keys: All keys [B, H, N, D].
+        eps: Entries below it count as empty; None counts none.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int, int], tried: Sequence[Sequence[int]], block_q: int, block_k: int, image: slice,
+        keys: Tensor, eps: float | None,
+    ) -> None:  # fmt: skip
+        heads, slots, n, device = len(tried), len(tried[0]), math.prod(grid), keys.device
+        # Of the map's size there is the map alone; beside it the largest of every block, and, in 64 bits, their places.
+        rows = chunk_rows(1, heads, keys.shape[2], device, alive=1 + 3 * slots / block_k)
+        # The softmax over other dimensions than the last counts in 32 bits up to some releases of torch.
+        self.eps, self.step = eps, max(1, min(rows, (2**32 - 1) // (heads * keys.shape[2])))
+        used = sorted({o for head in tried for o in head})
+        there = torch.stack([permutation(grid, o, block_k) for o in used])
+        of_head = torch.tensor([[used.index(o) for o in head] for head in tried])
+        there, places, of_head = (x.to(device) for x in (there, there.argsort(-1) // block_q, of_head))
+        above = image.start + keys.shape[2] * torch.arange(heads, device=device)[:, None, None]
+        self._entries = (there[of_head] + above).flatten()
+        starts = torch.arange(0, n, block_k, device=device)
+        self._starts = (torch.arange(0, heads * slots * n, n, device=device)[:, None] + starts).flatten()
+        self._row_blocks = places[of_head][:, :, None]
+        shape = heads, slots, len(starts), -(-n // block_q)
+        self._kept = [keys.new_zeros(shape) for _ in range(1 if eps is None else 3)]
+
+    @torch.no_grad()
+    def add(self, queries: Tensor, keys: Tensor, first: int) -> None:
+        """Add rows of the map, queries [H, rows, D] times keys [H, N, D], the first of them the image's `first`."""
+        table = keys @ queries.transpose(-2, -1)
+        # In place where a thread writes no number that another one reads; graphs of whole operations promise no such.
+        table = torch.softmax(table, -2, out=None if table.device.type == "mps" else table).flatten(0, 1)
+        kept = self._kept[0]
+        index = self._row_blocks[..., first : first + queries.shape[1]].expand(*kept.shape[:3], -1)
+        kept.scatter_add_(-1, index, self._bags(table, "sum"))
+        if self.eps is not None:
+            self._kept[2].scatter_reduce_(-1, index, self._bags(table, "max"), "amax")
+            self._kept[1].scatter_add_(-1, index, self._bags(table.lt_(self.eps), "sum"))  # in place: read no more
+
+    def _bags(self, table: Tensor, mode: str) -> Tensor:
+        """Reduce the keys of every block, [H N, rows] -> [H, orders, nk, rows]."""
+        return F.embedding_bag(self._entries, table, self._starts, mode=mode).view(*self._kept[0].shape[:3], -1)
+
+    def sums(self) -> Tensor:
+        """Return the sum of every block, [H, orders, nq, nk]."""
+        return self._kept[0].transpose(-2, -1)
+
+    def low(self) -> Tensor:
+        """Return how many entries of every block are empty."""
+        return self._kept[1].transpose(-2, -1)
+
+    def top(self) -> Tensor:
+        """Return the largest entry of every block."""
+        return self._kept[2].transpose(-2, -1)
+
+    def clear(self) -> None:
+        """Begin another map."""
+        for x in self._kept:
+            x.zero_()
+
+
+class _HeadByHead:
+    """Sums of blocks as `_Together` has them, one head and order at a time: its part of the map stays in a CPU's cache.
+
+    Its arguments are those of `_Together`.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int, int], tried: Sequence[Sequence[int]], block_q: int, block_k: int, image: slice,
+        keys: Tensor, eps: float | None,
+    ) -> None:  # fmt: skip
+        self.image, self.step = image, chunk_rows(1, len(tried), keys.shape[2], keys.device)
+        self._tallies = [
+            [_Tally(permutation(grid, order, block_k), block_q, block_k, eps, keys) for order in head] for head in tried
+        ]
+
+    def add(self, queries: Tensor, keys: Tensor, first: int) -> None:
+        """Add rows of the map, as `_Together.add`."""
+        p = (queries @ keys.transpose(-2, -1)).softmax(-1)[..., self.image]
+        for part, tallies in zip(p, self._tallies, strict=True):
+            for tally in tallies:
+                tally.add(part, first)
+
+    def sums(self) -> Tensor:
+        """Return the sum of every block, [H, orders, nq, nk]."""
+        return self._all("sums")
+
+    def low(self) -> Tensor:
+        """Return how many entries of every block are empty."""
+        return self._all("low")
+
+    def top(self) -> Tensor:
+        """Return the largest entry of every block."""
+        return self._all("top")
+
+    def _all(self, name: str) -> Tensor:
+        return torch.stack([torch.stack([getattr(tally, name) for tally in tallies]) for tallies in self._tallies])
+
+    def clear(self) -> None:
+        """Begin another map."""
+        for tallies in self._tallies:
+            for tally in tallies:
+                tally.clear()
+
+
+class _Tally:
+    """The sums of blocks of one head in one order.
+
+    Args:
         order: Tokens in the order, int64 [n].
         block_q: Tokens in a block of queries.
         block_k: Tokens in a block of keys.
         eps: Entries below it count as empty; None counts none.
-        like: A tensor of the device.
+        like: A tensor of the device and dtype.
     """
 
-    def __init__(
-        self,
-        heads: slice | Tensor,
-        slot: int,
-        order: Tensor,
-        block_q: int,
-        block_k: int,
-        eps: float | None,
-        like: Tensor,
-    ) -> None:
-        self.heads, self.slot, self.eps, self.n = heads, slot, eps, len(order)
+    def __init__(self, order: Tensor, block_q: int, block_k: int, eps: float | None, like: Tensor) -> None:
+        self.eps, self.n = eps, len(order)
         self.block_q, self.block_k, self.blocks = block_q, block_k, -(-len(order) // block_k)
         # What fills the last block is the first token, and set to zero once it is there.
-        self.columns = F.pad(order, (0, self.blocks * block_k - self.n)).to(like.device)
-        self.row_blocks = (order.argsort() // block_q).to(like.device)
-        count = heads.stop - heads.start if isinstance(heads, slice) else len(heads)
-        self.sums = like.new_zeros(count, -(-self.n // block_q), self.blocks, dtype=wide_dtype(like.dtype))
+        self.columns = F.pad(order, (0, self.blocks * block_k - self.n))
+        self.row_blocks = order.argsort() // block_q
+        self.sums = like.new_zeros(-(-self.n // block_q), self.blocks)
         self.low = None if eps is None else torch.zeros_like(self.sums)
         self.top = None if eps is None else torch.zeros_like(self.sums)
 
     def add(self, p: Tensor, first: int) -> None:
-        """Add rows of the map, [H, rows, n], the first of which is the image's token `first`."""
-        p = p[self.heads] if isinstance(self.heads, slice) else p.index_select(0, self.heads)
+        """Add rows of the map, [rows, n], the first of which is the image's token `first`."""
         laid = p.index_select(-1, self.columns)
         if laid.shape[-1] > self.n:
             laid[..., self.n :].zero_()
         laid = laid.unflatten(-1, (self.blocks, self.block_k))
-        row_blocks = self.row_blocks[first : first + p.shape[1]]
-        self.sums.index_add_(1, row_blocks, laid.sum(-1))
-        if self.low is not None and self.top is not None:
-            self.low.index_add_(1, row_blocks, (laid < self.eps).sum(-1, dtype=laid.dtype))
-            index = row_blocks[None, :, None].expand(len(p), -1, self.blocks)
-            self.top.scatter_reduce_(1, index, laid.amax(-1), "amax")
+        row_blocks = self.row_blocks[first : first + len(p)]
+        self.sums.index_add_(0, row_blocks, laid.sum(-1))
+        if self.eps is not None and self.low is not None and self.top is not None:
+            # The zeros that fill the last block are no entries.
+            missing = self.blocks * self.block_k - self.n
+            low = (laid < self.eps).sum(-1, dtype=laid.dtype)
+            low[..., -1] -= missing if self.eps > 0 else 0
+            self.low.index_add_(0, row_blocks, low)
+            self.top.scatter_reduce_(0, row_blocks[:, None].expand(-1, self.blocks), laid.amax(-1), "amax")
 
     def clear(self) -> None:
         """Begin another map."""
@@ -156,40 +258,11 @@ class _Tally:
                 x.zero_()
 
 
-def _tallies(
-    grid: tuple[int, int, int], tried: Sequence[Sequence[int]], block_q: int, block_k: int, eps: float | None, q: Tensor
-) -> list[_Tally]:
-    """Return a tally for every order, of all heads that try it in the same slot.
-
-    A CPU takes one head at a time, whose part of the map stays in its cache; a GPU takes all of them in one launch.
-    """
-    found = []
-    for slot in range(len(tried[0])):
-        for order in dict.fromkeys(head[slot] for head in tried):
-            heads = [h for h, head in enumerate(tried) if head[slot] == order]
-            parts: list[slice | Tensor] = [slice(h, h + 1) for h in heads]
-            if q.device.type != "cpu":
-                parts = [slice(0, len(tried)) if len(heads) == len(tried) else torch.tensor(heads).to(q.device)]
-            tokens = permutation(grid, order, block_k)
-            found += [_Tally(part, slot, tokens, block_q, block_k, eps, q) for part in parts]
-    return found
-
-
-def _assembled(shape: tuple[int, int, int, int], tallies: list[_Tally], name: str) -> Tensor:
-    """Put one kind of sums together, [H, orders, nq, nk]."""
-    whole = tallies[0].sums.new_zeros(shape)
-    for tally in tallies:
-        whole[tally.heads, tally.slot] = getattr(tally, name)
-    return whole
-
-
 def _marks(
     sums: Tensor, low: Tensor, top: Tensor, n: int, block_q: int, block_k: int, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Return M_sparse and M_quant; what pads the last blocks does not count."""
+    """Return M_sparse and M_quant."""
     entries = _sizes(n, block_q, sums)[:, None] * _sizes(n, block_k, sums)
-    # The zeros that fill the last block were counted as empty in every row.
-    low = low - (block_k - _sizes(n, block_k, sums)) * _sizes(n, block_q, sums)[:, None]
     sparse = (low / entries >= sigma).to(sums.dtype).mean((-2, -1))
     mean = sums / entries
     uneven = torch.where(mean > 0, top / mean, torch.ones_like(mean)).mean((-2, -1))

@@ -344,7 +344,7 @@ def probe_sparse(
         return reason
     try:
         with torch.inference_mode():
-            width = -(-max(block_q, block_k, 64) // 2)  # two and a half blocks, so that the last one is partial
+            width = -(-max(block_q, block_k, 64) // 2) + 1  # over two and a half blocks: the last ones are partial
             n = 5 * width
             rows, columns = torch.arange(-(-n // block_q))[:, None], torch.arange(-(-n // block_k))
             keep = ((rows + columns) % 2 == 0).expand(2, -1, -1).contiguous()
