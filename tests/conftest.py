@@ -54,6 +54,16 @@ def controls_of_this_test_alone() -> Iterator[None]:
     registry.CONTROLS.update(before)
 
 
+@pytest.fixture(autouse=True)
+def attention_backend_of_this_test_alone() -> Iterator[None]:
+    """Give diffusers its attention back: `set_attention_backend` sets it for every model of the process."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before = registry._active_backend
+    yield
+    registry._active_backend = before
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """Compute without gradients."""

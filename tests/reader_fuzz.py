@@ -31,6 +31,7 @@ from attnctl.errors import AttnctlError
 from attnctl.pipelines.calibration.measure import read_store
 from attnctl.pipelines.hunting.log import HuntLog
 from attnctl.plans import BlockPlan, ModelPlan
+from attnctl.plans.orders import LAYOUTS
 from attnctl.processors import PAG, AStar, SoftPAG
 
 ODD: tuple[Any, ...] = (
@@ -117,7 +118,7 @@ def readers() -> dict[str, Reader]:
     controls = (PAG(sites=range(1, 9, 2)), SoftPAG(heads=heads), AStar(concepts=("cat", "dog")))
     one = record(controls=tuple(map(control_to_dict, controls)))
     facts = {"a.attn": {"i": 0, "calls": {"0": 2}, "call": {"grid": [1, 4, 6], "n_text": 7, "text_first": True}}}
-    store = save({"0/mass/0": torch.rand(2, 6, 3, 3)}, metadata={"sites": json.dumps(facts)})
+    store = save({"0/mass/0": torch.rand(2, len(LAYOUTS), 3, 3)}, metadata={"sites": json.dumps(facts)})
     frames = [Image.effect_noise((24, 16), 80).convert("RGB") for _ in range(3)]
     found = {
         "record": Reader(_written(lambda p: save_image(Image.new("RGB", (8, 6)), p / "x.png", one)), _records),

@@ -140,9 +140,9 @@ def test_arguments_of_control(sd: tuple[Any, dict[str, Any]]) -> None:
 
 
 def test_a_family_without_published_sites_lists_candidates() -> None:
-    model, _ = zoo.build("wan")
+    model, _ = zoo.build("flux")
     before = snapshot(model)
-    with pytest.raises(SiteError, match=r"(?s)no publication.*blocks\.0\.attn1.*find_sites"):
+    with pytest.raises(SiteError, match=r"(?s)no publication.*transformer_blocks\.0\.attn.*find_sites"):
         attnctl.control(model, PAG())
     assert_clean(before, model)
 

@@ -99,8 +99,8 @@ class Inject(Control):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"Inject: {name}={getattr(self, name)!r} is not a prompt: give a text.")
         parts: Any = self.parts
-        if isinstance(parts, str) or not parts or any(p not in _PARTS for p in parts):
-            raise ConfigError(f"Inject: parts={parts!r}: give a list of some of {', '.join(_PARTS)}.")
+        if not isinstance(parts, (list, tuple)) or not parts or any(p not in _PARTS for p in parts):
+            raise ConfigError(f"Inject: parts={parts!r:.60}: give a list of some of {', '.join(_PARTS)}.")
         object.__setattr__(self, "parts", tuple(p for p in _PARTS if p in parts))
 
     def needs_prompt(self) -> bool:

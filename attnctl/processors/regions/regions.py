@@ -88,6 +88,10 @@ class Regions(Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("prompts", "areas", "embeds"):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple, str)) and not (name == "embeds" and given is None):
+                raise ConfigError(f"Regions: {name}={given!r:.60} is no list: give one entry per region.")
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
         if self.embeds is not None and (prompts or not all(isinstance(e, Mapping) and e for e in self.embeds)):
             raise ConfigError("Regions: embeds takes one mapping of names to tensors per region, without prompts.")
