@@ -12,12 +12,14 @@ import editing_hosts as hosts
 import numpy as np
 import pytest
 import torch
-from contract import assert_clean, distance, snapshot
+from contract import Replace, assert_clean, distance, snapshot
 from PIL import Image
 from torch import Tensor
 
 import attnctl
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.autoencoders import Coded, Coder
+from attnctl.core.hosts.families import family_of
 from attnctl.data.clips import FileClip, mp4_bytes
 from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError
 from attnctl.pipelines import edit_video, invert
@@ -157,6 +159,27 @@ def test_injection() -> None:
     assert distance(values, plain) > 1e-3
     everything = dataclasses.replace(control, parts=("q", "k", "v"), sites="*", tokens="image")
     assert distance(edited(pipe, coded, everything), values) > 1e-3
+
+
+def test_injection_puts_the_source_s_values_in_the_place_of_the_edit_s() -> None:
+    pipe = pipe_of("sd3")
+    coded = coded_of(pipe)
+    control = Inject(source=SOURCE, target=TARGET, stop=1.0)
+    sites = {site.name for site in control.resolve(attnctl.find_sites(pipe), family_of(pipe.transformer))}
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def note(call: AttnCall, proceed: Proceed) -> torch.Tensor:
+        same = [any(torch.equal(x[0], row) for row in x[1:]) for x in (call.v, call.k)]
+        seen.append((call.site.name in sites, *same))
+        return proceed(call)
+
+    with invert(pipe, coded, SOURCE, steps=STEPS) as inversion:
+        inside = dataclasses.replace(control, inversion=inversion)
+        with attnctl.control(pipe, inside, Replace(sites="joint", function=note)):
+            run(pipe, coded, inversion)
+    assert {taken for chosen, taken, _ in seen if chosen} == {True}
+    assert False in {taken for chosen, taken, _ in seen if not chosen}, seen
+    assert False in {keys for chosen, _, keys in seen if chosen}
 
 
 def test_a_mask_keeps_what_is_outside() -> None:

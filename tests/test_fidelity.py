@@ -20,6 +20,7 @@ finally:
 
 NAMES = {"AStar": "A-STAR", "AttendExcite": "Attend-and-Excite", "EnhanceAVideo": "Enhance-A-Video"}
 NAMES |= {"PromptToPrompt": "prompt-to-prompt"}
+ELSEWHERE = {"FlowEdit": "test_flow_paths.py", "Inject": "test_edit_transformers.py"}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -33,5 +34,5 @@ def test_a_method_is_its_formula(name: str) -> None:
 def test_every_method_has_a_row() -> None:
     """Or a test of its own, which compares it with its formula."""
     for method, cls in controls("attnctl").items():
-        own = Path(__file__).with_name(f"test_{cls.about.page}.py")  # type: ignore[attr-defined]
+        own = Path(__file__).with_name(ELSEWHERE.get(method, f"test_{cls.about.page}.py"))  # type: ignore[attr-defined]
         assert any(NAMES.get(method, method) in name for name in ROWS) or own.is_file(), method
