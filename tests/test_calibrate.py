@@ -216,6 +216,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {p.name for p in (tmp_path / "plan").glob("*.*")} >= {"report.md", "report.json", "maps.png"}
     assert main([*ASKED, *options]) == 1
     assert "holds a plan already" in capsys.readouterr().err
+    alone = ["calibrate", "--check", "a red circle on gray", "--device", "none", "--out", str(tmp_path / "plan")]
+    assert main(alone) == 1  # nothing would be written over: what is refused is the device
+    assert "Unknown device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_the_installed_command_works() -> None:
         ("generate", "--prompt", "a", "--width", "-8"),
         ("generate", "--prompt", "a", "--control", "PAG(3)"),
         ("generate", "--prompt", "a", "--control", "PAG(scal=3)"),
+        ("generate", "--prompt", "a", "--control", "PARO()"),
         ("generate", "--prompt", "a", "--control", "__import__('os').getcwd()"),
         ("generate", "--prompt", "a", "--from", "x.png"),
         ("generate", "--from", "x.png", "--steps", "3"),
@@ -131,6 +132,19 @@ def test_sites_reads_no_weights(run: Run, folder: str, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     assert run("sites", bare)[0] == 0
+
+
+def test_a_probe_shows_what_each_attention_sees(run: Run) -> None:
+    code, out, _ = run("sites", "shapes:mmdit", "--probe", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["model"] == "shapes:mmdit"
+    assert sum(row["layers"] for row in data["seen"]) == len(attnctl.find_sites(attnctl.load_shapes("mmdit")))
+    for row in data["seen"]:
+        assert row["kind"] == row["by counts"] == "joint"
+        assert row["image keys"] != "-"
+        assert row["text keys"] != "-"
+    assert "SD3Transformer2DModel" in data["row"]
 
 
 def test_env_names_versions_and_kernels(run: Run) -> None:

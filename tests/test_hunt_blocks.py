@@ -141,3 +141,5 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert json.loads((tmp_path / "blocks" / "blocks.json").read_text())["images"] == 2
     assert main([*args, "--k", "3", "--force"]) == 2
     assert "--k is for a search for heads" in capsys.readouterr().err
+    assert main(["hunt", "--method", "pag"]) == 2
+    assert "--method is for --unit block" in capsys.readouterr().err

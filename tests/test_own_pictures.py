@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from attnctl.app.cli import main
 from attnctl.errors import ConfigError
@@ -130,6 +131,9 @@ def test_resumed_training_is_the_same(classes: Path, tmp_path: Path, monkeypatch
         train_pictures(classes, tmp_path / "part", recipe)
     rest = train_pictures(classes, tmp_path / "part", recipe, resume=True)
     assert rest.losses == whole.losses
+    for change, said in (({"ema": 0.0}, "with a running average"), ({"head": True}, "trained other weights")):
+        with pytest.raises(ConfigError, match=said):
+            train_pictures(classes, tmp_path / "part", replace(recipe, **change), resume=True)
     one, two = (load_run(tmp_path / n)[1].state_dict() for n in ("whole", "part"))
     assert all(torch.equal(one[k], two[k]) for k in one)
     (classes / "across").rename(classes / "sideways")
@@ -147,6 +151,10 @@ def test_masks_by_commands(masks: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["predict", str(run), str(masks / "images" / "3.png"), "--out", str(out), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)["answers"][0]
     assert answer["map"] == "attention, all places"
+    again = ["predict", str(run), str(masks / "images" / "3.png"), "--out", str(out)]
+    assert main(again) == 1
+    assert "already there" in capsys.readouterr().err
+    assert main([*again, "--force", "--no-maps"]) == 0
     assert Image.open(out / "000-3-mask.png").size == (64, 64)
 
 
@@ -177,6 +185,13 @@ def test_pictures_that_are_refused(classes: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"{name}.*{said}"):
             open_picture(bad / name)
+    sideways = Image.new("RGB", (40, 20))
+    exif = sideways.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    sideways.save(bad / "phone.jpg", exif=exif)
+    assert open_picture(bad / "phone.jpg").size == (20, 40)
+    first.save(bad / "preview.jpg", format="MPO", save_all=True, append_images=[picture("along", 1)])
+    assert open_picture(bad / "preview.jpg").size == (40, 40)
     (classes / "flat" / "torn.png").write_bytes((bad / "torn.png").read_bytes())
     with pytest.raises(ConfigError, match=r"flat/torn\.png cannot be read"):
         train_pictures(classes, tmp_path / "run", Recipe())
@@ -192,6 +207,11 @@ def test_folders_that_are_refused(classes: Path, tmp_path: Path) -> None:
         find_classes(tmp_path / "one")
     with pytest.raises(ConfigError, match="is no folder"):
         find_classes(tmp_path / "none")
+    for name in ("images", "masks"):
+        (tmp_path / "scenes" / name).mkdir(parents=True)
+        picture("flat", 0).save(tmp_path / "scenes" / name / "0.png")
+    with pytest.raises(ConfigError, match="attnctl segment"):
+        find_classes(tmp_path / "scenes")
     (tmp_path / "parts").mkdir()
     classes.rename(tmp_path / "parts" / "train")
     with pytest.raises(ConfigError, match="has train, but none of val"):
@@ -222,15 +242,36 @@ def test_masks_that_are_refused(masks: Path) -> None:
     values[:3] = 255  # counts for nothing
     Image.fromarray(values).save(mask)
     assert find_masks(masks).classes == ("ground", "square")
+    names = masks / "classes.txt"
+    for text, said in ((b"ground\n", "names 1 class"), (b"gr\xfcn\nsquare\n", "not text in UTF-8")):
+        names.write_bytes(text)
+        with pytest.raises(ConfigError, match=said):
+            find_masks(masks)
+    names.unlink()
+    for n in range(10):
+        Image.new("L", (64, 64), 255 * (n % 2)).save(masks / "masks" / f"{n}.png")
+    with pytest.raises(ConfigError, match="write 1 for 255"):
+        find_masks(masks)
+    (masks / "images" / "0.png").write_text("no picture")
+    with pytest.raises(ConfigError, match=r"images/0\.png cannot be read"):
+        find_masks(masks)
 
 
 def test_values_that_are_refused(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="epochs=0"):
         Recipe(epochs=0)
+    for name, value in (("workers", -1), ("warmup", -1), ("mixup", -0.1), ("crop", 1.5), ("size", 0)):
+        with pytest.raises(ConfigError, match=f"{name}={value} was given"):
+            Recipe(**{name: value})
+    assert main(["classify", str(classes), "--epochs", "0"]) == 2
+    assert main(["classify", str(classes), "--model-options", "{img"]) == 2
+    assert "expected a JSON object" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="mixup, cutmix and smoothing are for classes"):
         Recipe(task="segment", mixup=0.1)
     assert main(["classify", str(classes), "--out", str(tmp_path / "run"), "--model", "vit_tny"]) == 1
     assert "is no name of timm" in capsys.readouterr().err
     assert main(["classify", str(classes), "--out", str(tmp_path / "run"), "--swap-options", "[1]"]) == 2
+    assert main(["predict", str(classes)]) == 2
+    assert "at least one picture" in capsys.readouterr().err
     assert main(["predict", str(classes), str(classes)]) == 1
     assert "run.json" in capsys.readouterr().err

@@ -124,12 +124,22 @@ def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"{name} has no field {key!r}; it has {', '.join(known)}." + nearest(key, known))
+    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and _is_needed(f)]
+    if missing:
+        form = ", ".join(f"{field}=..." for field in missing)
+        raise ConfigError(
+            f"{name} needs {' and '.join(missing)}: give {name}({form}). `attnctl controls` describes it."
+        )
     try:
         return cls(**values)
     except AttnctlError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} refuses {dict(values)!r}: {error}.") from None
+
+
+def _is_needed(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _fields(value: Any, where: str) -> dict[str, Any]:
@@ -185,7 +195,8 @@ def _nested(name: Any, where: str) -> type:
         known = {}
     known = {n: c for n, c in known.items() if dataclasses.is_dataclass(c)}
     if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"{where} holds an unknown type {name!r:.80}; known: {', '.join(known) or 'none'}.")
+        close = nearest(name, known)
+        raise ConfigError(f"{where} holds an unknown type {name!r:.80}; known: {', '.join(known) or 'none'}.{close}")
     return known[name]
 
 

@@ -82,7 +82,7 @@ class Calibrate(Common):
             raise UsageError("Give --prompt TEXT to calibrate on, --check TEXT to compare on, or both.")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
-        if (self.out / "attnctl_blocks.json").exists() and not self.force:
+        if self.prompt and (self.out / "attnctl_blocks.json").exists() and not self.force:
             raise FileExists(f"{self.out} holds a plan already: give --force to replace it, or another --out.")
         try:
             call: dict[str, Any] = dict(parse_option(text) for text in self.option)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -16,6 +17,19 @@ from attnctl.data.files import below, slug
 __all__ = ["Edit"]
 
 _FAMILY = "(default: the model family's)"
+_METHODS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("strength", "source_guidance"), ("flowedit",)),
+    **dict.fromkeys(("inject", "parts"), ("inject",)),
+    **dict.fromkeys(("sites", "solver", "check"), ("fatezero", "inject")),
+    **dict.fromkeys(
+        (
+            "mode", "cross_replace", "self_replace", "blend", "blend_target", "blend_threshold", "blend_latents",
+            "weight", "keys", "store", "offload", "mask",
+        ),
+        ("fatezero",),
+    ),
+}  # fmt: skip
+"""The methods that each option is for; those that are missing are for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +204,13 @@ class Edit(Common):
         check_wholes({name: getattr(self, name) for name in names}, UsageError, "--")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
+        for field in dataclasses.fields(self):
+            methods = _METHODS_OF.get(field.name, (self.method,))
+            if self.method not in methods and getattr(self, field.name) != field.default:
+                raise UsageError(
+                    f"--{field.name.replace('_', '-')} is for --method {' or '.join(methods)}, and the method is "
+                    f"{self.method}: leave it out, or choose another method."
+                )
 
     def _fields(self) -> dict[str, Any]:
         """Return the fields of the control that the options say, and refuse those that cannot be."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result
+from attnctl.app.commands.common import Common, Result, say
 
 __all__ = ["Export"]
 
@@ -22,9 +22,15 @@ class Export(Common):
     to: Path | None = None
     """The file to write, model.onnx in the run's folder if not given."""
 
+    force: bool = False
+    """Overwrite files that are already there."""
+
     def run(self, command: str) -> Result:
         """Export, and tell the file."""
+        to = self.to or self.folder / "model.onnx"
+        say(f"Writing {to}")
+
         from attnctl.pipelines.vision.predicting import export_onnx
 
-        path = export_onnx(self.folder, self.to or self.folder / "model.onnx")
+        path = export_onnx(self.folder, to, force=self.force)
         return Result({"file": str(path)}, str(path))

@@ -123,6 +123,8 @@ class Hunt(Common):
         from attnctl.pipelines.workers import Workers
         from attnctl.plans.writing import check_free
 
+        if self.unit == "head" and self.method:
+            raise UsageError("--method is for --unit block: leave it out, or give --unit block.")
         file = "blocks.json" if self.unit == "block" else "hunt_result.json"
         check_free([self.out / file], force=self.force or self.dry_run)
         try:

@@ -37,6 +37,8 @@ class Models(Common):
         unknown = Row("unknown", (), {}, "unknown", (), {})
         rows = {cls: found.get(cls, unknown) for cls in classes}
         names = [n for n in controls("attnctl") if any(n in row.cells for row in found.values())]
+        if not self.json and (left := [n for n in controls("attnctl") if n not in names]):
+            say(f"Not run on the classes, and so not in the table: {', '.join(left)}.")
         data: dict[str, Any] = {
             cls: {"family": row.family, "controls": {n: dataclasses.asdict(row.cell(n)) for n in names}}
             for cls, row in rows.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, table
+from attnctl.app.commands.common import Common, Result, UsageError, say, table
 
 __all__ = ["Predict"]
 
@@ -28,11 +28,18 @@ class Predict(Common):
     no_maps: bool = False
     """Leave the maps out."""
 
+    force: bool = False
+    """Overwrite files that are already there."""
+
     def run(self, command: str) -> Result:
         """Predict and tell the answers."""
+        if not self.pictures:
+            raise UsageError("Give at least one picture, or a folder of them.")
+        say(f"Asking {self.folder}")
+
         from attnctl.pipelines.vision.predicting import predict
 
-        answers = predict(self.folder, self.pictures, self.out, maps=not self.no_maps)
+        answers = predict(self.folder, self.pictures, self.out, maps=not self.no_maps, force=self.force)
         rows = []
         for a in answers:
             best = a.answer or max(a.shares, key=lambda name: a.shares[name])

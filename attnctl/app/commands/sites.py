@@ -14,10 +14,10 @@ __all__ = ["Sites"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sites(Common):
-    """List the attention sites of a model, from its configuration alone (no weights are read)."""
+    """List the attention sites of a model, from its configuration alone (weights are read with --probe only)."""
 
     model: tyro.conf.Positional[str] = "shapes:text2image"
-    """`shapes:text2image`, a hub id, or a local folder."""
+    """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
 
     revision: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
     """The commit or branch of a hub model."""
@@ -52,6 +52,8 @@ class Sites(Common):
 
     def _probed(self) -> Result:
         """Run the model, and show what its attention sees; layers that see alike share a line."""
+        say(f"Loading {self.model}, and running two steps of it a few times")
+
         from attnctl.pipelines.models import load
         from attnctl.pipelines.probing import probe_pipeline, suggested_row
 

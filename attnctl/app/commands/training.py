@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say
+from attnctl.errors import ConfigError
 from attnctl.plans.reading import Expected, parse_json
 
 __all__ = ["Training"]
@@ -85,6 +87,8 @@ class Training(Common):
 
     def train(self, task: str, **more: Any) -> Result:
         """Train, and tell the scores and the files."""
+        say(f"Reading {self.data}")  # before torch is imported, which takes seconds
+
         from attnctl.pipelines.vision.own_pictures import Recipe, train_pictures
 
         shared = (
@@ -92,12 +96,15 @@ class Training(Common):
             "size",
             "held_out", "amp", "ema", "workers", "seed",
         )  # fmt: skip
-        recipe = Recipe(
-            task=task, model_options=_options("--model-options", self.model_options),
-            swap_options=_options("--swap-options", self.swap_options),
-            **{name: getattr(self, name) for name in shared}, **more,
-        )  # fmt: skip
-        done = train_pictures(self.data, self.out, recipe, resume=self.resume)
+        try:
+            recipe = Recipe(
+                task=task, model_options=_options("--model-options", self.model_options),
+                swap_options=_options("--swap-options", self.swap_options),
+                **{name: getattr(self, name) for name in shared}, **more,
+            )  # fmt: skip
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+        done = train_pictures(self.data, self.out, recipe, resume=self.resume, announce=say)
         if not done.files:  # of several processes, one writes
             return Result(None, "")
         scores = done.run.scores
@@ -113,7 +120,9 @@ class Training(Common):
 
 
 def _options(flag: str, text: str) -> dict[str, Any]:
-    value = parse_json(text, flag, Expected("options", UsageError))
+    value: Any = None
+    with contextlib.suppress(UsageError):
+        value = parse_json(text, flag, Expected("options", UsageError))
     if not isinstance(value, dict):
         raise UsageError(f"{flag}={text!r} was given; expected a JSON object such as '{{\"img_size\": 96}}'.")
     return value

@@ -103,7 +103,8 @@ def edit_video(
         method: Whose fields they are: "fatezero", "inject" or "flowedit". Fields that are not given are the family's
             (`attnctl.pipelines.editing.defaults`).
         solver: On transformers, what inverts: "fireflow", "rf_solver", "euler", "uniinv" or "rf_inversion".
-        mask: A picture, or an array of bool [height, width], of the frames' size: what is not black may change.
+        mask: A picture of the frames' size, in which what is white may change; or an array of bool [height, width], or
+            one per frame [frames, height, width].
         check: On transformers, measure the inversion's own reconstruction, for the report.
         options: On transformers, further arguments of the pipeline's call, such as max_sequence_length.
         announce: Called with what the run will cost, in words, before it begins.
@@ -215,6 +216,12 @@ def _job_of(
         raise UnsupportedModelError(
             f"{type(edit).__name__} edits along the flow of a transformer; {type(pipe).__name__} is a UNet's. Use "
             'method="fatezero".'
+        )
+    given = [n for n, on in (("solver", solver != "fireflow"), ("check", check), ("options", options)) if on]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)}: for transformers, which are inverted along their flow; {type(pipe).__name__} has "
+            "a UNet, which DDIM inverts. Leave it out."
         )
     return Job(pipe, clip, chosen, edit, steps, size, window or 8, region)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from attnctl.data.files import natural
-from attnctl.errors import ConfigError, nearest
+from attnctl.errors import AttnctlError, ConfigError, nearest
 
 __all__ = ["IGNORED", "Masks", "Pictures", "Split", "check_pictures", "find_classes", "find_masks", "listed"]
 
@@ -41,6 +42,13 @@ class Split:
     train: tuple[tuple[Path, Any], ...]
     test: tuple[tuple[Path, Any], ...]
 
+    def describe(self) -> str:
+        """Say how many pictures there are, and of which classes."""
+        names = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "")
+        return (
+            f"{len(self.train)} pictures to train on, {len(self.test)} to test on; {len(self.classes)} classes: {names}"
+        )
+
 
 def find_classes(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
     """Find pictures in DATA/train/CLASS and DATA/val/CLASS, or in DATA/CLASS, of which a share is held out per class.
@@ -49,6 +57,11 @@ def find_classes(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
     names the folder.
     """
     root = _folder(data)
+    for part in (root, root / "train"):
+        if {p.name for p in part.glob("*/") if p.is_dir()} == {"images", "masks"}:
+            raise ConfigError(
+                f"{part} holds images and masks, and no folder per class: train on them with `attnctl segment`."
+            )
     first = root / "train"
     if first.is_dir():
         second = _other(root)
@@ -97,11 +110,16 @@ def find_masks(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
     names = root / "classes.txt"
     values = [_in_threads(_mask_values, part, "masks") for part in parts]
     if names.is_file():
-        classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+        classes = _class_names(names)
     else:
         classes = [str(n) for n in range(max((max(v, default=0) for v in values[0]), default=0) + 1)]
     if len(classes) < 2:
-        raise ConfigError(f"{names if names.is_file() else root} has {len(classes)} class; expected at least two.")
+        if names.is_file():
+            raise ConfigError(f"{names} names {len(classes)} class; expected at least two, one per line.")
+        raise ConfigError(
+            f"The masks to train on below {root} hold the class 0 and no other ({IGNORED} counts for nothing); "
+            f"expected at least two classes, numbered 0, 1 and so on. In black and white masks, write 1 for {IGNORED}."
+        )
     for part, found in zip(parts, values, strict=True):
         for (_, mask), seen in zip(part, found, strict=True):
             strange = sorted(v for v in seen if v >= len(classes))
@@ -120,24 +138,19 @@ def check_pictures(files: Sequence[Path]) -> None:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a picture as RGB.
+    """Open a picture as RGB, turned upright as its EXIF orientation says.
 
     Raises: ConfigError where it cannot be read, moves, has 16 bits a channel, or is made for print (CMYK).
     """
-    try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ConfigError(f"{path} is animated ({frames} frames). Save the frame that you mean.")
-            if image.mode.startswith(("I", "F")):
-                raise ConfigError(f"{path} has more than 8 bits a channel ({image.mode}). Convert it to 8 bits.")
-            if image.mode in ("CMYK", "LAB"):
-                raise ConfigError(
-                    f"{path} has {image.mode} colours, whose look depends on a profile. Convert it to RGB."
-                )
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    with _explained(path), Image.open(path) as image:
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's JPEG holds previews
+        if frames > 1:
+            raise ConfigError(f"{path} is animated ({frames} frames). Save the frame that you mean.")
+        if image.mode.startswith(("I", "F")):
+            raise ConfigError(f"{path} has more than 8 bits a channel ({image.mode}). Convert it to 8 bits.")
+        if image.mode in ("CMYK", "LAB"):
+            raise ConfigError(f"{path} has {image.mode} colours, whose look depends on a profile. Convert it to RGB.")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -188,15 +201,12 @@ class Masks(Dataset[tuple[Tensor, Tensor]]):
 
 def read_mask(path: Path) -> np.ndarray[Any, Any]:
     """Read class numbers [y, x]. Raises: ConfigError for a mask of several channels or of more than 8 bits."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1"):
-                raise ConfigError(
-                    f"{path} has mode {image.mode}; expected one channel of class numbers (8-bit grey, or a palette)."
-                )
-            return np.array(image, np.uint8)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    with _explained(path), Image.open(path) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise ConfigError(
+                f"{path} has mode {image.mode}; expected one channel of class numbers (8-bit grey, or a palette)."
+            )
+        return np.array(image, np.uint8)
 
 
 def listed(paths: Sequence[Path]) -> list[Path]:
@@ -218,16 +228,39 @@ def listed(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _class_names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8: save it as UTF-8, with one class per line.") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _mask_values(pair: tuple[Path, Path]) -> set[int]:
     """Return the values of a mask; check that it is as large as its picture."""
     values = read_mask(pair[1])
-    with Image.open(pair[0]) as image:
-        size = image.size
+    with _explained(pair[0]), Image.open(pair[0]) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # stored sideways: see open_picture
+        size = image.size[::-1] if lies else image.size
     if size != values.shape[::-1]:
         raise ConfigError(
             f"{pair[1]} is {values.shape[1]} x {values.shape[0]}, its picture {pair[0].name} {size[0]} x {size[1]}."
         )
     return set(np.unique(values).tolist()) - {IGNORED}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise ConfigError that names the file, whatever its decoder raises: that depends on the damaged bytes."""
+    try:
+        yield
+    except AttnctlError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConfigError(
+            f"{path} cannot be read: it is no picture, or damaged ({reason}). Mend it, or take it out of the folder."
+        ) from None
 
 
 def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], noun: str) -> list[Any]:

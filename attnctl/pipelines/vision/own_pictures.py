@@ -73,6 +73,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         positive = {"epochs": self.epochs, "batch": self.batch, "lr": self.lr, "crop": self.crop}
+        positive |= {} if self.size is None else {"size": self.size}
+        counts = ("weight_decay", "warmup", "mixup", "cutmix", "workers", "seed")
         shares = {"held_out": self.held_out, "ema": self.ema, "smoothing": self.smoothing}
         for name, value in positive.items():
             if not value > 0:
@@ -80,6 +82,11 @@ class Recipe:
         for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value} was given; expected 0 or more, below 1.")
+        for name in counts:
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; expected 0 or more.")
+        if self.crop > 1:
+            raise ConfigError(f"crop={self.crop} was given; expected a share of the picture, at most 1.")
         if self.task == "segment" and (self.mixup or self.cutmix or self.smoothing):
             raise ConfigError("mixup, cutmix and smoothing are for classes; leave them out for masks.")
         if self.amp not in ("no", "fp16", "bf16"):
@@ -96,19 +103,28 @@ class Trained:
     files: tuple[Path, ...]
 
 
-def train_pictures(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> Trained:
+def train_pictures(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    announce: Callable[[str], object] = lambda text: None,
+) -> Trained:
     """Train on a folder of pictures and write the run to `out`: model.safetensors, run.json, and pictures of scores.
 
     Every epoch is kept in `out/checkpoint`; with resume=True training goes on there and sees the same batches as one
-    that ran through. Raises: ConfigError for folders, pictures and options that cannot be used, naming them; WriteError
-    where the disk is full.
+    that ran through. `announce` is called with what is trained on what, before it begins. Raises: ConfigError for
+    folders, pictures and options that cannot be used, naming them; WriteError where the disk is full.
     """
     _check_packages(recipe.task)
     check_name(recipe.model)
     if not resume and (out / "run.json").exists():
-        raise ConfigError(f"{out} already holds a run: choose another folder, or go on with resume.")
+        raise ConfigError(f"{out} already holds a run: choose another folder, or go on with resume (--resume).")
     if not resume and (out / "checkpoint").exists():
-        raise ConfigError(f"{out} holds a training that stopped: go on with resume, or choose another folder.")
+        raise ConfigError(
+            f"{out} holds a training that stopped: go on with resume (--resume), or choose another folder."
+        )
     find = find_classes if recipe.task == "classify" else find_masks
     split = find(data, held_out=recipe.held_out, seed=recipe.seed)
     check_pictures([p for p, _ in (*split.train, *split.test)])
@@ -116,6 +132,10 @@ def train_pictures(data: Path, out: Path, recipe: Recipe, *, resume: bool = Fals
 
     accelerator = Accelerator(mixed_precision=recipe.amp)
     run = _described(recipe, split)
+    if accelerator.is_main_process:
+        size = "x".join(str(n) for n in run.size[::-1])
+        announce(split.describe())
+        announce(f"{recipe.model} at {size} on {accelerator.device}, {recipe.epochs} epochs")
     with _global_randomness_kept():
         torch.manual_seed(recipe.seed)
         model = build_model(run, recipe.pretrained)
@@ -172,9 +192,14 @@ class _Training:
         start = 0
         if resume:
             start = self._resume()
-        bar = tqdm(range(start, self.recipe.epochs), disable=None if self.accelerator.is_main_process else True)
-        for epoch in bar:
-            self.losses.append(self._epoch(epoch))
+        epochs, steps = self.recipe.epochs, len(self.train)
+        bar = tqdm(
+            total=epochs * steps, initial=start * steps, unit="step", desc=f"epoch {start + 1} of {epochs}",
+            disable=None if self.accelerator.is_main_process else True,
+        )  # fmt: skip
+        for epoch in range(start, epochs):
+            bar.set_description(f"epoch {epoch + 1} of {epochs}")
+            self.losses.append(self._epoch(epoch, bar.update))
             self.scores.append(self._score(self._matrix()))
             bar.set_postfix(loss=f"{self.losses[-1]:.3f}", score=f"{self.scores[-1]:.3f}")
             if self.accelerator.is_main_process:
@@ -182,6 +207,7 @@ class _Training:
                 average = None if self.average is None else self.average.module
                 save_checkpoint(self.out, self.plain, average, self.optimizer.optimizer, state)
             self.accelerator.wait_for_everyone()
+        bar.close()
         matrix = self._matrix(keep=12)
         self.run = replace(self.run, scores=_summary(self.recipe.task, matrix, self.run.classes))
         files: tuple[Path, ...] = ()
@@ -200,7 +226,7 @@ class _Training:
         self.losses, self.scores = list(state.get("losses", [])), list(state.get("scores", []))
         return int(state.get("epoch", 0))
 
-    def _epoch(self, epoch: int) -> float:
+    def _epoch(self, epoch: int, tick: Callable[[], object]) -> float:
         from timm.utils import random_seed
 
         # A resumed training sees the same batches.
@@ -224,6 +250,7 @@ class _Training:
             self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             updates += 1
+            tick()
             if self.average is not None:
                 self.average.update(self.plain, step=updates)
             total, count = total + float(error.detach()) * len(images), count + len(images)

@@ -19,7 +19,7 @@ from attnctl.data.pictures import grid, overlay
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.vision.folders import check_pictures, listed, open_picture
 from attnctl.pipelines.vision.runs import Run, load_run
-from attnctl.plans.writing import publish
+from attnctl.plans.writing import check_free, publish
 
 __all__ = ["Answer", "export_onnx", "predict"]
 
@@ -41,7 +41,9 @@ class Answer:
     map: str
 
 
-def predict(run_folder: Path, pictures: Sequence[Path], out: Path, *, maps: bool = True) -> list[Answer]:
+def predict(
+    run_folder: Path, pictures: Sequence[Path], out: Path, *, maps: bool = True, force: bool = False
+) -> list[Answer]:
     """Write predictions.json, and for every picture a sheet with the answer and a map of what spoke for it.
 
     A map is Chefer's relevance where the model's tokens allow it, else the last attention times its gradient; for masks
@@ -49,18 +51,22 @@ def predict(run_folder: Path, pictures: Sequence[Path], out: Path, *, maps: bool
 
     Raises: ConfigError for pictures and runs that cannot be read, naming them; FileExists for results that are there.
     """
+    from tqdm import tqdm
+
     run, model = load_run(run_folder)
     files = listed(list(pictures))
+    stems = [f"{n:03d}-{slug(path.stem)}" for n, path in enumerate(files)]
+    masks = [f"{stem}-mask" for stem in stems] if run.task == "segment" else []
+    check_free([out / "predictions.json", *(out / f"{name}.png" for name in (*stems, *masks))], force=force)
     check_pictures(files)
     content: dict[Path, bytes] = {}
     answers = []
-    for n, path in enumerate(files):
+    for path, stem in zip(tqdm(files, disable=None, desc="predict", unit="picture"), stems, strict=True):
         picture = open_picture(path)
         x = _prepared(run, picture)
         with torch.inference_mode():
             probability = model(x).softmax(1)[0]
         heat, how = _map(run, model, x) if maps else (None, "not asked for")
-        stem = f"{n:03d}-{slug(path.stem)}"
         if run.task == "segment":
             mask = probability.argmax(0)
             shares = torch.bincount(mask.flatten(), minlength=len(run.classes)).double() / mask.numel()
@@ -81,11 +87,11 @@ def predict(run_folder: Path, pictures: Sequence[Path], out: Path, *, maps: bool
         content[out / f"{stem}.png"] = _png(grid(tiles, 1, len(tiles), column_labels=labels, tile=224))
         answers.append(answer)
     content[out / "predictions.json"] = (json.dumps([asdict(a) for a in answers], indent=2) + "\n").encode()
-    publish(content)
+    publish(content, force=force)
     return answers
 
 
-def export_onnx(run_folder: Path, path: Path) -> Path:
+def export_onnx(run_folder: Path, path: Path, *, force: bool = False) -> Path:
     """Write a run's model as ONNX with any number of images, input "images" [B, 3, h, w] and output "logits".
 
     Raises: ConfigError without the packages of attnctl[export]; FileExists where the file is there.
@@ -95,6 +101,7 @@ def export_onnx(run_folder: Path, path: Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'attnctl[export]'.") from error
+    check_free([path], force=force)
     run, model = load_run(run_folder)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.onnx.export(
@@ -104,7 +111,7 @@ def export_onnx(run_folder: Path, path: Path) -> Path:
     assert program is not None
     with tempfile.TemporaryDirectory() as folder:
         program.save(str(Path(folder) / "model.onnx"))
-        publish({path: (Path(folder) / "model.onnx").read_bytes()})
+        publish({path: (Path(folder) / "model.onnx").read_bytes()}, force=force)
     return path
 
 

@@ -82,7 +82,9 @@ def build_model(run: Run, pretrained: bool = False) -> nn.Module:
                 resize(run.size)
     except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(
-            f"{run.model} cannot be built for pictures of {run.size[0]} x {run.size[1]}: {error}"
+            f"{run.model} cannot be built for pictures of {run.size[0]} x {run.size[1]}: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Choose another size, other options of the model, or another "
+            "model."
         ) from error
     if run.swap is not None:
         swap(backbone, run.swap, **run.swap_options)
@@ -185,6 +187,12 @@ def read_checkpoint(
     if not folder.exists():
         return {}
     state = read_json(folder / "state.json", _RUN)
+    averaged = (folder / "average.safetensors").exists()
+    if averaged != (average is not None):
+        raise ConfigError(
+            f"{out} was trained {'with' if averaged else 'without'} a running average of the weights (--ema): resume "
+            "it so, or choose another folder."
+        )
     load_weights(model, folder / "weights.safetensors")
     if average is not None:
         load_weights(average, folder / "average.safetensors")
@@ -193,7 +201,12 @@ def read_checkpoint(
         for name in tensors.keys():  # noqa: SIM118
             index, _, key = name.partition(":")
             value = tensors.get_tensor(name)
-            p = params[int(index)]
+            p = params[int(index)] if int(index) < len(params) else None
+            if p is None or value.shape not in (p.shape, ()):
+                raise ConfigError(
+                    f"{out} trained other weights than are trained now: resume it as it was begun, with or without "
+                    "--head, or choose another folder."
+                )
             optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return dict(state)
 
