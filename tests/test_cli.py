@@ -61,6 +61,8 @@ def test_the_installed_command_works() -> None:
         ("generate", "--prompt", "a", "--control", "PAG(3)"),
         ("generate", "--prompt", "a", "--control", "PAG(scal=3)"),
         ("generate", "--prompt", "a", "--control", "PARO()"),
+        ("generate", "--prompt", "a", "--control", "StyleAligned()", "--num", "2"),
+        ("generate", "--prompt", "a", "--control", "FlowEdit(source='a', target='b')"),
         ("generate", "--prompt", "a", "--control", "__import__('os').getcwd()"),
         ("generate", "--prompt", "a", "--from", "x.png"),
         ("generate", "--from", "x.png", "--steps", "3"),

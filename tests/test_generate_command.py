@@ -115,7 +115,19 @@ def test_generate_does_not_overwrite(run: Run, folder: str, tmp_path: Path) -> N
     assert run(*generate(folder, tmp_path, "--force"))[0] == 0
 
 
-@pytest.mark.parametrize("more", [(), ("--control", "PAG(scale=2.0)"), ("--batch", 3, "--num", 3)])
+REGIONS = 'Regions(prompts=("a dog",), areas=((0, 0, 0.5, 1),))'
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--control", "PAG(scale=2.0)"),
+        ("--control", REGIONS),
+        ("--batch", 3, "--num", 3),
+        ("--control", "StyleAligned()", "--batch", 2, "--num", 2),
+    ],
+)
 def test_the_same_image_again(run: Run, folder: str, tmp_path: Path, more: tuple[object, ...]) -> None:
     code, out, _ = run(*generate(folder, tmp_path, *more, "--json"))
     assert code == 0

@@ -143,8 +143,7 @@ class Generate(Common):
             options = dict(parse_option(text) for text in self.option)
         except ConfigError as error:
             raise UsageError(str(error)) from None
-        if any(type(control).__name__ == "Capture" for control in controls):
-            raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
+        _check_controls(controls, min(len(prompts), self._whole("batch", 1)))
         if not 0 < self.fps <= 240:
             raise UsageError(f"--fps is above 0 and at most 240, got {self.fps}.")
         return Call(
@@ -241,6 +240,27 @@ class Generate(Common):
                 f"The record was made with the local model {record.model!r}: say where it is with --model."
             )
         return str(record.model)
+
+
+def _check_controls(controls: tuple[Any, ...], pictures: int) -> None:
+    """Refuse controls that can do nothing here.
+
+    Raises:
+        UsageError: They record maps, edit a picture that exists, or act between pictures where a call makes one.
+    """
+    from attnctl.processors import Capture, FateZero, FlowEdit, Inject, ShareAttention
+
+    for control in controls:
+        name = type(control).__name__
+        if isinstance(control, Capture):
+            raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
+        if isinstance(control, (FateZero, FlowEdit, Inject)):
+            raise UsageError(f"{name} edits a picture that exists: use `attnctl edit --method {name.lower()}`.")
+        if isinstance(control, ShareAttention) and pictures < 2:
+            raise UsageError(
+                f"{name} acts between the pictures of one batch, and each call makes one here: give several prompts or "
+                "--num 2, and --batch 2, or more."
+            )
 
 
 def _commit(record: Any) -> str | None:
