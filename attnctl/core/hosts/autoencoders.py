@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
 from attnctl.core.hosts.families import family_of
@@ -86,13 +87,21 @@ class Coder:
         return count if not self.video else -(-(count - 1) // each) * each + 1
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ConfigError unless pictures of this size divide into tokens."""
+        """Raise ConfigError unless pictures of this size divide into tokens, for which the model has places."""
         m = self.multiple
         if height % m or width % m or min(height, width) < m:
             low = [max(m, n // m * m) for n in (height, width)]
             raise ConfigError(
                 f"Frames of {width}x{height} do not divide into the cells of {m} pixels that "
                 f"{type(self.pipe).__name__} sees. Resize them, for example to {low[1]}x{low[0]}."
+            )
+        parts = self.pipe.transformer.modules()
+        most = m * next((int(p.pos_embed_max_size or 0) for p in parts if isinstance(p, PatchEmbed)), 0)
+        if 0 < most < max(height, width):
+            raise ConfigError(
+                f"Frames of {width}x{height} are larger than the {most}x{most} pixels for which "
+                f"{type(self.pipe).__name__}'s model has places. Bring their shorter side to "
+                f"{most * min(height, width) // max(height, width)} pixels (size), or cut them."
             )
 
     @torch.no_grad()

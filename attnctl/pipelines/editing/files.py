@@ -104,7 +104,12 @@ def parts_of(files: list[Path], record: dict[str, Any], job: Job | FlowJob) -> I
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     folder = files[0].parent / f".{files[0].name}.{mark}.parts"
     folder.mkdir(parents=True, exist_ok=True)
-    yield Parts(job, folder)
+    try:
+        yield Parts(job, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if no window is done, there is nothing to go on from
+        raise
     # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
     for left in folder.parent.iterdir():
         if left.name.startswith(f".{files[0].name}.") and left.name.endswith(".parts"):
