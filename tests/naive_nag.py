@@ -60,6 +60,11 @@ def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting
             return out
         z = naive_guidance(out[:half, :, image], out[half:, :, image], **setting)
         out = out.clone()
+        if call.image is not None and call.text is not None and out.shape[2] == call.k.shape[2]:
+            # What stands beside image and text (Z-Image pads its image) goes with the prompt's image in both halves.
+            beside = torch.ones(out.shape[2], dtype=torch.bool)
+            beside[call.text] = False
+            out[half:, :, beside] = out[:half, :, beside]
         out[:half, :, image] = out[half:, :, image] = z
         return out
 
