@@ -207,7 +207,11 @@ ASKED = ["calibrate", "--prompt", "a red circle on gray", "--block", "16", "--st
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--check", "a blue square on gray", "--option", "max_sequence_length=0", "--out", str(tmp_path / "plan")]
     assert main([*ASKED, *options, "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    data = json.loads(printed.out)
+    assert [line.strip() for line in printed.err.splitlines()][-len(data["compared"]) :] == [
+        row["name"] for row in data["compared"]
+    ]  # what runs is named before it runs
     plan = ModelPlan.from_pretrained(tmp_path / "plan")
     assert plan.model == data["model"] == "shapes:mmdit"
     assert data["bytes"] == plan.packed_bytes

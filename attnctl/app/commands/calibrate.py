@@ -127,7 +127,9 @@ class Calibrate(Common):
         grid, steps = grid_and_steps(pipe, self.check[0], call)
         controls = {} if plan is None else {"plan": SparseAttention(plan)}
         controls |= candidates(self.density, self.block, grid, steps)
-        return compare(pipe, controls, self.check, seed=self.seed + 1000, call=call)
+        return compare(
+            pipe, controls, self.check, seed=self.seed + 1000, call=call, announce=lambda name: say(f"  {name}")
+        )
 
 
 def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:

@@ -127,6 +127,7 @@ def compare(
     *,
     seed: int = 1000,
     call: Mapping[str, Any] | None = None,
+    announce: Callable[[str], object] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Run controls beside dense attention.
 
@@ -136,6 +137,7 @@ def compare(
         prompts: Texts, or arguments of the call in their place.
         seed: Of the first prompt's noise; prompt i has seed + i.
         call: Other arguments of the pipeline call.
+        announce: Called with the name of what runs next.
 
     Returns:
         For every control its name and short form, the executed share of the maps between image tokens (None for a plan:
@@ -149,9 +151,11 @@ def compare(
     if isinstance(prompts, str) or not prompts or not controls:
         raise ConfigError(f"prompts={prompts!r:.80}, {len(controls)} controls: expected at least one of each.")
     runs = [_runner(pipe, prompt, seed + i, call) for i, prompt in enumerate(prompts)]
+    announce("dense")
     dense, dense_seconds = _timed(runs)
     rows = []
     for name, control in controls.items():
+        announce(name)
         marks, by_run = _Marks(), not isinstance(control.select, (ModelPlan, BlockPlan, str))
         if by_run:
             beside = _Beside(
