@@ -11,16 +11,29 @@ from contract import distance, own, perturbed
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.replay import _leaves
+from attnctl.core.hosts.leaves import leaves
 from attnctl.processors import PAG
 
 # Families whose blocks pass everything on; UNets and HunyuanDiT hold on to earlier outputs themselves.
-ROWS = ["flux", "sd3", "pixart", "wan", "ltx", "cogvideox", "hunyuanvideo", "mochi", "qwen", "allegro"]
+ROWS = [
+    "flux",
+    "sd3",
+    "pixart",
+    "wan",
+    "ltx",
+    "cogvideox",
+    "hunyuanvideo",
+    "mochi",
+    "qwen",
+    "allegro",
+    "auraflow",
+    "zimage",
+]
 
 
 def bytes_of(store: Any) -> int:
     """Add up the bytes of all tensors that a prefix holds."""
-    tensors = [leaf.tensor for output in store.values() for leaf in _leaves(output) if leaf.tensor is not None]
+    tensors = [leaf.tensor for output in store.values() for leaf in leaves(output) if leaf.tensor is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -48,7 +61,7 @@ def largest(model: nn.Module, inputs: dict[str, Any]) -> int:
     sizes: list[int] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        sizes.append(sum(t.numel() * t.element_size() for t in _leaves(output)))
+        sizes.append(sum(t.numel() * t.element_size() for t in leaves(output)))
 
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     hooks = [block.register_forward_hook(note) for blocks in lists for block in blocks]
@@ -117,3 +130,18 @@ def test_an_output_that_the_host_writes_to_later_is_computed_again() -> None:
         with attnctl.control(model, guidance, layout="cond"):
             for _ in range(2):
                 assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-6
+
+
+def test_what_the_host_joins_is_kept_and_blocks_are_not() -> None:
+    # Wan joins the words of its embedder with those of a picture: without the embedder's output every block sees NaN.
+    model, inputs = zoo.build("wan_i2v", dtype=torch.float64)
+    guidance = PAG(scale=2.0, sites="blocks.3.attn1")
+    with torch.no_grad():
+        c, p = zoo.call(model, inputs), perturbed(model, guidance, inputs)
+        with attnctl.control(model, guidance, layout="cond") as handle:
+            for _ in range(2):
+                assert distance(zoo.call(model, inputs), c + 2 * (c - p)) <= 1e-6
+            prefix = handle._watched[0].prefix
+            assert prefix.proven
+            kept = {name: all(prefix._needed[m]) for m, name in prefix.chosen.items() if name.startswith("blocks")}
+    assert kept == {"blocks.0": False, "blocks.1": False, "blocks.2": True}

@@ -300,7 +300,7 @@ class ControlledDenoiser:
             kwargs = take_rows(state.bound, rows.cond, rows.total, frames, self.family)
             context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
             output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
-            if self.prefix is not None and not self.prefix.prove(output):
+            while self.prefix is not None and not self.prefix.prove(output):
                 output, cached = self._run(str(branch.key), context, kwargs, wrappers, self.prefix.stubs(rows) | blocks)
             reached = [(name, self.links[name].reached) for name in touched]
             reached += [(name, module in replaced) for module, name in self._names(branch).items()]

@@ -5,72 +5,26 @@ finish before it; the base pass keeps their outputs, and the perturbed pass take
 
 Of a row of blocks only the last output is read by what is computed again: the others feed blocks that are not computed.
 What the host still holds when the first perturbed module begins (skip connections, the last output) is kept; the rest
-is replaced by tensors of one NaN in the same shape, which would show in the prediction if anything read them.
-The first pass holds everything until its prediction has shown that; if NaN shows, all is kept from then on.
+is replaced by tensors of one NaN in the same shape, which would show in the prediction if anything read them. So is the
+end of a row that another row follows, which the host may hold in a variable that it no longer reads. The first pass
+holds everything until its prediction has shown that. If NaN shows, only what stands inside of a row is given up (a host
+may have joined outputs of embedders); if it still shows, nothing is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-import weakref
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from attnctl.core.call import Rows
-from attnctl.core.hosts.arguments import cut_tensor
 from attnctl.core.hosts.caches import hooks_below
+from attnctl.core.hosts.leaves import Leaf, is_norm, is_not_by_rows, leaves, mapped, row_of
 
 __all__ = ["Prefix"]
-
-# Outputs of these modules do not follow the batch even when their first axis fits.
-_NOT_ROWS = re.compile(r"rope|rotary|time_proj|time_embed")
-
-
-class _Leaf:
-    """One tensor of a module's output: held, held as long as the host holds it (`loose`), or known by its shape."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor: torch.Tensor | None = tensor
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self._version = tensor._version
-        self._loose: weakref.ref[torch.Tensor] | None = None
-        self._spare: torch.Tensor | None = None
-        self.written = False
-
-    def loosen(self) -> None:
-        """Hold the tensor no longer than the host does."""
-        if self.tensor is not None:
-            self.written |= self.tensor._version != self._version
-            # The same memory by another object: the first pass may find out that it is read after all.
-            self._loose, self._spare, self.tensor = weakref.ref(self.tensor), self.tensor.detach(), None
-
-    def settle(self) -> None:
-        """Keep the tensor if the host still holds it: what is computed from now on may read it."""
-        if self._loose is not None:
-            self.tensor = self._loose()
-
-    def restore(self) -> None:
-        """Hold the tensor again, whether or not the host does."""
-        self.tensor = self._spare if self.tensor is None else self.tensor
-
-    def changed(self) -> bool:
-        """Tell whether the host has written into the tensor since."""
-        held = self._spare if self.tensor is None else self.tensor  # both count the writes to one memory
-        return self.written or (held is not None and held._version != self._version)
-
-    def take(self, rows: Rows) -> torch.Tensor:
-        """Return the prompt rows of the tensor, or of one NaN in its shape."""
-        each = self.shape[0] // rows.total
-        if self.tensor is None:
-            fill = torch.nan if self.dtype.is_floating_point else 0
-            one = torch.full((), fill, dtype=self.dtype, device=self.device)
-            return one.expand(rows.prompts * each, *self.shape[1:])
-        if rows.cond == slice(0, rows.total):
-            return self.tensor
-        return cut_tensor(self.tensor, rows.cond, rows.total, (each,))
 
 
 class Prefix:
@@ -84,7 +38,7 @@ class Prefix:
         self.targets = set(targets)
         self.chosen: dict[torch.nn.Module, str] | None = None
         self.store: dict[torch.nn.Module, Any] = {}
-        """The outputs of the current base pass, nested as they came, a `_Leaf` for each tensor."""
+        """The outputs of the current base pass, nested as they came, a `Leaf` for each tensor."""
         self.proven = False
         """Whether a prediction has shown that nothing reads what is not kept."""
         self._needed: dict[torch.nn.Module, list[bool]] = {}
@@ -133,7 +87,7 @@ class Prefix:
         elif learning:
             self.store = {m: output for m, output in self.store.items() if self._calls[m] == 1}
             self.chosen = {m: self._names[m] for m in self.store}
-            self._needed = {m: [leaf.tensor is not None for leaf in _leaves(out)] for m, out in self.store.items()}
+            self._needed = {m: [leaf.tensor is not None for leaf in leaves(out)] for m, out in self.store.items()}
 
     def release(self) -> None:
         """Remove hooks and drop stored tensors."""
@@ -157,30 +111,49 @@ class Prefix:
         if module in self.targets and not self._reached:
             self._reached = True
             for output in self.store.values():
-                for leaf in _leaves(output):
+                for leaf in leaves(output):
                     leaf.settle()
+            self._thin(next(name for name, m in self.denoiser.named_modules() if m is module))
+
+    def _thin(self, target: str) -> None:
+        """Give up what the host holds but hardly reads: norms of this block, ends of rows that another one follows."""
+        block, first = target.rpartition(".")[0], target.partition(".")[0]
+        for module in [m for m in self.store if block and self._names[m].rpartition(".")[0] == block]:
+            if is_norm(self._names[module]):  # as large as a block's output, and quickly computed again
+                del self.store[module]
+        for module, output in self.store.items():
+            row = row_of(self._names[module])
+            inside = [out for m, out in self.store.items() if m is not module and self._alike(m, module)]
+            # A host that holds what stands inside of a row reads it again.
+            if row in ("", first) or "." in row or any(leaf.tensor is not None for leaf in leaves(inside)):
+                continue
+            for leaf in leaves(output):
+                leaf.loosen()
+
+    def _alike(self, one: torch.nn.Module, other: torch.nn.Module) -> bool:
+        return row_of(self._names[one]) == row_of(self._names[other])
 
     def _learn(self, name: str) -> Callable[..., None]:
         def finished(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if self._paused or self._reached or _NOT_ROWS.search(name) or next(module.parameters(), None) is None:
+            if self._paused or self._reached or is_not_by_rows(name) or next(module.parameters(), None) is None:
                 return
             # A finished parent stands for its children.
             for child in module.modules():
                 self.store.pop(child, None)
             for earlier in self.store.values():
-                for leaf in _leaves(earlier):
+                for leaf in leaves(earlier):
                     leaf.loosen()
-            self.store[module], self._names[module] = _map(output, _Leaf), name
+            self.store[module], self._names[module] = mapped(output, Leaf), name
 
         return finished
 
     def _keep(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self._paused:
             return
-        self.store[module] = _map(output, _Leaf)
-        leaves = list(_leaves(self.store[module]))
+        self.store[module] = mapped(output, Leaf)
+        held = list(leaves(self.store[module]))
         needed = self._needed[module]
-        for leaf, wanted in zip(leaves, needed if len(needed) == len(leaves) else [True] * len(leaves), strict=True):
+        for leaf, wanted in zip(held, needed if len(needed) == len(held) else [True] * len(held), strict=True):
             leaf.tensor = leaf.tensor if wanted else None
 
     def stubs(self, rows: Rows) -> dict[torch.nn.Module, Callable[..., Any]]:
@@ -190,53 +163,32 @@ class Prefix:
         """
         forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
         for module, output in self.store.items():
-            leaves = list(_leaves(output))
-            rowless = not leaves or any(not leaf.shape or leaf.shape[0] % rows.total for leaf in leaves)
-            if rowless or any(leaf.changed() for leaf in leaves):
+            held = list(leaves(output))
+            rowless = not held or any(not leaf.shape or leaf.shape[0] % rows.total for leaf in held)
+            if rowless or any(leaf.changed() for leaf in held):
                 self.proven = False  # it is computed again, and might read what was not kept
                 if self.chosen is not None:
                     self.chosen.pop(module, None)
                 continue
-            forwards[module] = _replay(_map(output, lambda leaf: leaf.take(rows)))
+            forwards[module] = _replay(mapped(output, lambda leaf: leaf.take(rows)))
         return forwards
 
     def prove(self, prediction: Any) -> bool:
-        """Tell whether a prediction reads nothing that was not kept; from now on keep all if it does."""
+        """Tell whether a prediction reads nothing that was not kept; if it does, keep more: it is to be made again."""
         if self.proven:
             return True
-        self.proven = True
-        hollow = any(not all(needed) for needed in self._needed.values())
-        if not hollow or all(bool(torch.isfinite(t).all()) for t in _leaves(prediction)):
+        hollow = [m for m, needed in self._needed.items() if not all(needed)]
+        if not hollow or all(bool(torch.isfinite(t).all()) for t in leaves(prediction)):
+            self.proven = True
             return True
-        self._needed = {m: [True] * len(needed) for m, needed in self._needed.items()}
-        for output in self.store.values():
-            for leaf in _leaves(output):
+        modules = list(self.store)
+        inside = {m for m, after in itertools.pairwise(modules) if row_of(self._names[m]) and self._alike(m, after)}
+        for module in [m for m in hollow if m not in inside] or hollow:
+            self._needed[module] = [True] * len(self._needed[module])
+            for leaf in leaves(self.store.get(module)):
                 leaf.restore()
         return False
 
 
 def _replay(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the tensors, or what stands for them, of a nested output."""
-    if isinstance(value, (torch.Tensor, _Leaf)):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _leaves(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _leaves(v)
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the tensors, or what stands for them, of a nested output."""
-    if isinstance(value, (torch.Tensor, _Leaf)):
-        return function(value)
-    if isinstance(value, dict):
-        return type(value)(**{k: _map(v, function) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(v, function) for v in value)
-    return value

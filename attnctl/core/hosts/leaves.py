@@ -1,0 +1,102 @@
+"""What a host's modules return: nested outputs, the tensors in them, and what names say of these."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnctl.core.call import Rows
+from attnctl.core.hosts.arguments import cut_tensor
+
+__all__ = ["Leaf", "is_norm", "is_not_by_rows", "leaves", "mapped", "row_of"]
+
+_NOT_ROWS = re.compile(r"rope|rotary|time_proj|time_embed")
+_NORM = re.compile(r"norm\w*$")
+_ROW = re.compile(r"(.+)\.\d+$")
+
+
+class Leaf:
+    """One tensor of a module's output: held, held as long as the host holds it (`loose`), or known by its shape."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._version = tensor._version
+        self._loose: weakref.ref[torch.Tensor] | None = None
+        self._spare: torch.Tensor | None = None
+        self.written = False
+
+    def loosen(self) -> None:
+        """Hold the tensor no longer than the host does."""
+        if self.tensor is not None:
+            self.written |= self.tensor._version != self._version
+            # The same memory by another object: the first pass may find out that it is read after all.
+            self._loose, self._spare, self.tensor = weakref.ref(self.tensor), self.tensor.detach(), None
+
+    def settle(self) -> None:
+        """Keep the tensor if the host still holds it: what is computed from now on may read it."""
+        if self._loose is not None:
+            self.tensor = self._loose()
+
+    def restore(self) -> None:
+        """Hold the tensor again, whether or not the host does."""
+        self.tensor = self._spare if self.tensor is None else self.tensor
+
+    def changed(self) -> bool:
+        """Tell whether the host has written into the tensor since."""
+        held = self._spare if self.tensor is None else self.tensor  # both count the writes to one memory
+        return self.written or (held is not None and held._version != self._version)
+
+    def take(self, rows: Rows) -> torch.Tensor:
+        """Return the prompt rows of the tensor, or of one NaN in its shape."""
+        each = self.shape[0] // rows.total
+        if self.tensor is None:
+            fill = torch.nan if self.dtype.is_floating_point else 0
+            one = torch.full((), fill, dtype=self.dtype, device=self.device)
+            return one.expand(rows.prompts * each, *self.shape[1:])
+        if rows.cond == slice(0, rows.total):
+            return self.tensor
+        return cut_tensor(self.tensor, rows.cond, rows.total, (each,))
+
+
+def is_not_by_rows(name: str) -> bool:
+    """Tell whether outputs of a module do not follow the batch even when their first axis fits."""
+    return _NOT_ROWS.search(name) is not None
+
+
+def is_norm(name: str) -> bool:
+    """Tell whether a module is a norm by its name."""
+    return _NORM.search(name) is not None
+
+
+def row_of(name: str) -> str:
+    """Return the name of the row that a module stands in, "" where it stands in none."""
+    found = _ROW.match(name)
+    return found[1] if found else ""
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the tensors, or what stands for them, of a nested output."""
+    if isinstance(value, (torch.Tensor, Leaf)):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from leaves(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from leaves(v)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the tensors, or what stands for them, of a nested output."""
+    if isinstance(value, (torch.Tensor, Leaf)):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)(**{k: mapped(v, function) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(v, function) for v in value)
+    return value
