@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,9 +20,12 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.call import AttnCall, Proceed
-from attnctl.errors import ConfigError, ConflictError
+from attnctl.data.specs import control_to_dict
+from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
 from attnctl.processors import NAG, PAG, Regions
+from attnctl.processors.negative.beside import check_beside
+from attnctl.processors.regions.live import RegionText
 
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 LEFT, RIGHT, BASE = "a black bear", "the red water", "a bear in the water"
@@ -201,7 +206,13 @@ def _latents(pipe: Any) -> tuple[int, int, int]:
         (lambda: Regions(prompts=("a",), areas=((0, 0, 1.5, 1),)), "areas"),
         (lambda: Regions(prompts=("a",), areas=(torch.zeros(4, 4),)), "mask is empty"),
         (lambda: Regions(prompts=("a",), areas=(torch.full((4, 4), 255.0),)), "0 to 1"),
-        (lambda: Regions(prompts=("a",), areas=(torch.ones(4),)), r"\[height, width\]"),
+        (lambda: Regions(prompts=("a",), areas=(torch.ones(5),)), r"\[height, width\]"),
+        (lambda: Regions(prompts=("a",), areas=(None,)), "is no area"),
+        (lambda: Regions(prompts=("a",), areas=([[1], [1, 0]],)), "is no area"),
+        (lambda: Regions(prompts=("a",), areas=(torch.ones(4, 4, device="meta"),)), "on meta"),
+        (lambda: Regions(prompts=("a",), areas=None), "is no list"),  # type: ignore[arg-type]
+        (lambda: Regions(prompts=None, areas=HALVES), "is no list"),  # type: ignore[arg-type]
+        (lambda: Regions(embeds=(), areas=()), "one mapping"),
     ],
 )
 def test_what_is_no_region_is_refused(make: Callable[[], Regions], words: str) -> None:
@@ -214,10 +225,8 @@ def test_masks_come_from_files_and_pictures(sd: Any, tmp_path: Path) -> None:
     mask = np.zeros((32, 24), np.uint8)
     mask[:, :12] = 255
     Image.fromarray(mask).save(tmp_path / "left.png")
-    made = [
-        Regions(prompts=(LEFT,), areas=(area,), stop=1.0)
-        for area in (HALVES[0], str(tmp_path / "left.png"), Image.fromarray(mask), mask / 255)
-    ]
+    left = (HALVES[0], str(tmp_path / "left.png"), tmp_path / "left.png", Image.fromarray(mask), mask / 255)
+    made = [Regions(prompts=(LEFT,), areas=(area,), stop=1.0) for area in left]
     outs = [run(pipe, call | {"prompt": BASE}, regions) for regions in made]
     assert all(far(out, outs[0]) < 1e-6 for out in outs)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
@@ -229,3 +238,87 @@ def test_masks_come_from_files_and_pictures(sd: Any, tmp_path: Path) -> None:
 def test_regions_and_a_negative_prompt_at_one_site_are_refused(sd: Any) -> None:
     with pytest.raises(ConflictError):
         attnctl.control(sd[0], Regions(prompts=(LEFT,), areas=HALVES[:1]), NAG())
+
+
+def test_a_region_without_a_token_is_refused(mmdit: Any) -> None:
+    call = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 1.0}
+    with pytest.raises(ConfigError, match=r"areas\[1\] covers half of no image token"):
+        run(mmdit, call, Regions(prompts=("a", "b"), areas=(HALVES[0], (0.0, 0.0, 0.01, 0.01))))
+
+
+def test_masks_are_compared_shown_and_of_the_controls_own() -> None:
+    mask = torch.ones(8, 8)
+    one, other = (Regions(prompts=("a",), areas=(area,)) for area in (mask, HALVES[0]))
+    assert one == Regions(prompts=("a",), areas=(mask,)) == copy.deepcopy(one) != other
+    assert repr(one) == "Regions(prompts=('a',), areas=(mask [8, 8],))"
+    embeds = tuple(Regions(embeds=({"prompt_embeds": mask * i},), areas=HALVES[:1]) for i in (1, 2))
+    assert embeds[0] != embeds[1]
+    assert "embeds=({prompt_embeds},)" in embeds[0].describe()
+    assert NAG(negative_embeds={"prompt_embeds": mask}) != NAG(negative_embeds={"prompt_embeds": 2 * mask})
+    mask.zero_()
+    assert float(one.areas[0].sum()) == 64
+    with pytest.raises(ConfigError, match=r"areas\[0\] = a Tensor of shape \(8, 8\).*name of a file"):
+        control_to_dict(one)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_calls_with_embeddings_encode_other_texts_for_every_picture(sd: Any, scale: float) -> None:
+    pipe, call = sd
+    more = {"guidance_scale": scale, "num_images_per_prompt": 2, "latents": call["latents"].repeat(4, 1, 1, 1)}
+    texts = {"prompt": [BASE, "a cat"], "negative_prompt": [LEFT, RIGHT]}
+    given = {f"{name}_embeds": pipe.encode_prompt(text, "cpu", 1, False)[0] for name, text in texts.items()}
+    for control in (Regions(prompts=(LEFT, RIGHT), areas=HALVES, stop=1.0), NAG(negative_prompt="two birds")):
+        out = run(pipe, call | {"prompt": None} | given, control, **more)
+        assert far(out, run(pipe, call | texts, control, **more)) < 1e-12
+
+
+def test_embeddings_of_one_text_serve_a_batch() -> None:
+    pipe, call = pipes.build("sd3", batch=2)
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    rows = [{n: call[f"negative_{n}"][i : i + 1] for n in names} for i in (0, 0, 1)]
+    batch = {n: torch.cat([rows[0][n], rows[1][n]]) for n in names}
+    one, both = (Regions(embeds=(e,), areas=HALVES[:1], stop=1.0) for e in (rows[0], batch))
+    assert torch.equal(run(pipe, call, one), run(pipe, call, both))
+
+
+def test_a_negative_prompt_outlives_guidance(sd: Any) -> None:
+    pipe, call = sd
+    more = {"guidance_scale": 4.0, "latents": call["latents"].repeat(2, 1, 1, 1), "num_inference_steps": 3}
+
+    def end(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": given["prompt_embeds"].chunk(2)[-1]} if step == 0 else {}
+
+    more |= {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    texts = {"prompt": [BASE, "a cat"], "negative_prompt": [LEFT, RIGHT]}
+    out = run(pipe, call | texts, NAG(), **more)
+    assert out.isfinite().all()
+    assert far(out, run(pipe, call | texts, NAG(stop=0.3), **more)) > 1e-3
+
+
+def test_a_pipeline_that_shares_the_denoiser(sd: Any) -> None:
+    image = diffusers.StableDiffusionImg2ImgPipeline(**sd[0].components, requires_safety_checker=False)
+    call = {"prompt": BASE, "image": torch.zeros(1, 3, 32, 24), "strength": 0.5, "num_inference_steps": 2}
+    pipes.quiet(image).vae.double()
+    for control in (Regions(prompts=(LEFT,), areas=HALVES[:1], stop=1.0), NAG(negative_prompt=LEFT)):
+        with attnctl.control(sd[0], control):
+            out = pipes.run(image, call)
+        assert torch.equal(out, run(image, call, control))
+
+
+def test_errors_name_the_control_that_was_given(mmdit: Any) -> None:
+    model = mmdit.transformer
+    regions = Regions(prompts=("a",), areas=HALVES[:1])
+    config = model.config
+    shapes = ((config.in_channels, 8, 8), (5, config.joint_attention_dim), (config.pooled_projection_dim,))
+    latents, text, pooled = (torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes)
+    with attnctl.control(model, regions, layout="cond") as handle:
+        handle.set_step(0, 1)
+        with pytest.raises(UnsupportedModelError, match="Regions: a bare model encodes no prompts"):
+            model(latents, text, pooled, torch.zeros(1))
+    model.enable_gradient_checkpointing()
+    try:
+        with torch.enable_grad(), pytest.raises(UnsupportedModelError, match=r"^Regions takes a region's prompt"):
+            check_beside(model, RegionText.name, RegionText.what)
+    finally:
+        model.disable_gradient_checkpointing()

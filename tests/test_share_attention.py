@@ -22,6 +22,7 @@ from attnctl.core.hosts.tokens import Parts
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, ConflictError
 from attnctl.kernels import attention
+from attnctl.kernels.sharing import match_statistics
 from attnctl.processors import PAG, Consistent, MasaCtrl, ShareAttention, StyleAligned
 from attnctl.processors.sharing.share_attention import source_table
 
@@ -145,6 +146,19 @@ def test_negative_rows_may_be_left_alone() -> None:
     both = attend(ShareAttention(), q, k, v)
     assert torch.equal(out[:2], plain[:2])
     assert (out[2:] - both[2:]).abs().max() < 1e-12
+
+
+def test_one_token_alone_takes_the_sources_features() -> None:
+    q, k, v = inputs(4, 1)
+    out = attend(StyleAligned(), q, k, v)
+    assert out.isfinite().all()
+    assert (match_statistics(q, k) - k).abs().max() < 1e-12
+
+
+def test_any_seed_draws() -> None:
+    q, k, v = inputs(4)
+    outs = [attend(ShareAttention(share=0.5, seed=seed), q, k, v) for seed in (1, 2**62, 2**80)]
+    assert all(out.isfinite().all() for out in outs)
 
 
 @pytest.mark.parametrize(

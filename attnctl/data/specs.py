@@ -162,8 +162,11 @@ def _encode(value: Any, where: str) -> Any:
         return {"type": type(value).__name__, **_fields(value, where)}
     if isinstance(value, Mapping) and "type" not in value and all(isinstance(key, str) for key in value):
         return {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    shape = getattr(value, "shape", None)
+    shown = f"{value!r:.80}" if not shape else f"a {type(value).__name__} of shape {tuple(shape)}"
     raise ConfigError(
-        f"{where} = {value!r:.80} cannot be kept in a record; expected numbers, text, None or tuples of them."
+        f"{where} = {shown} cannot be kept in a record; expected numbers, text, None or tuples of them. Give texts in "
+        "place of embeddings, and the name of a file in place of a picture, where the field takes them."
     )
 
 

@@ -20,10 +20,11 @@ def match_statistics(x: Tensor, reference: Tensor) -> Tensor:
         reference: Features [B, H, M, D].
 
     Returns:
-        [B, H, N, D] in the type of x. The variance is unbiased, over tokens, per head and channel, plus 1e-5.
+        [B, H, N, D] in the type of x. The variance is unbiased, over tokens, per head and channel, plus 1e-5; that of a
+        single token is 0.
     """
     a, b = x.to(wide_dtype(x.dtype)), reference.to(wide_dtype(x.dtype))
-    deviation = [(y.var(2, keepdim=True) + _EPS).sqrt() for y in (a, b)]
+    deviation = [(y.var(2, correction=min(1, y.shape[2] - 1), keepdim=True) + _EPS).sqrt() for y in (a, b)]
     return ((a - a.mean(2, keepdim=True)) / deviation[0] * deviation[1] + b.mean(2, keepdim=True)).to(x.dtype)
 
 

@@ -21,6 +21,7 @@ import torch
 
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.ghost import equal
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About, Preset
@@ -112,6 +113,9 @@ class NAG(Control):
             )
         if embeds is not None and self.negative_prompt is not None:
             raise ConfigError("NAG: negative_prompt and negative_embeds were both given; give one of them.")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and equal(vars(self), vars(other))
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         cross = any(site.kind == "cross" for site in sites)

@@ -66,11 +66,29 @@ def negative_arguments(
         chosen = encoded or given
     if not chosen:
         raise ConfigError(_NONE)
-    if isinstance(chosen.get("prompt"), str) and isinstance(own.get("prompt"), (list, tuple)):
-        chosen["prompt"] = [chosen["prompt"]] * len(own["prompt"])
+    count = _prompts(own)
+    if count is not None:
+        chosen = {n: _repeated(v, count, embeds is not None) for n, v in chosen.items()}
     # Pooled embeddings stay the prompt's in any case; a pipeline may ask for them beside others.
     replaced = [name for name in prompts if "prompt" in chosen or "pooled" not in name]
     return own | dict.fromkeys(replaced) | chosen
+
+
+def _prompts(own: Mapping[str, Any]) -> int | None:
+    """Count the prompts of a call that was given a list of them, or embeddings of several; None for a single one."""
+    if isinstance(own.get("prompt"), (list, tuple)):
+        return len(own["prompt"])
+    embeds = own.get("prompt_embeds") if own.get("prompt") is None else None
+    several = isinstance(embeds, (torch.Tensor, list)) and len(embeds) > 1
+    return len(embeds) if several else None
+
+
+def _repeated(value: Any, count: int, embeds: bool) -> Any:
+    """Repeat a text, or a control's embeddings of one, for as many prompts."""
+    if isinstance(value, str):
+        return [value] * count
+    rows = embeds and isinstance(value, torch.Tensor) and 2 <= value.ndim <= 3 and len(value) == 1
+    return value.expand(count, *value.shape[1:]) if rows else value
 
 
 _NONE = (
@@ -170,13 +188,15 @@ def text_arguments(negative: Mapping[str, Any], positive: Mapping[str, Any]) -> 
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Tell whether two arguments of a denoiser say the same."""
+    """Tell whether two arguments of a denoiser, or fields of a control, say the same."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a is b or a.is_meta:  # shapes alone tell nothing
             return a is b
         return bool(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return False
     return bool(a == b)

@@ -152,14 +152,16 @@ class PromptWatch:
 def arguments_of(pipe: Any) -> dict[str, Any]:
     """Return what the call of a pipeline that is under way was given, by name; {} where there is none.
 
-    Where nobody listens to the pipeline, its variables tell, in which embeddings may stand that it has made of texts.
+    Where nobody listens to the pipeline, its variables tell, in which embeddings may stand that it has made of texts,
+    and a schedule that it has made of a number of steps: these are left out.
     """
     heard = vars(pipe).get("check_inputs", vars(pipe).get("encode_prompt"))
     if isinstance(heard, _Heard) and heard.watch.arguments:
         return dict(heard.watch.arguments)
     arguments = call_arguments(pipe)
     texts = arguments.get("prompt") is not None
-    return {n: None if texts and n.endswith(("prompt_embeds", "embeds_mask")) else v for n, v in arguments.items()}
+    made = {n: None if texts and n.endswith(("prompt_embeds", "embeds_mask")) else v for n, v in arguments.items()}
+    return {n: v for n, v in made.items() if n not in ("timesteps", "sigmas", "num_inference_steps")}
 
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")

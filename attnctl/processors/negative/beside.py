@@ -33,14 +33,18 @@ class Beside:
         family: Its family.
         kwargs: Arguments of the second call.
         sites: Names of the joint sites where both calls meet.
+        name: What the control is called in errors.
+        what: What its text is called there.
 
     Raises:
         UnsupportedModelError: Two calls cannot go through this denoiser's blocks side by side.
     """
 
-    def __init__(self, passes: LiveDenoiser, family: Family, kwargs: dict[str, Any], sites: Sequence[str]) -> None:
-        check_beside(passes.module)
-        self.passes, self.sites = passes, sites
+    def __init__(
+        self, passes: LiveDenoiser, family: Family, kwargs: dict[str, Any], sites: Sequence[str], name: str, what: str
+    ) -> None:
+        check_beside(passes.module, name, what)
+        self.passes, self.sites, self.what = passes, sites, what
         self._vars: dict[str, Any] | None = None
         self._pauses: list[Callable[[Any], Any]] = []
         pauses, state, denoiser = self._pauses, passes.state, passes.module
@@ -69,7 +73,7 @@ class Beside:
         if item is ENDED or item[0] != key:
             where = "its end" if item is ENDED else f"{item[0][0]}, attention {item[0][1]},"
             raise UnsupportedModelError(
-                f"The call with the negative prompt came to {where} while the prompt's was at {key[0]}, attention "
+                f"The call with {self.what} came to {where} while the prompt's was at {key[0]}, attention "
                 f"{key[1]}: {type(self.passes.module).__name__} takes its blocks in an order that depends on the text."
             )
         return item[1]
@@ -101,7 +105,7 @@ class Beside:
         self._lock.close()
 
 
-def check_beside(denoiser: torch.nn.Module) -> None:
+def check_beside(denoiser: torch.nn.Module, name: str, what: str) -> None:
     """Raise where a second call cannot go through a denoiser's blocks while the first does.
 
     Raises:
@@ -118,6 +122,6 @@ def check_beside(denoiser: torch.nn.Module) -> None:
             why = f"diffusers' hook {hooks[0]!r} (a cache, group offloading) would mix both calls up: disable it"
     if why is not None:
         raise UnsupportedModelError(
-            f"NAG takes the negative prompt through the joint attention of {type(denoiser).__name__} beside the "
-            f"prompt, block by block, and {why}."
+            f"{name} takes {what} through the joint attention of {type(denoiser).__name__} beside the prompt, block by "
+            f"block, and {why}."
         )

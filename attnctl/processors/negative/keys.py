@@ -24,8 +24,8 @@ def text_keys(call: AttnCall) -> slice:
         return slice(0, call.k.shape[2]) if call.text is None else call.text
     if call.image is None or call.text is None:
         raise UnsupportedModelError(
-            f"{call.site.name}: nothing tells image from text tokens in this call, whose attention is joint, so that a "
-            "negative prompt cannot take the text's place. Choose other sites (sites=...)."
+            f"{call.site.name}: nothing tells image from text tokens in this call, whose attention is joint, so that "
+            "no other text can take the prompt's place. Choose other sites (sites=...)."
         )
     return call.text
 
@@ -115,5 +115,5 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
     if x.shape[0] == rows:
         return x
     if rows % x.shape[0]:
-        raise UnsupportedModelError(f"{x.shape[0]} rows of a negative prompt do not fit the prompt's {rows}.")
+        raise UnsupportedModelError(f"{x.shape[0]} rows of another text do not fit the prompt's {rows}.")
     return x.repeat_interleave(rows // x.shape[0], 0)

@@ -73,10 +73,20 @@ class LiveNegative(LiveControl):
         denoiser: The denoiser.
     """
 
+    name = "NAG"
+    """What the control is called in errors."""
     what = "the negative prompt"
     """What the text is called in errors."""
     remedy = EMBEDS
     """What to do where the pipeline cannot encode it."""
+    bare = (
+        "NAG needs a negative prompt, and this call of a bare model has no negative rows. Pass its embeddings by the "
+        "names of the model's arguments, NAG(negative_embeds={'encoder_hidden_states': ...}); or control(..., "
+        "layout='uncond_first') if the first half of the rows is the negative prompt."
+    )
+    """The error where a bare model is called, which encodes nothing."""
+    no_line = "Use form='rows'."
+    """What to do where nothing tells how the image lies in the arguments of a call."""
 
     def __init__(self, control: NegativeGuidance, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> None:
         self.control, self.sites, self.denoiser = control, sites, denoiser
@@ -117,6 +127,7 @@ class LiveNegative(LiveControl):
         self._batched = rows.uncond is not None and self.text is None and self.embeds is None
         if self._batched:
             negative = text_arguments(take_rows(bound, rows.uncond, rows.total, frames, self.family), positive)  # type: ignore[arg-type]
+            passes.shared[self._key] = negative  # for a run whose later calls are not guided
         else:
             negative = self._conditions(positive)
         if not negative:
@@ -128,23 +139,23 @@ class LiveNegative(LiveControl):
         if _compiled(self.denoiser):
             # What follows runs inside of a graph, which cannot wait for a second call, nor compare keys.
             if any(site.kind == "joint" for site in self.sites):
-                check_beside(self.denoiser)
+                check_beside(self.denoiser, self.name, self.what)
             if not self._batched:
                 self._record()
 
+    @property
+    def _key(self) -> tuple[str, int]:
+        return "negative prompt", id(self.control)
+
     def _conditions(self, positive: Mapping[str, Any]) -> dict[str, Any]:
         """Return the negative prompt's arguments of the denoiser, which the pipeline makes once per run."""
-        passes, key = self._passes, ("negative prompt", id(self.control))
+        passes, key = self._passes, self._key
         names = _parameters(self.denoiser)
         if self.embeds is not None and all(name in names for name in self.embeds):
-            given = _to_rows(self.embeds, row_count(positive), positive)
+            given = self._to_rows(self.embeds, positive)
             return given if any(not equal(v, positive.get(n)) for n, v in given.items()) else {}
         if passes.pipe is None:
-            raise UnsupportedModelError(
-                "NAG needs a negative prompt, and this call of a bare model has no negative rows. Pass its embeddings "
-                "by the names of the model's arguments, NAG(negative_embeds={'encoder_hidden_states': ...}); or "
-                "control(..., layout='uncond_first') if the first half of the rows is the negative prompt."
-            )
+            raise UnsupportedModelError(self.bare)
         if key not in passes.shared:
             arguments = negative_arguments(passes.pipe, arguments_of(passes.pipe), self.text, self.embeds)
             made = ghost_call(passes.pipe, arguments, self.what, self.remedy)
@@ -152,7 +163,10 @@ class LiveNegative(LiveControl):
             if total == rows.total != rows.prompts:
                 made = take_rows(made, rows.cond, rows.total, _frames(passes.state), self.family)
             passes.shared[key] = text_arguments(made, positive)
-        return _to_rows(passes.shared[key], row_count(positive), positive)
+        return self._to_rows(passes.shared[key], positive)
+
+    def _to_rows(self, values: Mapping[str, Any], positive: Mapping[str, Any]) -> dict[str, Any]:
+        return _to_rows(values, row_count(positive), positive, f"{self.name}: {{}} of {self.what}")
 
     def _warn_equal(self) -> None:
         self._idle = True
@@ -287,12 +301,13 @@ class LiveNegative(LiveControl):
         smaller = None if self.control.form == "rows" else one_line(self.denoiser, self.family, self._kwargs)
         if smaller is None and self.control.form == "stream":
             raise UnsupportedModelError(
-                "NAG(form='stream') needs to know how the image lies in the arguments of "
-                f"{type(self.denoiser).__name__}, and nothing tells. Use form='rows'."
+                f"{self.name} takes {self.what} beside the call with one line of the image (form 'stream'), and "
+                f"nothing tells how the image lies in the arguments of {type(self.denoiser).__name__}. {self.no_line}"
             )
         self.lockstep = "rows" if smaller is None else "stream"
         names = [site.name for site in self.sites if site.kind == "joint"]
-        return Beside(self._passes, self.family, self._kwargs if smaller is None else smaller, names)
+        kwargs = self._kwargs if smaller is None else smaller
+        return Beside(self._passes, self.family, kwargs, names, self.name, self.what)
 
     def describe(self) -> str | None:
         how = "not known before the first call"
@@ -344,8 +359,14 @@ def _parameters(denoiser: torch.nn.Module) -> set[str]:
     return set(inspect.signature(type(denoiser).forward).parameters)
 
 
-def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat arguments of one row for all rows of a call.
+def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Repeat arguments of one row for all rows of a call, in the types and on the device of the call's own.
+
+    Args:
+        values: The arguments by name.
+        rows: The rows of the call.
+        like: The arguments of the call by name.
+        what: What errors call them, with {} for the name.
 
     Raises:
         ConfigError: They are for another number of rows.
@@ -354,17 +375,26 @@ def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any]) -> d
     def fit(name: str, value: Any) -> Any:
         example = like.get(name)
         if isinstance(value, torch.Tensor):
+            value = _like(value, example)
             per_row = not isinstance(example, torch.Tensor) or (example.ndim > 0 and example.shape[0] == rows)
             if value.ndim < 2 or value.shape[0] == rows or not per_row:
                 return value
             if value.shape[0] == 1:
                 return value.expand(rows, *value.shape[1:])
             raise ConfigError(
-                f"NAG: the negative prompt's {name} has the shape {tuple(value.shape)}, and the call has {rows} rows "
-                "with the prompt; give one row, or as many."
+                f"{what.format(name)} has the shape {tuple(value.shape)}, and the call has {rows} rows with the "
+                "prompt; give one row, or as many."
             )
         if isinstance(value, list) and len(value) == 1 and isinstance(example, list) and len(example) == rows:
             return value * rows
         return value
 
     return {name: fit(name, value) for name, value in values.items()}
+
+
+def _like(value: Tensor, example: Any) -> Tensor:
+    """Bring embeddings to the device of a call's own, and to its type where both are floating point."""
+    if not isinstance(example, Tensor):
+        return value
+    floating = value.is_floating_point() and example.is_floating_point()
+    return value.to(example.device, example.dtype if floating else value.dtype)

@@ -66,8 +66,17 @@ class _Words:
 class RegionText(LiveNegative):
     """One region's text in a call of the denoiser."""
 
+    name = "Regions"
     what = "a region's prompt"
-    remedy = "load the pipeline's text encoders, with which Regions encodes its prompts"
+    remedy = (
+        "pass embeddings in place of prompts, Regions(embeds=({...}, ...)): one mapping per region, by the names of "
+        "the pipeline's or the denoiser's arguments"
+    )
+    bare = (
+        "Regions: a bare model encodes no prompts. Control the pipeline, or pass embeddings by the names of the "
+        "model's arguments, Regions(embeds=({'encoder_hidden_states': ...}, ...))."
+    )
+    no_line = "Regions cannot act on this model's joint attention: choose other sites (sites=...)."
 
     @property
     def same(self) -> bool:
@@ -115,6 +124,7 @@ class LiveRegions(LiveControl):
         self.texts = [RegionText(_Words(*text), sites, denoiser) for text in control.texts]
         self.masks = [read_mask(area) if isinstance(area, str) else area for area in control.areas]
         self._shares: dict[Any, Tensor] = {}
+        self._held: dict[int, Tensor] = {}
 
     def begin_run(self) -> None:
         for text in self.texts:
@@ -187,7 +197,7 @@ class LiveRegions(LiveControl):
     def _joint(self, key: Key, part: AttnCall) -> Tensor:
         """Attend with the prompt's image queries, [b, H, N, D]; and with the regions' texts."""
         image = image_queries(part)
-        inside = self.shares(part, image.stop - image.start) >= 0.5
+        inside = self._inside(part, image.stop - image.start)
         base_pass = part.state.phase == "base"
         texts: list[NegativeKeys | None] = []
         for text, mask in zip(self.texts, inside, strict=True):
@@ -209,6 +219,24 @@ class LiveRegions(LiveControl):
                 seen = (inside[list(regions)].any(0) if regions else ~inside.any(0)).nonzero().flatten()
             out[:, :, places] = self._group(part, [texts[r] for r in regions], places, seen)
         return out
+
+    def _inside(self, part: AttnCall, tokens: int) -> Tensor:
+        """Return which image tokens each region holds, bool [R, tokens].
+
+        Raises:
+            ConfigError: A region holds none.
+        """
+        shares = self.shares(part, tokens)
+        if id(shares) not in self._held:
+            inside = shares >= 0.5
+            empty = (~inside.any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise ConfigError(
+                    f"Regions: areas[{empty[0]}] covers half of no image token at {part.site.name}, where the picture "
+                    f"has {tokens} of them, so its prompt would be seen nowhere. Make the area larger, or the picture."
+                )
+            self._held[id(shares)] = inside  # `_shares` keeps the key alive
+        return self._held[id(shares)]
 
     def _group(self, part: AttnCall, texts: list[NegativeKeys | None], places: Tensor, seen: Tensor) -> Tensor:
         """Attend with the image queries of one set of regions to its texts and to the image tokens that it sees."""

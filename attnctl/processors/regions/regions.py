@@ -19,15 +19,19 @@ regions attend in one call, so there is no N x N mask.
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.ghost import equal
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
@@ -93,21 +97,38 @@ class Regions(Control):
             if not isinstance(given, (list, tuple, str)) and not (name == "embeds" and given is None):
                 raise ConfigError(f"Regions: {name}={given!r:.60} is no list: give one entry per region.")
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
-        if self.embeds is not None and (prompts or not all(isinstance(e, Mapping) and e for e in self.embeds)):
+        embeds = None if self.embeds is None else tuple(self.embeds)
+        if embeds is not None and (prompts or not embeds or not all(isinstance(e, Mapping) and e for e in embeds)):
             raise ConfigError("Regions: embeds takes one mapping of names to tensors per region, without prompts.")
-        if self.embeds is None and not (prompts and all(isinstance(p, str) and p.strip() for p in prompts)):
+        if embeds is None and not (prompts and all(isinstance(p, str) and p.strip() for p in prompts)):
             raise ConfigError(
                 f"Regions: prompts={self.prompts!r:.80} should be one text per region, none of them empty."
             )
         areas = tuple(self.areas)
-        count = len(prompts if self.embeds is None else self.embeds)
+        count = len(prompts if embeds is None else embeds)
         if len(areas) != count:
             raise ConfigError(
                 f"Regions: {count} prompts and {len(areas)} areas were given: give one area per prompt, such as "
                 "areas=((0, 0, 0.5, 1), (0.5, 0, 1, 1)) for two halves."
             )
         object.__setattr__(self, "prompts", prompts)
+        object.__setattr__(self, "embeds", embeds)
         object.__setattr__(self, "areas", tuple(_area(a, f"Regions: areas[{i}]") for i, a in enumerate(areas)))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and equal(vars(self), vars(other))
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+    def describe(self) -> str:
+        areas = tuple(_Shown(f"mask {list(a.shape)}") if isinstance(a, torch.Tensor) else a for a in self.areas)
+        shown = copy.copy(self)  # no `replace`, which would check these words
+        object.__setattr__(shown, "areas", areas)
+        if self.embeds is not None:
+            embeds = tuple(_Shown(f"{{{', '.join(map(str, e))}}}") for e in self.embeds)
+            object.__setattr__(shown, "embeds", embeds)
+        return Control.describe(shown)
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         cross = any(site.kind == "cross" for site in sites)
@@ -134,13 +155,20 @@ class Regions(Control):
         return LiveRegions(self, sites, denoiser)
 
 
+class _Shown(str):
+    """A word that `repr` shows as it is."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def _area(area: Any, what: str) -> Area:
     """Check one area; a file is read when the control is attached."""
-    if isinstance(area, str):
-        return area
+    if isinstance(area, (str, os.PathLike)):
+        return os.fspath(area)
+    if isinstance(area, (np.ndarray, torch.Tensor)) and area.shape == (4,):
+        area = area.tolist()
     if hasattr(area, "convert"):  # a picture
-        import numpy as np
-
         area = torch.from_numpy(np.array(area.convert("L"), dtype="float32") / 255)
     if isinstance(area, (tuple, list)) and len(area) == 4 and not isinstance(area[0], (tuple, list)):
         left, top, right, bottom = (float(number(unboxed(x), what, 0.0, 1.0)) for x in area)
@@ -150,10 +178,18 @@ def _area(area: Any, what: str) -> Area:
                 "before right and top before bottom."
             )
         return left, top, right, bottom
-    mask = torch.as_tensor(area) if not isinstance(area, (tuple, list)) else torch.tensor(area)
+    try:
+        mask = torch.as_tensor(area).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{what}={area!r:.60} is no area: give a box (left, top, right, bottom) in fractions of the picture, the "
+            "name of a mask file, or a mask [height, width] from 0 to 1."
+        ) from error
+    if mask.is_meta or mask.is_complex():
+        raise ConfigError(f"{what}: a mask of {mask.dtype} on {mask.device} was given; expected numbers from 0 to 1.")
     if mask.ndim != 2 or min(mask.shape) < 1:
         raise ConfigError(f"{what}: a mask of shape {tuple(mask.shape)} was given; expected [height, width].")
-    mask = mask.float()
+    mask = mask.to("cpu", torch.float32, copy=True)  # the caller's own may change
     if not bool(mask.isfinite().all()) or float(mask.min()) < 0 or float(mask.max()) > 1:
         raise ConfigError(
             f"{what}: the mask holds values from {float(mask.min()):g} to {float(mask.max()):g}; 0 to 1 are expected."

@@ -206,7 +206,8 @@ class ShareAttention(Control):
         if self.share == 1 and self._chance(call.state) == 1:
             return None
         generator = torch.Generator()
-        generator.manual_seed((self.seed * 1_000_003 + call.state.step) * 1_009 + call.site.depth)
+        number = (self.seed * 1_000_003 + call.state.step) * 1_009 + call.site.depth
+        generator.manual_seed(number % 2**63)
         return generator
 
     def _tokens(self, image: slice, drawn: torch.Generator | None, device: torch.device) -> Tensor:
