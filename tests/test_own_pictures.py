@@ -158,6 +158,12 @@ def test_masks_by_commands(masks: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert Image.open(out / "000-3-mask.png").size == (64, 64)
 
 
+def test_an_unknown_decoder_is_refused(masks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    with pytest.raises(ConfigError, match=r"decoder='unett' was given; expected one of unet.* Did you mean 'unet'"):
+        train_pictures(masks, tmp_path / "run", Recipe(task="segment", decoder="unett", size=64))
+
+
 def test_only_the_head(classes: Path, tmp_path: Path) -> None:
     recipe = Recipe(model="vit_tiny_patch16_224", model_options=SMALL, epochs=1, head=True)
     from attnctl.pipelines.vision.runs import Run, build_model

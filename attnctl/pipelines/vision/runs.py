@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, nearest
 from attnctl.plans.reading import Expected, check_schema, open_tensors, read_json
 
 __all__ = ["Run", "build_model", "check_name", "load_run", "read_checkpoint", "save_checkpoint"]
@@ -69,6 +69,10 @@ def build_model(run: Run, pretrained: bool = False) -> nn.Module:
         if run.task == "segment":
             import segmentation_models_pytorch as smp
 
+            decoders = list(smp.MODEL_ARCHITECTURES_MAPPING)
+            if run.decoder not in decoders:
+                close = nearest(str(run.decoder), decoders)
+                raise ConfigError(f"decoder={run.decoder!r} was given; expected one of {', '.join(decoders)}.{close}")
             model: nn.Module = smp.create_model(
                 run.decoder, f"tu-{run.model}", encoder_weights="imagenet" if pretrained else None,
                 classes=len(run.classes), **options,
@@ -80,6 +84,8 @@ def build_model(run: Run, pretrained: bool = False) -> nn.Module:
             resize = getattr(model, "set_input_size", None)
             if resize is not None and tuple(_own_size(model)) != run.size:
                 resize(run.size)
+    except ConfigError:
+        raise
     except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(
             f"{run.model} cannot be built for pictures of {run.size[0]} x {run.size[1]}: "
@@ -96,7 +102,6 @@ def check_name(model: str) -> None:
     import timm
 
     import attnctl.backbones  # registers the names with timm
-    from attnctl.errors import nearest
 
     del attnctl
     if not timm.is_model(model.partition(".")[0]) and "/" not in model:
