@@ -229,6 +229,7 @@ def flowing() -> Host:
     first: dict[str, Control] = {
         "Inject": Inject(**words, stop=1.0, inversion=inversion),
         "Capture": Capture(words=("bear",)),
+        "Regions": Regions(prompts=("bear",), areas=((0, 0, 0.5, 1),), stop=1.0),
     }
     noise = torch.randn(coded.latents.shape, generator=torch.Generator().manual_seed(0))
     call = {"prompt": TARGET, "negative_prompt": "", "latents": noise, "height": 48, "width": 64}

@@ -76,6 +76,8 @@ class Stalls(TorchDispatchMode):
     def __enter__(self) -> Stalls:
         torch.cuda._lazy_init = lambda: None
         torch.cuda.mem_get_info = lambda device=None: (1 << 36, 1 << 36)
+        # Work goes by no stream: there is none to carry over to another thread.
+        torch.cuda.current_stream = lambda device=None: None
         torch._C._ensureCUDADeviceGuardSet()
         self._lift = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)

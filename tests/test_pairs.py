@@ -18,7 +18,7 @@ from contract import assert_clean, snapshot
 import attnctl
 from attnctl.core.conflicts import commute, conflict_between
 from attnctl.errors import AttnctlError, ConflictError
-from attnctl.processors import APG, Capture
+from attnctl.processors import APG, TPG, Capture
 from attnctl.processors.combining.combiner import Combining
 
 DOCS = Path(__file__).parents[1] / "docs/reference/pairs.md"
@@ -81,8 +81,8 @@ def test_refused_pairs_meet_only_where_the_rule_says() -> None:
     apart = (dataclasses.replace(first["PARO"], sites="up.2"), first["AgentAttention"])
     with pytest.raises(ConflictError, match=r"at up_blocks\.2"):
         attnctl.control(made.pipe, *apart)
-    (method,) = (n for n, c in first.items() if any(o.where == "block" for o in type(c).conflicts))
-    apart = (dataclasses.replace(first[method], sites="down.1"), first["PARO"])
+    assert any(rule.where == "block" for rule in TPG.conflicts)
+    apart = (dataclasses.replace(first["TPG"], sites="down.1"), first["PARO"])
     assert made.run(*apart).isfinite().all()
 
 

@@ -97,6 +97,11 @@ class NAG(Control):
             "site",
             "both compute the cross-attention of chosen rows, which the other takes for all",
         ),
+        Conflict(
+            ("BroadWay", "PARO", "SparseAttention"),
+            "site",
+            "it would change the attention to the prompt alone, and NAG would push that difference too",
+        ),
     )
 
     presets: ClassVar[tuple[Preset, ...]] = (Preset("shapes:text2image", "NAG(scale=10.0, tau=3.5)"),)

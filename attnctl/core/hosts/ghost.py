@@ -18,16 +18,18 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from attnctl.core.hosts.arguments import bind_call, main_name
 from attnctl.core.hosts.listing import denoisers_of
+from attnctl.core.hosts.readings import version_of
 from attnctl.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["EMBEDS", "equal", "ghost_call", "negative_arguments", "text_arguments"]
+__all__ = ["EMBEDS", "TextComparison", "equal", "ghost_call", "negative_arguments", "text_arguments"]
 
 _TEXT = re.compile(r"encoder|text|txt|cap|prompt|context|input_ids|position_ids|mask|indicator|lens?$|lengths?$")
 # Pooled embeddings modulate the image: they stay the prompt's. Others are not the text's.
@@ -180,11 +182,63 @@ def text_arguments(negative: Mapping[str, Any], positive: Mapping[str, Any]) -> 
     chosen = {}
     for name in dict.fromkeys([*negative, *positive]):
         value, other = negative.get(name), positive.get(name)
-        if name == main or not _TEXT.search(name) or _OTHERS.search(name) or isinstance(value, dict):
-            continue
-        if not equal(value, other):
+        if name != main and _speaks_of_text(name, value) and not equal(value, other):
             chosen[name] = value
     return chosen
+
+
+def _speaks_of_text(name: str, value: Any) -> bool:
+    return bool(_TEXT.search(name)) and not _OTHERS.search(name) and not isinstance(value, dict)
+
+
+class TextComparison:
+    """Which arguments differ between two texts, compared once for the tensors of a call.
+
+    Comparing waits for the device, and pipelines hand the same tensors to the denoiser in every step. Other tensors,
+    or the same ones with something else written into them, are compared anew. No tensor is kept alive for it.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[Any] | None = None
+        self._names: tuple[str, ...] = ()
+
+    def differing(
+        self, bound: Mapping[str, Any], other: Mapping[str, Any], compare: Callable[[], Iterable[str]]
+    ) -> dict[str, Any]:
+        """Return those arguments of another text that differ from the call's.
+
+        Args:
+            bound: The arguments of the call, with all its rows.
+            other: The arguments with the other text.
+            compare: Names those that differ; called where the call's text is not the one of the last comparison.
+        """
+        texts = {name: value for name, value in bound.items() if _speaks_of_text(name, value)}
+        if self._marks is None or not _unchanged(self._marks, texts):
+            self._names, self._marks = tuple(compare()), _mark(texts)
+        return {name: other.get(name) for name in self._names}
+
+
+def _mark(value: Any) -> Any:
+    """Note what an argument is, without keeping its tensors."""
+    if isinstance(value, torch.Tensor):
+        return weakref.ref(value), version_of(value)
+    if isinstance(value, Mapping):
+        return [(name, _mark(part)) for name, part in value.items()]
+    return [_mark(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unchanged(mark: Any, value: Any) -> bool:
+    """Tell whether an argument is the one of a mark."""
+    if isinstance(value, torch.Tensor):
+        known = isinstance(mark, tuple) and isinstance(mark[0], weakref.ref)
+        return bool(known and mark[0]() is value and mark[1] == version_of(value))
+    if isinstance(value, Mapping):
+        names = [name for name, _ in mark]
+        return names == list(value) and all(_unchanged(m, value[name]) for name, m in mark)
+    if isinstance(value, (list, tuple)):
+        same = isinstance(mark, list) and len(mark) == len(value)
+        return same and all(map(_unchanged, mark, value))
+    return not isinstance(mark, (list, tuple)) and bool(mark == value)
 
 
 def equal(a: Any, b: Any) -> bool:

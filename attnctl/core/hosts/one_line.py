@@ -18,6 +18,7 @@ from torch import Tensor
 from attnctl.core.hosts.arguments import main_input, main_name, row_count
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.kinds import text_lengths
+from attnctl.core.hosts.readings import read_once
 from attnctl.core.sites import Grid
 
 __all__ = ["one_line"]
@@ -47,12 +48,12 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
     cut = {name: None if _RESIDUALS.search(name) else value for name, value in bound.items()}
     if family.unet:
         return _unet(denoiser, cut)
-    keep = _line(grid)
+    keep = _line(grid, (main[0] if isinstance(main, (list, tuple)) else main).device)
     tokens = math.prod(grid)
     if isinstance(main, Tensor) and main.ndim == 3:
         if main.shape[1] != tokens:  # reference images or padding stand beside the image
             return None
-        cut[main_name(bound)] = main[:, keep.to(main.device)]
+        cut[main_name(bound)] = main[:, keep]
     else:
         line = _spatial(denoiser, family, bound, grid)
         if line is None:
@@ -63,7 +64,7 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
         return None  # image and text cannot be told apart by their lengths
     for name, value in cut.items():
         if name != main_name(bound) and not _TEXT.search(name):
-            cut[name] = _tokens(value, tokens, keep, texts, family.text)
+            cut[name] = _cut(name, value, tokens, keep, texts, family.text)
             per_frame = "timestep" in name and isinstance(value, Tensor) and value.ndim > 1
             if per_frame or _PLACES.search(name) or not (cut[name] is not value or _of_whole_call(value, rows)):
                 return None
@@ -80,10 +81,10 @@ def _of_whole_call(value: Any, rows: int) -> bool:
     return vectors or (value.ndim == 1 and value.shape[0] in (1, rows))
 
 
-def _line(grid: Grid) -> Tensor:
+def _line(grid: Grid, device: torch.device) -> Tensor:
     """Return the places of the tokens of the first frame's first row or column, whichever is longer."""
     _, h, w = grid
-    return torch.arange(w) if w >= h else torch.arange(h) * w
+    return torch.arange(w, device=device) if w >= h else torch.arange(h, device=device) * w
 
 
 def _spatial(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any], grid: Grid) -> Any:
@@ -127,6 +128,19 @@ def _unet(denoiser: torch.nn.Module, cut: dict[str, Any]) -> dict[str, Any] | No
         return None  # what is read of an image beside the latents may stand among the keys
     cut["sample"] = sample[..., :side, :side]
     return cut
+
+
+def _cut(name: str, value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:
+    """Cut an argument to the line; position ids once, because the grid that is read off theirs waits for the device."""
+    if not (name.endswith("ids") and isinstance(value, Tensor) and not value.requires_grad):
+        return _tokens(value, tokens, keep, texts, text)
+
+    def read(x: Tensor) -> Tensor | None:
+        line = _tokens(x, tokens, keep, texts, text)
+        return None if line is x else line  # a reading that is its own tensor would keep it alive
+
+    line = read_once(value, f"line of {len(keep)} in {tokens}, {text} {sorted(texts)}", read)
+    return value if line is None else line
 
 
 def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["read_once"]
+__all__ = ["read_once", "version_of"]
 
 T = TypeVar("T")
 _READINGS: dict[int, tuple[weakref.ref[Tensor], int, dict[str, Any]]] = {}
@@ -21,7 +21,7 @@ _READINGS: dict[int, tuple[weakref.ref[Tensor], int, dict[str, Any]]] = {}
 def read_once(x: Tensor, what: str, read: Callable[[Tensor], T]) -> T:
     """Return `read(x)`, which is called once for a tensor and for what is read off it."""
     key = id(x)
-    version = 0 if x.is_inference() else x._version
+    version = version_of(x)
     entry = _READINGS.get(key)
     if entry is None or entry[0]() is not x or entry[1] != version:
         entry = weakref.ref(x, lambda _: _READINGS.pop(key, None)), version, {}
@@ -31,3 +31,8 @@ def read_once(x: Tensor, what: str, read: Callable[[Tensor], T]) -> T:
         found[what] = read(x)
     value: T = found[what]
     return value
+
+
+def version_of(x: Tensor) -> int:
+    """Return how often something was written into a tensor; 0 for tensors of inference mode, which do not count."""
+    return 0 if x.is_inference() else x._version

@@ -24,7 +24,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed, Rows
 from attnctl.core.hosts.arguments import own_containers, row_count, take_rows
 from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.ghost import EMBEDS, equal, ghost_call, negative_arguments, text_arguments
+from attnctl.core.hosts.ghost import EMBEDS, TextComparison, equal, ghost_call, negative_arguments, text_arguments
 from attnctl.core.hosts.one_line import one_line
 from attnctl.core.hosts.prompt import arguments_of
 from attnctl.core.live import LiveControl, LiveDenoiser
@@ -106,6 +106,7 @@ class LiveNegative(LiveControl):
     def begin_run(self) -> None:
         self._close()
         self.keys: dict[Key, NegativeKeys] = {}
+        self._comparison = TextComparison()
         self._probes: dict[Key, tuple[int, Tensor]] = {}
         self._proven: set[Key] = set()
         self._text_at: dict[str, int] = {}
@@ -126,7 +127,9 @@ class LiveNegative(LiveControl):
         positive = take_rows(bound, rows.cond, rows.total, frames, self.family)
         self._batched = rows.uncond is not None and self.text is None and self.embeds is None
         if self._batched:
-            negative = text_arguments(take_rows(bound, rows.uncond, rows.total, frames, self.family), positive)  # type: ignore[arg-type]
+            assert rows.uncond is not None
+            other = take_rows(bound, rows.uncond, rows.total, frames, self.family)
+            negative = self._comparison.differing(bound, other, lambda: text_arguments(other, positive))
             passes.shared[self._key] = negative  # for a run whose later calls are not guided
         else:
             negative = self._conditions(positive)
@@ -150,10 +153,11 @@ class LiveNegative(LiveControl):
     def _conditions(self, positive: Mapping[str, Any]) -> dict[str, Any]:
         """Return the negative prompt's arguments of the denoiser, which the pipeline makes once per run."""
         passes, key = self._passes, self._key
-        names = _parameters(self.denoiser)
+        names = inspect.signature(type(self.denoiser).forward).parameters
         if self.embeds is not None and all(name in names for name in self.embeds):
             given = self._to_rows(self.embeds, positive)
-            return given if any(not equal(v, positive.get(n)) for n, v in given.items()) else {}
+            unequal = (n for n, v in given.items() if not equal(v, positive.get(n)))
+            return given if self._comparison.differing(passes.state.bound, given, lambda: unequal) else {}
         if passes.pipe is None:
             raise UnsupportedModelError(self.bare)
         if key not in passes.shared:
@@ -353,10 +357,6 @@ def _compiled(denoiser: torch.nn.Module) -> bool:
 def _frames(state: CallState) -> int:
     """Return how many rows of some arguments one row of the call has: frames, in UNets for videos."""
     return state.grid[0] if state.rows.role == "both" and state.grid else 1
-
-
-def _parameters(denoiser: torch.nn.Module) -> set[str]:
-    return set(inspect.signature(type(denoiser).forward).parameters)
 
 
 def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any], what: str) -> dict[str, Any]:

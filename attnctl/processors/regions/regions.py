@@ -87,6 +87,11 @@ class Regions(Control):
         Conflict("WordEdit", "site", "both compute the cross-attention of chosen rows, which the other takes for all"),
         Conflict("ShareAttention", "site", "both decide which keys the prompt's rows see"),
         Conflict("PARO", "site", "regions decide which keys a query sees, and so does a block plan"),
+        Conflict(
+            ("Inject", "FlowEdit"),
+            "model",
+            "the edit makes calls with rows of its own, and regions encode their prompts for the pipeline's",
+        ),
         Conflict("AgentAttention", "site", "regions go by the places of tokens, which merging takes away"),
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import AttnCall
+from attnctl.core.hosts.readings import version_of
 
 __all__ = ["OnceWarned", "TextMasks", "words_of"]
 
@@ -48,7 +49,7 @@ class TextMasks:
         if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
             return False
         given = [x for name, x in call.state.bound.items() if "mask" in name and isinstance(x, Tensor)]
-        key = call.site.name, mask.shape, image.start, image.stop, tuple((id(x), _version(x)) for x in given)
+        key = call.site.name, mask.shape, image.start, image.stop, tuple((id(x), version_of(x)) for x in given)
         refs, verdict = self._by_site.get(key, ([], False))
         if not refs or any(ref() is not x for ref, x in zip(refs, given, strict=True)):
             verdict = self._read(mask, image)
@@ -62,10 +63,6 @@ class TextMasks:
         if self._last is None or self._last[0]() is not mask or self._last[1] != image:
             self._last = weakref.ref(mask), image, bool(mask[..., image].all())
         return self._last[2]
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def words_of(call: AttnCall, image: slice) -> Tensor | None:
