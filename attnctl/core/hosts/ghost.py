@@ -81,8 +81,8 @@ def _prompts(own: Mapping[str, Any]) -> int | None:
     if isinstance(own.get("prompt"), (list, tuple)):
         return len(own["prompt"])
     embeds = own.get("prompt_embeds") if own.get("prompt") is None else None
-    several = isinstance(embeds, (torch.Tensor, list)) and len(embeds) > 1
-    return len(embeds) if several else None
+    count = len(embeds) if isinstance(embeds, (torch.Tensor, list)) else 1
+    return count if count > 1 else None
 
 
 def _repeated(value: Any, count: int, embeds: bool) -> Any:
