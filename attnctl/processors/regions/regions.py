@@ -99,6 +99,9 @@ class Regions(Control):
         super().__post_init__()
         for name in ("prompts", "areas", "embeds"):
             given = getattr(self, name)
+            if name == "areas" and getattr(given, "ndim", 0) == 3:  # masks in one array [regions, height, width]
+                given = tuple(given)
+                object.__setattr__(self, name, given)
             if not isinstance(given, (list, tuple, str)) and not (name == "embeds" and given is None):
                 raise ConfigError(f"Regions: {name}={given!r:.60} is no list: give one entry per region.")
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
