@@ -121,7 +121,9 @@ class Prefix:
         for module in [m for m in self.store if block and self._names[m].rpartition(".")[0] == block]:
             if is_norm(self._names[module]):  # as large as a block's output, and quickly computed again
                 del self.store[module]
-        for module, output in self.store.items():
+        # What came before an output of the target's own row has been read; where rows take turns, the last has not.
+        last = max((i for i, m in enumerate(self.store) if row_of(self._names[m]) == first), default=0)
+        for module, output in list(self.store.items())[:last]:
             row = row_of(self._names[module])
             inside = [out for m, out in self.store.items() if m is not module and self._alike(m, module)]
             # A host that holds what stands inside of a row reads it again.
