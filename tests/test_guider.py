@@ -63,6 +63,8 @@ def test_equals_the_formula(model: Any, rescale: float) -> None:
         expected = rescale_noise_cfg(expected, c, rescale)
     for pred in drive(guider, unet, inputs):
         assert (pred - expected).norm() <= 1e-12 * expected.norm()
+    assert guider._handle is not None
+    assert not guider._handle._shared  # nothing outlasts the run
     assert (c - p).norm() > 0.01 * c.norm()
 
 

@@ -157,7 +157,7 @@ def test_guidance_of_denoisers_that_take_turns() -> None:
 # Guidance that goes to the negative prediction alone
 
 
-@pytest.mark.parametrize("recipe", ["sd", "sd3", "animatediff", "cogvideox", "wan"])
+@pytest.mark.parametrize("recipe", ["sd", "sd3", "pixart", "animatediff", "cogvideox", "wan"])
 def test_both_ways_to_combine_give_the_same_sum(recipe: str) -> None:
     pipe, kwargs, guidance = build(recipe)
     added, safe = (dataclasses.replace(guidance, combine=combine) for combine in ("add", "rescale_safe"))
@@ -173,7 +173,7 @@ def test_a_pipeline_that_does_not_tell_its_guidance_scale() -> None:
     pipe, kwargs, guidance = build("pixart")
     control = dataclasses.replace(guidance, combine="rescale_safe")
     with attnctl.control(pipe, control), pytest.raises(ConfigError, match=r"PixArtSigmaPipeline does not tell"):
-        pipes.run(pipe, kwargs)
+        pipes.run(pipe, kwargs, guidance_scale=torch.full((1, 1, 1, 1), 4.0))  # no number
 
 
 def test_the_second_denoiser_has_a_guidance_scale_of_its_own() -> None:

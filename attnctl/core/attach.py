@@ -91,10 +91,14 @@ class DenoiserHandle(Handle):
         self._undo.callback(w.stop)
 
     def detach(self) -> None:
+        self.pause()
+        self._shared.clear()
+
+    def pause(self) -> None:
+        """Take the controls off until they are attached again, and keep what they have gathered in the run."""
         with self._lock:  # a hook that runs in another thread ends first
             super().detach()
             self._latents.end_step()
-            self._shared.clear()
             self._owner = Owner()
 
     # What the scheduler reports -------------------------------------------------------------------------------
@@ -199,7 +203,9 @@ class DenoiserHandle(Handle):
                 self.prompts.close()
                 own = self._call.pipe is self._pipe
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
-            samples = getattr(w.state.prompts, "samples", None)
+            # FreeNoise encodes one prompt for several frames: what the call was given tells the pictures.
+            texts = None if w.state.prompts is None else prompt_call(self._call.values)
+            samples = None if texts is None else texts.samples
             w.state.rows = self._rows.read(w.module, w.family, bound, samples)
             if w.branches:
                 self._rows.warn_bare(w.state.rows)

@@ -99,9 +99,16 @@ class ControlGuider(ClassifierFreeGuidance):
             self._handle.attach()
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """Detach the controls after a call."""
+        """Take the controls off after a call; what the prompt's call leaves for the negative one stays until then."""
         if self._handle is not None:
+            self._handle.pause()
+
+    def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> Any:
+        """Put the predictions of a step together; after those of the last step nothing is kept."""
+        output = super().forward(pred_cond, pred_uncond)
+        if self._handle is not None and (self._step or 0) + 1 >= (self._num_inference_steps or 1):
             self._handle.detach()
+        return output
 
     def _tell_step(self, handle: DenoiserHandle) -> None:
         timestep = None
