@@ -204,8 +204,7 @@ class DenoiserHandle(Handle):
                 own = self._call.pipe is self._pipe
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
             # FreeNoise encodes one prompt for several frames: what the call was given tells the pictures.
-            texts = None if w.state.prompts is None else prompt_call(self._call.values)
-            samples = None if texts is None else texts.samples
+            samples = getattr(w.state.prompts and prompt_call(self._call.values), "samples", None)
             w.state.rows = self._rows.read(w.module, w.family, bound, samples)
             if w.branches:
                 self._rows.warn_bare(w.state.rows)
