@@ -90,15 +90,12 @@ class DenoiserHandle(Handle):
         self._undo.callback(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
         self._undo.callback(w.stop)
 
-    def detach(self) -> None:
-        self.pause()
-        self._shared.clear()
-
-    def pause(self) -> None:
-        """Take the controls off until they are attached again, and keep what they have gathered in the run."""
+    def detach(self, *, pause: bool = False) -> None:
         with self._lock:  # a hook that runs in another thread ends first
             super().detach()
             self._latents.end_step()
+            if not pause:  # between the calls of one run, what they share stays
+                self._shared.clear()
             self._owner = Owner()
 
     # What the scheduler reports -------------------------------------------------------------------------------
@@ -203,7 +200,6 @@ class DenoiserHandle(Handle):
                 self.prompts.close()
                 own = self._call.pipe is self._pipe
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
-            # FreeNoise encodes one prompt for several frames: what the call was given tells the pictures.
             samples = getattr(w.state.prompts and prompt_call(self._call.values), "samples", None)
             w.state.rows = self._rows.read(w.module, w.family, bound, samples)
             if w.branches:

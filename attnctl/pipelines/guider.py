@@ -101,7 +101,7 @@ class ControlGuider(ClassifierFreeGuidance):
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """Take the controls off after a call; what the prompt's call leaves for the negative one stays until then."""
         if self._handle is not None:
-            self._handle.pause()
+            self._handle.detach(pause=True)
 
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> Any:
         """Put the predictions of a step together; after those of the last step nothing is kept."""
