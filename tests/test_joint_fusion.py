@@ -18,7 +18,7 @@ from torch import Tensor
 import attnctl
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.families import family_of
-from attnctl.core.hosts.tokens import Parts
+from attnctl.core.hosts.tokens import parts_in
 from attnctl.processors import Control, FateZero
 from attnctl.processors.editing.fusion import CrossEdit, cross_edit
 from attnctl.processors.editing.joint import Fusion, MapAttention, PairAttention, Tokens, fuse_image
@@ -38,7 +38,7 @@ def fake_call() -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     link = SimpleNamespace(site=None, state=None, kernel=kernel)
-    return AttnCall(CASES["q_e"], CASES["k_e"], CASES["v_e"], None, None, link, 0, Parts(), kernel)
+    return AttnCall(CASES["q_e"], CASES["k_e"], CASES["v_e"], None, None, link, 0, parts_in(), kernel)
 
 
 @pytest.mark.parametrize("kind", ["pair", "map"])

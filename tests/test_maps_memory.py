@@ -51,7 +51,7 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n_text + n_image, 128, generator=g) for _ in range(2))
     from attnctl.core.call import AttnCall, CallState
-    from attnctl.core.hosts.tokens import Parts
+    from attnctl.core.hosts.tokens import parts_in
     from attnctl.core.hosts.words import Concept
     from attnctl.core.intercept import SiteHook
     from attnctl.processors.capture.recorder import Recorder
@@ -60,7 +60,7 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     state.begin_call(model, replace(family_of(model), grid=lambda model, bound: (1, 64, 64), tokens=None), {"x": None})
     own = Recorder(Capture(words=(1,)), [site], None)
     own.labels, own.concepts = ("1",), [{"1": Concept("1", (1,))}]
-    parts = Parts(slice(n_text, n_text + n_image), slice(0, n_text))
+    parts = parts_in(slice(n_text, n_text + n_image), slice(0, n_text))
     call = AttnCall(q, k, k, None, None, SiteHook(site, state), 0, parts, lambda *a, **k: q)
     with Largest() as seen:
         own.wrap(call, lambda call: call.q)

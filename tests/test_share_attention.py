@@ -18,7 +18,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.call import AttnCall, CallState, Rows
-from attnctl.core.hosts.tokens import Parts
+from attnctl.core.hosts.tokens import parts_in
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, ConflictError
 from attnctl.kernels import attention
@@ -43,7 +43,7 @@ def attend(control: ShareAttention, q: Tensor, k: Tensor, v: Tensor, **more: Any
     site = Site("site", more.get("kind", "self"), q.shape[1], q.shape[3], 0)
     state = CallState(step=more.get("step", 0), steps=10, rows=more.get("rows", Rows.halves(q.shape[0])))
     link: Any = SimpleNamespace(site=site, state=state, kernel=attention)
-    tokens = Parts(image=more.get("image"))
+    tokens = parts_in(image=more.get("image"))
     call = AttnCall(q, k, v, more.get("mask"), None, link, 0, tokens, attention)
     wrap = control.wrapper((site,))
     assert wrap is not None

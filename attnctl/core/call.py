@@ -164,7 +164,7 @@ class AttnCall:
     ) -> None:
         self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
         self.site, self.state, self.index = link.site, link.state, index
-        self.image, self.text, self.keys = parts.image, parts.text, parts.keys
+        self.image, self.text, self.keys, _ = parts
         self.kernel = kernel
         self.hidden = hidden
         self.after = [] if after is None else after

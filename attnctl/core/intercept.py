@@ -127,7 +127,7 @@ class Intercept(TorchFunctionMode):
         counts = None if state.tokens is None else state.tokens.counts
         at = self.index + self.passed
         parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
-        if self.link.idle or not parts.acts:
+        if self.link.idle or not parts[3]:
             self.passed += 1
             self.link.reached |= self.link.idle
             options: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}

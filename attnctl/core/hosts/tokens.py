@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from attnctl.core.hosts.families import Bound, Family, Tokens
 from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.sites import Grid, Site
 
-__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_of", "sequences"]
+__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_in", "parts_of", "sequences"]
 
 
 class CallTokens:
@@ -45,21 +45,23 @@ class CallTokens:
         self._read = None
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Where image and text are in one attention.
+Parts: TypeAlias = tuple[slice | None, slice | None, slice | None, bool]
+"""Image, text, image keys, and whether controls act, as `parts_in` says; a plain tuple of slices, since torch.compile
+carries nothing else with sizes that it does not know (Mochi cuts its text)."""
 
-    Attributes:
+
+def parts_in(
+    image: slice | None = None, text: slice | None = None, keys: slice | None = None, acts: bool = True
+) -> Parts:
+    """Say where image and text are in one attention.
+
+    Args:
         image: The image's rows among the queries, where others are there too; None where none are, or nothing tells.
         text: The text among the keys, likewise.
         keys: The image among the keys of a call whose queries are the image's alone, and whose keys are not.
         acts: Whether controls act on the call; they leave alone what concerns neither this image nor its text.
     """
-
-    image: slice | None = None
-    text: slice | None = None
-    keys: slice | None = None
-    acts: bool = True
+    return image, text, keys, acts
 
 
 def sequences(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -105,17 +107,17 @@ def parts_of(
     if family is not None and site.module is not None:
         calls = family.calls(site.name, site.module)
         if index < len(calls) and calls[index] != kind:
-            return Parts(acts=False)
+            return parts_in(acts=False)
     if kind == "joint" and family is not None and family.text is not None:
         return _joint(family.text, counts, queries, keys, index, h, e)
     if kind == "cross" and counts is not None and counts.led and keys > counts.led:
-        return Parts(text=slice(counts.led, keys))
+        return parts_in(text=slice(counts.led, keys))
     if kind == "self" and queries == keys:
         if h is not None and e is not None and queries == h + e:  # the second sequence is another state of the image
-            return Parts(image=slice(0, h))
+            return parts_in(image=slice(0, h))
         if counts is not None and counts.image < counts.stream == queries:
-            return Parts(image=slice(counts.before, counts.before + counts.image))
-    return Parts()
+            return parts_in(image=slice(counts.before, counts.before + counts.image))
+    return parts_in()
 
 
 def _joint(
@@ -126,18 +128,18 @@ def _joint(
     if e is not None and not turned and h is not None and (counts is None or counts.stream != h):
         counts = Tokens(h)
     if counts is None or h is None:
-        return Parts()
+        return parts_in()
     both = h + (e or 0)
     if queries == keys:
-        # Mochi cuts each row's text to its valid length.
-        if queries == both or (e is not None and not turned and h < queries < both):
-            return _placed(text, counts, queries) if counts.stream <= queries else Parts()
-        return Parts(acts=False)  # a segment of the sequence that is attended by itself: the text's
+        # Mochi cuts each row's text to its valid length, which a graph does not know: no other length is unknown there.
+        if guard_or_true(queries == both) or (e is not None and not turned and h < queries < both):
+            return _placed(text, counts, queries) if counts.stream <= queries else parts_in()
+        return parts_in(acts=False)  # a segment of the sequence that is attended by itself: the text's
     if keys > queries and queries in (counts.stream, h) and (keys in (both, e) or (e is None and h == queries)):
         counts = counts if queries == counts.stream else Tokens(queries, text=counts.text)
         placed = _placed(text, counts, keys)
-        return Parts(slice(counts.before, counts.before + counts.image), placed.text, placed.image)
-    return Parts(acts=index == 0 or e is None)  # image prompts are attended by themselves
+        return parts_in(slice(counts.before, counts.before + counts.image), placed[1], placed[0])
+    return parts_in(acts=index == 0 or e is None)  # image prompts are attended by themselves
 
 
 def _placed(text: str, counts: Tokens, n: int) -> Parts:
@@ -147,9 +149,10 @@ def _placed(text: str, counts: Tokens, n: int) -> Parts:
     start = rest if text == "first" else 0
     image = slice(start + counts.before, start + counts.before + counts.image)
     if text == "first":
-        return Parts(image, slice(rest - length, rest))
+        return parts_in(image, slice(rest - length, rest))
     start = counts.stream + counts.led
-    return Parts(image, slice(start, start + length))
+    # All the rest ends where the sequence does: a number that a graph need not compute.
+    return parts_in(image, slice(start, n if counts.text is None else start + length))
 
 
 def image_in(state: Any, n: int) -> slice | None:
