@@ -169,7 +169,7 @@ def image_in(state: Any, n: int) -> slice | None:
         return slice(0, n)
     if n == counts.stream or family.text is None:
         return slice(counts.before, counts.before + counts.image) if n == counts.stream else slice(0, n)
-    return _placed(family.text, counts, n).image or slice(0, n)
+    return _placed(family.text, counts, n)[0] or slice(0, n)
 
 
 def _count(value: Any) -> int | None:
