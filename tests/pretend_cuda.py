@@ -93,6 +93,7 @@ class Stalls(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        torch._C._set_only_lift_cpu_tensors(True)  # torch keeps it for each thread, and this may be another
         return _dispatch(func, args, kwargs or {})
 
 
