@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from attnctl.processors.negative.keys import NegativeKeys, has_text_stream, imag
 from attnctl.processors.negative.live import Form, LiveNegative, prompt_rows
 
 __all__ = ["LiveRegions", "RegionText", "read_mask"]
+
+
+Places: TypeAlias = tuple[list[tuple[tuple[int, ...], Tensor, Tensor]], list[Tensor]]
+"""Per set of regions the regions, the places of its tokens and of those that they see; per region its places."""
 
 
 class RegionControl(Protocol):
@@ -124,7 +128,7 @@ class LiveRegions(LiveControl):
         self.texts = [RegionText(_Words(*text), sites, denoiser) for text in control.texts]
         self.masks = [read_mask(area) if isinstance(area, str) else area for area in control.areas]
         self._shares: dict[Any, Tensor] = {}
-        self._held: dict[int, Tensor] = {}
+        self._places: dict[Any, Places] = {}
 
     def begin_run(self) -> None:
         for text in self.texts:
@@ -197,46 +201,49 @@ class LiveRegions(LiveControl):
     def _joint(self, key: Key, part: AttnCall) -> Tensor:
         """Attend with the prompt's image queries, [b, H, N, D]; and with the regions' texts."""
         image = image_queries(part)
-        inside = self._inside(part, image.stop - image.start)
+        groups, held = self._where(part, image.stop - image.start)
         base_pass = part.state.phase == "base"
         texts: list[NegativeKeys | None] = []
-        for text, mask in zip(self.texts, inside, strict=True):
+        for text, places in zip(self.texts, held, strict=True):
             if text.same:
                 texts.append(None)
             elif base_pass:
                 meeting = text.arrive(key)
                 texts.append(NegativeKeys.of(meeting))
-                text.answer(meeting, _text_sees(part, meeting, mask.nonzero().flatten()))
+                text.answer(meeting, _text_sees(part, meeting, places))
             else:
                 texts.append(text.keys.get(key))
                 if texts[-1] is None:
                     raise UnsupportedModelError(f"Regions: {part.site.name} was not reached in the base pass.")
         out = part.q.new_zeros(*part.q.shape[:2], image.stop - image.start, part.v.shape[-1])
-        isolated = self.control.isolated(self.order[part.site.name])
-        for regions, places in patterns(inside):
-            seen = places.new_tensor(range(image.stop - image.start))
-            if isolated:
-                seen = (inside[list(regions)].any(0) if regions else ~inside.any(0)).nonzero().flatten()
+        for regions, places, seen in groups:
             out[:, :, places] = self._group(part, [texts[r] for r in regions], places, seen)
         return out
 
-    def _inside(self, part: AttnCall, tokens: int) -> Tensor:
-        """Return which image tokens each region holds, bool [R, tokens].
+    def _where(self, part: AttnCall, tokens: int) -> Places:
+        """Return the places of each set of regions with those that it sees, and the places of each region.
+
+        They are found once per size of the picture: finding them waits for the device.
 
         Raises:
             ConfigError: A region holds none.
         """
-        shares = self.shares(part, tokens)
-        if id(shares) not in self._held:
-            inside = shares >= 0.5
+        isolated = self.control.isolated(self.order[part.site.name])
+        key = (part.grid, tokens, part.q.device, isolated)
+        if key not in self._places:
+            inside = self.shares(part, tokens) >= 0.5
             empty = (~inside.any(1)).nonzero().flatten().tolist()
             if empty:
                 raise ConfigError(
                     f"Regions: areas[{empty[0]}] covers half of no image token at {part.site.name}, where the picture "
                     f"has {tokens} of them, so its prompt would be seen nowhere. Make the area larger, or the picture."
                 )
-            self._held[id(shares)] = inside  # `_shares` keeps the key alive
-        return self._held[id(shares)]
+            groups = []
+            for regions, places in patterns(inside):
+                seen = inside[list(regions)].any(0) if regions else ~inside.any(0)
+                groups.append((regions, places, (seen if isolated else torch.ones_like(seen)).nonzero().flatten()))
+            self._places[key] = groups, [mask.nonzero().flatten() for mask in inside]
+        return self._places[key]
 
     def _group(self, part: AttnCall, texts: list[NegativeKeys | None], places: Tensor, seen: Tensor) -> Tensor:
         """Attend with the image queries of one set of regions to its texts and to the image tokens that it sees."""
@@ -253,9 +260,10 @@ class LiveRegions(LiveControl):
             if text is not None:
                 k, v = (x.expand(rows, *x.shape[1:]) for x in (text.k, text.v))
                 parts.append((k, v, _text_columns(part, text)))
-        every = torch.arange(part.k.shape[2], device=at.device)
-        beside = every[((every < own.start) | (every >= own.stop)) & ((every < image.start) | (every >= image.stop))]
-        columns = torch.cat([seen + image.start, beside])  # references and registers beside the image are seen by all
+        # References and registers beside image and text are seen by all.
+        low, high = sorted((own, image), key=lambda span: span.start)
+        gaps = ((0, low.start), (low.stop, high.start), (high.stop, part.k.shape[2]))
+        columns = torch.cat([seen + image.start, *(torch.arange(*gap, device=at.device) for gap in gaps)])
         parts.append((part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, at, columns, 0.0)))
         return _attend(part, part.q[:, :, at], parts)
 
@@ -296,9 +304,8 @@ def _text_sees(part: AttnCall, meeting: AttnCall, places: Tensor) -> Tensor:
     keys = NegativeKeys.of(meeting)
     columns = places + image.start
     mask = None if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))
-    first = columns[:1] if len(columns) else columns.new_tensor([image.start])
     own = (keys.k, keys.v, _text_columns(part, keys))
-    area = (part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, first, columns, 0.0))
+    area = (part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, columns[:1], columns, 0.0))
     rows = part.q.shape[0]
     q = meeting.q[:, :, text]
     if q.shape[0] != rows:
