@@ -55,7 +55,7 @@ class Edit(Common):
     """What inverts the source along a transformer's flow."""
 
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
-    """A picture of the frames' size: outside what is white, nothing changes."""
+    """A picture of the frames' size: outside what is white, the source's latents are kept."""
 
     check: bool = False
     """Measure how well the inversion alone gives the source back (transformers)."""
