@@ -75,6 +75,7 @@ def test_every_script_is_tested() -> None:
         "pag_wan",
         "paro_cogvideox",
         "prompt_to_prompt_sd15",
+        "refer_flux",
         "share_sdxl",
         "sparse_flux",
         *CHEAPER,
@@ -112,6 +113,11 @@ def test_vision(name: str, tmp_path: Path) -> None:
 def test_sharing(tmp_path: Path) -> None:
     assert "StyleAligned" in run("share_sdxl", tmp_path)
     assert Image.open(tmp_path / "shared.png").width > 300
+
+
+def test_refer(tmp_path: Path) -> None:
+    assert "the green circle: box (" in run("refer_flux", tmp_path)
+    assert {"segments.png", "segments.json"} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_by_hand_equals_control(tmp_path: Path) -> None:

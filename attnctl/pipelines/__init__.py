@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attnctl.pipelines.hunting.results import Hunted, compose
     from attnctl.pipelines.hunting.search import hunt
     from attnctl.pipelines.map_images import image_maps
+    from attnctl.pipelines.referring import refer
     from attnctl.pipelines.vision.classification import Classified, classify
     from attnctl.pipelines.vision.segmentation import Segmented, segment
 
@@ -48,6 +49,7 @@ __all__ = [
     "hunt_blocks",
     "image_maps",
     "invert",
+    "refer",
     "segment",
     "write_report",
 ]
@@ -79,6 +81,7 @@ _HOMES = {
     "hunt_blocks": "hunting.blocks",
     "image_maps": "map_images",
     "invert": "editing.inversion",
+    "refer": "referring",
 }
 
 

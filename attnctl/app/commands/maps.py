@@ -51,6 +51,10 @@ class Maps(Common):
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
     """`shapes:text2image` (shipped), a hub id, or a local folder."""
 
+    segment: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """Find what an expression names in --image, a picture or a clip: "the red circle"; several times for several.
+    Writes masks, boxes and points."""
+
     sites: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SELECTOR")] = ()
     """Attention layers by name, glob, stage ("mid", "up.1") or depth; all that read text if none is given."""
 
@@ -111,6 +115,8 @@ class Maps(Common):
     def run(self, command: str) -> Result:
         """Make images, or look at one that exists, and write its maps."""
         self._check()
+        if self.segment:
+            return self._find()
 
         from attnctl.data.specs import parse_control
         from attnctl.errors import ConfigError
@@ -126,6 +132,9 @@ class Maps(Common):
     def _check(self) -> None:
         from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
 
+        if self.segment:
+            self._check_segment()
+            return
         if not self.prompt.strip() and (self.image is None or not (self.point or self.concept)):
             raise UsageError("Give a --prompt that is not empty.")
         names = ("num", "seed", "steps", "height", "width")
@@ -144,8 +153,30 @@ class Maps(Common):
         if self.image is not None:
             self._check_image()
 
+    def _check_segment(self) -> None:
+        """Refuse options that have no part in the search for what expressions name."""
+        options = {
+            "--prompt": self.prompt,
+            "--word": self.word,
+            "--point": self.point,
+            "--concept": self.concept,
+            "--heads": self.heads,
+            "--regions": self.regions,
+            "--width or --height": self.width or self.height,
+        }
+        if self.image is None:
+            raise UsageError("--segment finds what an expression names in a picture or a clip: give it with --image.")
+        if given := [name for name, was in options.items() if was]:
+            raise UsageError(f"--segment takes its words from the expression: leave out {', '.join(given)}.")
+        self._check_look()
+
     def _check_image(self) -> None:
-        """Refuse options that say how an image is made, a noise level out of range, and a file that is no picture."""
+        """Refuse what `_check_look` does, and a file that is no picture."""
+        self._check_look()
+        self._opened()
+
+    def _check_look(self) -> None:
+        """Refuse options that say how an image is made, and a noise level out of range."""
         options = {
             "--num": self.num != 1,
             "--steps": self.steps is not None,
@@ -158,7 +189,6 @@ class Maps(Common):
             raise UsageError(f"--image looks at a picture that is there, once: leave out {', '.join(given)}.")
         if not 0.02 <= self.strength <= 1:
             raise UsageError(f"--strength is a noise level from 0.02 to 1, got {self.strength:g}.")
-        self._opened()
 
     def _opened(self) -> Image.Image:
         """Read the picture, at --width and --height where they were given."""
@@ -224,6 +254,17 @@ class Maps(Common):
         say(f"1 picture in {time.perf_counter() - started:.1f} s")
         return [row], self.model
 
+    def _find(self) -> Result:
+        """Find what the expressions name in the picture or clip, and write it."""
+        from attnctl.app.commands.referring import find
+
+        assert self.image is not None
+        look = {"strength": self.strength, "seed": self.seed, "sites": self._selector()}
+        return find(self.image, self.segment, self.out, self._load, look, model=self.model, force=self.force)
+
+    def _selector(self) -> Any:
+        return tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
+
     def _check_free(self, folders: list[Path], names: tuple[str, ...]) -> None:
         wanted = {"heads.png": self.heads, "steps.gif": self.gif, "regions.json": self.regions}
         names = tuple(name for name in names if wanted.get(name, True))
@@ -241,7 +282,7 @@ class Maps(Common):
         from attnctl.processors import Capture
 
         words = tuple(int(w) if w.isdigit() else w for w in self.word) or None
-        sites = tuple(int(s) if s.lstrip("-").isdigit() else s for s in self.sites) or None
+        sites = self._selector()
         points, concepts = tuple(map(_point, self.point)) or None, self.concept or None
         rows: Any = "uncond" if self.negative_words else "cond"
         # What is looked at once has no steps to keep.
