@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import attnctl
-from attnctl.core.call import AttnCall, CallState, Rows
+from attnctl.core.call import AttnCall, CallState
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.tokens import parts_in
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, ConflictError

@@ -37,7 +37,7 @@ from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, ch
 from attnctl.core.hosts.scheduler import SchedulerWatch, call_time, noise_time, step_of
 from attnctl.core.passes import PENDING, ControlledDenoiser, resolve
 from attnctl.core.report import report
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, ConflictError
 
 __all__ = ["DenoiserHandle", "attach"]
 
@@ -60,9 +60,15 @@ class DenoiserHandle(Handle):
         self._rows = RowLayout(self._pipe, layout)
         self._latents = StepLatents(self._pipe)
         self._shared: dict[Any, Any] = {}
-        self._watched = [resolve(m, self.controls, backend, self._pipe, self._latents, self._shared) for m in modules]
-        if self._pipe is not None and any(c.needs_prompt() for c in self.controls):
-            self.prompts = PromptWatch(self._pipe)
+        self._watched = [self._resolve(m, self.controls) for m in modules]
+        self.prompts = self._watch_prompts(self.controls)
+
+    def _resolve(self, module: torch.nn.Module, controls: Sequence[Control]) -> ControlledDenoiser:
+        return resolve(module, controls, self.backend, self._pipe, self._latents, self._shared)
+
+    def _watch_prompts(self, controls: Sequence[Control]) -> PromptWatch | None:
+        needed = self._pipe is not None and any(c.needs_prompt() for c in controls)
+        return PromptWatch(self._pipe) if needed else None
 
     # Installing -----------------------------------------------------------------------------------------------
 
@@ -89,6 +95,27 @@ class DenoiserHandle(Handle):
         self._undo.callback(w.module.register_forward_hook(Hook(self, after), with_kwargs=True).remove)
         self._undo.callback(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
         self._undo.callback(w.stop)
+
+    def _exchange(self, controls: tuple[Control, ...]) -> None:
+        if self._owner.at_work():
+            raise ConflictError(
+                "A run of the model is under way: set fields between runs, before the pipeline is called or after it "
+                "has returned. start, stop and adaptive change what a control does along a run."
+            )
+        with self._lock:
+            former = self.controls, self._watched, self.prompts
+            watched = [self._resolve(w.module, controls) for w in self._watched]
+            for new, old in zip(watched, self._watched, strict=True):
+                _take_over(new, old)
+            self.controls, self._watched, self.prompts = controls, watched, self._watch_prompts(controls)
+            self._undo.close()
+            try:
+                self._install()
+            except BaseException:
+                self._undo.close()
+                self.controls, self._watched, self.prompts = former
+                self._install()
+                raise
 
     def detach(self, *, pause: bool = False) -> None:
         with self._lock:  # a hook that runs in another thread ends first
@@ -259,6 +286,14 @@ class DenoiserHandle(Handle):
 
     def report(self) -> str:
         return report(self, replay=self._replay)
+
+
+def _take_over(new: ControlledDenoiser, old: ControlledDenoiser) -> None:
+    """Go on with what the controls have kept that are attached still."""
+    kept = {id(c): live for c, _, live in old.parts}
+    new.parts[:] = [(c, sites, kept.get(id(c), live)) for c, sites, live in new.parts]
+    new.live = [(c, live) for c, _, live in new.parts if live is not None]
+    new.memory, new.passes = old.memory, old.passes
 
 
 def attach(

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.prompt import PromptCall
@@ -26,41 +27,7 @@ from attnctl.kernels import columns, sdpa
 from attnctl.kernels.checks import check_mask, rows_of
 from attnctl.kernels.maps import FEW_KEYS, SelfMap, key_columns
 
-__all__ = ["AttnCall", "CallState", "Proceed", "Rows", "Wrapper", "is_last", "run_wrappers"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a denoiser call carry the prompt.
-
-    Attributes:
-        total: Rows of the call.
-        cond: Rows with the prompt; empty where the whole call is the negative one.
-        uncond: Rows with the negative prompt in the same call, or None.
-        role: "all" (every row carries the prompt), "both" (half of the rows are negative), "uncond" (the call is the
-            negative half of a sequential pair) or "extra" (a call that guidance must leave alone).
-    """
-
-    total: int
-    cond: slice
-    uncond: slice | None = None
-    role: str = "all"
-
-    @property
-    def prompts(self) -> int:
-        """Count the rows that carry the prompt."""
-        return len(range(self.total)[self.cond])
-
-    @classmethod
-    def all(cls, total: int) -> Rows:
-        """Treat every row as a prompt row."""
-        return cls(total, slice(0, total))
-
-    @classmethod
-    def halves(cls, total: int, cond_first: bool = False) -> Rows:
-        """Treat one half as negative rows and the other, by default the second, as prompt rows."""
-        first, second = slice(0, total // 2), slice(total // 2, total)
-        return cls(total, first, second, "both") if cond_first else cls(total, second, first, "both")
+__all__ = ["AttnCall", "CallState", "Proceed", "Wrapper", "is_last", "run_wrappers"]
 
 
 @dataclass

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 
@@ -76,6 +76,13 @@ class Control:
                 f"{self._label}: start={self.start} lies after stop={self.stop}. Both are fractions of the run: "
                 "step i of n is controlled when start <= i/n < stop."
             )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to be a processor: `set_attn_processor` takes whatever it is given, and calls it in a run."""
+        raise ConfigError(
+            f"{self.describe()} is a control, not an attention processor. Use attnctl.control(pipe, {self._label}()) "
+            f"or model.set_attn_processor(attnctl.attn_processors(model, {self._label}()))."
+        )
 
     @property
     def _label(self) -> str:

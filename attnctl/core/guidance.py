@@ -8,17 +8,17 @@ to the negative prediction; classifier-free guidance u + s (c - u) is affine, so
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from attnctl.core.call import CallState, Rows, Wrapper
+from attnctl.core.call import CallState, Wrapper
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.sites import Site
-from attnctl.errors import NeverApplied
 
-__all__ = ["Branch", "added", "check_reached", "combine", "difference", "overridden", "scaled"]
+__all__ = ["Branch", "added", "combine", "difference", "overridden", "scaled"]
 
 BlockOverride = Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]
 
@@ -129,19 +129,3 @@ def overridden(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterat
 
 
 _MISSING = object()
-
-
-def check_reached(places: Iterable[tuple[str, bool]], state: CallState, what: str) -> None:
-    """Raise if a controlled pass left a selected attention site or block out.
-
-    Raises:
-        NeverApplied: Some sites were never reached: a cache skipped their block, or a backend hides them.
-    """
-    missing = [name for name, reached in places if not reached]
-    if missing:
-        raise NeverApplied(
-            f"{what}: the denoiser ran step {state.step} without reaching {', '.join(missing[:4])}"
-            f"{' and more' if len(missing) > 4 else ''}. A cache that skips blocks, a `skip_layers` option, or an "
-            "attention backend that does not go through scaled_dot_product_attention hides it: switch that off, or "
-            "choose sites that run (attnctl.find_sites lists them)."
-        )

@@ -7,6 +7,7 @@ runs the list backwards. `DenoiserHandle` (core.attach) and `BackboneHandle` (ba
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, get_args
@@ -14,16 +15,15 @@ from typing import Any, get_args
 import torch
 
 from attnctl.core.control import Control, Guidance
-from attnctl.core.hosts.hook import Hook
-from attnctl.core.hosts.listing import denoisers_of
+from attnctl.core.hosts.hook import check_hookable, hooked_by
 from attnctl.core.hosts.rows import Layout
 from attnctl.core.live import LiveControl
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.core.sites import Site
-from attnctl.errors import BackendError, ConfigError, ConflictError, NeverApplied, UnsupportedModelError, unboxed
-from attnctl.kernels import backends
+from attnctl.errors import ConfigError, ConflictError, NeverApplied, nearest, unboxed
+from attnctl.kernels.dispatch import check_backend
 
-__all__ = ["Handle", "check_controls", "check_hookable", "handle_of"]
+__all__ = ["Handle", "check_controls", "handle_of"]
 
 
 class Handle:
@@ -45,8 +45,7 @@ class Handle:
         check_controls(controls)
         for module in modules:
             check_hookable(module)
-            if backend != "auto":
-                _check_backend(backend, module)
+            check_backend(backend, next(module.parameters()))
         self.controls = tuple(controls)
         self.backend = backend
         self.prompts: Any = None
@@ -68,6 +67,31 @@ class Handle:
 
     def _install(self) -> None:
         """Put hooks on the model, each with its undoing in `_undo`."""
+        raise NotImplementedError
+
+    def set(self, control: Control | int, **fields: Any) -> Control:
+        """Replace fields of an attached control between two runs; the others keep what they have recorded.
+
+        Args:
+            control: One of `controls`, or its place in the list.
+            fields: The fields to replace, checked as when a control is made and attached.
+
+        Returns:
+            The control that acts from now on, with which `result` is asked.
+
+        Raises:
+            ConfigError: There is no such control or field, or its value is out of range.
+            ConflictError: The handle is detached, a run is under way, or the controls cannot act together.
+        """
+        place = _place_in(self.controls, control)
+        changed = _with_fields(self.controls[place], fields)
+        if not self._attached:
+            raise ConflictError("This handle is detached: call attnctl.control(...) with the fields that you want.")
+        self._exchange((*self.controls[:place], changed, *self.controls[place + 1 :]))
+        return changed
+
+    def _exchange(self, controls: tuple[Control, ...]) -> None:
+        """Attach other controls in the place of the ones that are attached; change nothing where that fails."""
         raise NotImplementedError
 
     def detach(self) -> None:
@@ -183,11 +207,8 @@ class Handle:
 
 def handle_of(target: Any) -> Handle | None:
     """Return the handle that controls a pipeline, denoiser or backbone, or None."""
-    for module in denoisers_of(target).values():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Hook) and hook.handle is not None:
-                return hook.handle
-    return None
+    handle: Handle | None = hooked_by(target)
+    return handle
 
 
 def check_controls(controls: Sequence[Any]) -> None:
@@ -201,33 +222,23 @@ def check_controls(controls: Sequence[Any]) -> None:
             )
 
 
-def _check_backend(backend: str, module: torch.nn.Module) -> None:
-    """Raise BackendError if a kernel given by name is unknown or cannot run where the model is."""
-    weight = next(module.parameters())
-    stored = weight.is_meta or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    # Weights that are offloaded, in 8 bits or packed tell nothing of q: the first call does, in the kernel itself.
-    available = backends() if stored else backends(weight.device.type, weight.dtype)
-    if backend not in available:
-        raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(available)}.")
-    if not stored and not available[backend].available:
-        runs = ", ".join(name for name, b in available.items() if b.available)
-        raise BackendError(f"backend={backend!r} cannot run here: {available[backend].reason}. These can: {runs}.")
+def _place_in(controls: Sequence[Control], control: Control | int) -> int:
+    """Find a control in a list: the same object, else the only equal one, else by its place."""
+    if isinstance(control, int) and not isinstance(control, bool) and -len(controls) <= control < len(controls):
+        return control % len(controls)
+    places = [i for i, c in enumerate(controls) if c is control] or [i for i, c in enumerate(controls) if c == control]
+    if len(places) == 1:
+        return places[0]
+    shown = ", ".join(f"{i}: {c.describe()}" for i, c in enumerate(controls))
+    raise ConfigError(f"{control!r:.120} is {'several' if places else 'none'} of the attached controls ({shown}).")
 
 
-def check_hookable(module: torch.nn.Module) -> None:
-    """Raise unless hooks on a model would run, and nobody else's controls are on it."""
-    name = type(module).__name__
-    if handle_of(module) is not None:
-        raise ConflictError(
-            f"This {name} is under control already: pass all controls to one control() call, or detach the other "
-            "handle first (attnctl.handle_of(pipe).detach())."
-        )
-    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-        raise UnsupportedModelError(
-            f"{name} is compiled as a whole, so hooks on it would not run. Compile its blocks instead "
-            "(model.compile_repeated_blocks(fullgraph=True))."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            f"{name} is a TorchScript module, whose attention cannot be reached. Load it as is."
-        )
+def _with_fields(control: Control, fields: dict[str, Any]) -> Control:
+    """Return a control with some of its fields replaced, checked as when it is made."""
+    known = [f.name for f in dataclasses.fields(control) if f.init]
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"{type(control).__name__} has no field {name!r}. It has {', '.join(known)}.{nearest(name, known)}"
+            )
+    return dataclasses.replace(control, **fields)

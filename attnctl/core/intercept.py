@@ -50,12 +50,12 @@ class SiteHook:
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
         self.block_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.fixed = False
-        """Belongs to a processor that was handed out, not to a session."""
+        self.reader: Any = None
+        """What reads the call for a processor that was handed out, which belongs to no session."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
         # No session writes to the links of a copied pipeline: they must not act while the original's do.
-        return self if self.fixed else SiteHook(replace(self.site, module=None), CallState())
+        return SiteHook(replace(self.site, module=None), CallState()) if self.reader is None else self
 
     @property
     def observed(self) -> bool:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import CallState, Rows, Wrapper
+from attnctl.core.call import CallState, Wrapper
 from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
-from attnctl.core.guidance import Branch, added, check_reached, combine, difference, overridden, scaled
-from attnctl.core.hosts.arguments import as_given, own_containers, row_count, shared_like_rows, take_rows
-from attnctl.core.hosts.caches import check_rows_kept, own_context
+from attnctl.core.guidance import Branch, added, combine, difference, overridden, scaled
+from attnctl.core.hosts.arguments import Rows, as_given, own_containers, row_count, shared_like_rows, take_rows
+from attnctl.core.hosts.caches import check_reached, check_rows_kept, own_context
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.latents import StepLatents
@@ -163,7 +163,7 @@ class ControlledDenoiser:
         if self.prefix is not None:
             self.prefix.unwatch()
         try:
-            check_reached(controlled, self.state, "the base pass")
+            check_reached(controlled, self.state.step, "the base pass")
             guided = self.guide(output)
             for c, live in self.live:
                 if c.in_window(self.state):
@@ -306,7 +306,7 @@ class ControlledDenoiser:
             reached += [(name, module in replaced) for module, name in self._names(branch).items()]
             # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
             if not (cached and branch.key in self.began):
-                check_reached(reached, state, "the perturbed pass")
+                check_reached(reached, state.step, "the perturbed pass")
             self.began.add(branch.key)
         self.passes += 1
         return output
@@ -322,7 +322,7 @@ class ControlledDenoiser:
                 undo.callback(last.module.register_forward_hook(_end_pass).remove)
             with contextlib.suppress(PassEnded):
                 output, _ = self._run(phase, f"attnctl_{phase}", kwargs, around)
-            check_reached([(name, self.links[name].reached) for name in wrappers], self.state, f"the {phase} pass")
+            check_reached([(name, self.links[name].reached) for name in wrappers], self.state.step, f"the {phase} pass")
         return None if last is not None else output
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import Rows
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.caches import hooks_below
 from attnctl.core.hosts.leaves import Leaf, is_norm, is_not_by_rows, leaves, mapped, row_of
 

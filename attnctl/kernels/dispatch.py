@@ -144,6 +144,20 @@ def backends(
     return found
 
 
+def check_backend(backend: str, weight: Tensor) -> None:
+    """Raise BackendError if a kernel given by name is unknown or cannot run where a model's weight is."""
+    if backend == "auto":
+        return
+    stored = weight.is_meta or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    # Weights that are offloaded, in 8 bits or packed tell nothing of q: the first call does, in the kernel itself.
+    available = backends() if stored else backends(weight.device.type, weight.dtype)
+    if backend not in available:
+        raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(available)}.")
+    if not stored and not available[backend].available:
+        runs = ", ".join(name for name, b in available.items() if b.available)
+        raise BackendError(f"backend={backend!r} cannot run here: {available[backend].reason}. These can: {runs}.")
+
+
 @cache
 def probe(name: str, device_type: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
     """Run a backend once on a tiny call, compare it with the reference, and keep the verdict.

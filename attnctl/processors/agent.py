@@ -209,8 +209,8 @@ class AgentAttention(Control):
         if found is None or found.ndim != 3 or found.shape[1] != call.q.shape[2]:
             raise UnsupportedModelError(
                 f"{self._label}: the tokens that {call.site.name} should be compared by (metric={self.metric!r}) did "
-                "not come by; gradient checkpointing, compiled blocks and processors made by attn_processors hide the "
-                "block's input. Use metric='norm', or ratio=0."
+                "not come by; gradient checkpointing and compiled blocks hide the block's input. Use metric='norm', or "
+                "ratio=0."
             )
         return found
 

@@ -19,7 +19,8 @@ import torch
 
 from attnctl.core.call import CallState
 from attnctl.core.control import Guidance
-from attnctl.core.guidance import Branch, check_reached
+from attnctl.core.guidance import Branch
+from attnctl.core.hosts.caches import check_reached
 from attnctl.core.hosts.listing import blocks_around
 from attnctl.core.hosts.published import Default
 from attnctl.core.hosts.sums import check_negative, unguided
@@ -215,7 +216,7 @@ class _NegativeSkip(LiveControl):
     def after_call(self, output: Any) -> None:
         if self.passes.state.rows.uncond is not None:
             places = [(ends.name, module in self.reached) for module, ends in self.blocks.items()]
-            check_reached(places, self.passes.state, "the pass for the negative prompt")
+            check_reached(places, self.passes.state.step, "the pass for the negative prompt")
 
     def stepping(self, latents: torch.Tensor) -> torch.Tensor:
         if self.single and not self.guided:

@@ -45,15 +45,19 @@ class BackboneHandle(Handle):
             )
         super().__init__([model], controls, backend=backend, layout=layout)
         self._model = model
-        self._capture = _checked(self.controls)
-        every = {s.name: s for s in backbone_sites(model)}
         self._sites = sites_of(model)
-        chosen = self._sites
-        if self._capture.sites is not None:
-            chosen = select(self._sites, self._capture.sites, kinds=("self", "pool"), what="Capture")
-        self._recorded, self._questions = _questions_of(self._capture, [every[s.name] for s in chosen])
+        self._take(self.controls)
         self._layers: dict[str, Tensor] = {}
         self._bytes = 0
+
+    def _take(self, controls: tuple[Control, ...]) -> None:
+        """Find out what a `Capture` records, and take it over."""
+        capture, chosen = _checked(controls), self._sites
+        every = {s.name: s for s in backbone_sites(self._model)}
+        if capture.sites is not None:
+            chosen = select(self._sites, capture.sites, kinds=("self", "pool"), what="Capture")
+        self._recorded, self._questions = _questions_of(capture, [every[s.name] for s in chosen])
+        self.controls, self._capture = controls, capture
 
     def _install(self) -> None:
         self._grid = GridWatch(self._model, self._recorded, self._undo)
@@ -61,6 +65,12 @@ class BackboneHandle(Handle):
         for site in self._recorded:
             hook = Hook(self, functools.partial(self._see, site))
             self._undo.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _exchange(self, controls: tuple[Control, ...]) -> None:
+        self._take(controls)
+        self._undo.close()
+        self._layers = {}
+        self._install()
 
     @property
     def sites(self) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from attnctl.errors import UnsupportedModelError
 __all__ = [
     "ROW_LISTS",
     "SHARED",
+    "Rows",
     "as_given",
     "bind_call",
     "cut_tensor",
@@ -34,6 +36,40 @@ SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rop
 # Arguments that are Python lists with one entry a row.
 ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
 _MAIN = ("sample", "hidden_states", "x", "vision_tokens", "input_ids")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a denoiser call carry the prompt.
+
+    Attributes:
+        total: Rows of the call.
+        cond: Rows with the prompt; empty where the whole call is the negative one.
+        uncond: Rows with the negative prompt in the same call, or None.
+        role: "all" (every row carries the prompt), "both" (half of the rows are negative), "uncond" (the call is the
+            negative half of a sequential pair) or "extra" (a call that guidance must leave alone).
+    """
+
+    total: int
+    cond: slice
+    uncond: slice | None = None
+    role: str = "all"
+
+    @property
+    def prompts(self) -> int:
+        """Count the rows that carry the prompt."""
+        return len(range(self.total)[self.cond])
+
+    @classmethod
+    def all(cls, total: int) -> Rows:
+        """Treat every row as a prompt row."""
+        return cls(total, slice(0, total))
+
+    @classmethod
+    def halves(cls, total: int, cond_first: bool = False) -> Rows:
+        """Treat one half as negative rows and the other, by default the second, as prompt rows."""
+        first, second = slice(0, total // 2), slice(total // 2, total)
+        return cls(total, first, second, "both") if cond_first else cls(total, second, first, "both")
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

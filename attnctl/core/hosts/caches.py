@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import NeverApplied, UnsupportedModelError
 
-__all__ = ["check_rows_kept", "hooks_below", "hooks_of", "own_context", "saved_weights"]
+__all__ = ["check_reached", "check_rows_kept", "hooks_below", "hooks_of", "own_context", "saved_weights"]
 
 
 @contextlib.contextmanager
@@ -104,3 +104,19 @@ def check_rows_kept(denoiser: torch.nn.Module) -> None:
                 f"{type(denoiser).__name__} runs under FasterCache, which leaves the negative prompt's rows out on "
                 "some steps, so that controls cannot tell the rows of a call. Call disable_cache() on it first."
             )
+
+
+def check_reached(places: Iterable[tuple[str, bool]], step: int, what: str) -> None:
+    """Raise if a controlled pass left a selected attention site or block out.
+
+    Raises:
+        NeverApplied: Some sites were never reached: a cache skipped their block, or a backend hides them.
+    """
+    missing = [name for name, reached in places if not reached]
+    if missing:
+        raise NeverApplied(
+            f"{what}: the denoiser ran step {step} without reaching {', '.join(missing[:4])}"
+            f"{' and more' if len(missing) > 4 else ''}. A cache that skips blocks, a `skip_layers` option, or an "
+            "attention backend that does not go through scaled_dot_product_attention hides it: switch that off, or "
+            "choose sites that run (attnctl.find_sites lists them)."
+        )

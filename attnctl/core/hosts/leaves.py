@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import Rows
-from attnctl.core.hosts.arguments import cut_tensor
+from attnctl.core.hosts.arguments import Rows, cut_tensor
 
 __all__ = ["Leaf", "is_norm", "is_not_by_rows", "leaves", "mapped", "row_of"]
 

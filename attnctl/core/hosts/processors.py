@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from attnctl.core.call import AttnCall
+from attnctl.core.control import Control
 from attnctl.core.hosts.linear import is_linear, run_linear
 from attnctl.core.hosts.tokens import sequences
 from attnctl.core.hosts.user_kernel import native, set_backend
@@ -116,6 +117,12 @@ def _make_controlled(cls: Any) -> type:
         link: SiteHook | None = self._attnctl
         if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
+        if link.reader is None or torch.compiler.is_compiling():
+            return run(self, link, attn, *args, **kwargs)
+        with link.reader.describing(link, attn):
+            return run(self, link, attn, *args, **kwargs)
+
+    def run(self: Any, link: SiteHook, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden, encoder = sequences(names, args, kwargs)
         _refuse_split(link.site, self)  # it may have been split since it was put under control
         if linear:
@@ -208,7 +215,7 @@ def _release_processor(processor: Any) -> Any:
 
 def _refuse_fixed(site: Site) -> None:
     module: Any = site.module
-    if _is_controlled(module.processor) and getattr(module.processor._attnctl, "fixed", False):
+    if _is_controlled(module.processor) and getattr(module.processor._attnctl, "reader", None) is not None:
         raise ConflictError(
             f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
             "model's own processors with set_attn_processor before attaching a control."
@@ -247,6 +254,11 @@ def _interceptable(site: Any, processor: Any) -> Any:
     from diffusers.models import attention_processor as ap
 
     name = type(processor).__name__
+    if isinstance(processor, Control):
+        raise ConflictError(
+            f"{site.name} holds the control {processor.describe()} in place of a processor; set_attn_processor takes "
+            "anything. Restore the model's own processors: model.set_default_attn_processor(), or load it again."
+        )
     siblings = {
         "AttnProcessor": "AttnProcessor2_0",
         "SlicedAttnProcessor": "AttnProcessor2_0",

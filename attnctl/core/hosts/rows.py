@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from attnctl.core.call import Rows
-from attnctl.core.hosts.arguments import main_input, row_count
+from attnctl.core.hosts.arguments import Rows, main_input, row_count
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.listing import unwrapped
 from attnctl.core.hosts.pipelines import uses_guidance

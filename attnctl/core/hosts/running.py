@@ -108,7 +108,7 @@ class Owner:
             ConflictError: Another thread is at work with it.
         """
         me = threading.get_ident()
-        if self._thread not in (None, me) and self._at_work():
+        if self._thread not in (None, me) and self.at_work():
             raise ConflictError(
                 f"Two threads run one {name} under control at the same time, and its controls follow one run. Run the "
                 "requests one after the other (a lock around the call), or give each thread a pipeline with a denoiser "
@@ -121,7 +121,8 @@ class Owner:
         """Let the denoiser go: the run is over."""
         self._thread = self._code = None
 
-    def _at_work(self) -> bool:
+    def at_work(self) -> bool:
+        """Tell whether the run that was claimed is still under way."""
         frame = sys._current_frames().get(self._thread or 0)
         while frame is not None:
             if frame.f_code is self._code:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState, Rows
+from attnctl.core.call import CallState
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.pipelines import guidance_rescale, guidance_scale, uses_guidance
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels.combining import rescaled

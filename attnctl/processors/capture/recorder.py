@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, CallState, Proceed, Rows
+from attnctl.core.call import AttnCall, CallState, Proceed
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.words import Concept, RowText, given_text, prompt_words, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site

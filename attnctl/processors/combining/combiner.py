@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.core.call import CallState, Rows
+from attnctl.core.call import CallState
 from attnctl.core.control import Control
-from attnctl.core.hosts.arguments import main_input, time_of
+from attnctl.core.hosts.arguments import Rows, main_input, time_of
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.spaces import Space, Way, way_to

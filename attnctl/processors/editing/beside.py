@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, Proceed, Rows
+from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.appending import with_row_in_front
-from attnctl.core.hosts.arguments import main_input
+from attnctl.core.hosts.arguments import Rows, main_input
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.outputs import main_output, with_main_output

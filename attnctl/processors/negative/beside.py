@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, Proceed, Rows
-from attnctl.core.hosts.arguments import own_containers, row_count
+from attnctl.core.call import AttnCall, Proceed
+from attnctl.core.hosts.arguments import Rows, own_containers, row_count
 from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.families import Family
 from attnctl.core.live import LiveDenoiser

@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, CallState, Proceed, Rows
-from attnctl.core.hosts.arguments import own_containers, row_count, take_rows
+from attnctl.core.call import AttnCall, CallState, Proceed
+from attnctl.core.hosts.arguments import Rows, own_containers, row_count, take_rows
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.ghost import EMBEDS, TextComparison, equal, ghost_call, negative_arguments, text_arguments
 from attnctl.core.hosts.one_line import one_line

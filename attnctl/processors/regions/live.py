@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnctl.core.call import AttnCall, Proceed, Rows
+from attnctl.core.call import AttnCall, Proceed
+from attnctl.core.hosts.arguments import Rows
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
 from attnctl.data.picture_files import read_picture
