@@ -25,7 +25,7 @@ import timm
 
 import attnctl.backbones  # noqa: F401  (registers the names)
 
-TOKENS = "agent_deit*"  # its features are token sequences, which timm tests as it tests its own ViTs
+TOKENS = ("agent_deit*", "inline_deit*")  # features are token sequences, which timm tests as those of its own ViTs
 PER_MODEL = (
     "test_model_forward", "test_model_backward", "test_model_default_cfgs", "test_model_default_cfgs_non_std",
     "test_model_forward_torchscript", "test_model_forward_features", "test_model_forward_intermediates_features",
@@ -43,9 +43,9 @@ def listing(names: list[str]) -> Any:
         filters = [filter] if isinstance(filter, str) else list(filter)
         barred = [exclude_filters] if isinstance(exclude_filters, str) else list(exclude_filters)
         if "vit_*" in filters:
-            kept = [n for n in names if fnmatch.fnmatch(n, TOKENS)]
+            kept = [n for n in names if any(fnmatch.fnmatch(n, t) for t in TOKENS)]
         elif "vit_*" in barred:
-            kept = [n for n in names if not fnmatch.fnmatch(n, TOKENS)]
+            kept = [n for n in names if not any(fnmatch.fnmatch(n, t) for t in TOKENS)]
         else:
             kept = names if not any(filters) else []
         return [n for n in kept if not any(b and fnmatch.fnmatch(n, b) for b in barred)]
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("sdist", type=Path, help="unpacked source distribution of timm")
     parser.add_argument("names", nargs="*", help="models; every registered one if none is given")
     args = parser.parse_args()
-    known = list(timm.list_models(["biformer_*", "agent_*"]))
+    known = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("attnctl.")]
     names = args.names or known
     if unknown := set(names) - set(known):
         parser.error(f"unknown models {sorted(unknown)}; registered: {', '.join(known)}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from vit2 import close, fixture, project, qkv_of
 
 import attnctl
 import attnctl.backbones
@@ -36,31 +32,6 @@ from attnctl.backbones.models import nat, ravlt
 from attnctl.backbones.modules.rank_linear import GatedLinearAttention2d, rotation
 from attnctl.backbones.probing import EfficientProbing, probe
 from attnctl.errors import ConfigError
-
-FOLDER = Path(__file__).parent / "fixtures" / "vit2"
-
-
-def fixture(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Read inputs, outputs, weights and arguments."""
-    tensors = load_file(FOLDER / f"{name}.safetensors")
-    parts = [{k[len(p) :]: v for k, v in tensors.items() if k.startswith(p)} for p in ("input.", "output.", "sd.")]
-    return (*parts, json.loads((FOLDER / f"{name}.json").read_text())["kwargs"])  # type: ignore[return-value]
-
-
-def close(got: Tensor, want: Tensor, whole: bool = False) -> None:
-    """Compare as the fixtures' README says."""
-    torch.testing.assert_close(got, want, rtol=1e-3 if whole else 1e-4, atol=1e-4 if whole else 2e-5)
-
-
-def qkv_of(x: Tensor, weights: dict[str, Tensor], heads: int) -> list[Tensor]:
-    """Project tokens to queries, keys and values [B, H, N, D]."""
-    y = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
-    return list(y.reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4))
-
-
-def project(out: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Join heads and project."""
-    return F.linear(join_heads(out), weights["proj.weight"], weights.get("proj.bias"))
 
 
 @pytest.mark.parametrize(
@@ -158,14 +129,14 @@ def test_heads_that_no_token_uses_are_not_computed() -> None:
     for skip in (False, True):
         torch.manual_seed(1)
         mixer = MoHMixer(slot, shared=2, topk=2, skip=skip).eval()
-        nn.init.normal_(mixer.gates["route"].weight)
+        nn.init.normal_(mixer.gates.route.weight)
         with (
             torch.no_grad(),
             FlopCounterMode(display=False) as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
             out = mixer(q, k, v, x, (8, 8))
-        gates = sum(2 * 64 * g.weight.numel() for g in mixer.gates.values())
+        gates = sum(2 * 64 * weight.numel() for weight in mixer.gates.parameters())
         flops[skip] = counter.get_total_flops() - gates
         outs.append(out)
     torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
@@ -273,33 +244,6 @@ def test_a_small_dinat() -> None:
     ).eval()  # fmt: skip
     model.load_state_dict(nat.checkpoint_filter_fn(w, model))
     close(model(x["x"]), y["y"], whole=True)
-
-
-COUNTS = {
-    "ravlt_tiny": 14_897_768, "ravlt_small": 25_591_208, "ravlt_base": 48_241_288, "ravlt_large": 95_242_440,
-    "mavit_tiny": 16_449_128, "mavit_small": 27_142_568, "mavit_base": 49_792_648, "mavit_large": 97_766_088,
-    "nat_mini": 19_984_174, "nat_tiny": 27_901_582, "nat_small": 50_743_297, "nat_base": 89_769_652,
-    "dinat_mini": 19_984_174, "dinat_tiny": 27_901_582, "dinat_small": 50_719_681, "dinat_large": 200_943_514,
-}  # fmt: skip
-KEYS = {"ravlt_t": "ravlt_tiny", "mala_s": "mavit_small", "nat_mini": "nat_mini", "dinat_tiny": "dinat_tiny"}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_published_models_have_the_published_size(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
-
-
-@pytest.mark.parametrize("name", KEYS)
-def test_published_keys_load(name: str) -> None:
-    keys = json.loads((FOLDER / f"state_dict_{name}.json").read_text())["keys"]
-    with torch.device("meta"):
-        model = timm.create_model(KEYS[name])
-        state = {k: torch.empty(shape) for k, (shape, _) in keys.items()}
-    loaded = (ravlt if "nat" not in name else nat).checkpoint_filter_fn(state, model)
-    own = model.state_dict()
-    assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in own.items()}
 
 
 def small_vit() -> nn.Module:

@@ -11,6 +11,11 @@ from attnctl.backbones.models.agent_deit import AgentVisionTransformer
 from attnctl.backbones.models.agent_pvt import AgentPVT
 from attnctl.backbones.models.agent_swin import AgentSwinTransformer
 from attnctl.backbones.models.biformer import BiFormer
+from attnctl.backbones.models.crossformer import CrossFormer
+from attnctl.backbones.models.emov2 import EMOv2
+from attnctl.backbones.models.inline import InLineCSwin, InLinePVT, InLineSwinTransformer, InLineVisionTransformer
+from attnctl.backbones.models.l2vit import L2ViT
+from attnctl.backbones.models.moh_transnext import MoHTransNeXt
 from attnctl.backbones.models.nat import NAT
 from attnctl.backbones.models.ravlt import RAVLT
 from attnctl.backbones.modules.agent import AgentAttention2d
@@ -28,7 +33,15 @@ __all__ = [
     "AgentVisionTransformer",
     "BiFormer",
     "BiLevelRoutingAttention",
+    "CrossFormer",
+    "EMOv2",
+    "InLineCSwin",
+    "InLinePVT",
+    "InLineSwinTransformer",
+    "InLineVisionTransformer",
+    "L2ViT",
     "MapAttention",
+    "MoHTransNeXt",
     "MultiAxisAttention",
     "any_size",
 ]

@@ -7,8 +7,7 @@ layer that makes their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,15 +55,11 @@ from timm.models.volo import Attention as VoloAttention
 from timm.models.volo import ClassAttention, OutlookAttention
 from torch import Tensor, nn
 
-from attnctl.backbones.hosts import CosineMapHost, MapHost, PVTHost, TokenHost, WholeMapHost
-from attnctl.backbones.kernel_hosts import KernelHost
-from attnctl.backbones.models.agent_cswin import CSwinBlock
+from attnctl.backbones.hosts import PVTHost, TokenHost
+from attnctl.backbones.look.own_readings import OWN, windows
+from attnctl.backbones.look.reading import Reading
 from attnctl.backbones.models.agent_pvt import ReducedAttention
-from attnctl.backbones.models.agent_swin import AgentSwinBlock
-from attnctl.backbones.modules.agent import AgentAttention2d
-from attnctl.backbones.modules.multiaxis import AnySizePartition, MultiAxisAttention
-from attnctl.backbones.modules.plain import MapAttention
-from attnctl.backbones.modules.routing import BiLevelRoutingAttention
+from attnctl.backbones.modules.multiaxis import AnySizePartition
 
 __all__ = ["READABLE", "Reading", "reading_of"]
 
@@ -75,54 +70,6 @@ READABLE = (
     "multi-query attention of MobileNet, BoTNet and attention pools of timm, every model of attnctl.backbones, and "
     "these with swapped attention"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How one attention module is read.
-
-    Attributes:
-        heads: Heads H: contiguous channels of what `out` is given.
-        width: Channels of the values.
-        out: The first layer behind attention.
-        enter: Runs the attention on the (normed) tokens that its module was called with.
-        values: The layer whose output ends with the values; None where they are read at torch's fused kernel.
-        by_head: Whether queries, keys and values of one head lie together in that output.
-        norm: A norm between the module's input and attention, or None.
-        windowed: Whether the tokens are cut, shifted or padded before they reach `values`.
-        channels_first: Whether the module is given maps [B, C, H, W].
-        order: Numbers the tokens of a map of (height, width) as attention gets them: row by row from 0, -1 for
-            padding; None where they come row by row, or as `windowed` blocks are found to have them.
-        sized: Whether the second argument is the grid of the tokens.
-        prefix: Class and register tokens ahead of the grid, None for as many as the model has.
-        settings: Attributes that the module `core` needs while it is read.
-        core: The module that holds the projections.
-        pool: Names of the queries where these are single tokens and no places, as in attention pools.
-        rounds: How often weights meet values in one call, each time for as many of the heads.
-        spread: Keys are means of so many tokens each, in a row.
-        mixer: The mixer that has taken the kernel's place, which is then where attention is read.
-        heads_first: Whether heads come ahead of the windows of an image where both are apart.
-    """
-
-    heads: int
-    width: int
-    out: nn.Module
-    enter: Callable[..., Any]
-    values: nn.Module | None = None
-    by_head: bool = False
-    norm: nn.Module | None = None
-    windowed: bool = False
-    channels_first: bool = False
-    order: Callable[[int, int], Tensor] | None = None
-    sized: bool = False
-    prefix: int | None = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    core: nn.Module | None = None
-    pool: tuple[str, ...] | None = None
-    rounds: int = 1
-    spread: int = 1
-    heads_first: bool = False
-    mixer: nn.Module | None = None
 
 
 def reading_of(module: nn.Module) -> Reading | None:
@@ -289,60 +236,8 @@ def _reduced(m: Any) -> Reading:
     return Reading(heads=m.num_heads, width=width, out=m.proj, enter=m.forward, values=m.kv, sized=sized)
 
 
-def _agents(m: Any) -> Reading:
-    values = m.kv if m.split_qkv else m.qkv
-    return Reading(heads=m.num_heads, width=m.dim, out=m.proj, enter=m.forward, values=values, prefix=m.prefix)
-
-
-def _routed(m: Any) -> Reading:
-    return Reading(heads=m.num_heads, width=m.dim, out=m.wo, enter=m.forward, values=m.qkv, windowed=True)
-
-
-def _map(m: Any) -> Reading:
-    sized = isinstance(m, MultiAxisAttention)
-    width, by_head = m.qkv.out_features // 3, bool(getattr(m, "head_first", False))
-    return Reading(
-        heads=m.num_heads, width=width, out=m.proj, enter=m.forward, values=m.qkv, by_head=by_head, sized=sized,
-        prefix=int(getattr(m, "prefix", 0)),
-    )  # fmt: skip
-
-
-def _stripes(m: Any) -> Reading:
-    heads = sum(int(a.num_heads) for a in m.attns)
-    return Reading(heads=heads, width=m.qkv.out_features // 3, out=m.proj, enter=m.forward, values=m.qkv)
-
-
-def _windows(enter: str, prenorm: bool = True, **settings: Any) -> Callable[[Any], Reading]:
-    """Return how a block is read that cuts windows in a method of its own and holds its attention as `attn`."""
-
-    def read(m: Any) -> Reading:
-        a: Any = m.attn
-        return Reading(
-            heads=a.num_heads, width=a.qkv.out_features // 3, out=a.proj, values=a.qkv, enter=getattr(m, enter),
-            by_head=bool(getattr(a, "head_first", False)), norm=m.norm1 if prenorm else None, windowed=True,
-            settings=settings, core=a,
-        )  # fmt: skip
-
-    return read
-
-
-def _agent_windows(m: Any) -> Reading:
-    return _windows("_windows" if m.window else "attn")(m)
-
-
-def _mixed(m: Any) -> Reading:
-    """Read a swapped form where its mixer is."""
-    convolution = isinstance(m.proj, nn.Conv2d)
-    return Reading(
-        heads=m.num_heads, width=m.proj.in_channels if convolution else m.proj.in_features,
-        out=getattr(m, "norm", None) or m.proj, enter=m.forward, mixer=m.mixer, prefix=int(getattr(m, "prefix", 0)),
-        channels_first=bool(getattr(m, "channels_first", False)),
-    )  # fmt: skip
-
-
 _READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading | None]], ...] = (
-    ((WholeMapHost,), lambda _: None),  # what it holds is read
-    ((KernelHost, CosineMapHost), _mixed),
+    *OWN,
     ((TokenAttention, TokenHost), _tokens),
     ((AttentionRope, EvaAttention, BeitAttention, RelPosAttention), _kernel),
     (
@@ -372,15 +267,10 @@ _READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading | No
     ((ClassAttn, ClassAttention, CrossAttention), _class_attention),
     ((OutlookAttention,), _outlook),
     ((PVTAttention, PVTHost, ReducedAttention), _reduced),
-    ((AgentAttention2d,), _agents),
-    ((BiLevelRoutingAttention,), _routed),
-    ((MapAttention, MultiAxisAttention, MapHost), _map),
-    ((CSwinBlock,), _stripes),
-    ((SwinTransformerBlock,), _windows("_attn")),
+    ((SwinTransformerBlock,), windows("_attn")),
     # Its projection is called as a function unless the bias is added apart; the norms come after attention.
-    ((SwinTransformerV2Block,), _windows("_attn", prenorm=False, qkv_bias_separate=True)),
-    ((SwinTransformerV2CrBlock,), _windows("_shifted_window_attn", prenorm=False)),
-    ((PartitionAttentionCl,), _windows("_partition_attn")),
-    ((AnySizePartition,), _windows("_mix")),
-    ((AgentSwinBlock,), _agent_windows),
+    ((SwinTransformerV2Block,), windows("_attn", prenorm=False, qkv_bias_separate=True)),
+    ((SwinTransformerV2CrBlock,), windows("_shifted_window_attn", prenorm=False)),
+    ((PartitionAttentionCl,), windows("_partition_attn")),
+    ((AnySizePartition,), windows("_mix")),
 )

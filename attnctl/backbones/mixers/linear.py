@@ -8,7 +8,6 @@ positions and gates of the last two are options.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +15,11 @@ from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
 from attnctl.backbones.modules.attend import require
+from attnctl.backbones.modules.inline import inline, local_convolution, local_kernels
 from attnctl.backbones.modules.rank_linear import mala, rala, rotation
 from attnctl.errors import ConfigError
 
 __all__ = ["InLineMixer", "MALAMixer", "RALAMixer", "inline", "mala", "rala"]
-
-
-def inline(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute q (k^T v) s / n + (1 - s q mean(k)^T) mean(v): weights that sum to one, some negative.
-
-    Shapes: q [B, H, N, D], k, v [B, H, Nk, D] -> [B, H, N, D]. Sums in float32.
-    """
-    qf, kf, vf = q.float(), k.float(), v.float()
-    k_mean, v_mean = kf.mean(dim=2, keepdim=True), vf.mean(dim=2, keepdim=True)
-    mixed = qf @ (kf.transpose(-2, -1) @ vf) * (scale / k.shape[2])
-    return (mixed + (1 - scale * (qf * k_mean).sum(dim=-1, keepdim=True)) * v_mean).to(v.dtype)
 
 
 _KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,12 +42,7 @@ class InLineMixer(Mixer, kind="inline"):
         self.kernel = kernel
         self.residual: nn.Sequential | None = None
         if local:
-            dd: dict[str, Any] = {"groups": slot.heads, "device": slot.device, "dtype": slot.dtype}
-            self.residual = nn.Sequential(
-                nn.Conv1d(slot.dim, slot.dim, 1, **dd),
-                nn.GELU(),
-                nn.Conv1d(slot.dim, 9 * slot.dim, 1, **dd),
-            )
+            self.residual = local_kernels(slot.dim, slot.heads, device=slot.device, dtype=slot.dtype)
             for p in self.residual[2].parameters():
                 nn.init.zeros_(p)
 
@@ -68,11 +52,9 @@ class InLineMixer(Mixer, kind="inline"):
         out = inline(feature(q), feature(k), v, self.scale)
         if self.residual is None:
             return out
-        b, m, _, d = v.shape
+        _, m, _, d = v.shape
         weight = self.residual(join_heads(q).mean(dim=1).unsqueeze(-1) if x.shape[-1] != m * d else _mean(x))
-        tokens = join_heads(v[:, :, self.prefix :]).transpose(1, 2).reshape(1, b * m * d, *grid)
-        local = F.conv2d(tokens, weight.reshape(b * m * d, 1, 3, 3), padding=1, groups=b * m * d)
-        local = split_heads(local.reshape(b, m * d, -1).transpose(1, 2), m)
+        local = split_heads(local_convolution(join_heads(v[:, :, self.prefix :]), weight, *grid), m)
         return out + (torch.cat([torch.zeros_like(v[:, :, : self.prefix]), local], dim=2) if self.prefix else local)
 
 

@@ -10,18 +10,11 @@ from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
 from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.head_gates import HeadGates
+from attnctl.backbones.modules.head_gates import load_balance as balance
 from attnctl.errors import ConfigError
 
 __all__ = ["MoHMixer", "balance", "routed_attention"]
-
-
-def balance(model: nn.Module) -> Tensor:
-    """Average the load-balance losses of a model's mixtures of heads in the last training step, 0 where it has none.
-
-    Add 0.01 times this to the loss (arXiv 2410.11842, section 3.3).
-    """
-    losses = [m.balance for m in model.modules() if isinstance(m, MoHMixer) and m.balance is not None]
-    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 def routed_attention(
@@ -65,7 +58,7 @@ class MoHMixer(Mixer, kind="moh"):
     weighs it, as the release does). noise: standard deviation of noise on the routers' logits in training, which breaks
     the ties of routers that start at zero.
     The routers start at zero: then every head in use has weight 1, and ties fall to the first heads.
-    `balance` holds the load-balance loss of the last training step. Compiled and exported graphs compute every head.
+    `balance(model)` is the load-balance loss of the last training step. Compiled and exported graphs compute all heads.
     """
 
     takes_mask = True
@@ -89,26 +82,22 @@ class MoHMixer(Mixer, kind="moh"):
             f"shared={shared} was given; the host has {heads} heads, "
             + ("and topk=0 shares them all." if every else "one must be routed."),
         )
-        self.shared, self.routed, self.skip, self.noise = shared, heads - shared, skip, noise
+        self.shared, self.routed, self.skip = shared, heads - shared, skip
         self.topk = self.routed if topk is None else topk
         require(
             every or 1 <= self.topk <= self.routed,
             ConfigError,
             f"topk={topk} was given; {heads} heads less {shared} shared leave {self.routed} to route.",
         )
-        dims = {} if every else {"route": self.routed}
-        dims |= ({"share": shared} | ({} if every else {"split": 2})) if shared else {}
-        width = slot.width or slot.dim
-        self.gates = nn.ModuleDict(
-            {k: nn.Linear(width, n, bias=False, device=slot.device, dtype=slot.dtype) for k, n in dims.items()}
+        self.gates = HeadGates(
+            slot.width or slot.dim, heads, shared, self.topk, noise, device=slot.device, dtype=slot.dtype
         )
-        for gate in self.gates.values():
-            nn.init.zeros_(gate.weight)  # type: ignore[arg-type]
-        self.balance: Tensor | None = None
+        for weight in self.gates.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         """Mix tokens, then weigh the heads of each."""
-        weights = self.head_weights(x)
+        weights = self.gates(x)
         graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or q.is_meta
         if not self.skip or self.topk == self.routed or graph:
             out = attend(q, k, v, mask, self.scale, 0.0, self.backend)
@@ -122,26 +111,3 @@ class MoHMixer(Mixer, kind="moh"):
             )
             out = torch.cat([first, routed], 1)
         return out * weights.transpose(1, 2).unsqueeze(-1).to(out.dtype)
-
-    def head_weights(self, x: Tensor) -> Tensor:
-        """Compute the weight of every head for every token: [B, N, C] -> [B, N, H], shared heads first."""
-        self.balance = None  # a kept graph would stop copies of the model
-        if not self.routed:
-            return self._share(x)
-        logits = self.gates["route"](x).float()
-        if self.training and self.noise:
-            logits = logits + self.noise * torch.randn_like(logits)
-        gates = logits.softmax(dim=-1)
-        index = gates.topk(self.topk, dim=-1).indices
-        mask = torch.zeros_like(gates).scatter(-1, index, 1.0)
-        if self.training:
-            self.balance = (gates.mean(dim=(0, 1)) * mask.mean(dim=(0, 1))).mean() * self.routed**2
-        chosen = gates * mask
-        routed = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps) * self.topk
-        if not self.shared:
-            return routed
-        split = 2 * self.gates["split"](x).float().softmax(dim=-1)
-        return torch.cat([self._share(x) * split[..., :1], routed * split[..., 1:]], dim=-1)
-
-    def _share(self, x: Tensor) -> Tensor:
-        return self.gates["share"](x).float().softmax(dim=-1) * self.shared

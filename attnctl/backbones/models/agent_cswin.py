@@ -4,7 +4,7 @@ The host design is "CSWin Transformer" (arXiv 2107.00652): projections belong to
 of the map, and a depthwise convolution of the values inside each stripe carries the position.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +232,9 @@ class AgentCSwin(Pyramid):
     Raises: ConfigError for lists of other lengths, unknown letters, heads that do not divide.
     """
 
+    block: ClassVar[type[nn.Module]] = CSwinBlock
+    """Class of the blocks that the letter A stands for."""
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -271,7 +274,7 @@ class AgentCSwin(Pyramid):
                 split = split_sizes[i] if kind == "B" else (agent_split_sizes[i] if agent_split_sizes else 0)
                 full = i == n - 1 or split == 0 or grids[i] == (split, split)
                 blocks.append(
-                    CSwinBlock(
+                    (self.block if kind == "A" else CSwinBlock)(
                         c, num_heads[i], grids[i], kind, split, full, num_agents[i], mlp_ratio, qkv_bias,
                         proj_drop_rate, attn_drop_rate, next(rates), backend, **dd,
                     )

@@ -3,7 +3,7 @@
 A pyramid of non-overlapping patches with learned positions at every stage, no class token and no last norm.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from attnctl.backbones.models.config import exactly, load_filter, register, size
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.attend import attend
 from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, drop_rates, init_linear, take_state
+from attnctl.backbones.modules.inline import InLineAttention2d
+from attnctl.backbones.modules.resize import pad_to
 from attnctl.errors import ConfigError
 
 __all__ = ["AgentPVT", "PVTBlock", "ReducedAttention"]
@@ -65,13 +67,6 @@ class PatchStep(nn.Module):
         self.grid = grid
 
 
-@register_notrace_function
-def pad_to(x: Tensor, size: int) -> Tensor:
-    """Pad [B, C, H, W] at the bottom and right to multiples of size."""
-    h, w = (-x.shape[2]) % size, (-x.shape[3]) % size
-    return F.pad(x, [0, w, 0, h]) if h + w > 0 else x
-
-
 @register_notrace_module
 class ReducedAttention(nn.Module):
     """PVT's attention of [B, H, W, C]: keys and values from a map reduced sr_ratio times."""
@@ -116,7 +111,7 @@ class ReducedAttention(nn.Module):
 
 
 class PVTBlock(nn.Module):
-    """One block over [B, H, W, C]: agent attention (kind "A") or PVT's own (kind "B"), then a perceptron."""
+    """One block over [B, H, W, C]: agent attention (kind "A"), InLine ("I") or PVT's own ("B"), then a perceptron."""
 
     def __init__(
         self,
@@ -147,6 +142,8 @@ class PVTBlock(nn.Module):
                 dim, num_heads, grid, num_agents, qkv_bias=qkv_bias, split_qkv=True, sr_ratio=sr_ratio,
                 agent_grid=agent_grid, **drops, **dd,
             )  # fmt: skip
+        elif kind == "I":
+            self.attn = InLineAttention2d(dim, num_heads, split_qkv=True, qkv_bias=qkv_bias, proj_drop=drop, **dd)
         else:
             self.attn = ReducedAttention(dim, num_heads, qkv_bias, sr_ratio, **drops, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
@@ -171,6 +168,9 @@ class AgentPVT(Pyramid):
 
     Raises: ConfigError for lists of other lengths, unknown letters, heads that do not divide.
     """
+
+    form: ClassVar[str] = "A"
+    """Kind of the blocks that the letter A stands for."""
 
     def __init__(
         self,
@@ -208,8 +208,9 @@ class AgentPVT(Pyramid):
         for i, c in enumerate(dims):
             blocks = [
                 PVTBlock(
-                    c, num_heads[i], grids[i], kind, num_agents[i], agent_grids[i] if agent_grids else None,
-                    mlp_ratios[i], qkv_bias, agent_sr_ratios[i] if kind == "A" else sr_ratios[i],
+                    c, num_heads[i], grids[i], self.form if kind == "A" else kind, num_agents[i],
+                    agent_grids[i] if agent_grids else None, mlp_ratios[i], qkv_bias,
+                    agent_sr_ratios[i] if kind == "A" else sr_ratios[i],
                     drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=next(rates), backend=backend, **dd,
                 )
                 for kind in kinds[i]

@@ -3,7 +3,7 @@
 timm's SwinTransformer with other blocks where the type says A. A blocks see the whole map; B blocks are timm's own.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs, stage_types
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.blocks import FeedForward, drop_rates, take_state
+from attnctl.backbones.modules.inline import InLineAttention2d
 from attnctl.backbones.modules.routing import merge_windows, split_windows
 from attnctl.errors import ConfigError
 
@@ -20,9 +21,10 @@ __all__ = ["AgentSwinBlock", "AgentSwinTransformer"]
 
 
 class AgentSwinBlock(nn.Module):
-    """Agent attention and a perceptron over [B, H, W, C].
+    """Agent attention, or InLine attention, and a perceptron over [B, H, W, C].
 
     Args:
+        form: "A" for agents, "I" for InLine.
         grid: (height, width) of the map. window: side of square windows, None for one window over the map.
         shift: roll the map by so many tokens before it is cut; agents ignore the mask that Swin would need then.
 
@@ -43,6 +45,7 @@ class AgentSwinBlock(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        form: str = "A",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -53,10 +56,14 @@ class AgentSwinBlock(nn.Module):
             window, shift = None, 0
         self.window, self.shift = window or 0, shift if window else 0
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = AgentAttention2d(
-            dim, num_heads, (window, window) if window else grid, num_agents, qkv_bias=qkv_bias,
-            agent_grid=agent_grid, attn_drop=attn_drop, proj_drop=drop, backend=backend, **dd,
-        )  # fmt: skip
+        self.attn: nn.Module
+        if form == "I":
+            self.attn = InLineAttention2d(dim, num_heads, qkv_bias=qkv_bias, proj_drop=drop, **dd)
+        else:
+            self.attn = AgentAttention2d(
+                dim, num_heads, (window, window) if window else grid, num_agents, qkv_bias=qkv_bias,
+                agent_grid=agent_grid, attn_drop=attn_drop, proj_drop=drop, backend=backend, **dd,
+            )  # fmt: skip
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop, **dd)
@@ -86,7 +93,7 @@ class AgentSwinBlock(nn.Module):
         self, feat_size: tuple[int, int], window_size: Any = None, always_partition: bool | None = None
     ) -> None:
         """Resize the axis biases to another map; timm's stage calls this."""
-        if not self.window:
+        if not self.window and isinstance(self.attn, AgentAttention2d):
             self.attn.set_feature_size((feat_size[0], feat_size[1]))
 
 
@@ -100,6 +107,9 @@ class AgentSwinTransformer(SwinTransformer):
 
     Raises: ConfigError for lists of other lengths and unknown letters.
     """
+
+    form: ClassVar[str] = "A"
+    """Form of the blocks that the letter A stands for."""
 
     def __init__(
         self,
@@ -148,7 +158,7 @@ class AgentSwinTransformer(SwinTransformer):
                         self.feature_info[i]["num_chs"], tuple(stage.output_resolution), num_heads[i], num_agents[i],
                         agent_grid=agent_grids[i] if agent_grids else None, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
                         drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=rates[sum(depths[:i]) + j],
-                        backend=backend, device=device, dtype=dtype,
+                        form=self.form, backend=backend, device=device, dtype=dtype,
                     )  # fmt: skip
         if kwargs.get("weight_init", "") != "skip":
             self.init_weights(needs_reset=False)

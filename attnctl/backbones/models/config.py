@@ -33,12 +33,19 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def size_cfgs(names: Iterable[str], **common: Any) -> Any:
-    """Build timm's records for the models of a family; those named `_micro` take 32 px images."""
-    micro = common | {"input_size": (3, 32, 32)}
-    if common.get("pool_size", True) is not None:
-        micro["pool_size"] = (1, 1)
-    return generate_default_cfgs({f"{n}.untrained": cfg(**(micro if n.endswith("_micro") else common)) for n in names})
+def size_cfgs(layouts: Mapping[str, Mapping[str, Any]], **common: Any) -> Any:
+    """Build timm's records for the models of a family, from their arguments by name.
+
+    Models take images of their `img_size`; where none is given, those named `_micro` of 32 px, others of 224.
+    """
+    records = {}
+    for name, layout in layouts.items():
+        size = layout.get("img_size") or (32 if name.endswith("_micro") else 224)
+        shape: dict[str, Any] = {"input_size": (3, size, size)}
+        if common.get("pool_size", True) is not None:
+            shape["pool_size"] = (-(-size // 32),) * 2
+        records[f"{name}.untrained"] = cfg(**(common | shape))
+    return generate_default_cfgs(records)
 
 
 def register(

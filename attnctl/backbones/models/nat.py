@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
+from torch.jit import Final
 
 from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs
 from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, drop_rates, take_state
@@ -18,6 +19,27 @@ from attnctl.kernels.neighborhood.attend import neighborhood
 from attnctl.kernels.neighborhood.axes import axes_of
 
 __all__ = ["NAT", "NeighborhoodAttention2d"]
+
+
+def visible(length: int, window: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Tell along an axis which key each query sees, and the places between them plus window - 1, [length, length]."""
+    at = torch.arange(length)
+    group, place = at % dilation, torch.div(at, dilation, rounding_mode="floor")
+    count = torch.div(length - group + dilation - 1, dilation, rounding_mode="floor")
+    start = torch.minimum((place - window // 2).clamp(min=0), count - window)
+    seen = (place[None, :] >= start[:, None]) & (place[None, :] < start[:, None] + window)
+    seen = seen & (group[None, :] == group[:, None])
+    return seen, (place[None, :] - place[:, None] + window - 1).clamp(0, 2 * window - 2)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, h: int, w: int, window: int, dilation: int, rpb: Tensor) -> Tensor:
+    """Compute neighbourhood attention with a mask over all pairs of places; a script cannot call the kernel."""
+    rows, dy = visible(h, window, dilation)
+    columns, dx = visible(w, window, dilation)
+    bias = rpb[:, dy.to(q.device)][:, :, :, dx.to(q.device)].permute(0, 1, 3, 2, 4).reshape(-1, h * w, h * w)
+    seen = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(h * w, h * w).to(q.device)
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+    return logits.masked_fill(seen.logical_not(), float("-inf")).softmax(dim=-1) @ v
 
 
 @register_notrace_module
@@ -45,13 +67,18 @@ class NeighborhoodAttention2d(nn.Module):
         x = F.pad(x, [0, 0, 0, max(0, least - w), 0, max(0, least - h)])
         b, ph, pw, c = x.shape
         qkv = self.qkv(x).reshape(b, ph * pw, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        axes = axes_of((ph, pw), self.window, 1, self.dilation)
-        out = neighborhood(qkv[0], qkv[1], qkv[2], axes, bias=self.rpb)
+        if torch.jit.is_scripting():
+            out = written_out(qkv[0], qkv[1], qkv[2], ph, pw, self.window, self.dilation, self.rpb)
+        else:
+            axes = axes_of((ph, pw), self.window, 1, self.dilation)
+            out = neighborhood(qkv[0], qkv[1], qkv[2], axes, bias=self.rpb)
         return self.proj(out.transpose(1, 2).reshape(b, ph, pw, c))[:, :h, :w]
 
 
 class NATBlock(nn.Module):
     """Attention and a perceptron of maps [B, H, W, C], each behind a norm and added. init: of layer scales, or None."""
+
+    scaled: Final[bool]
 
     def __init__(
         self, dim: int, heads: int, window: int, dilation: int, mlp_ratio: float, drop_path: float, init: float | None,
@@ -71,9 +98,13 @@ class NATBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block."""
         mixed = self.attn(self.norm1(x))
-        x = x + self.drop_path(self.gamma1 * mixed if self.scaled else mixed)
+        if self.scaled:
+            mixed = self.gamma1 * mixed
+        x = x + self.drop_path(mixed)
         mapped = self.mlp(self.norm2(x))
-        return x + self.drop_path(self.gamma2 * mapped if self.scaled else mapped)
+        if self.scaled:
+            mapped = self.gamma2 * mapped
+        return x + self.drop_path(mapped)
 
 
 class Tokenizer(nn.Module):
@@ -100,11 +131,6 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the reduction."""
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
-
-
-class _MapNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class NAT(Pyramid):
@@ -145,8 +171,8 @@ class NAT(Pyramid):
             step = Downsample(dims[i - 1], c, **dd) if i else Tokenizer(in_chans, c, **dd)
             stages.append(Stage(step, blocks, channels_last=True))
         super().__init__(
-            stages, dims, _MapNorm(dims[-1], **dd), num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
-            drop_rate=drop_rate, **dd,
+            stages, dims, LayerNorm2d(dims[-1], eps=1e-5, **dd), num_classes=num_classes, in_chans=in_chans,
+            global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
         self.apply(_init)
 

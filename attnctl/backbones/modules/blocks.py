@@ -101,7 +101,7 @@ class Pyramid(nn.Module):
     Args:
         stages: built stages. dims: their channels. norm: the last norm over [B, C, H, W], or Identity.
         num_classes, in_chans, global_pool ("avg" or ""), drop_rate: as in timm.
-        img_size: the size that size-dependent parameters are made for, None where there are none.
+        img_size: read by models with parameters that depend on the size, and by no other.
     """
 
     output_fmt: Final[str]
@@ -112,10 +112,11 @@ class Pyramid(nn.Module):
         dims: tuple[int, ...],
         norm: nn.Module,
         *,
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
-        drop_rate: float,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        img_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -69,6 +69,24 @@ def mala(q: Tensor, k: Tensor, v: Tensor, scale: float, sin: Tensor | None = Non
     return ((1 + 1 / (z + 1e-6)) * mixed - z * vf.mean(dim=2, keepdim=True)).to(v.dtype)
 
 
+class RankMix(nn.Module):
+    """Rotary attention between projections: [B, H, N, D], sin, cos [N, D] -> [B, H, N, D]."""
+
+    def __init__(self, kind: str, backend: str) -> None:
+        super().__init__()
+        self.kind, self.backend = kind, backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        """Mix tokens."""
+        scale = q.shape[-1] ** -0.5
+        if self.kind == "rala":
+            return rala(q, k, v, scale, sin, cos)
+        if self.kind == "mala":
+            return mala(q, k, v, scale, sin, cos)
+        q, k = rotate(q.float(), sin, cos).to(q.dtype), rotate(k.float(), sin, cos).to(k.dtype)
+        return attend(q, k, v, None, scale, 0.0, self.backend)
+
+
 @register_notrace_module
 class GatedLinearAttention2d(nn.Module):
     """Attention of a map [B, C, H, W] with rotary positions: proj((mix + lepe(v)) * o).
@@ -89,7 +107,8 @@ class GatedLinearAttention2d(nn.Module):
             ConfigError,
             f"kind={kind!r} was given; expected 'rala', 'mala' or 'softmax'.",
         )
-        self.num_heads, self.kind, self.backend = num_heads, kind, backend
+        self.num_heads = num_heads
+        self.mixer = RankMix(kind, backend)
         self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **dd)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
@@ -100,14 +119,7 @@ class GatedLinearAttention2d(nn.Module):
         q, k, v, o = self.qkvo(x).chunk(4, dim=1)
         lepe = self.lepe(v)
         heads = [y.reshape(b, self.num_heads, c // self.num_heads, h * w).transpose(2, 3) for y in (q, k, v)]
-        d = c // self.num_heads
-        sin, cos = rotation(h, w, d, x)
-        if self.kind == "rala":
-            out = rala(heads[0], heads[1], heads[2], d**-0.5, sin, cos)
-        elif self.kind == "mala":
-            out = mala(heads[0], heads[1], heads[2], d**-0.5, sin, cos)
-        else:
-            turned = [rotate(y.float(), sin, cos).to(y.dtype) for y in heads[:2]]
-            out = attend(turned[0], turned[1], heads[2], None, d**-0.5, 0.0, self.backend)
+        sin, cos = rotation(h, w, c // self.num_heads, x)
+        out = self.mixer(heads[0], heads[1], heads[2], sin, cos)
         out = out.transpose(2, 3).reshape(b, c, h, w)
         return self.proj((out + lepe) * o)

@@ -4,14 +4,21 @@ The rules are those of the authors' loader of Agent Attention (arXiv 2312.08874)
 axis, block biases unchanged, tables and positions bicubically or bilinearly on their grid.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor
 
-__all__ = ["fit_axis", "fit_weight"]
+__all__ = ["fit_axis", "fit_weight", "pad_to"]
+
+
+@register_notrace_function
+def pad_to(x: Tensor, size: int) -> Tensor:
+    """Pad [B, C, H, W] at the bottom and right to multiples of size."""
+    h, w = (-x.shape[2]) % size, (-x.shape[3]) % size
+    return F.pad(x, [0, w, 0, h]) if h + w > 0 else x
+
 
 _AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 

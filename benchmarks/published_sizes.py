@@ -1,0 +1,37 @@
+"""Count the parameters of every registered model whose published size is known.
+
+    python benchmarks/published_sizes.py
+
+The numbers are those of the authors' classes (tests/fixtures/vit2/model_counts.json). Models are built without data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+import attnctl.backbones  # noqa: F401  (registers the names)
+
+TABLE = Path(__file__).parents[1] / "tests" / "fixtures" / "vit2" / "model_counts.json"
+
+
+def main() -> None:
+    """Print how many sizes are exact, and which are not."""
+    published = json.loads(TABLE.read_text())
+    wrong = {}
+    for name, size in published.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        if count != size:
+            wrong[name] = {"published": size, "here": count}
+            print(f"{name}: {count:,} instead of {size:,}", file=sys.stderr)
+    print(json.dumps({"models": len(published), "exact": len(published) - len(wrong), "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()
