@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnctl.backbones.hosts import Host
 from attnctl.backbones.mixers import Mixer
 from attnctl.backbones.modes import evaluating
+from attnctl.data.progress import tracked
 from attnctl.errors import ConfigError
 
 __all__ = ["distil"]
@@ -42,8 +43,6 @@ def distil(
     Returns the loss of every mixer before and after, by name. Raises: ConfigError for a model without mixers, another
     loss, or mixers without weights.
     """
-    from tqdm import tqdm
-
     mixers = {n: m for n, m in model.named_modules() if isinstance(m, Mixer) and any(True for _ in m.parameters())}
     if not any(isinstance(m, Host) for m in model.modules()) or not mixers:
         raise ConfigError(f"This {type(model).__name__} has no swapped form to teach. Call attnctl.swap first.")
@@ -59,7 +58,7 @@ def distil(
     last: dict[str, list[float]] = {n: [] for n in mixers}
     with evaluating(model), contextlib.ExitStack() as undo:
         seen = _Softmax(mixers, undo)
-        for epoch in tqdm(range(epochs), disable=quiet or None, desc="distil", unit="epoch"):
+        for epoch in tracked(range(epochs), "epoch", "distil", quiet=quiet):
             for chosen in torch.randperm(len(images), generator=order).split(batch):
                 with torch.no_grad():
                     model(images[chosen.to(images.device)])

@@ -18,11 +18,13 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.data.progress import in_words
 from attnctl.errors import nearest
 
 __all__ = ["Bench", "Benchmark", "catalogue", "command_of", "figures_of", "told"]
 
 _CATALOGUE = "bench.toml"
+_SILENCE = 30.0  # seconds until a line says that a script still runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ class Bench(Common):
         if not chosen:
             raise UsageError("None of these benchmarks has smoke settings: leave out --quick.")
         check_free([self.out], force=self.force)
+        say(f"{len(chosen)} benchmark(s) to run")
         runs = []
         for i, benchmark in enumerate(chosen, 1):
             say(f"[{i}/{len(chosen)}] {benchmark.name}: {benchmark.about}")
@@ -184,17 +187,14 @@ def _run(folder: Path, benchmark: Benchmark, quick: bool) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         filled = [a.replace("{work}", work) for a in arguments]
-        done = subprocess.run(
-            [sys.executable, str(folder / benchmark.script), *filled],
-            cwd=folder.parent,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, str(folder / benchmark.script), *filled]
+        with subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, text=True) as process:
+            text = _output(process, benchmark.name, began)
     try:
-        data = json.loads(done.stdout)
+        data = json.loads(text)
     except ValueError:
         data = None
-    code = done.returncode or (1 if data is None else 0)
+    code = process.returncode or (1 if data is None else 0)
     return {
         "name": benchmark.name,
         "command": command_of(benchmark, quick),
@@ -203,6 +203,18 @@ def _run(folder: Path, benchmark: Benchmark, quick: bool) -> dict[str, Any]:
         "figures": figures_of(benchmark, data),
         "result": data,
     }
+
+
+def _output(process: subprocess.Popen[str], name: str, began: float) -> str:
+    """Return what a script prints, and say now and then that it still runs."""
+    while True:
+        try:
+            return process.communicate(timeout=_SILENCE)[0]
+        except subprocess.TimeoutExpired:
+            say(f"  {name} runs since {in_words(time.perf_counter() - began)}")
+        except BaseException:
+            process.kill()
+            raise
 
 
 def _recorded(folder: Path, chosen: Sequence[Benchmark]) -> Result:

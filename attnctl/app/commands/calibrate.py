@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
 from attnctl.plans.writing import FileExists
 
 __all__ = ["Calibrate"]
@@ -71,6 +71,13 @@ class Calibrate(Common):
 
     def run(self, command: str) -> Result:
         """Calibrate, save, check."""
+        if not self.prompt and not self.check:
+            raise UsageError("Give --prompt TEXT to calibrate on, --check TEXT to compare on, or both.")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
+        if self.prompt and (self.out / "attnctl_blocks.json").exists() and not self.force:
+            raise FileExists(f"{self.out} holds a plan already: give --force to replace it, or another --out.")
+        importing()
         from attnctl.data.specs import parse_option
         from attnctl.errors import ConfigError
         from attnctl.pipelines import calibrate, check_plan, write_report
@@ -78,12 +85,6 @@ class Calibrate(Common):
         from attnctl.pipelines.calibration.measure import processes
         from attnctl.pipelines.models import device_and_dtype, load
 
-        if not self.prompt and not self.check:
-            raise UsageError("Give --prompt TEXT to calibrate on, --check TEXT to compare on, or both.")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
-        if self.prompt and (self.out / "attnctl_blocks.json").exists() and not self.force:
-            raise FileExists(f"{self.out} holds a plan already: give --force to replace it, or another --out.")
         try:
             call: dict[str, Any] = dict(parse_option(text) for text in self.option)
             checked(self.density, self.block, None, self.groups, self.metric, budget=self.budget)  # before the model
@@ -123,13 +124,11 @@ class Calibrate(Common):
         from attnctl.pipelines.calibration.compare import candidates, compare, grid_and_steps
         from attnctl.processors import SparseAttention
 
-        say("Comparing ways to compute as much of attention")
+        say("Comparing ways to compute as much of attention; first one run, for the size of its maps")
         grid, steps = grid_and_steps(pipe, self.check[0], call)
         controls = {} if plan is None else {"plan": SparseAttention(plan)}
         controls |= candidates(self.density, self.block, grid, steps)
-        return compare(
-            pipe, controls, self.check, seed=self.seed + 1000, call=call, announce=lambda name: say(f"  {name}")
-        )
+        return compare(pipe, controls, self.check, seed=self.seed + 1000, call=call)
 
 
 def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from attnctl.data.proportions import wilson
 from attnctl.errors import ConfigError
 
-__all__ = ["Common", "Result", "UsageError", "say", "table", "tally", "wilson"]
+__all__ = ["Common", "Result", "UsageError", "importing", "say", "table", "tally", "wilson"]
 
 
 class UsageError(ConfigError):
@@ -40,6 +40,12 @@ class Result:
 def say(text: str) -> None:
     """Tell the user something on stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def importing(package: str = "diffusers") -> None:
+    """Say that PyTorch and another package are imported, which takes the first seconds of a command."""
+    if package not in sys.modules:
+        say(f"Importing PyTorch and {package}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

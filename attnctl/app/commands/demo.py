@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnctl.app.commands import demo_video
-from attnctl.app.commands.common import Common, Result, UsageError, say, table, tally
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table, tally
 from attnctl.app.demo import SHEETS, Panel, Sheet, nouns
 from attnctl.data.files import below
 from attnctl.plans.writing import check_free
@@ -72,6 +72,7 @@ class Demo(Common):
         names = [*(name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name), demo_video.FILE]
         check_free([below(self.out, f"{n}{end}") for n in names for end in (".png", ".json")], force=self.force)
 
+        importing()
         from attnctl.shapes import pair_prompts
 
         prompts = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
@@ -101,8 +102,7 @@ class Demo(Common):
 
     def _sheet(self, sheet: Sheet, prompts: tuple[str, ...], command: str) -> dict[str, Any]:
         """Make one picture, and a second one of maps where it has one."""
-        from tqdm import tqdm
-
+        from attnctl.data.progress import Progress
         from attnctl.data.record import save_image
         from attnctl.pipelines.generate import Call
         from attnctl.pipelines.models import load
@@ -126,9 +126,9 @@ class Demo(Common):
         ]
         started = time.perf_counter()
         columns = []
-        with tqdm(total=len(panels) * len(calls) * self.steps, unit="step", disable=None, leave=False) as bar:
+        with Progress(len(panels) * len(calls) * self.steps, "step", sheet.model) as bar:
             for panel in panels:
-                bar.set_description(panel.name)
+                bar.describe(panel.name)
                 asks = [replace(call, controls=_controls(panel, call.prompts)) for call in calls]
                 if not panel.controls and sheet.maps:  # the plain images of the grid also show where they attend
                     asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))

@@ -25,8 +25,7 @@ def make(
     path: Path, *, videos: int, rows: int, steps: int, guidance: float, seed: int, command: str, force: bool
 ) -> dict[str, Any]:
     """Generate `videos` clips for each panel, judge them, and draw the first `rows`, two strips each."""
-    from tqdm import tqdm
-
+    from attnctl.data.progress import Progress
     from attnctl.data.record import save_image
     from attnctl.data.specs import parse_control
     from attnctl.pipelines.generate import Call, sample
@@ -38,9 +37,9 @@ def make(
     loaded = load("shapes:video")
     say(f"shapes:video: {len(panels)} panels of {videos} videos, {steps} steps, on {loaded.pipe.device}")
     started, columns = time.perf_counter(), []
-    with tqdm(total=len(panels) * steps, unit="step", disable=None, leave=False) as bar:
+    with Progress(len(panels) * steps, "step", "shapes:video") as bar:
         for panel in panels:
-            bar.set_description(panel.name)
+            bar.describe(panel.name)
             call = Call(
                 prompts=prompts,
                 seeds=seeds,

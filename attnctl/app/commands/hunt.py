@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
+from attnctl.data.progress import in_words
 
 __all__ = ["Hunt"]
 
@@ -115,6 +116,9 @@ class Hunt(Common):
 
     def run(self, command: str) -> Result:
         """Plan, say what it costs, search, save."""
+        if self.unit == "head" and self.method:
+            raise UsageError("--method is for --unit block: leave it out, or give --unit block.")
+        importing()
         from attnctl.core.hosts.listing import find_sites
         from attnctl.errors import ConfigError
         from attnctl.pipelines.hunting.scorers import objective_of
@@ -123,8 +127,6 @@ class Hunt(Common):
         from attnctl.pipelines.workers import Workers
         from attnctl.plans.writing import check_free
 
-        if self.unit == "head" and self.method:
-            raise UsageError("--method is for --unit block: leave it out, or give --unit block.")
         file = "blocks.json" if self.unit == "block" else "hunt_result.json"
         check_free([self.out / file], force=self.force or self.dry_run)
         try:
@@ -135,6 +137,8 @@ class Hunt(Common):
         crew = Workers(device)
         if crew.size > 1 and device == "cuda":
             device = f"cuda:{crew.local}"
+        if not crew.rank:
+            say(f"Loading {self.model} ({device}, {dtype})")
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         if self.unit == "block":
             return self._blocks(loaded, plan, crew, device)
@@ -145,11 +149,14 @@ class Hunt(Common):
             "model": loaded.name, "pool": len(pool), "pairs": len(plan.pairs), "images": cost.images,
             "images_per_round": list(cost.search), "passes": cost.passes, "processes": crew.size,
         }  # fmt: skip
+        if not crew.rank:
+            say("Timing one picture on this machine")
         hours = seconds_of(loaded.pipe, plan) * cost.images / 3600 / crew.size if self.dry_run or not crew.rank else 0.0
         data["hours"] = round(hours, 4)
         outlook = (
             f"{len(pool)} heads, {len(plan.pairs)} prompt-seed pairs, {plan.rounds} rounds of {plan.k}: {cost.images} "
-            f"images, {cost.passes} denoiser rows, about {_duration(hours)} on this machine ({crew.size} processes)"
+            f"images, {cost.passes} denoiser rows, about {in_words(3600 * hours)} on this machine "
+            f"({crew.size} processes)"
         )
         if self.dry_run:
             return Result(data, outlook)
@@ -271,12 +278,6 @@ def _heads(text: str) -> Any:
     from attnctl.plans import HeadSet
 
     return HeadSet.from_pretrained(text) if Path(text).exists() else HeadSet.from_labels(text)
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.1f} hours"
-    return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"
 
 
 def _ranked(ranked: Any, out: Path, model: str) -> str:

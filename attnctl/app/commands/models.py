@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
 
 __all__ = ["Models"]
 
@@ -24,6 +24,7 @@ class Models(Common):
 
     def run(self, command: str) -> Result:
         """Read what benchmarks/coverage.py has found; nothing is built."""
+        importing()
         from attnctl.core.hosts.classes import denoiser_classes
         from attnctl.core.hosts.families import FAMILIES
         from attnctl.data.controls import controls

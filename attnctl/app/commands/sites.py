@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, say, table
+from attnctl.app.commands.common import Common, Result, importing, say, table
 
 __all__ = ["Sites"]
 
@@ -29,6 +29,7 @@ class Sites(Common):
         """Build the denoiser and list its sites."""
         if self.probe:
             return self._probed()
+        importing()
         import attnctl
         from attnctl.pipelines.models import load_denoiser
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say
 
 __all__ = ["Ui"]
 
@@ -49,6 +49,7 @@ class Ui(Common):
         if self.port is not None and not 1 <= self.port <= 65535:
             raise UsageError(f"--port is a whole number from 1 to 65535, got {self.port}.")
 
+        importing("gradio")
         from attnctl.app.ui.serve import require_gradio, serving
 
         require_gradio()

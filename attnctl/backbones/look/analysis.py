@@ -22,6 +22,7 @@ from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
 from attnctl.backbones.modes import evaluating
 from attnctl.core.sites import Selector, select
 from attnctl.data.pictures import blank_figure
+from attnctl.data.progress import tracked
 from attnctl.errors import ConfigError
 
 __all__ = ["AttentionDistance", "HeadImportance", "distance_profile", "head_importance"]
@@ -114,8 +115,6 @@ def head_importance(
         ConfigError: No images, or labels of another number.
         SiteError, UnsupportedModelError: As `attnctl.find_sites` and its selectors.
     """
-    from tqdm import tqdm
-
     if len(images) == 0 or batch < 1 or (labels is not None and len(labels) != len(images)):
         raise ConfigError(
             f"{len(images)} images, {'no' if labels is None else len(labels)} labels and batch={batch} were given; "
@@ -128,7 +127,7 @@ def head_importance(
         accuracy = float((base.argmax(-1) == right).double().mean())
         losses: dict[str, list[tuple[float, float, float]]] = {s.name: [] for s in chosen}
         heads = [(s, h) for s in chosen for h in range(s.heads)]
-        for site, head in tqdm(heads, disable=None, desc="leave one out", unit="head"):
+        for site, head in tracked(heads, "head", "leave one out"):
             with site.reading.out.register_forward_pre_hook(_without(site, head)):
                 answers = _answers(model, images, batch)
             remaining = (answers.argmax(-1) == right).double().mean()

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from attnctl.core.sites import Selector
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import choose_masks, choose_masks_together, choose_orders
 from attnctl.pipelines.calibration.measure import Settings, Sums, over_prompts, runner
+from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import LAYOUTS, order_name
 from attnctl.plans.reading import Expected, read_bytes
@@ -118,7 +121,11 @@ def calibrate(
 
     def look(name: str, parts: int, orders: Mapping[str, Sequence[int]] | None) -> dict[str, Sums]:
         run = runner(pipe, settings, sites, parts, orders, dict(call or {}))
-        return over_prompts(run, prompts, seed, store, name, quiet)
+
+        def showing(runs: int) -> AbstractContextManager[Progress]:
+            return showing_steps(pipe, call, runs, f"calibrate {name}", quiet=quiet)
+
+        return over_prompts(run, prompts, seed, store, name, showing)
 
     first = look("orders", 1, None)
     if not first:

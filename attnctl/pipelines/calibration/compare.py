@@ -23,6 +23,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.live import LiveControl
 from attnctl.errors import ConfigError
 from attnctl.kernels.sparse import select as choices
+from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan, Neighborhood, Online
 from attnctl.plans.blocks import Blocks
 from attnctl.plans.orders import permutation
@@ -128,6 +129,7 @@ def compare(
     seed: int = 1000,
     call: Mapping[str, Any] | None = None,
     announce: Callable[[str], object] = lambda text: None,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Run controls beside dense attention.
 
@@ -138,6 +140,7 @@ def compare(
         seed: Of the first prompt's noise; prompt i has seed + i.
         call: Other arguments of the pipeline call.
         announce: Called with the name of what runs next.
+        quiet: Show no progress.
 
     Returns:
         For every control its name and short form, the executed share of the maps between image tokens (None for a plan:
@@ -151,31 +154,52 @@ def compare(
     if isinstance(prompts, str) or not prompts or not controls:
         raise ConfigError(f"prompts={prompts!r:.80}, {len(controls)} controls: expected at least one of each.")
     runs = [_runner(pipe, prompt, seed + i, call) for i, prompt in enumerate(prompts)]
-    announce("dense")
-    dense, dense_seconds = _timed(runs)
-    rows = []
-    for name, control in controls.items():
-        announce(name)
-        marks, by_run = _Marks(), not isinstance(control.select, (ModelPlan, BlockPlan, str))
-        if by_run:
-            beside = _Beside(
-                control.select, sites=control.sites, dense_steps=control.dense_steps,
-                dense_layers=control.dense_layers, kernel=control.kernel, marks=marks,
-            )  # fmt: skip
-            with attach(pipe, beside):
-                runs[0]()
-        with attach(pipe, control) as handle:
-            results, seconds = _timed(runs)
-            share = handle.result(control) if by_run else None
-        decibels = [_decibels(a, b) for a, b in zip(dense, results, strict=True)]
-        rows.append({
-            "name": name, "control": short_form(control), "executed": share,
-            "layer_error": (marks.error / marks.size) ** 0.5 if marks.size else None,
-            "captured": float(np.mean(marks.captured)) if marks.captured else None,
-            "psnr_db": None if all(np.isinf(decibels)) else round(float(np.mean(np.clip(decibels, 0, 100))), 2),
-            "dense_seconds": round(dense_seconds, 3), "seconds": round(seconds, 3),
-        })  # fmt: skip
+    beside = sum(_by_run(control) for control in controls.values())
+    with showing_steps(pipe, call, (1 + len(controls)) * len(runs) + beside, "compare", quiet=quiet) as shown:
+        announce("dense")
+        shown.describe("dense")
+        dense = _timed(runs)
+        rows = []
+        for name, control in controls.items():
+            announce(name)
+            shown.describe(name)
+            rows.append(_compared(pipe, name, control, runs, *dense))
     return rows
+
+
+def _by_run(control: SparseAttention) -> bool:
+    """Tell whether a control chooses its blocks while it runs, and has no plan."""
+    return not isinstance(control.select, (ModelPlan, BlockPlan, str))
+
+
+def _compared(
+    pipe: Any,
+    name: str,
+    control: SparseAttention,
+    runs: Sequence[Callable[[], Any]],
+    dense: Sequence[np.ndarray],
+    dense_seconds: float,
+) -> dict[str, Any]:
+    """Run one control beside the dense results."""
+    marks, by_run = _Marks(), _by_run(control)
+    if by_run:
+        beside = _Beside(
+            control.select, sites=control.sites, dense_steps=control.dense_steps,
+            dense_layers=control.dense_layers, kernel=control.kernel, marks=marks,
+        )  # fmt: skip
+        with attach(pipe, beside):
+            runs[0]()
+    with attach(pipe, control) as handle:
+        results, seconds = _timed(runs)
+        share = handle.result(control) if by_run else None
+    decibels = [_decibels(a, b) for a, b in zip(dense, results, strict=True)]
+    return {
+        "name": name, "control": short_form(control), "executed": share,
+        "layer_error": (marks.error / marks.size) ** 0.5 if marks.size else None,
+        "captured": float(np.mean(marks.captured)) if marks.captured else None,
+        "psnr_db": None if all(np.isinf(decibels)) else round(float(np.mean(np.clip(decibels, 0, 100))), 2),
+        "dense_seconds": round(dense_seconds, 3), "seconds": round(seconds, 3),
+    }  # fmt: skip
 
 
 def grid_and_steps(

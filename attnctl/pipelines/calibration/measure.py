@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Selector, Site, select
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
 from attnctl.plans.orders import LAYOUTS
@@ -163,20 +165,19 @@ def over_prompts(
     seed: int,
     store: Path | None,
     name: str,
-    quiet: bool,
+    showing: Callable[[int], AbstractContextManager[Progress]],
 ) -> dict[str, Sums]:
-    """Run every prompt once, here or in another process, and add up."""
-    from tqdm import tqdm
-
+    """Run every prompt once, here or in another process, and add up; `showing(runs)` shows how far that is."""
     rank, world, wait = processes() if store is not None else (0, 1, lambda: None)
     by_prompt: dict[int, dict[str, Sums]] = {}
-    for i in tqdm(range(rank, len(prompts), world), desc=f"calibrate {name}", disable=True if quiet else None):
-        path = None if store is None else store / f"{name}-{i}.safetensors"
-        if path is not None and path.exists():
-            continue
-        by_prompt[i] = run(prompts[i], seed + i)
-        if path is not None:
-            _write(path, by_prompt[i])
+    paths = {i: None if store is None else store / f"{name}-{i}.safetensors" for i in range(rank, len(prompts), world)}
+    todo = [i for i, path in paths.items() if path is None or not path.exists()]
+    with showing(len(todo)) as shown:
+        for n, i in enumerate(todo, 1):
+            shown.describe(f"prompt {n} of {len(todo)}")
+            by_prompt[i] = run(prompts[i], seed + i)
+            if (path := paths[i]) is not None:
+                _write(path, by_prompt[i])
     wait()
     total: dict[str, Sums] = {}
     for i in range(len(prompts)):

@@ -21,6 +21,7 @@ from attnctl.core.sites import Site
 from attnctl.data.pictures import grid
 from attnctl.errors import ConfigError
 from attnctl.pipelines.calibration.calibrate import Calibration
+from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import order_name
 from attnctl.plans.writing import publish
@@ -65,6 +66,7 @@ def check_plan(
     *,
     seed: int = 1000,
     call: Mapping[str, Any] | None = None,
+    quiet: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Compare dense and sparse runs on prompts that the plan was not made from.
@@ -75,6 +77,7 @@ def check_plan(
         prompts: Texts, or arguments of the call in their place.
         seed: Of the first prompt's noise; prompt i has seed + i.
         call: Other arguments of the pipeline call.
+        quiet: Show no progress.
         options: Other fields of `PARO`, such as `dense_steps`.
 
     Returns:
@@ -88,26 +91,27 @@ def check_plan(
     if isinstance(prompts, str) or not prompts:
         raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
     rows = []
-    for i, prompt in enumerate(prompts):
-        inputs = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        settings = {"output_type": "np", **dict(call or {}), **inputs}
+    with showing_steps(pipe, call, 2 * len(prompts), "check the plan", quiet=quiet):
+        for i, prompt in enumerate(prompts):
+            inputs = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+            settings = {"output_type": "np", **dict(call or {}), **inputs}
 
-        def run(settings: dict[str, Any] = settings, i: int = i) -> np.ndarray:
-            out = pipe(**settings, generator=torch.Generator().manual_seed(seed + i))[0]
-            return out.double().cpu().numpy() if isinstance(out, Tensor) else np.asarray(out, np.float64)
+            def run(settings: dict[str, Any] = settings, i: int = i) -> np.ndarray:
+                out = pipe(**settings, generator=torch.Generator().manual_seed(seed + i))[0]
+                return out.double().cpu().numpy() if isinstance(out, Tensor) else np.asarray(out, np.float64)
 
-        compare = _Compare(plan, **options)
-        with attach(pipe, compare):
-            dense = run()
-        with attach(pipe, PARO(plan, **options)):
-            sparse = run()
-        error = float(((dense - sparse) ** 2).mean())
-        peak = float(dense.max() - dense.min()) if settings["output_type"] == "latent" else 1.0
-        rows.append({
-            "prompt": prompt if isinstance(prompt, str) else f"({', '.join(prompt)})",
-            "psnr_db": None if error == 0 else round(float(10 * np.log10(peak**2 / error)), 2),
-            "sites": {name: (e / max(n, 1e-300)) ** 0.5 for name, (e, n) in compare.sums.items()},
-        })  # fmt: skip
+            compare = _Compare(plan, **options)
+            with attach(pipe, compare):
+                dense = run()
+            with attach(pipe, PARO(plan, **options)):
+                sparse = run()
+            error = float(((dense - sparse) ** 2).mean())
+            peak = float(dense.max() - dense.min()) if settings["output_type"] == "latent" else 1.0
+            rows.append({
+                "prompt": prompt if isinstance(prompt, str) else f"({', '.join(prompt)})",
+                "psnr_db": None if error == 0 else round(float(10 * np.log10(peak**2 / error)), 2),
+                "sites": {name: (e / max(n, 1e-300)) ** 0.5 for name, (e, n) in compare.sums.items()},
+            })  # fmt: skip
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from attnctl.core.control import Guidance
 from attnctl.core.hosts.listing import denoisers_of, find_sites
 from attnctl.core.sites import Site, select
+from attnctl.data.progress import Progress
 from attnctl.errors import AttnctlError, ConfigError, SiteError, nearest
 from attnctl.pipelines.hunting.log import HuntLog, fingerprint_of, key_of
 from attnctl.pipelines.hunting.plan import Pictures
@@ -158,6 +159,7 @@ def hunt_blocks(
     log: str | Path | None = None,
     model: str | None = None,
     objective: str | None = None,
+    quiet: bool = False,
 ) -> RankedBlocks:
     """Rank the blocks of a model by what guidance away from each adds to an objective.
 
@@ -168,6 +170,7 @@ def hunt_blocks(
         log: Folder in which every mark is kept. A search that was stopped goes on from there; None keeps nothing.
         model: Name of the model, for the log.
         objective: Name of the objective; None for the scorer's own name.
+        quiet: Show no progress.
 
     Raises:
         ConfigError: The plan does not fit the pipeline, or the scorer returns something else than finite numbers.
@@ -195,7 +198,7 @@ def hunt_blocks(
     history = HuntLog(None if log is None else Path(log), about, crew.rank)
     try:
         history.merge(crew.share, everything=True)
-        return _Search(pipe, plan, scorer, history, crew).run(candidates)
+        return _Search(pipe, plan, scorer, history, crew, len(candidates), quiet).run(candidates)
     finally:
         history.close()
 
@@ -203,21 +206,20 @@ def hunt_blocks(
 class _Search:
     """One process's part in a search."""
 
-    def __init__(self, pipe: Any, plan: BlockHunt, scorer: Scorer, log: HuntLog, crew: Workers) -> None:
+    def __init__(
+        self, pipe: Any, plan: BlockHunt, scorer: Scorer, log: HuntLog, crew: Workers, candidates: int, quiet: bool
+    ) -> None:
         self.pipe, self.plan, self.scorer, self.log, self.crew = pipe, plan, scorer, log, crew
         self.marks: dict[tuple[Candidate | None, int], float] = {}
         self.refused: dict[Candidate, str] = {}
+        images = -(-plan.images(candidates) // crew.size)
+        self.bar = Progress(images, "image", "hunt", quiet=quiet or crew.rank > 0)
 
     def run(self, candidates: Sequence[Candidate]) -> RankedBlocks:
-        self.mark([None], range(len(self.plan.pairs)))
+        with self.bar:
+            self.mark([None], range(len(self.plan.pairs)))
+            seen = self.try_all(candidates)
         place = {c: i for i, c in enumerate(candidates)}
-        left, seen = list(candidates), dict.fromkeys(candidates, 0)
-        for pairs, n in self.plan.stages(len(left)):
-            left = left[:n]
-            self.mark(left, pairs)
-            left = [c for c in left if c not in self.refused]
-            seen.update(dict.fromkeys(left, pairs.stop))
-            left.sort(key=lambda c: (-self.gain(c, seen[c])[0], place[c]))
         tried = [c for c in candidates if c not in self.refused]
         gains = {c: self.gain(c, seen[c]) for c in tried}
         plain = [self.marks[None, i] for i in range(len(self.plan.pairs))]
@@ -226,6 +228,18 @@ class _Search:
             gains=gains, seen={c: seen[c] for c in tried}, refused=self.refused, baseline=sum(plain) / len(plain),
             plan=self.plan, images=len(self.marks),
         )  # fmt: skip
+
+    def try_all(self, candidates: Sequence[Candidate]) -> dict[Candidate, int]:
+        """Mark all candidates on the first pairs, the best of them on more; return how many pairs each has seen."""
+        place = {c: i for i, c in enumerate(candidates)}
+        left, seen = list(candidates), dict.fromkeys(candidates, 0)
+        for pairs, n in self.plan.stages(len(left)):
+            left = left[:n]
+            self.mark(left, pairs)
+            left = [c for c in left if c not in self.refused]
+            seen.update(dict.fromkeys(left, pairs.stop))
+            left.sort(key=lambda c: (-self.gain(c, seen[c])[0], place[c]))
+        return seen
 
     def gain(self, candidate: Candidate, pairs: int) -> tuple[float, float]:
         """Return the mean of what a candidate adds on the first pairs, and its standard error."""
@@ -240,7 +254,9 @@ class _Search:
         work = [(key_of("block", c, list(batch)), c, batch) for c in candidates for batch in batches]
         missing = [unit for unit in work if unit[0] not in self.log.records]
         for key, candidate, batch in missing[self.crew.rank :: self.crew.size]:
+            self.bar.describe("plain" if candidate is None else " at ".join(candidate))
             self.log.add(key, self._draw(candidate, batch))
+            self.bar.update(len(batch))
         self.log.merge(self.crew.share)
         for key, candidate, batch in work:
             if (reason := self.log.records[key].get("refused")) is not None and candidate is not None:

@@ -7,13 +7,13 @@ to the same choice.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnctl.core.hosts.listing import denoisers_of, find_sites
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError
 from attnctl.pipelines.hunting.groups import deal, worth
 from attnctl.pipelines.hunting.log import HuntLog, fingerprint_of, key_of
@@ -119,7 +119,7 @@ class _Search:
         self.marks: dict[Row, float] = {}
         self.generated = 0
         self.best: tuple[float, str] | None = None
-        self.bar = _Bar(plan.estimate(pool).marked, quiet or crew.rank > 0)
+        self.bar = Progress(plan.estimate(pool).marked, "image", "hunt", quiet=quiet or crew.rank > 0)
 
     def run(self, model: str | None, objective: str, layers: int) -> Hunted:
         plan, began = self.plan, time.perf_counter()
@@ -208,7 +208,9 @@ class _Search:
                 mean = sum(m for m in whole if m is not None) / len(whole)
                 if self.best is None or mean > self.best[0]:
                     self.best = (mean, "+".join(f"{site}:{h}" for site, h in heads[-1:]))
-        self.bar.update(len(fresh), self.best)
+        if self.best is not None:
+            self.bar.describe(f"best {self.best[0]:.3f} {self.best[1]}")
+        self.bar.update(len(fresh))
 
     def first_changes(self) -> dict[Head, float]:
         """Measure what replacing each head changes in the first step's prediction."""
@@ -243,23 +245,3 @@ class _Search:
         pictures = {label: draw(self.pipe, self.plan, [(heads, i) for i in range(n)]) for label, heads in sets.items()}
         self.generated += n * len(pictures)
         return pictures
-
-
-class _Bar:
-    """A progress bar with the time left and the best head so far."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc="hunt", unit="image", file=sys.stderr, disable=True if quiet else None)
-
-    def update(self, n: int, best: tuple[float, str] | None) -> None:
-        if best is not None:
-            self._bar.set_postfix_str(f"best {best[0]:.3f} {best[1]}", refresh=False)
-        self._bar.update(n)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.data.pictures import blank_figure
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError
 from attnctl.plans.writing import publish
 
@@ -37,8 +38,6 @@ def fit(
     images: [n, C, H, W]; targets: [n, ...]. The order of the samples is a function of the seed, and no global random
     state is drawn from but for dropout. Raises: ConfigError for an empty plan or counts that differ.
     """
-    from tqdm import tqdm
-
     if epochs < 1 or batch < 1 or len(images) != len(targets) or len(images) < batch:
         raise ConfigError(
             f"epochs={epochs}, batch={batch}, {len(images)} images and {len(targets)} targets were given; expected "
@@ -50,8 +49,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.2)
     model.train()
     curve = []
-    bar = tqdm(range(epochs), disable=quiet or None, desc="train", unit="epoch")
-    for _ in bar:
+    shown = Progress(epochs, "epoch", "train", quiet=quiet)
+    for _ in range(epochs):
         total = torch.zeros((), device=images.device)
         for chosen in torch.randperm(len(images), generator=order)[: steps * batch].split(batch):
             error = loss(model(images[chosen]), targets[chosen])
@@ -62,7 +61,9 @@ def fit(
             schedule.step()
             total += error.detach()
         curve.append(float(total) / steps)
-        bar.set_postfix(loss=f"{curve[-1]:.3f}")
+        shown.describe(f"loss {curve[-1]:.3f}")
+        shown.update()
+    shown.close()
     model.eval()
     return curve
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnctl.data.files import slug
 from attnctl.data.pictures import grid, overlay
+from attnctl.data.progress import tracked
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.vision.folders import check_pictures, listed, open_picture
 from attnctl.pipelines.vision.runs import Run, load_run
@@ -51,8 +52,6 @@ def predict(
 
     Raises: ConfigError for pictures and runs that cannot be read, naming them; FileExists for results that are there.
     """
-    from tqdm import tqdm
-
     run, model = load_run(run_folder)
     files = listed(list(pictures))
     stems = [f"{n:03d}-{slug(path.stem)}" for n, path in enumerate(files)]
@@ -61,7 +60,7 @@ def predict(
     check_pictures(files)
     content: dict[Path, bytes] = {}
     answers = []
-    for path, stem in zip(tqdm(files, disable=None, desc="predict", unit="picture"), stems, strict=True):
+    for path, stem in zip(tracked(files, "picture", "predict"), stems, strict=True):
         picture = open_picture(path)
         x = _prepared(run, picture)
         with torch.inference_mode():
