@@ -11,16 +11,19 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from attnctl.data.audio import Sound, SoundError
 from attnctl.data.files import natural
 from attnctl.data.picture_files import SUFFIXES, PictureFile, check_pixels, is_picture, read_picture, upright
 from attnctl.errors import AttnctlError, ConfigError
 from attnctl.plans.reading import Expected, check_regular
 
-__all__ = ["ArrayClip", "Clip", "ClipError", "FileClip", "fit", "mp4_bytes", "open_clip"]
+__all__ = ["ArrayClip", "Clip", "ClipError", "FileClip", "fit", "gif_bytes", "mp4_bytes", "open_clip"]
 
 _HEAD = 1024  # bytes that tell a format
 _MOST_FRAMES = 1_000_000
@@ -99,6 +102,11 @@ class FileClip(Clip):
         else:
             _check_container(self.path, head)
             self.count = self._open()
+
+    @property
+    def is_video(self) -> bool:
+        """Tell whether the frames come from a video file, which may have sound."""
+        return not self._files and self._moving is None
 
     def _open(self) -> int:
         """Open the video and count its frames, since containers' own counts may be wrong."""
@@ -266,7 +274,9 @@ def fit(video: np.ndarray, size: int | tuple[int, int] | None, multiple: int) ->
     return video[:, y : y + height, x : x + width]
 
 
-def mp4_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: int = 14) -> bytes:
+def mp4_bytes(
+    frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: int = 14, sound: Sound | None = None
+) -> bytes:
     """Encode frames as H.264 in MP4.
 
     Args:
@@ -274,9 +284,11 @@ def mp4_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: 
         fps: Frames per second.
         comment: What the file's comment says: its record.
         crf: x264's quality; smaller is better, 0 is lossless.
+        sound: What is heard meanwhile.
 
     Raises:
         ClipError: PyAV is not installed, or there is no frame.
+        SoundError: The sound is damaged.
     """
     try:
         import av
@@ -291,6 +303,8 @@ def mp4_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: 
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "preset": "medium"}
+        heard = iter(()) if sound is None else sound.write_into(file)
+        _advance(heard)  # streams are added before the first frame is written
         for frame in _even(frames):
             if not count:
                 stream.height, stream.width = frame.shape[:2]
@@ -299,6 +313,32 @@ def mp4_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: 
         if not count:
             raise ClipError("There is no frame to write.")
         file.mux(stream.encode())
+        _advance(heard)
+    return buffer.getvalue()
+
+
+def _advance(heard: Iterator[None]) -> None:
+    """Let the sound be written; a damaged one is a SoundError, whatever PyAV calls it."""
+    try:
+        next(heard, None)
+    except AttnctlError:
+        raise
+    except (OSError, ValueError, ArithmeticError) as error:  # PyAV's own errors are among them
+        raise SoundError(f"it is damaged ({' '.join(str(error).split())[:120]})") from None
+
+
+def gif_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "") -> bytes:
+    """Encode frames as a GIF that repeats: uint8 RGB [height, width, 3], each with 256 colours of its own.
+
+    Raises:
+        ClipError: There is no frame.
+    """
+    pictures = (Image.fromarray(frame).quantize(256, Image.Quantize.MEDIANCUT) for frame in frames)
+    first, buffer = next(pictures, None), io.BytesIO()
+    if first is None:
+        raise ClipError("There is no frame to write.")
+    options: dict[str, Any] = {"duration": max(20, round(1000 / fps)), "loop": 0, "comment": comment.encode()}
+    first.save(buffer, "GIF", save_all=True, append_images=pictures, disposal=1, **options)
     return buffer.getvalue()
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
 from attnctl.data.files import below, slug
+from attnctl.plans.writing import check_free
 
 __all__ = ["Edit"]
 
@@ -142,7 +143,7 @@ class Edit(Common):
     """auto, float32, float16, bfloat16."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: out/NAME.mp4)")] = None
-    """An .mp4, a .png (one frame), or a folder for PNGs."""
+    """An .mp4 (the source's sound goes with it), a .gif, a .png (one frame), or a folder for PNGs."""
 
     force: bool = False
     """Overwrite files that are already there."""
@@ -150,6 +151,7 @@ class Edit(Common):
     def run(self, command: str) -> Result:
         """Edit and write."""
         self._check()
+        importing()
 
         from attnctl.data.clips import FileClip
         from attnctl.pipelines import edit_video
@@ -158,11 +160,12 @@ class Edit(Common):
         fields = self._fields()
         clip = FileClip(self.input)  # read before the model: a missing file is said at once
         device, dtype = device_and_dtype(self.device, self.dtype)
-        say(f"Loading {self.model} ({device}, {dtype})")
-        loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         single = clip.count == 1 or self.frames == 1
         name = f"{slug(self.input.stem)}-{slug(self.target)}.{'png' if single else 'mp4'}"
         out = self.out or below(Path("out"), name)
+        check_free([out, out.with_suffix(".json"), out.with_name(f"{out.stem}-strip.png")], force=self.force)
+        say(f"Loading {self.model} ({device}, {dtype})")
+        loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         started = time.perf_counter()
         done = edit_video(
             loaded.pipe,
@@ -198,6 +201,10 @@ class Edit(Common):
         return Result(data, table(("path", "frames", "size", "strip"), rows))
 
     def _check(self) -> None:
+        for name in ("source", "target"):
+            if not getattr(self, name).strip():
+                what = "the video shows" if name == "source" else "it shall show"
+                raise UsageError(f"--{name} is empty: say what {what}.")
         from attnctl.pipelines.bounds import check_wholes
 
         names = ("steps", "every", "window", "frames", "size", "start")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.sizes import cell, largest, pixels_per_latent
 from attnctl.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Coded", "Coder"]
@@ -57,8 +57,7 @@ class Coder:
         if vae is None or not hasattr(vae, "encode"):
             raise UnsupportedModelError(f"{name} has no autoencoder, so frames cannot become latents.")
         self.pipe, self.vae = pipe, vae
-        names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
-        self.space = int(_first(pipe, (*names, "vae_scale_factor"), 8))
+        self.space = pixels_per_latent(pipe) or 8
         names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
         self.time = int(_first(pipe, names, 1))
         weights = [p for p in vae.encoder.parameters() if p.ndim >= 4]
@@ -69,11 +68,7 @@ class Coder:
             raise UnsupportedModelError(
                 f"{name} cannot begin with given latents. Pass the text-to-image (or -video) one."
             )
-        config: Any = pipe.transformer.config
-        patch = getattr(config, "patch_size", 1) or 1
-        patch = int(patch[-1]) if isinstance(patch, (tuple, list)) else int(patch)
-        packs = callable(getattr(pipe, "_pack_latents", None)) and not hasattr(pipe, "transformer_spatial_patch_size")
-        self.multiple = self.space * max(patch, 2 if packs else 1)
+        self.multiple = cell(pipe) or self.space
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,9 +90,8 @@ class Coder:
                 f"Frames of {width}x{height} do not divide into the cells of {m} pixels that "
                 f"{type(self.pipe).__name__} sees. Resize them, for example to {low[1]}x{low[0]}."
             )
-        parts = self.pipe.transformer.modules()
-        most = m * next((int(p.pos_embed_max_size or 0) for p in parts if isinstance(p, PatchEmbed)), 0)
-        if 0 < most < max(height, width):
+        most = largest(self.pipe)
+        if most is not None and most < max(height, width):
             raise ConfigError(
                 f"Frames of {width}x{height} are larger than the {most}x{most} pixels for which "
                 f"{type(self.pipe).__name__}'s model has places. Bring their shorter side to "

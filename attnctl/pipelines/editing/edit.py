@@ -22,13 +22,15 @@ import numpy as np
 from PIL import Image
 
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.sizes import largest
 from attnctl.data.clips import Clip, ClipError, open_clip
 from attnctl.data.picture_files import read_picture
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.pipelines.bounds import check_wholes
 from attnctl.pipelines.editing.codec import check_pipeline
 from attnctl.pipelines.editing.defaults import Defaults, defaults_of
-from attnctl.pipelines.editing.files import make_strip, output_files, parts_of, record_of, write
+from attnctl.pipelines.editing.files import Parts, make_strip, output_files, parts_of, record_of, write
 from attnctl.pipelines.editing.flow_job import FlowJob
 from attnctl.pipelines.editing.job import Job
 from attnctl.processors.editing.fatezero import FateZero
@@ -121,7 +123,8 @@ def edit_video(
         offload: Where stored attention goes: "none", "cpu", "disk" (stores "qk" and "maps").
         budget: Most bytes to store.
         folder: Where "disk" makes its temporary folder.
-        out: An .mp4 to write, a .png for one frame, or a folder of PNGs; with a JSON record and a before/after strip.
+        out: An .mp4 (with the source's sound) or a .gif to write, a .png for one frame, or a folder of PNGs; with a
+            JSON record and a before/after strip.
         force: Overwrite what is there.
         keep: Return the frames; False where a long clip is only written.
         progress: A bar on stderr, none, or a function to call after every step.
@@ -147,26 +150,37 @@ def edit_video(
         raise ConfigError(f"start={start}, count={count}, every={every} leave no frame of {clip.count}.")
     job = _job_of(pipe, clip, chosen, edit, steps, size, window, solver, mask, check, options)
     job.check(offload, budget, folder)
-    announce(job.costs_in_words())
+    announce(f"{_size_in_words(job, clip)}\n{job.costs_in_words()}")
     files = output_files(out, len(chosen), force)
     rate = float(fps or clip.fps / every)
     call = {"guidance_scale": scale, "negative_prompt": negative_prompt}
     record = record_of(pipe, job, call, rate, model)
-    with parts_of(files, record, job) as parts, _bar(progress, job.ticks * len(job.windows)) as tick:
+    with parts_of(files, record, job) as parts, _bar(progress, job, parts) as tick:
+        if there := sum(map(parts.has, job.windows)):
+            announce(f"{there} of {len(job.windows)} window(s) are taken over from a run that was broken off")
         report = ""
         for first in job.windows:
-            if parts.has(first):
-                for _ in range(job.ticks):
-                    tick()
-                continue
-            before, after, report = job.run(first, call, offload, budget, folder, tick)
-            parts.put(first, before, after)
+            if not parts.has(first):
+                before, after, report = job.run(first, call, offload, budget, folder, tick)
+                parts.put(first, before, after)
         strip = make_strip(parts)
         record |= {"sha256": parts.digest(), "command": command}
         if files:
-            write(files, parts, rate, record, strip, force)
+            write(files, parts, rate, record, strip, force, announce)
         whole = parts.whole() if keep else (None, None)
     return Edited(whole[1], whole[0], rate, strip, record, report, next(iter(files), None))
+
+
+def _size_in_words(job: Job | FlowJob, clip: Clip) -> str:
+    """Say what becomes of the frames' size."""
+    height, width = clip.read([job.chosen[0]]).shape[1:3]
+    text = f"{len(job.chosen)} frame(s) of {width}x{height}"
+    if (height, width) == (job.height, job.width):
+        return f"{text}, as they are"
+    most = None if job.size is None else largest(job.pipe)
+    limit = "" if most is None else f", {most} at most"
+    cut = f"both sides multiples of {job.multiple} pixels{limit}, what is over is cut off evenly"
+    return f"{text} become {job.width}x{job.height}: {cut}"
 
 
 def _is_flow(pipe: Any) -> bool:
@@ -282,11 +296,13 @@ def _mask_of(mask: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool | Callable[[], object], total: int) -> Iterator[Callable[[], object]]:
+def _bar(progress: bool | Callable[[], object], job: Job | FlowJob, parts: Parts) -> Iterator[Callable[[], object]]:
+    """Show the steps of all windows, or call a function after each; those of an earlier run count as done."""
+    done, total = job.ticks * sum(map(parts.has, job.windows)), job.ticks * len(job.windows)
     if callable(progress):
+        for _ in range(done):
+            progress()
         yield progress
         return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="step", disable=None if progress else True, leave=False) as bar:
-        yield bar.update
+    with Progress(total, "step", "edit", done=done, quiet=not progress) as shown:
+        yield shown.update

@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from attnctl.data.clips import ClipError, FileClip, mp4_bytes
+from attnctl.data.audio import SoundError, sound_of
+from attnctl.data.clips import ClipError, FileClip, gif_bytes, mp4_bytes
 from attnctl.data.pictures import grid
 from attnctl.data.png import png_with_text
 from attnctl.data.provenance import hardware, versions
@@ -103,15 +104,9 @@ def parts_of(files: list[Path], record: dict[str, Any], job: Job | FlowJob) -> I
         return
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     folder = files[0].parent / f".{files[0].name}.{mark}.parts"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield Parts(job, folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if no window is done, there is nothing to go on from
-        raise
+    yield Parts(job, folder)  # which is there from the first window on that is done
     # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
-    for left in folder.parent.iterdir():
+    for left in folder.parent.iterdir() if folder.parent.exists() else ():
         if left.name.startswith(f".{files[0].name}.") and left.name.endswith(".parts"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -123,8 +118,8 @@ def output_files(out: str | Path | None, frames: int, force: bool) -> list[Path]
     path = Path(out)
     if path.suffix.lower() == ".png" and frames != 1:
         raise ConfigError(f"{path.name} holds one frame, and the edit has {frames}: give an .mp4 or a folder.")
-    if path.suffix.lower() not in (".mp4", ".png", ""):
-        raise ConfigError(f"{path.name}: an edit is written as .mp4, as a .png (one frame), or into a folder.")
+    if path.suffix.lower() not in (".mp4", ".gif", ".png", ""):
+        raise ConfigError(f"{path.name}: an edit is written as .mp4, .gif, .png (one frame), or into a folder.")
     if path.suffix.lower() == ".mp4":
         mp4_bytes([np.zeros((16, 16, 3), np.uint8)], 8.0)  # PyAV missing is said now, not after the work
     files = [path, path.with_suffix(".json"), path.with_name(f"{path.stem}-strip.png")]
@@ -132,12 +127,23 @@ def output_files(out: str | Path | None, frames: int, force: bool) -> list[Path]
     return files
 
 
-def write(files: list[Path], parts: Parts, fps: float, record: dict[str, Any], strip: Image.Image, force: bool) -> None:
+def write(
+    files: list[Path],
+    parts: Parts,
+    fps: float,
+    record: dict[str, Any],
+    strip: Image.Image,
+    force: bool,
+    announce: Callable[[str], object],
+) -> None:
+    """Write the edit, its record and its strip, all or none."""
     text = json.dumps(record, allow_nan=False)
     path, beside, picture = files
     made = {beside: json.dumps(record, indent=2, allow_nan=False).encode() + b"\n", picture: _png(strip, text)}
     if path.suffix.lower() == ".mp4":
-        made = {path: mp4_bytes(parts.frames(), fps, text), **made}
+        made = {path: _with_sound(parts, fps, text, announce), **made}
+    elif path.suffix.lower() == ".gif":
+        made = {path: gif_bytes(parts.frames(), fps, text), **made}
     elif path.suffix.lower() == ".png":
         made = {path: _png(Image.fromarray(next(parts.frames())), text), **made}
     else:
@@ -146,6 +152,25 @@ def write(files: list[Path], parts: Parts, fps: float, record: dict[str, Any], s
     publish(made, force=force)
     if path.is_dir():
         _remove_older(path, len(parts.job.chosen))
+
+
+def _with_sound(parts: Parts, fps: float, text: str, announce: Callable[[str], object]) -> bytes:
+    """Encode the edit as MP4 with what is heard in the source meanwhile; say where it has to go without."""
+    clip, chosen = parts.job.clip, parts.job.chosen
+    try:
+        sound = None
+        if isinstance(clip, FileClip) and clip.is_video:
+            begin, seconds = chosen.start / clip.fps, len(chosen) * chosen.step / clip.fps
+            sound = sound_of(clip.path, begin, begin + seconds)
+            if sound is not None and abs(len(chosen) / fps - seconds) > 0.02 * seconds:
+                raise SoundError(f"{seconds:.1f} s of it would be heard with {len(chosen) / fps:.1f} s of pictures")
+        made = mp4_bytes(parts.frames(), fps, text, sound=sound)
+    except SoundError as error:
+        announce(f"The source's sound is left out: {error}.")
+        return mp4_bytes(parts.frames(), fps, text)
+    if sound is not None:
+        announce(f"The source's sound is taken over, {sound.begin:.2f} s to {sound.end:.2f} s.")
+    return made
 
 
 def _remove_older(folder: Path, count: int) -> None:
@@ -179,6 +204,7 @@ def record_of(pipe: Any, job: Job | FlowJob, call: dict[str, Any], fps: float, m
     device = str(next(job.denoiser.parameters()).device)
     flow = {"solver": job.solver, "costs": job.costs, "options": job.options} if isinstance(job, FlowJob) else {}
     mask = None if job.mask is None else hashlib.sha256(np.packbits(job.mask).tobytes()).hexdigest()
+    full = job.clip.read([job.chosen[0]]).shape[1:3]
     sample = job.read([0]) if len(job.chosen) == 1 else job.read([0, len(job.chosen) - 1])
     return {
         "schema": 1,
@@ -186,6 +212,7 @@ def record_of(pipe: Any, job: Job | FlowJob, call: dict[str, Any], fps: float, m
         "input": job.clip.path.name if isinstance(job.clip, FileClip) else "frames",
         "input_ends_sha256": hashlib.sha256(sample.tobytes()).hexdigest(),
         "frames": [job.chosen.start, len(job.chosen), job.chosen.step],
+        "input_size": [full[1], full[0]],
         "width": job.width,
         "height": job.height,
         "fps": fps,

@@ -20,6 +20,7 @@ from attnctl.core.hosts.autoencoders import Coded, Coder
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.paths import PathScheduler, Route, base_of
+from attnctl.core.hosts.sizes import largest
 from attnctl.core.hosts.words import row_texts
 from attnctl.core.live import LiveControl, LiveDenoiser, PassEnded
 from attnctl.data.clips import Clip, fit
@@ -77,7 +78,7 @@ class FlowJob:
         self.windows = range(0, len(chosen), self.window)
         self.ddim = base_of(pipe.scheduler)
         self.rule = rule_of(solver)
-        self.factor = self.coder.multiple
+        self.multiple = self.coder.multiple
         self.costs: dict[str, Any] = {}
         self._coded: dict[int, Coded] = {}
 
@@ -87,7 +88,7 @@ class FlowJob:
 
     def read(self, rows: list[int]) -> np.ndarray:
         """Read frames, brought to size."""
-        return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.factor)
+        return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.multiple)
 
     @property
     def ticks(self) -> int:
@@ -114,6 +115,7 @@ class FlowJob:
         sites = find_sites(self.denoiser)
         chosen = edit.resolve(sites, family)
         check_guided(pipe)
+        self._shrink()
         height, width = self.read([0]).shape[1:3]
         self.height, self.width = height, width
         self.coder.check_size(height, width)
@@ -133,6 +135,13 @@ class FlowJob:
         elif budget is not None:
             check_room(self.bytes, "cpu", device, budget, folder)
 
+    def _shrink(self) -> None:
+        """Bring frames that are larger than the model has places for to the largest size, where none was asked for."""
+        most, (height, width) = largest(self.pipe), self.clip.read([self.chosen[0]]).shape[1:3]
+        if self.size is None and most is not None and max(height, width) > most:
+            scale = most / max(height, width)
+            self.size = max(self.multiple, int(height * scale)), max(self.multiple, int(width * scale))
+
     def _check_frames(self) -> None:
         most = getattr(self.denoiser.config, "sample_frames", None)
         learned = getattr(self.denoiser.config, "use_learned_positional_embeddings", False)
@@ -146,7 +155,7 @@ class FlowJob:
 
     def _region(self, first: int, frames: int) -> Tensor | None:
         rows = [self.chosen[i] for i in self.frames(first)]
-        region = region_of(self.mask, rows + [rows[-1]] * (frames - len(rows)), self.chosen, self.size, self.factor)
+        region = region_of(self.mask, rows + [rows[-1]] * (frames - len(rows)), self.chosen, self.size, self.multiple)
         return None if region is None else region.to(next(self.denoiser.parameters()).device)
 
     # Costs -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from attnctl.core.attach import attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
+from attnctl.core.hosts.sizes import cell
 from attnctl.data.clips import Clip, fit
 from attnctl.pipelines.editing.codec import decode, encode, latent_factor
 from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
@@ -45,6 +46,7 @@ class Job:
         self.windows = range(0, len(chosen), window)
         self.ddim = ddim_of(pipe.scheduler)
         self.factor = latent_factor(pipe)
+        self.multiple = cell(pipe) or self.factor
 
     def frames(self, first: int) -> range:
         """Return the frames of a window, counted in the clip as chosen."""
@@ -58,7 +60,7 @@ class Job:
 
     def read(self, rows: list[int]) -> np.ndarray:
         """Read frames, brought to size."""
-        return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.factor)
+        return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.multiple)
 
     def check(self, offload: Offload, budget: int | None, folder: str | Path | None) -> None:
         """Refuse what cannot run, before anything runs."""
@@ -98,7 +100,7 @@ class Job:
             total=len(self.chosen),
             step=tick,
         )
-        inversion.region = region_of(self.mask, [self.chosen[i] for i in rows], self.chosen, self.size, self.factor)
+        inversion.region = region_of(self.mask, [self.chosen[i] for i in rows], self.chosen, self.size, self.multiple)
         with (
             inversion,
             torch.no_grad(),
