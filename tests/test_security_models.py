@@ -24,7 +24,8 @@ from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import blur_queries
 from attnctl.pipelines import models
-from attnctl.pipelines.generate import Call, _check_sizes, _scheduler, sample_again
+from attnctl.pipelines.generate import Call, _check_sizes
+from attnctl.pipelines.repeat import _scheduler, sample_again
 from attnctl.plans import BlockPlan, HeadSet
 from attnctl.plans.hub import fetching
 from attnctl.processors import PAG, SEG, Capture

@@ -39,6 +39,11 @@ __all__ = [
 SCHEMA = 1
 CHUNK = "attnctl"
 _DEEPEST = 50  # levels of lists and objects: no record has ten
+_MOST_PICTURES = 1_024  # of one call of a pipeline
+_MOST_LISTED = 10_000  # entries of a list or an object: sites, settings of a scheduler, options
+_LONGEST = 100_000  # characters of a text: prompts, the command
+_MOST_CONTROLS = 100
+_LARGEST = 1 << 63  # of a whole number: seeds are the largest there are
 
 
 class RecordError(AttnctlError):
@@ -49,11 +54,11 @@ _FILE = Expected("a record of attnctl", RecordError, 16 << 20)
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= _LONGEST
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _is_number(value: Any) -> bool:
@@ -62,17 +67,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_json(value: Any, depth: int = 0) -> bool:
-    if depth > _DEEPEST:
+    if depth > _DEEPEST or (isinstance(value, (Mapping, list)) and len(value) > _MOST_LISTED):
         return False
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())
     if isinstance(value, list):
         return all(_is_json(v, depth + 1) for v in value)
-    return value is None or isinstance(value, (bool, str)) or _is_number(value)
+    return value is None or isinstance(value, bool) or _is_text(value) or _is_number(value)
 
 
 def _many(inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, tuple) and all(map(inner, value))
+    return lambda value: isinstance(value, tuple) and len(value) <= _MOST_LISTED and all(map(inner, value))
 
 
 def _maybe(inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -157,6 +162,11 @@ class Record:
             if not expected(value):
                 raise RecordError(f"The record's {name!r} is damaged: {value!r:.120}.")
         n = len(self.prompts)
+        if n > _MOST_PICTURES or len(self.controls) > _MOST_CONTROLS:
+            raise RecordError(
+                f"The record is of {n} pictures under {len(self.controls)} controls; expected at most {_MOST_PICTURES} "
+                f"of one call, and {_MOST_CONTROLS} controls."
+            )
         if not n or len(self.seeds) != n or len(self.sha256) != n:
             counts = f"{n} prompts, {len(self.seeds)} seeds and {len(self.sha256)} hashes"
             raise RecordError(f"A record has one prompt, one seed and one hash per image, got {counts}.")

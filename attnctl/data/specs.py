@@ -22,9 +22,10 @@ from typing import Any
 from attnctl.data.controls import control_named, controls
 from attnctl.errors import AttnctlError, ConfigError, nearest, unboxed
 
-__all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_option"]
+__all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_controls", "parse_option"]
 
 _LONGEST = 100_000  # characters of a short form
+_MOST_TOGETHER = 100  # controls in one text
 
 
 def methods() -> dict[str, type]:
@@ -96,6 +97,28 @@ def parse_control(text: str) -> Any:
             given = ast.unparse(keyword.value)
             raise ConfigError(f"The value of {keyword.arg!r} in {text!r} is not a literal: {given}; {form}.") from None
     return _make(cls, name, values)
+
+
+def parse_controls(text: str) -> tuple[Any, ...]:
+    """Read several controls that act together, `PAG(scale=3.0) + SEG`; "plain" is none.
+
+    Raises:
+        ConfigError: as `parse_control`.
+    """
+    if text.strip() == "plain":
+        return ()
+    try:
+        node = ast.parse(text.strip(), mode="eval").body if len(text) <= _LONGEST and "+" in text else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        node = None  # parse_control says what is wrong
+    parts: list[str] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and len(parts) < _MOST_TOGETHER:
+        parts.append(ast.get_source_segment(text.strip(), node.right) or "")
+        node = node.left
+    if not parts or node is None:
+        return (parse_control(text),)
+    parts.append(ast.get_source_segment(text.strip(), node) or "")
+    return tuple(map(parse_control, reversed(parts)))
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -14,6 +14,7 @@ _SEEDS = 2**63 - 2**32  # a few billion images may follow the first
 MOST: Mapping[str, int] = {
     "num": 10_000,
     "batch": 1_024,
+    "pictures": 100_000,
     "steps": 10_000,
     "height": 16_384,
     "width": 16_384,
@@ -27,6 +28,7 @@ MOST: Mapping[str, int] = {
     "rounds": 10_000,
     "repeats": 10_000,
     "num_train_timesteps": 100_000,
+    "option": 16_384,
     "seed": _SEEDS,
 }
 _FROM_ZERO = ("seed", "start")

@@ -1,4 +1,4 @@
-"""One pipeline call, its images and its record; and the same call again, from the record."""
+"""One pipeline call, its images and its record."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from typing import Any
 
 from PIL import Image
 
+from attnctl.core.hosts.sizes import cell, largest, usual_size
 from attnctl.data.pictures import film_strip
 from attnctl.data.provenance import hardware, versions
-from attnctl.data.quiet import without_bar
-from attnctl.data.record import Record, RecordError, pixels_sha256
-from attnctl.data.specs import control_from_dict, control_to_dict
-from attnctl.errors import ConfigError, UnsupportedModelError, nearest
-from attnctl.pipelines.bounds import MOST, check_pixels_asked, check_wholes
+from attnctl.data.quiet import counting_steps, without_bar
+from attnctl.data.record import Record, pixels_sha256
+from attnctl.data.specs import control_to_dict
+from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError, nearest
+from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
 from attnctl.pipelines.models import Loaded
 
-__all__ = ["Call", "Sampled", "differences", "makes_videos", "sample", "sample_again"]
+__all__ = ["INFINITE", "Call", "Sampled", "fitted", "makes_videos", "sample", "scheduler_config", "settings_of"]
 
 _OURS = ("self", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end")
-_INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_SMALLER = (
+    "take a smaller size, fewer pictures per call (batch), or float16; or offload the model (docs/howto/offload.md)"
+)
+INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +86,14 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     _check_sizes(call)
     pipe = loaded.pipe
     acting = tuple(c for c in call.controls if not isinstance(c, Capture))  # a record holds what made the image
-    controls = tuple(control_to_dict(control) for control in acting)
-    options, defaults = _options(pipe, call)
+    settings = settings_of(loaded, call)
+    options, _ = _options(pipe, call)
     if makes_videos(pipe):
         options["output_type"] = "pil"
     options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
     sites, report = _site_names(pipe, acting), ""
     maps: tuple[Any, ...] = ()
-    with _progress(pipe, options, step):
+    with _explained(pipe), _progress(pipe, options, step):
         if call.controls:
             with attnctl.control(pipe, *call.controls, backend=call.backend) as handle:
                 output = pipe(**options)
@@ -102,80 +106,100 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     if not isinstance(images, list) or len(images) != len(call.prompts):
         raise UnsupportedModelError(f"{type(pipe).__name__} does not return one image or video per prompt.")
     size = videos[0][0].size if videos else images[0].size
-    device = str(pipe.device)
     record = Record(
-        prompts=call.prompts,
-        seeds=call.seeds,
+        **settings,
         sha256=tuple(pixels_sha256(image) for image in images),
         shows=tuple(range(len(images))),
-        negative=call.negative,
-        steps=defaults["num_inference_steps"],
-        guidance=defaults.get("guidance_scale"),
-        options=dict(call.options),
         width=size[0],
         height=size[1],
-        controls=controls,
         sites=sites,
-        backend=call.backend,
-        model=loaded.name,
-        revision=loaded.revision,
-        pipeline=type(pipe).__name__,
-        scheduler=_scheduler_config(pipe.scheduler),
-        dtype=str(pipe.dtype).removeprefix("torch."),
-        device=device,
         threads=torch.get_num_threads(),
-        hardware=hardware(device),
+        hardware=hardware(settings["device"]),
         versions=versions(),
         command=call.command,
     )
     return Sampled(tuple(images), record, report, maps, videos)
 
 
-def sample_again(loaded: Loaded, record: Record, step: Callable[[], object] = lambda: None) -> Sampled:
-    """Make the images of a record again, with its scheduler and its number of threads.
+def fitted(pipe: Any, call: Call, announce: Callable[[str], object] = lambda text: None) -> Call:
+    """Return the call with a size that the pipeline takes: a side that is missing is its usual one, both are multiples.
+
+    Args:
+        pipe: The pipeline.
+        call: The call.
+        announce: Called with what becomes of the size, where it changes.
 
     Raises:
-        RecordError: the record was made with another pipeline class or an unknown scheduler.
+        ConfigError: the size is larger than the model has places for, or one side is missing that nobody knows.
+    """
+    if call.width is None and call.height is None:
+        return call
+    name, usual, multiple, most = type(pipe).__name__, usual_size(pipe), cell(pipe) or 1, largest(pipe)
+    if usual is None and None in (call.width, call.height):
+        raise ConfigError(f"{name} does not say its usual size: give both width and height.")
+    given = [side if side is not None else (usual or (0, 0))[i] for i, side in enumerate((call.height, call.width))]
+    height, width = (max(multiple, round(side / multiple) * multiple) for side in given)
+    if most is not None and most < max(height, width):
+        raise ConfigError(f"{name}'s model has places for {most}x{most} pixels; {width}x{height} were asked for.")
+    if [height, width] != given:
+        announce(
+            f"{given[1]}x{given[0]} becomes {width}x{height}: the sides are multiples of {multiple} pixels in {name}."
+        )
+    return replace(call, width=width, height=height)
+
+
+@contextlib.contextmanager
+def _explained(pipe: Any) -> Iterator[None]:
+    """Turn what a host refuses, and a memory that is too small, into errors that say what to do.
+
+    Raises:
+        ConfigError: in place of ValueError, AssertionError and what allocators raise.
     """
     import torch
 
-    pipe = loaded.pipe
-    check_wholes({"threads": max(1, record.threads)}, RecordError, "the record's ")
-    if type(pipe).__name__ != record.pipeline:
-        raise RecordError(f"The record was made with {record.pipeline}, but {loaded.name} is a {type(pipe).__name__}.")
-    if _scheduler_config(pipe.scheduler) != record.scheduler:
-        pipe.scheduler = _scheduler(record.scheduler)
-    sized = {"width", "height"} <= set(inspect.signature(type(pipe).__call__).parameters)
-    call = Call(
-        prompts=record.prompts,
-        seeds=record.seeds,
-        steps=record.steps,
-        guidance=record.guidance,
-        negative=record.negative,
-        width=record.width if sized else None,
-        height=record.height if sized else None,
-        options=record.options,
-        controls=tuple(control_from_dict(control) for control in record.controls),
-        backend=record.backend,
-        command=record.command,
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, record.threads))
     try:
-        again = sample(loaded, call, step)
-    finally:
-        torch.set_num_threads(threads)
-    return replace(again, record=replace(again.record, shows=record.shows))
+        yield
+    except AttnctlError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ConfigError(f"The memory is too small for this call: {_SMALLER}.") from error
+    except (ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"{type(pipe).__name__} refuses this call: {reason}. Change the option that it names; `attnctl generate "
+            "--help` lists them."
+        ) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise ConfigError(f"The memory is too small for this call: {_SMALLER}.") from error
 
 
-def differences(before: Record, after: Record) -> dict[str, tuple[str, str]]:
-    """Name what differs between two runs of one record and can change pixels."""
-    changes: dict[str, tuple[str, str]] = {}
-    for name in sorted({*before.versions, *after.versions}):
-        changes[name] = before.versions.get(name, "not installed"), after.versions.get(name, "not installed")
-    for name in ("revision", "device", "dtype", "threads", "hardware", "sites"):
-        changes[name] = str(getattr(before, name)), str(getattr(after, name))
-    return {name: (a, b) for name, (a, b) in changes.items() if a != b}
+def settings_of(loaded: Loaded, call: Call) -> dict[str, Any]:
+    """Return what a record of the call will hold that is settled before it runs.
+
+    Raises:
+        ConfigError: the pipeline does not take one of the options, or a control cannot be kept in a record.
+    """
+    from attnctl.processors import Capture
+
+    pipe, (_, defaults) = loaded.pipe, _options(loaded.pipe, call)
+    return {
+        "prompts": call.prompts,
+        "seeds": call.seeds,
+        "negative": call.negative,
+        "steps": defaults["num_inference_steps"],
+        "guidance": defaults.get("guidance_scale"),
+        "options": dict(call.options),
+        "controls": tuple(control_to_dict(c) for c in call.controls if not isinstance(c, Capture)),
+        "backend": call.backend,
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "pipeline": type(pipe).__name__,
+        "scheduler": scheduler_config(pipe.scheduler),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+    }
 
 
 def _check_sizes(call: Call) -> None:
@@ -223,7 +247,8 @@ def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
 def _progress(pipe: Any, options: dict[str, Any], step: Callable[[], object]) -> Iterator[None]:
     """Report every step to `step` instead of the pipeline's own bar; leave the pipeline as it was."""
     if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        yield  # an older pipeline shows its own bar
+        with counting_steps(pipe, step):  # an older pipeline calls nobody, but counts for its own bar
+            yield
         return
 
     def report(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +273,8 @@ def _site_names(pipe: Any, controls: tuple[Any, ...]) -> tuple[tuple[str, ...], 
     )
 
 
-def _scheduler_config(scheduler: Any) -> dict[str, Any]:
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """Return what a record keeps of a scheduler: its class and its configuration, as JSON values."""
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     return {
         "_class_name": type(scheduler).__name__,
@@ -264,30 +290,5 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
     if isinstance(value, float) and math.isinf(value):
-        return _INFINITE[value]
+        return INFINITE[value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _scheduler(config: Mapping[str, Any]) -> Any:
-    import diffusers
-
-    name = config.get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise RecordError(f"The record's scheduler {name!r:.80} is not one of diffusers' schedulers.")
-    for key, value in config.items():
-        if isinstance(value, int) and abs(value) > MOST["num_train_timesteps"]:
-            raise RecordError(
-                f"The record's scheduler has {key}={value}; expected {MOST['num_train_timesteps']} at most."
-            )
-    infinite = {text: value for value, text in _INFINITE.items()}
-    options = {
-        key: infinite.get(value, value) if isinstance(value, str) else value
-        for key, value in config.items()
-        if not key.startswith("_")
-    }
-    try:
-        return cls.from_config(options)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever comes of values that it never had
-        reason = " ".join(str(error).split())[:200]
-        raise RecordError(f"The record's scheduler {name} cannot be made ({reason}): the record is damaged.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import time
@@ -11,14 +12,30 @@ from typing import Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say
+from attnctl.app.commands.pictures import check_controls, pictures_table, write_pictures
 from attnctl.data.files import below, slug
 from attnctl.plans.writing import check_free
 
 __all__ = ["Generate"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_MODEL = "shapes:text2image"
+
+
+def _controls() -> str:
+    """Name the methods for --help, which imports none of them: it reads what the package of controls imports."""
+    spec = importlib.util.find_spec("attnctl.processors")
+    text = "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+    names = set(re.findall(r"^from attnctl\.processors\.\S+ import (\w+) as \1$", text, re.MULTILINE))
+    return ", ".join(sorted(names - _ELSEWHERE, key=str.lower))
+
+
+_ELSEWHERE = {"Capture", "FateZero", "FlowEdit", "Inject", "LatentGuidance"}  # of other commands, and a base
+CONTROLS = _controls()
+_CONTROL_HELP = (
+    "A method with options, such as 'PAG(scale=3.0, sites=\"mid\")'; several act together. `attnctl controls` says "
+    f"what each does, `attnctl controls PAG` what one takes: {CONTROLS}."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +45,22 @@ class Generate(Common):
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
     """What to show; give it several times for several images."""
 
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """A list of prompts instead: .txt with one per line, or .jsonl or .csv, whose lines may have a seed, num, steps,
+    guidance, negative, width, height and control of their own. Every prompt gets the same seeds, a table lists all
+    pictures, and what is there with an equal record is not made again. `accelerate launch` shares the list."""
+
+    compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN [COLUMN ...]", help_behavior_hint="")] = ()
+    """Make every prompt several times, with the same seeds: "plain", 'PAG(scale=3)', 'PAG + SEG'; one sheet each."""
+
     model: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: shapes:text2image)")] = (
         None
     )
     """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
 
-    control: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL")] = ()
-    """A method of `attnctl controls`, with options such as 'PAG(scale=3.0, sites="mid")'; several act together."""
+    control: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL", help=_CONTROL_HELP)
+    ] = ()
 
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
     """Seed of the first image; image i has seed + i."""
@@ -92,13 +118,22 @@ class Generate(Common):
 
     def run(self, command: str) -> Result:
         """Generate anew or from a record."""
-        return self._new(command) if self.from_ is None else self._again(self.from_)
+        if self.from_ is not None:
+            from attnctl.app.commands.again import again
+
+            return again(self, self.from_)
+        if self.prompts is None and not self.compare:
+            return self._new(command)
+
+        from attnctl.app.commands.batch import make_many
+
+        return make_many(self, command, self.model or _DEFAULT_MODEL)
 
     def _new(self, command: str) -> Result:
-        call, batch = self._call(command), self._whole("batch", 1)
+        call, batch = self.described(command), self.whole("batch", 1)
 
         from attnctl.data.record import sidecar
-        from attnctl.pipelines.generate import makes_videos
+        from attnctl.pipelines.generate import fitted, makes_videos
         from attnctl.pipelines.models import device_and_dtype, load
 
         suffix = "".join(f"-{type(control).__name__.lower()}" for control in call.controls)
@@ -111,6 +146,7 @@ class Generate(Common):
         loaded = load(model, revision=self.revision, device=device, dtype=dtype)
         if makes_videos(loaded.pipe):
             check_free([path.with_suffix(".mp4") for path in paths], force=self.force)
+        call = fitted(loaded.pipe, call, say)
         started = time.perf_counter()
         rows, last = self._write(loaded, call, batch, paths)
         if last.report:
@@ -118,22 +154,23 @@ class Generate(Common):
         say(f"{len(rows)} image(s) in {time.perf_counter() - started:.1f} s")
         record = last.record.to_dict()
         settings = {key: record[key] for key in ("model", "steps", "guidance", "controls", "sites")}
-        return Result({**settings, "images": rows}, _table(rows))
+        return Result({**settings, "images": rows}, pictures_table(rows))
 
-    def _call(self, command: str) -> Any:
-        """Check the options, and describe one pipeline call of all images."""
-        if not self.prompt or not all(text.strip() for text in self.prompt):
-            raise UsageError("Give at least one --prompt that is not empty, or --from FILE.")
+    def described(self, command: str, listed: tuple[str, ...] = ()) -> Any:
+        """Check the options, and describe one pipeline call of all images; of none, where a file lists the prompts."""
+        if not listed and not (self.prompt and all(text.strip() for text in self.prompt)):
+            raise UsageError("Give at least one --prompt that is not empty, --prompts FILE, or --from FILE.")
         from attnctl.pipelines.bounds import check_pixels_asked
 
-        num, seed = self._whole("num", 1), self._whole("seed", 0)
-        prompts = tuple(prompt for prompt in self.prompt for _ in range(num))
+        num, seed = self.whole("num", 1), self.whole("seed", 0)
+        prompts = listed or tuple(prompt for prompt in self.prompt for _ in range(num))
         for name in ("batch", "steps", "height", "width"):
-            self._whole(name, 1)
+            self.whole(name, 1)
         check_pixels_asked(self.width, self.height, UsageError)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"--guidance is a finite number, got {self.guidance}.")
 
+        importing()
         from attnctl.data.specs import parse_control, parse_option
         from attnctl.errors import ConfigError
         from attnctl.pipelines.generate import Call
@@ -143,7 +180,8 @@ class Generate(Common):
             options = dict(parse_option(text) for text in self.option)
         except ConfigError as error:
             raise UsageError(str(error)) from None
-        _check_controls(controls, min(len(prompts), self._whole("batch", 1)))
+        if not listed and not self.compare:
+            check_controls(controls, min(len(prompts), self.whole("batch", 1)))
         if not 0 < self.fps <= 240:
             raise UsageError(f"--fps is above 0 and at most 240, got {self.fps}.")
         return Call(
@@ -162,171 +200,22 @@ class Generate(Common):
 
     def _write(self, loaded: Any, call: Any, batch: int, paths: list[Path]) -> tuple[list[dict[str, Any]], Any]:
         """Run batch after batch and write each image; return a row for each, and the last run."""
-        from attnctl.data.record import save_image
         from attnctl.pipelines.generate import sample
+        from attnctl.pipelines.stepping import step_bar
 
         rows: list[dict[str, Any]] = []
         done: Any = None
-        with _bar(loaded.pipe, self.steps, -(-len(paths) // batch)) as bar:
+        with step_bar(loaded.pipe, self.steps, -(-len(paths) // batch), "generate") as bar:
             for first in range(0, len(paths), batch):
                 part = slice(first, first + batch)
+                bar.describe(f"picture {first + 1} of {len(paths)}")
                 done = sample(loaded, replace(call, prompts=call.prompts[part], seeds=call.seeds[part]), bar.update)
-                for i, (image, path) in enumerate(zip(done.images, paths[part], strict=True)):
-                    save_image(image, path, replace(done.record, shows=(i,)), force=self.force)
-                    rows.append(_row(path, done.record, i))
-                    if done.videos:
-                        rows[-1] |= _video(done.videos[i], path, self.fps, self.force)
+                rows += write_pictures(done, paths[part], self.fps, self.force)
         return rows, done
 
-    def _again(self, source: Path) -> Result:
-        fixed = ("prompt", "control", "seed", "num", "steps", "guidance", "negative", "height", "width")
-        for name in (*fixed, "batch", "option", "backend", "revision"):
-            if getattr(self, name) not in (None, ()):
-                raise UsageError(f"--from repeats a record as it is: drop --{name}, or drop --from.")
-
-        from attnctl.data.record import read, save_image, sidecar
-        from attnctl.pipelines.generate import differences, makes_videos, sample_again
-        from attnctl.pipelines.models import load
-
-        records = read(source)
-        names = [
-            f"{source.stem[:120]}-again{'' if len(records) == len(r.shows) == 1 else f'-{n}-{i}'}.png"
-            for n, r in enumerate(records)
-            for i in r.shows
-        ]
-        paths = [below(self.out, name) for name in names]
-        check_free([*paths, *map(sidecar, paths)], force=self.force)
-        rows: list[dict[str, Any]] = []
-        changed: dict[str, tuple[str, str]] = {}
-        for record in records:
-            device = record.device if self.device == "auto" else self.device
-            dtype = record.dtype if self.dtype == "auto" else self.dtype
-            model, recorded = self._model_of(record), self.model is None
-            loaded = load(model, revision=_commit(record), device=device, dtype=dtype, recorded=recorded)
-            if makes_videos(loaded.pipe):
-                these = paths[len(rows) : len(rows) + len(record.shows)]
-                check_free([path.with_suffix(".mp4") for path in these], force=self.force)
-            with _bar(loaded.pipe, record.steps, 1) as bar:
-                done = sample_again(loaded, record, bar.update)
-            changed |= differences(record, done.record)
-            for i in record.shows:
-                path = paths[len(rows)]
-                save_image(done.images[i], path, replace(done.record, shows=(i,)), force=self.force)
-                if done.videos:
-                    _video(done.videos[i], path, self.fps, self.force)
-                same = done.record.sha256[i] == record.sha256[i]
-                rows.append({**_row(path, done.record, i), "identical": same})
-        same = all(row["identical"] for row in rows)
-        data = {
-            "identical": same,
-            "differences": {name: {"recorded": a, "here": b} for name, (a, b) in changed.items()},
-            "images": rows,
-        }
-        say(_verdict(same, changed))
-        return Result(data, _table(rows), 0 if same else 1)
-
-    def _whole(self, name: str, default: int) -> int:
+    def whole(self, name: str, default: int) -> int:
+        """Return the whole number of an option, in its bounds, or what holds where it is not given."""
         from attnctl.pipelines.bounds import check_whole
 
         value = getattr(self, name)
         return default if value is None else check_whole(name, value, UsageError, f"--{name}")
-
-    def _model_of(self, record: Any) -> str:
-        if self.model is not None:
-            return self.model
-        local = (record.revision or "").startswith("sha256:") and not record.model.startswith("shapes:")
-        if local or not (record.model.startswith("shapes:") or _HUB_ID.fullmatch(record.model)):
-            raise UsageError(
-                f"The record was made with the local model {record.model!r}: say where it is with --model."
-            )
-        return str(record.model)
-
-
-def _check_controls(controls: tuple[Any, ...], pictures: int) -> None:
-    """Refuse controls that can do nothing here.
-
-    Raises:
-        UsageError: They record maps, edit a picture that exists, or act between pictures where a call makes one.
-    """
-    from attnctl.processors import Capture, FateZero, FlowEdit, Inject, ShareAttention
-
-    for control in controls:
-        name = type(control).__name__
-        if isinstance(control, Capture):
-            raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
-        if isinstance(control, (FateZero, FlowEdit, Inject)):
-            raise UsageError(f"{name} edits a picture that exists: use `attnctl edit --method {name.lower()}`.")
-        if isinstance(control, ShareAttention) and pictures < 2:
-            raise UsageError(
-                f"{name} acts between the pictures of one batch, and each call makes one here: give several prompts or "
-                "--num 2, and --batch 2, or more."
-            )
-
-
-def _commit(record: Any) -> str | None:
-    """Return the hub commit of a record, which a local folder has not.
-
-    Raises:
-        UsageError: The record names something else, such as a branch, which would be another model tomorrow.
-    """
-    revision = record.revision or ""
-    if not revision or revision.startswith("sha256:"):
-        return None
-    if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise UsageError(
-            f"The record names the revision {revision!r:.80}; expected a commit of 40 hexadecimal digits. Say with "
-            "--model where the model is."
-        )
-    return str(revision)
-
-
-def _verdict(same: bool, changed: dict[str, tuple[str, str]]) -> str:
-    changes = "; ".join(f"{name}: recorded {a}, here {b}" for name, (a, b) in changed.items())
-    if same:
-        return "Identical to the record, pixel for pixel." + (f" (Although {changes}.)" if changes else "")
-    why = changes or "nothing that the record knows of; accelerators may need deterministic algorithms"
-    return f"Not identical to the record. What differs: {why}."
-
-
-def _row(path: Path, record: Any, i: int) -> dict[str, Any]:
-    return {
-        "path": str(path),
-        "prompt": record.prompts[i],
-        "seed": record.seeds[i],
-        "sha256": record.sha256[i],
-    }
-
-
-def _video(frames: tuple[Any, ...], strip: Path, fps: float, force: bool) -> dict[str, str]:
-    """Write a video beside its film strip, whose record is that of both."""
-    import importlib.util
-
-    import numpy as np
-
-    from attnctl.data.clips import mp4_bytes
-    from attnctl.plans.writing import publish
-
-    if importlib.util.find_spec("av") is None:
-        say('The film strip is written; an MP4 beside it needs PyAV: pip install "attnctl[video]".')
-        return {}
-    path = strip.with_suffix(".mp4")
-    publish({path: mp4_bytes((np.asarray(frame.convert("RGB")) for frame in frames), fps)}, force=force)
-    return {"video": str(path)}
-
-
-def _table(images: list[dict[str, Any]]) -> str:
-    names = [name for name in ("path", "seed", "identical", "prompt") if name in images[0]]
-    words = {True: "yes", False: "no"}
-    rows = [[words[row[n]] if isinstance(row[n], bool) else row[n] for n in names] for row in images]
-    return table(names, rows)
-
-
-def _bar(pipe: Any, steps: int | None, calls: int) -> Any:
-    """Make a progress bar over all steps, on stderr, silent where stderr is no terminal."""
-    import inspect
-
-    from tqdm import tqdm
-
-    if steps is None:
-        steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    return tqdm(total=calls * steps if isinstance(steps, int) else None, unit="step", disable=None, leave=False)
