@@ -66,6 +66,8 @@ def test_the_installed_command_works() -> None:
         ("generate", "--prompt", "a", "--control", "__import__('os').getcwd()"),
         ("generate", "--prompt", "a", "--from", "x.png"),
         ("generate", "--from", "x.png", "--steps", "3"),
+        ("generate", "--from", "x.png", "--compare", "plain"),
+        ("edit", "x.png", "--source", " ", "--target", "a"),
         ("generate", "--prompt", "a", "--trust-remote-code"),
         ("demo", "--steps", "0"),
         ("sites", "a", "b"),
@@ -106,6 +108,38 @@ def test_failures_are_one_line_and_exit_with_1(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(attnctl.AttnctlError, match="no file"):
         main(["generate", "--from", "none.png", "--debug"])
+
+
+def test_the_help_of_generate_names_every_control_that_it_takes(run: Run) -> None:
+    from attnctl.app.commands.generate import CONTROLS
+    from attnctl.data.controls import controls
+
+    elsewhere = {"Capture", "FateZero", "FlowEdit", "Inject"}
+    assert set(CONTROLS.split(", ")) == set(controls("attnctl")) - elsewhere
+    assert CONTROLS in " ".join(run("generate", "--help")[1].replace("│", " ").split())
+
+
+def test_lines_tell_how_far_a_job_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnctl.data import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Progress(40, "step", "job") as bar:
+        assert capsys.readouterr().err == "job: 0 of 40 steps\n"  # at once
+        for i in range(40):
+            bar.describe(f"picture {i // 20 + 1} of 2")
+            now[0] += 1
+            bar.update()
+    first, *between, last = capsys.readouterr().err.splitlines()
+    assert first == "job: 1 of 40 steps, picture 1 of 2, 1 s, about 39 s left"
+    assert between[0] == "job: 3 of 40 steps, picture 1 of 2, 3 s, about 37 s left"
+    assert 4 < len(between) < 15
+    assert last == "job: 40 of 40 steps: 40 s"
+    with progress.Progress(3, "step", quiet=True) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+    assert list(progress.tracked([1, 2], "file", "check")) == [1, 2]
+    assert [progress.in_words(s) for s in (3.6, 200, 9000)] == ["4 s", "3 min", "2.5 h"]
 
 
 # sites and env ---------------------------------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def test_regions_of_one_image() -> None:
     assert found[0]["bbox"] == [2, 1, 3, 2]
     assert found[0]["area"] == 6 == int(from_rle(found[0]["segmentation"]).sum())
     json.dumps(found, allow_nan=False)
-    assert [one["word"] for one in regions(maps, 1, size=(8, 12))] == ["cat"]
-    assert regions(maps, 1, size=(8, 12))[0]["segmentation"]["size"] == [8, 12]
+    assert [one["word"] for one in regions(maps, 1, height_width=(8, 12))] == ["cat"]
+    assert regions(maps, 1, height_width=(8, 12))[0]["segmentation"]["size"] == [8, 12]
     with pytest.raises(ConfigError, match="past the end"):
         regions(maps, 2)
     with pytest.raises(ConfigError, match="Take one frame"):

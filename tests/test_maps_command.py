@@ -32,13 +32,26 @@ def test_the_command_looks_at_a_picture_that_exists(
     folder: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    more = ("--prompt", "a cat", "--word", "cat", "--heads", "--regions", "--seed", 3, "--strength", 0.5, "--json")
+    more = (
+        "--prompt",
+        "a cat",
+        "--word",
+        "cat",
+        "--heads",
+        "--regions",
+        "--masks",
+        "--seed",
+        3,
+        "--strength",
+        0.5,
+        "--json",
+    )
     assert look(folder, photo, out, *more) == 0
     (one,) = json.loads(capsys.readouterr().out)["images"]
     assert [w["word"] for w in one["words"]] == ["cat"]
     where = Path(one["folder"])
     assert {p.name for p in where.iterdir()} == {*one["files"], "maps.json"}
-    assert set(one["files"]) == {"words.png", "heads.png", "regions.json", "maps.safetensors"}
+    assert set(one["files"]) == {"words.png", "heads.png", "regions.json", "mask-cat.png", "maps.safetensors"}
     maps = WordMaps.load(where / "maps.safetensors")
     assert (maps.about["model"], maps.about["image"], maps.about["strength"]) == ("tiny-sd", "a photo.png", 0.5)
     want = image_maps(pipes.build("sd")[0], Image.open(photo), "a cat", Capture(words=["cat"]), strength=0.5, seed=3)

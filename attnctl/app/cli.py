@@ -51,7 +51,11 @@ _COMMANDS: dict[str, type] = {
     "ui": Ui,
     "env": Env,
 }
-_ABOUT = "Attention control for diffusers pipelines: PAG, SoftPAG and relatives, one line on, one line off."
+_ABOUT = (
+    "Attention control for diffusers pipelines: PAG, SoftPAG and relatives, one line on, one line off. A command "
+    "imports PyTorch and diffusers first, which takes some seconds, and up to half a minute the first time; it says so "
+    "at once, and then shows how far it is."
+)
 
 
 def _parse(args: Sequence[str]) -> Any:

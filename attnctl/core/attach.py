@@ -56,8 +56,6 @@ class DenoiserHandle(Handle):
         self._lock = threading.RLock()
         self._seen = self._told = False
         """Whether the beginning of the run was seen; whether what never acted in it was told."""
-        self._ends = True
-        """Whether the scheduler's last call ended a step."""
         self._acted: set[int] = set()
         self._rows = RowLayout(self._pipe, layout)
         self._latents = StepLatents(self._pipe)
@@ -149,10 +147,8 @@ class DenoiserHandle(Handle):
     def on_step(self, sample: Any, prediction: Any) -> Any:
         """End a step, with the latents that the controls have made of the pipeline's."""
         self._latents.prediction = prediction
-        self._ends = not self.enabled or self._rows.check_step(sample)
-        if not self._ends:
-            return sample
         if self.enabled:
+            self._rows.check_step(sample)
             check_in_place(self._pipe, [w.module for w in self._watched])
         self._shared.pop(PENDING, None)
         for w in self._watched:
@@ -164,7 +160,7 @@ class DenoiserHandle(Handle):
 
     def on_stepped(self, result: Any, drew: bool) -> Any:
         """Give the latents that a step returned to the controls that change them."""
-        if not self.enabled or not self._ends:
+        if not self.enabled:
             return result
         for w in self._watched:
             for c, live in w.live:

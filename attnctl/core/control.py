@@ -124,8 +124,13 @@ class Control:
         """
         default = self.published_in(family, sites)
         if default is None:
-            names = [s.name for s in sites if s.kind in self.kinds]
-            shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else [])) or "none"
+            names, found = [s.name for s in sites if s.kind in self.kinds], sorted({s.kind for s in sites})
+            if not names:
+                raise SiteError(
+                    f"{self._label} is not for this model: it acts on {', '.join(self.kinds)} attention, and the "
+                    f"{family.name} model has {', '.join(found)} attention only."
+                )
+            shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else []))
             raise SiteError(
                 f"{self._label} has no default sites: no publication names any for {family.name} models, so `sites` "
                 f"must be given. Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."

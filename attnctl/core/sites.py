@@ -88,11 +88,13 @@ def select(
         if not exact:
             eligible = [s for s in eligible if s.kind != "dual"]
         if not eligible:
-            found = sorted({s.kind for s in matched})
+            found = ", ".join(sorted({s.kind for s in matched}))
+            here = next((kind for kind in allowed if any(s.kind == kind for s in sites)), None)
+            hint = "this model has none of these kinds" if here is None else f"sites={here!r} selects what it acts on"
             raise SiteError(
-                f"{what} acts on {', '.join(allowed)} attention, but {part!r} selects only "
-                f"{', '.join(found)} attention ({matched[0].name}{', ...' if len(matched) > 1 else ''}). "
-                "`attnctl.find_sites` lists every site with its kind."
+                f"{what} acts on {', '.join(allowed)} attention, but {part!r} selects only {found} attention "
+                f"({matched[0].name}{', ...' if len(matched) > 1 else ''}): {hint}. A control of your own says in its "
+                "class what it acts on, kinds = (...)."
             )
         chosen.update((s.name, s) for s in eligible)
     return tuple(s for s in sites if s.name in chosen)

@@ -54,7 +54,7 @@ def regions(
     maps: WordMaps,
     index: int = 0,
     *,
-    size: tuple[int, int] | None = None,
+    height_width: tuple[int, int] | None = None,
     threshold: float | Literal["otsu"] = "otsu",
 ) -> list[dict[str, Any]]:
     """Say in plain JSON values where each word of one image is.
@@ -62,7 +62,7 @@ def regions(
     Args:
         maps: What a `Capture` recorded of images.
         index: Which image.
-        size: Rows and columns of the image in pixels; the largest grid of the maps if None.
+        height_width: Rows and columns of the image in pixels; the largest grid of the maps if None.
         threshold: As for `WordMaps.mask`.
 
     Returns:
@@ -78,7 +78,7 @@ def regions(
     for n, word in enumerate(maps.words):
         if not maps.tokens[index][n]:
             continue
-        mask = maps.mask(word, threshold, size=size)[index]
+        mask = maps.mask(word, threshold, size=height_width)[index]
         parts = boxes(mask)
         left, top = (min((p[i] for p in parts), default=0) for i in (0, 1))
         right, bottom = (max((p[i] + p[i + 2] for p in parts), default=0) for i in (0, 1))

@@ -106,14 +106,16 @@ def _downloaded(name: str, revision: str | None, *, fetch: bool) -> Path:
             f"Cannot load {name!r}: it is neither here nor a hub id. Expected 'shapes:text2image', a hub id such as "
             "'stabilityai/stable-diffusion-xl-base-1.0', or a local folder with a model_index.json."
         )
-    if fetch:
-        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if fetch and not constants.HF_HUB_OFFLINE:
+        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
+        if fetch:
+            raise ConfigError(_unreachable(name, "HF_HUB_OFFLINE is set")) from None
         raise ConfigError(
             f"The record names the Hub model {name!r}, which is not on this machine, and nothing is fetched unasked: "
             "give --fetch, or say with --model where it is."
@@ -206,6 +208,16 @@ def _calm() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+_NO_NETWORK = ("outgoing traffic", "offline mode", "Internet connection", "Couldn't connect", "Cannot reach")
+
+
+def _unreachable(name: str, why: str) -> str:
+    return (
+        f"Cannot load {name!r}: it is not on this machine, and the Hub cannot be asked for it ({why}). Fetch it where "
+        f"it can, with `hf download {name}`, or give a local folder, or a shipped model such as 'shapes:text2image'."
+    )
+
+
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn the many errors of loading into one that says what was asked for."""
@@ -214,6 +226,8 @@ def _explained(name: str) -> Iterator[None]:
     except AttnctlError:
         raise
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if any(sign in str(error) for sign in _NO_NETWORK):
+            raise UnsupportedModelError(_unreachable(name, "there is no connection, or it is private")) from error
         reason = " ".join(str(error).split())[:600]
         raise UnsupportedModelError(
             f"Cannot load {name!r}: {reason or type(error).__name__} Expected 'shapes:text2image', a hub id "

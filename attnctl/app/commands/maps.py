@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say
+from attnctl.app.commands.map_rows import maps_table, mask_files, picture_bytes, point_of, word_rows
 from attnctl.data.files import below, slug
 from attnctl.plans.writing import check_free, publish
 
@@ -67,6 +67,9 @@ class Maps(Common):
     regions: bool = False
     """Also write where each map is high (Otsu's threshold): boxes and COCO masks in pixels."""
 
+    masks: bool = False
+    """Also write where each map is high as a picture per word, white inside and black outside, for `edit --mask`."""
+
     negative_words: bool = False
     """Show the words of the negative prompt instead."""
 
@@ -115,6 +118,7 @@ class Maps(Common):
     def run(self, command: str) -> Result:
         """Make images, or look at one that exists, and write its maps."""
         self._check()
+        importing()
         if self.segment:
             return self._find()
 
@@ -127,7 +131,7 @@ class Maps(Common):
         except ConfigError as error:
             raise UsageError(str(error)) from None
         images, model = self._make(controls, captures, command) if self.image is None else self._look(captures)
-        return Result({"model": model, "prompt": self.prompt, "images": images}, _text(images))
+        return Result({"model": model, "prompt": self.prompt, "images": images}, maps_table(images))
 
     def _check(self) -> None:
         from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
@@ -161,7 +165,7 @@ class Maps(Common):
             "--point": self.point,
             "--concept": self.concept,
             "--heads": self.heads,
-            "--regions": self.regions,
+            "--regions": self.regions or self.masks,
             "--width or --height": self.width or self.height,
         }
         if self.image is None:
@@ -203,8 +207,8 @@ class Maps(Common):
 
     def _make(self, controls: Any, captures: Any, command: str) -> tuple[list[dict[str, Any]], str]:
         """Generate image by image, each with its maps; return a row for each, and the name of the model."""
-        from attnctl.app.commands.generate import _bar
-        from attnctl.pipelines.generate import Call
+        from attnctl.pipelines.generate import Call, fitted
+        from attnctl.pipelines.stepping import step_bar
 
         seeds = range(self.seed, self.seed + self.num)
         folders = [below(self.out, f"{slug(self.prompt)}-maps-{seed}") for seed in seeds]
@@ -212,20 +216,22 @@ class Maps(Common):
         loaded = self._load()
         started = time.perf_counter()
         rows: list[dict[str, Any]] = []
-        with _bar(loaded.pipe, self.steps, self.num) as bar:
-            for seed, folder in zip(seeds, folders, strict=True):
-                call = Call(
-                    prompts=(self.prompt,),
-                    seeds=(seed,),
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    negative=self.negative,
-                    width=self.width,
-                    height=self.height,
-                    controls=(*controls, *captures),
-                    command=command,
-                )
-                rows.append(self._write(folder, loaded, call, bar.update))
+        usual = Call(
+            prompts=(self.prompt,),
+            seeds=(self.seed,),
+            steps=self.steps,
+            guidance=self.guidance,
+            negative=self.negative,
+            width=self.width,
+            height=self.height,
+            controls=(*controls, *captures),
+            command=command,
+        )
+        call = fitted(loaded.pipe, usual, say)
+        with step_bar(loaded.pipe, self.steps, self.num, "maps") as bar:
+            for i, (seed, folder) in enumerate(zip(seeds, folders, strict=True)):
+                bar.describe(f"picture {i + 1} of {self.num}")
+                rows.append(self._write(folder, loaded, replace(call, seeds=(seed,)), bar.update))
         say(f"{len(rows)} image(s) in {time.perf_counter() - started:.1f} s")
         return rows, loaded.name
 
@@ -241,15 +247,16 @@ class Maps(Common):
         image = self._opened()
         loaded = self._load()
         started = time.perf_counter()
+        say(f"Looking at {self.image.name}")
         looks = [
             image_maps(loaded.pipe, image, self.prompt, capture, strength=self.strength, seed=self.seed)
             for capture in captures
         ]
         about = {**looks[0].about, "model": loaded.name, "revision": loaded.revision, "image": self.image.name}
         maps, title = replace(looks[0], about=about), self.prompt or self.image.name
-        content = {folder / "words.png": _png(words_sheet(image, maps, title=title))}
+        content = {folder / "words.png": picture_bytes(words_sheet(image, maps, title=title))}
         if self.heads:
-            content[folder / "heads.png"] = _png(heads_sheet(image, looks[1], title=title))
+            content[folder / "heads.png"] = picture_bytes(heads_sheet(image, looks[1], title=title))
         row = self._publish(folder, content, maps, image, self.seed)
         say(f"1 picture in {time.perf_counter() - started:.1f} s")
         return [row], self.model
@@ -283,7 +290,7 @@ class Maps(Common):
 
         words = tuple(int(w) if w.isdigit() else w for w in self.word) or None
         sites = self._selector()
-        points, concepts = tuple(map(_point, self.point)) or None, self.concept or None
+        points, concepts = tuple(map(point_of, self.point)) or None, self.concept or None
         rows: Any = "uncond" if self.negative_words else "cond"
         # What is looked at once has no steps to keep.
         first: tuple[str, ...] = ("steps",) if self.image is None else ()
@@ -322,8 +329,10 @@ class Maps(Common):
         from attnctl.data.map_files import describe, save
         from attnctl.data.map_regions import regions
 
+        where = regions(maps, height_width=(image.height, image.width)) if self.regions or self.masks else []
+        if self.masks:
+            content |= mask_files(folder, where)
         if self.regions:
-            where = regions(maps, size=(image.height, image.width))
             text = json.dumps({"height": image.height, "width": image.width, "regions": where}, indent=1) + "\n"
             content[folder / "regions.json"] = text.encode()
         publish(content, force=self.force)
@@ -335,7 +344,7 @@ class Maps(Common):
             "files": [*(path.name for path in content), "maps.safetensors"],
             **{key: what[key] for key in ("grid", "normalisation", "reduce")},
             "layers": [layer["name"] for layer in what["layers"]],
-            "words": _words(maps),
+            "words": word_rows(maps),
         }
 
 
@@ -351,49 +360,3 @@ _FILES = (
     "maps.json",
 )
 _FILES_OF_A_LOOK = ("words.png", "heads.png", "regions.json", "maps.safetensors", "maps.json")
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _point(text: str) -> tuple[float, ...]:
-    """Read "x,y" or "x,y,frame"."""
-    from attnctl.errors import ConfigError
-
-    try:
-        x, y, *frame = text.split(",")
-        return (float(x), float(y), *map(int, frame))
-    except ValueError:
-        raise ConfigError(f"--point {text!r}: expected x,y as shares of the image, such as 0.5,0.25.") from None
-
-
-def _words(maps: Any) -> list[dict[str, Any]]:
-    """Say where the map of each word is highest, and how high."""
-    return [
-        {"word": word, "tokens": list(maps.tokens[0][n]), **_peak(maps[word][0])} for n, word in enumerate(maps.words)
-    ]
-
-
-def _peak(values: Any) -> dict[str, Any]:
-    """Find a map's highest value and its place, in shares of the image from the top left."""
-    h, w = values.shape
-    place = int(values.argmax())
-    return {
-        "mean": round(float(values.mean()), 6),
-        "peak": round(float(values.max()), 6),
-        "peak_x": round((place % w + 0.5) / w, 4),
-        "peak_y": round((place // w + 0.5) / h, 4),
-    }
-
-
-def _text(images: list[dict[str, Any]]) -> str:
-    rows = [
-        (one["seed"], w["word"], f"{w['mean']:.4f}", f"{w['peak']:.4f}", f"{w['peak_x']:.0%} {w['peak_y']:.0%}")
-        for one in images
-        for w in one["words"]
-    ]
-    head = ("seed", "word", "mean", "highest", "at (from left, top)")
-    return f"{table(head, rows)}\n\n" + "\n".join(f"{one['folder']}: {', '.join(one['files'])}" for one in images)

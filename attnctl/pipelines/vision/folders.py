@@ -16,13 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attnctl.data.files import natural
+from attnctl.data.picture_files import check_pixels
+from attnctl.data.progress import tracked
 from attnctl.errors import AttnctlError, ConfigError, nearest
+from attnctl.plans.reading import Expected, check_regular, read_bytes
 
 __all__ = ["IGNORED", "Masks", "Pictures", "Split", "check_pictures", "find_classes", "find_masks", "listed"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 IGNORED = 255
 """Value of a mask that counts for nothing, neither in training nor in scores."""
+_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP", "TIFF", "GIF")  # of no other does a decoder see the file
+_PICTURE = Expected("a picture", ConfigError)
+_NAMES = Expected("a list of classes", ConfigError, 1 << 20)
 _HELD_OUT = ("val", "valid", "validation", "test")
 Task = Literal["classify", "segment"]
 
@@ -142,7 +148,7 @@ def open_picture(path: Path) -> Image.Image:
 
     Raises: ConfigError where it cannot be read, moves, has 16 bits a channel, or is made for print (CMYK).
     """
-    with _explained(path), Image.open(path) as image:
+    with _opened(path) as image:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's JPEG holds previews
         if frames > 1:
             raise ConfigError(f"{path} is animated ({frames} frames). Save the frame that you mean.")
@@ -201,7 +207,7 @@ class Masks(Dataset[tuple[Tensor, Tensor]]):
 
 def read_mask(path: Path) -> np.ndarray[Any, Any]:
     """Read class numbers [y, x]. Raises: ConfigError for a mask of several channels or of more than 8 bits."""
-    with _explained(path), Image.open(path) as image:
+    with _opened(path) as image:
         if image.mode not in ("L", "P", "1"):
             raise ConfigError(
                 f"{path} has mode {image.mode}; expected one channel of class numbers (8-bit grey, or a palette)."
@@ -230,7 +236,7 @@ def listed(paths: Sequence[Path]) -> list[Path]:
 
 def _class_names(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(path, _NAMES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8: save it as UTF-8, with one class per line.") from None
     return [line.strip() for line in lines if line.strip()]
@@ -239,7 +245,7 @@ def _class_names(path: Path) -> list[str]:
 def _mask_values(pair: tuple[Path, Path]) -> set[int]:
     """Return the values of a mask; check that it is as large as its picture."""
     values = read_mask(pair[1])
-    with _explained(pair[0]), Image.open(pair[0]) as image:
+    with _opened(pair[0]) as image:
         lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # stored sideways: see open_picture
         size = image.size[::-1] if lies else image.size
     if size != values.shape[::-1]:
@@ -263,11 +269,18 @@ def _explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], noun: str) -> list[Any]:
-    from tqdm import tqdm
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture whose format is one of those that are read, whatever its name says, and whose size is bounded."""
+    check_regular(path, _PICTURE)
+    with _explained(path), Image.open(path, formats=_FORMATS) as image:
+        check_pixels(image.width, image.height, path.name, ConfigError)
+        yield image
 
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], noun: str) -> list[Any]:
     with ThreadPoolExecutor(4) as pool:
-        return list(tqdm(pool.map(work, items), total=len(items), disable=None, desc=f"check {noun}", unit="file"))
+        return list(tracked(pool.map(work, items), "file", f"check {noun}", total=len(items)))
 
 
 def _folder(path: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from attnctl.backbones.mixers.moh import balance
 from attnctl.data.pictures import blank_figure
+from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError
 from attnctl.pipelines.vision.charts import write_charts
 from attnctl.pipelines.vision.folders import IGNORED, Masks, Pictures, Split, check_pictures, find_classes, find_masks
-from attnctl.pipelines.vision.runs import Run, build_model, check_name, read_checkpoint, save_checkpoint
+from attnctl.pipelines.vision.runs import Run, build_model, check_name, read_checkpoint, resumption, save_checkpoint
 
 __all__ = ["Recipe", "Trained", "train_pictures"]
 
@@ -139,7 +140,7 @@ def train_pictures(
     with _global_randomness_kept():
         torch.manual_seed(recipe.seed)
         model = build_model(run, recipe.pretrained)
-        return _Training(recipe, run, split, model, out, accelerator).go(resume)
+        return _Training(recipe, run, split, model, out, accelerator).go(resume, announce)
 
 
 @contextlib.contextmanager
@@ -185,29 +186,26 @@ class _Training:
         """Return the model as it is trained, without accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
-    def go(self, resume: bool) -> Trained:
+    def go(self, resume: bool, announce: Callable[[str], object]) -> Trained:
         """Train what is left, test after every epoch, and write the run."""
-        from tqdm import tqdm
-
         start = 0
         if resume:
-            start = self._resume()
+            start = self._resume(announce)
         epochs, steps = self.recipe.epochs, len(self.train)
-        bar = tqdm(
-            total=epochs * steps, initial=start * steps, unit="step", desc=f"epoch {start + 1} of {epochs}",
-            disable=None if self.accelerator.is_main_process else True,
-        )  # fmt: skip
+        quiet = not self.accelerator.is_main_process
+        shown, marks = Progress(epochs * steps, "step", "train", done=start * steps, quiet=quiet), ""
         for epoch in range(start, epochs):
-            bar.set_description(f"epoch {epoch + 1} of {epochs}")
-            self.losses.append(self._epoch(epoch, bar.update))
+            shown.describe(f"epoch {epoch + 1} of {epochs}{marks}")
+            self.losses.append(self._epoch(epoch, shown.update))
             self.scores.append(self._score(self._matrix()))
-            bar.set_postfix(loss=f"{self.losses[-1]:.3f}", score=f"{self.scores[-1]:.3f}")
+            marks = f", loss {self.losses[-1]:.3f}, score {self.scores[-1]:.3f}"
             if self.accelerator.is_main_process:
                 state = {"epoch": epoch + 1, "losses": self.losses, "scores": self.scores, "classes": self.run.classes}
+                state["recipe"] = asdict(self.recipe)
                 average = None if self.average is None else self.average.module
                 save_checkpoint(self.out, self.plain, average, self.optimizer.optimizer, state)
             self.accelerator.wait_for_everyone()
-        bar.close()
+        shown.close()
         matrix = self._matrix(keep=12)
         self.run = replace(self.run, scores=_summary(self.recipe.task, matrix, self.run.classes))
         files: tuple[Path, ...] = ()
@@ -215,7 +213,7 @@ class _Training:
             files = write_charts(self.out, self.run, self._best(), self.losses, self.scores, matrix, self.examples)
         return Trained(run=self.run, losses=tuple(self.losses), scores=tuple(self.scores), files=files)
 
-    def _resume(self) -> int:
+    def _resume(self, announce: Callable[[str], object]) -> int:
         average = None if self.average is None else self.average.module
         state = read_checkpoint(self.out, self.plain, average, self.optimizer.optimizer)
         if state and tuple(state["classes"]) != self.run.classes:
@@ -223,6 +221,8 @@ class _Training:
                 f"{self.out} was trained on the classes {', '.join(state['classes'])}; the folder has "
                 f"{', '.join(self.run.classes)}. Choose another folder for this training."
             )
+        if self.accelerator.is_main_process:
+            announce(resumption(state, asdict(self.recipe)))
         self.losses, self.scores = list(state.get("losses", [])), list(state.get("scores", []))
         return int(state.get("epoch", 0))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attnctl.errors import ConfigError, nearest
 from attnctl.plans.reading import Expected, check_schema, open_tensors, read_json
 
-__all__ = ["Run", "build_model", "check_name", "load_run", "read_checkpoint", "save_checkpoint"]
+__all__ = ["Run", "build_model", "check_name", "load_run", "read_checkpoint", "resumption", "save_checkpoint"]
 
 _RUN = Expected("a run of attnctl classify or segment", ConfigError)
 _SCHEMA = 1
@@ -214,6 +214,19 @@ def read_checkpoint(
                 )
             optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return dict(state)
+
+
+def resumption(state: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Say where a resumed training goes on, and which settings are others than those that it was begun with."""
+    if not state:
+        return "No checkpoint is there: training begins anew."
+    before = state.get("recipe")
+    text = f"Training goes on after epoch {int(state.get('epoch', 0))}"
+    if not isinstance(before, Mapping):
+        return f"{text}; the checkpoint does not say with which settings it was trained."
+    given = json.loads(json.dumps(recipe))
+    changes = [f"{name} {before[name]} becomes {given[name]}" for name in given if before.get(name) != given[name]]
+    return f"{text}; {', '.join(changes)}." if changes else f"{text}, with the same settings."
 
 
 def _own_size(model: nn.Module) -> tuple[int, ...]:
