@@ -124,12 +124,10 @@ class Control:
         """
         default = self.published_in(family, sites)
         if default is None:
-            names, found = [s.name for s in sites if s.kind in self.kinds], sorted({s.kind for s in sites})
+            names = [s.name for s in sites if s.kind in self.kinds]
             if not names:
-                raise SiteError(
-                    f"{self._label} is not for this model: it acts on {', '.join(self.kinds)} attention, and the "
-                    f"{family.name} model has {', '.join(found)} attention only."
-                )
+                kinds, found = ", ".join(self.kinds), ", ".join(sorted({s.kind for s in sites}))
+                raise SiteError(f"{self._label} acts on {kinds} attention; this {family.name} model has {found} only.")
             shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else []))
             raise SiteError(
                 f"{self._label} has no default sites: no publication names any for {family.name} models, so `sites` "

@@ -93,8 +93,7 @@ def select(
             hint = "this model has none of these kinds" if here is None else f"sites={here!r} selects what it acts on"
             raise SiteError(
                 f"{what} acts on {', '.join(allowed)} attention, but {part!r} selects only {found} attention "
-                f"({matched[0].name}{', ...' if len(matched) > 1 else ''}): {hint}. A control of your own says in its "
-                "class what it acts on, kinds = (...)."
+                f"({matched[0].name}, ...): {hint}. A control of your own says in its class: kinds = (...)."
             )
         chosen.update((s.name, s) for s in eligible)
     return tuple(s for s in sites if s.name in chosen)
