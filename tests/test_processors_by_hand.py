@@ -16,7 +16,7 @@ from contract import assert_clean, own, snapshot
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.core.guidance import difference
+from attnctl.core.hosts.predictions import difference
 from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 from attnctl.processors import (
     APG,

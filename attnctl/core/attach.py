@@ -25,16 +25,16 @@ import torch
 
 from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle
-from attnctl.core.hosts.arguments import as_given, bind_call, time_of
+from attnctl.core.hosts.arguments import as_given, bind_call
 from attnctl.core.hosts.hook import Hook
 from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents
-from attnctl.core.hosts.pipelines import run_length
+from attnctl.core.hosts.pipelines import fill_in_time
 from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
 from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
-from attnctl.core.hosts.scheduler import SchedulerWatch, call_time, noise_time, step_of
+from attnctl.core.hosts.scheduler import SchedulerWatch
 from attnctl.core.passes import PENDING, ControlledDenoiser, resolve
 from attnctl.core.report import report
 from attnctl.errors import ConfigError, ConflictError
@@ -265,24 +265,16 @@ class DenoiserHandle(Handle):
 
     def _time(self, w: ControlledDenoiser) -> None:
         """Fill in the length of the run, the step where its beginning was not seen, and the timestep."""
-        state, scheduler = w.state, self._scheduler.current
-        if self._pipe is None:
-            needy = [c for c in self.controls if c.needs_steps()]
-            if state.steps is None and needy:
-                raise ConfigError(
-                    f"{needy[0].describe()} depends on the step, which a bare model call does not tell. Call "
-                    "handle.set_step(i, n) before each call, or pass the pipeline to control()."
-                )
+        if self._pipe is not None:
+            adaptive = any(isinstance(c, Guidance) and c.adaptive for c in self.controls)
+            fill_in_time(w.state, self._scheduler.current, self._call, seen=self._seen, level=adaptive)
             return
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or not len(timesteps):
-            return
-        if state.steps is None:
-            state.steps = run_length(self._call.pipe, timesteps)
-            if not self._seen:
-                state.step = step_of(scheduler, state.steps, time_of(state.bound), self._call.values.get("timesteps"))
-        if any(isinstance(c, Guidance) and c.adaptive for c in self.controls):
-            state.timestep = noise_time(scheduler, call_time(scheduler, state.bound))
+        needy = [c for c in self.controls if c.needs_steps()]
+        if w.state.steps is None and needy:
+            raise ConfigError(
+                f"{needy[0].describe()} depends on the step, which a bare model call does not tell. Call "
+                "handle.set_step(i, n) before each call, or pass the pipeline to control()."
+            )
 
     def report(self) -> str:
         return report(self, replay=self._replay)

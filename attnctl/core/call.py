@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,12 +19,12 @@ from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.prompt import PromptCall
-from attnctl.core.hosts.tokens import CallTokens, Parts, grid_of
+from attnctl.core.hosts.tokens import CallTokens, Parts, grid_of, placed_on_image
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
-from attnctl.kernels import columns, sdpa
-from attnctl.kernels.checks import check_mask, rows_of
-from attnctl.kernels.maps import FEW_KEYS, SelfMap, key_columns
+from attnctl.kernels import sdpa
+from attnctl.kernels.checks import part_of
+from attnctl.kernels.maps import FEW_KEYS, SelfMap, text_columns
 
 __all__ = ["AttnCall", "CallState", "Proceed", "Wrapper", "is_last", "run_wrappers"]
 
@@ -208,24 +207,12 @@ class AttnCall:
 
     def on_image(self) -> tuple[slice, Grid]:
         """Return the query tokens that lie on the image, and how they lie on it."""
-        image = self.image
-        if image is None:
-            if self.site.kind == "joint":
-                raise UnsupportedModelError(
-                    f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
-                )
-            image = slice(0, self.q.shape[-2])
-        n, grid, whole = image.stop - image.start, self.grid, self.state.grid
-        padded = self.state.family is not None and not self.state.family.unet
-        if grid is None and padded and whole is not None and math.prod(whole) < n:
-            grid, image = whole, slice(image.start, image.start + math.prod(whole))  # padding tokens stand behind
-        if grid is None:
+        if self.image is None and self.site.kind == "joint":
             raise UnsupportedModelError(
-                f"{self.site.name}: nothing tells how its {n} image tokens lie on the image"
-                + ("." if whole is None else f" of {' x '.join(map(str, whole[-2:]))} tokens. Token merging")
-                + ("" if whole is None else " (tomesd and its like) does that: switch it off for this run.")
+                f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
             )
-        return image, grid
+        image = slice(0, self.q.shape[-2]) if self.image is None else self.image
+        return placed_on_image(self.state, self.site.name, image, self.grid)
 
     def text_keys(self) -> slice:
         """Return the places of the text among the keys of a cross- or joint attention."""
@@ -251,31 +238,16 @@ class AttnCall:
         w = weights.to(self.q.device)
         if w.ndim == 3 and w.shape[0] not in (1, self.q.shape[0]):
             w = w.repeat_interleave(self.q.shape[0] // w.shape[0], 0)
-        places = None if tokens is None else tokens.to(self.q.device) + text.start
-        if self.sums is None:
-            whole = w.new_zeros(*w.shape[:-2], self.k.shape[-2], w.shape[-1])
-            whole[..., text if places is None else places, :] = w
-            return columns(self.q, self.k, whole, mask=self.mask, scale=self.scale, rows=image)
-        # The kernel has summed over all keys already: the columns of some need no second pass over the others.
-        at = torch.arange(text.start, text.stop, device=self.q.device) if places is None else places
-        mask = self.mask
-        if mask is not None:
-            mask = rows_of(check_mask(mask, (*self.q.shape[:3], self.k.shape[-2])), image)
-            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., at]
-        q, sums = self.q[:, :, image], self.sums[:, :, image]
-        return key_columns(q, self.k[:, :, at], w, sums, mask=mask, scale=self.scale)
+        at = text if tokens is None else tokens.to(self.q.device) + text.start
+        return text_columns(self.q, self.k, w, image, at, mask=self.mask, scale=self.scale, sums=self.sums)
 
     def self_map(self) -> SelfMap:
         """Return how image tokens attend to each other, each row scaled to a sum of 1."""
-        image, mask = self.on_image()[0], self.mask
-        q, k = self.q[:, :, image], self.k
+        image, keys = self.on_image()[0], slice(None)
         if self.image is not None:
             start = 0 if self.keys is None else self.keys.start - self.image.start  # `image` is without padding
             keys = slice(image.start + start, image.stop + start)
-            k = k[:, :, keys]
-            if mask is not None:
-                mask = rows_of(check_mask(mask, (*self.q.shape[:3], self.k.shape[-2])), image)
-                mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
+        q, k, mask = self.q[:, :, image], self.k[:, :, keys], part_of(self.mask, self.q, self.k, image, keys)
         if k.shape[2] != q.shape[2]:
             raise UnsupportedModelError(
                 f"{self.site.name} attends with {q.shape[2]} image tokens to {k.shape[2]} tokens: not to each other "

@@ -23,15 +23,17 @@ import torch
 from attnctl.core.call import CallState, Wrapper
 from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
-from attnctl.core.guidance import Branch, added, combine, difference, overridden, scaled
+from attnctl.core.guidance import Branch
 from attnctl.core.hosts.arguments import Rows, as_given, own_containers, row_count, shared_like_rows, take_rows
-from attnctl.core.hosts.caches import check_reached, check_rows_kept, own_context
+from attnctl.core.hosts.caches import check_reached, check_rows_kept, own_context, replay_refusal
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import find_sites
+from attnctl.core.hosts.modules import named_below, overridden
 from attnctl.core.hosts.outputs import fitted, main_output, with_main_output
 from attnctl.core.hosts.pipelines import safe_scale
+from attnctl.core.hosts.predictions import added, combine, difference, scaled
 from attnctl.core.hosts.processors import Processors
 from attnctl.core.intercept import SiteHook
 from attnctl.core.live import LiveControl, PassEnded
@@ -149,7 +151,7 @@ class ControlledDenoiser:
     def _watch_prefix(self, replay: bool) -> None:
         """Have the base pass keep what the perturbed passes of this call need not compute again."""
         due = [b for g, b, weight in self.weights if weight != 0 and self.due(g, b)]
-        if due and replay and Prefix.refusal(self.module) is None and not shared_like_rows(self.state):
+        if due and replay and replay_refusal(self.module) is None and not shared_like_rows(self.state):
             targets = {m for b in due for m in b.targets}
             if self.prefix is None or self.prefix.targets != targets:
                 self.prefix = Prefix(self.module, targets)
@@ -303,7 +305,9 @@ class ControlledDenoiser:
             while self.prefix is not None and not self.prefix.prove(output):
                 output, cached = self._run(str(branch.key), context, kwargs, wrappers, self.prefix.stubs(rows) | blocks)
             reached = [(name, self.links[name].reached) for name in touched]
-            reached += [(name, module in replaced) for module, name in self._names(branch).items()]
+            if branch.blocks:
+                names = named_below(self.module)
+                reached += [(names[block], block in replaced) for block in branch.blocks]
             # A cache of the perturbed pass's own may answer for blocks that an earlier perturbed pass has run.
             if not (cached and branch.key in self.began):
                 check_reached(reached, state.step, "the perturbed pass")
@@ -318,7 +322,7 @@ class ControlledDenoiser:
         around = {name: (wrap,) for name, wrap in wrappers.items()}
         output: Any = None
         with self.during(), contextlib.ExitStack() as undo:
-            if last is not None and last.module is not None and Prefix.refusal(self.module) is None:
+            if last is not None and last.module is not None and replay_refusal(self.module) is None:
                 undo.callback(last.module.register_forward_hook(_end_pass).remove)
             with contextlib.suppress(PassEnded):
                 output, _ = self._run(phase, f"attnctl_{phase}", kwargs, around)
@@ -347,12 +351,6 @@ class ControlledDenoiser:
                 yield
 
         return again
-
-    def _names(self, branch: Branch) -> dict[torch.nn.Module, str]:
-        """Name the blocks whose forward a branch replaces."""
-        if not branch.blocks:
-            return {}
-        return {m: n for n, m in self.module.named_modules() if m in branch.blocks}
 
 
 def _end_pass(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from attnctl.core.hosts.arguments import Rows
-from attnctl.core.hosts.caches import hooks_below
-from attnctl.core.hosts.leaves import Leaf, is_norm, is_not_by_rows, leaves, mapped, row_of
+from attnctl.core.hosts.leaves import Leaf, is_not_by_rows, leaves, mapped, row_of, thin
+from attnctl.core.hosts.modules import named_below
 
 __all__ = ["Prefix"]
 
@@ -48,26 +48,13 @@ class Prefix:
         self._paused = False
         self._calls: dict[torch.nn.Module, int] = {}
 
-    @staticmethod
-    def refusal(denoiser: torch.nn.Module) -> str | None:
-        """Say why outputs cannot be replayed in this denoiser, or return None."""
-        if torch.is_inference_mode_enabled():
-            return "inference mode keeps no version counters"
-        if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
-            return "gradient checkpointing runs modules twice"
-        if any(module._compiled_call_impl is not None for module in denoiser.modules()):
-            return "compiled blocks cannot be watched"
-        if hooks_below(denoiser):
-            return "diffusers hooks (caches, group offloading) need every block to run"
-        return None
-
     def watch(self) -> None:
         """Install hooks for one base pass."""
         self.release()
         self._reached = False
         self._calls = {}
         if self.chosen is None:
-            for name, module in self.denoiser.named_modules():
+            for module, name in named_below(self.denoiser).items():
                 if module is self.denoiser:
                     continue
                 self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -113,34 +100,14 @@ class Prefix:
             for output in self.store.values():
                 for leaf in leaves(output):
                     leaf.settle()
-            self._thin(next(name for name, m in self.denoiser.named_modules() if m is module))
-
-    def _thin(self, target: str) -> None:
-        """Give up what the host holds but hardly reads: norms of this block, ends of rows that another one follows."""
-        block, first = target.rpartition(".")[0], target.partition(".")[0]
-        for module in [m for m in self.store if block and self._names[m].rpartition(".")[0] == block]:
-            if is_norm(self._names[module]):  # as large as a block's output, and quickly computed again
-                del self.store[module]
-        # What came before an output of the target's own row has been read; where rows take turns, the last has not.
-        last = max((i for i, m in enumerate(self.store) if row_of(self._names[m]) == first), default=0)
-        for module, output in list(self.store.items())[:last]:
-            row = row_of(self._names[module])
-            inside = [out for m, out in self.store.items() if m is not module and self._alike(m, module)]
-            # A host that holds what stands inside of a row reads it again.
-            if row in ("", first) or "." in row or any(leaf.tensor is not None for leaf in leaves(inside)):
-                continue
-            for leaf in leaves(output):
-                leaf.loosen()
-
-    def _alike(self, one: torch.nn.Module, other: torch.nn.Module) -> bool:
-        return row_of(self._names[one]) == row_of(self._names[other])
+            thin(self.store, self._names, named_below(self.denoiser)[module])
 
     def _learn(self, name: str) -> Callable[..., None]:
         def finished(module: torch.nn.Module, args: Any, output: Any) -> None:
             if self._paused or self._reached or is_not_by_rows(name) or next(module.parameters(), None) is None:
                 return
             # A finished parent stands for its children.
-            for child in module.modules():
+            for child in named_below(module):
                 self.store.pop(child, None)
             for earlier in self.store.values():
                 for leaf in leaves(earlier):
@@ -184,7 +151,8 @@ class Prefix:
             self.proven = True
             return True
         modules = list(self.store)
-        inside = {m for m, after in itertools.pairwise(modules) if row_of(self._names[m]) and self._alike(m, after)}
+        rows = {m: row_of(self._names[m]) for m in modules}
+        inside = {m for m, after in itertools.pairwise(modules) if rows[m] and rows[m] == rows[after]}
         for module in [m for m in hollow if m not in inside] or hollow:
             self._needed[module] = [True] * len(self._needed[module])
             for leaf in leaves(self.store.get(module)):

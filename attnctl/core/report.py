@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attnctl.core.handle import Handle
-from attnctl.core.hosts.user_kernel import set_backend
+from attnctl.core.hosts.caches import replay_refusal
+from attnctl.core.hosts.user_kernel import set_backends
 from attnctl.core.passes import ControlledDenoiser
-from attnctl.core.replay import Prefix
-from attnctl.core.sites import Site
 from attnctl.kernels import backends
 
 __all__ = ["report"]
@@ -30,18 +29,13 @@ def report(handle: Handle, *, replay: bool) -> str:
     available = backends()
     runs = [b.name for b in available.values() if b.available]
     lines.append(f"kernels: backend={handle.backend}; can run here: {', '.join(runs)}")
-    sites = [site for w in handle._watched for chosen in w.resolved.values() for site in chosen]
-    names = sorted({str(getattr(b, "value", b)) for site in sites if (b := set_backend(_processor(site))) is not None})
+    names = set_backends(site for w in handle._watched for chosen in w.resolved.values() for site in chosen)
     if names:
         rest = "computed with it where a control needs no map and changes no mask, with torch's own elsewhere"
         lines.append(
             f"attention set for the model: {', '.join(names)}; {rest if handle.backend == 'auto' else 'unused'}"
         )
     return "\n".join(lines)
-
-
-def _processor(site: Site) -> object:
-    return getattr(site.module, "processor", None)
 
 
 def _control(handle: Handle, w: ControlledDenoiser, index: int) -> Iterator[str]:
@@ -57,7 +51,7 @@ def _control(handle: Handle, w: ControlledDenoiser, index: int) -> Iterator[str]
 
 
 def _replay(w: ControlledDenoiser) -> str:
-    reason = Prefix.refusal(w.module)
+    reason = replay_refusal(w.module)
     if reason:
         return f"no ({reason})"
     if w.prefix is None or w.prefix.chosen is None:

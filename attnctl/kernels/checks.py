@@ -137,6 +137,15 @@ def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
+def part_of(mask: Tensor | None, q: Tensor, k: Tensor, rows: slice, keys: slice | Tensor) -> Tensor | None:
+    """Cut some query rows and keys out of the mask of a call."""
+    if mask is None:
+        return None
+    mask = check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    mask = mask if mask.shape[-1] == 1 else mask[..., keys]
+    return rows_of(mask, rows)
+
+
 def chunk_rows(batch: int, heads: int, keys: int, device: torch.device, *, alive: float = _ALIVE) -> int:
     """Return how many query rows fit into one bounded block of float32 logits on a device.
 

@@ -25,6 +25,7 @@ from attnctl.kernels.checks import (
     as_bias,
     check_call,
     masked_softmax,
+    part_of,
     pick,
     repeat_heads,
     rows_of,
@@ -41,6 +42,7 @@ __all__ = [
     "query_rows",
     "softmax_map",
     "stretched",
+    "text_columns",
 ]
 
 # Up to this many keys a map has no more elements than queries of a usual head dimension.
@@ -128,6 +130,31 @@ def key_columns(
     shares = (logits - lse.to(wide).unsqueeze(-1).clamp_min(torch.finfo(wide).min)).exp()
     w = weights.to(device=q.device, dtype=wide)
     return shares @ (w if w.dim() == 2 else w.unsqueeze(1))
+
+
+def text_columns(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    rows: slice,
+    keys: slice | Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """Compute weighted columns of some keys, by their sums where the kernel has given them.
+
+    Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D]; weights [K, C] or [B, K, C] of the K keys; sums [B, H, Nq], the
+    log-sum-exp over all keys -> [B, H, rows, C].
+    """
+    if sums is None:
+        whole = weights.new_zeros(*weights.shape[:-2], k.shape[-2], weights.shape[-1])
+        whole[..., keys, :] = weights
+        return columns(q, k, whole, mask=mask, scale=scale, rows=rows)
+    # The kernel has summed over all keys already: the columns of some need no second pass over the others.
+    part = part_of(mask, q, k, rows, keys)
+    return key_columns(q[:, :, rows], k[:, :, keys], weights, sums[:, :, rows], mask=part, scale=scale)
 
 
 def query_rows(

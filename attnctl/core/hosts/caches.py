@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 
+from attnctl.core.hosts.modules import compiled_below, named_below
 from attnctl.errors import NeverApplied, UnsupportedModelError
 
-__all__ = ["check_reached", "check_rows_kept", "hooks_below", "hooks_of", "own_context", "saved_weights"]
+__all__ = [
+    "check_reached",
+    "check_rows_kept",
+    "hooks_below",
+    "hooks_of",
+    "own_context",
+    "replay_refusal",
+    "saved_weights",
+]
 
 
 @contextlib.contextmanager
@@ -62,7 +71,7 @@ def hooks_of(module: torch.nn.Module) -> Mapping[str, Any]:
 
 def hooks_below(module: torch.nn.Module) -> list[tuple[str, Any]]:
     """List diffusers' hooks on a module and on all modules below it, each with its name."""
-    hooked = (m for m in module.modules() if "_diffusers_hook" in vars(m))
+    hooked = (m for m in named_below(module) if "_diffusers_hook" in vars(m))
     return [item for m in hooked for item in hooks_of(m).items()]
 
 
@@ -73,7 +82,7 @@ def saved_weights(denoiser: torch.nn.Module) -> Iterator[None]:
     Layerwise casting (8-bit storage) and group offloading change the data of a weight as soon as its layer has run.
     Autograd saves a weight by reference: backward would find it in another type or on another device.
     """
-    modules = [(module, hooks_of(module)) for module in denoiser.modules() if hooks_of(module)]
+    modules = [(module, hooks_of(module)) for module in named_below(denoiser) if hooks_of(module)]
     casts = [(module, hooks["layerwise_casting"]) for module, hooks in modules if "layerwise_casting" in hooks]
     storage = [cast.storage_dtype for _, cast in casts]
 
@@ -120,3 +129,16 @@ def check_reached(places: Iterable[tuple[str, bool]], step: int, what: str) -> N
             "attention backend that does not go through scaled_dot_product_attention hides it: switch that off, or "
             "choose sites that run (attnctl.find_sites lists them)."
         )
+
+
+def replay_refusal(denoiser: torch.nn.Module) -> str | None:
+    """Say why outputs cannot be replayed in this denoiser, or return None."""
+    if torch.is_inference_mode_enabled():
+        return "inference mode keeps no version counters"
+    if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
+        return "gradient checkpointing runs modules twice"
+    if compiled_below(denoiser):
+        return "compiled blocks cannot be watched"
+    if hooks_below(denoiser):
+        return "diffusers hooks (caches, group offloading) need every block to run"
+    return None

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from attnctl.core.hosts.modules import named_below
+
 __all__ = ["Checkpointing"]
 
 
@@ -23,7 +25,7 @@ class Checkpointing:
     ) -> None:
         self._held = [
             (module, vars(module)["_gradient_checkpointing_func"])
-            for module in denoiser.modules()
+            for module in named_below(denoiser)
             if getattr(module, "gradient_checkpointing", False)
             and vars(module).get("_gradient_checkpointing_func") is not None
         ]

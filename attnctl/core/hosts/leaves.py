@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from attnctl.core.hosts.arguments import Rows, cut_tensor
 
-__all__ = ["Leaf", "is_norm", "is_not_by_rows", "leaves", "mapped", "row_of"]
+__all__ = ["Leaf", "is_not_by_rows", "leaves", "mapped", "row_of", "thin"]
 
 _NOT_ROWS = re.compile(r"rope|rotary|time_proj|time_embed")
 _NORM = re.compile(r"norm\w*$")
@@ -67,11 +67,6 @@ def is_not_by_rows(name: str) -> bool:
     return _NOT_ROWS.search(name) is not None
 
 
-def is_norm(name: str) -> bool:
-    """Tell whether a module is a norm by its name."""
-    return _NORM.search(name) is not None
-
-
 def row_of(name: str) -> str:
     """Return the name of the row that a module stands in, "" where it stands in none."""
     found = _ROW.match(name)
@@ -99,3 +94,28 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(mapped(v, function) for v in value)
     return value
+
+
+def thin(store: dict[torch.nn.Module, Any], names: Mapping[torch.nn.Module, str], target: str) -> None:
+    """Give up what the host holds but hardly reads: norms of this block, ends of rows that another one follows.
+
+    Args:
+        store: Outputs of the modules that have finished, in order.
+        names: The modules' names.
+        target: Name of the first module that is computed again, which begins now.
+    """
+    block, first = target.rpartition(".")[0], target.partition(".")[0]
+    for module in [m for m in store if block and names[m].rpartition(".")[0] == block]:
+        if _NORM.search(names[module]):  # as large as a block's output, and quickly computed again
+            del store[module]
+    rows = {m: row_of(names[m]) for m in store}
+    # What came before an output of the target's own row has been read; where rows take turns, the last has not.
+    last = max((i for i, row in enumerate(rows.values()) if row == first), default=0)
+    for module, output in list(store.items())[:last]:
+        row = rows[module]
+        inside = [out for m, out in store.items() if m is not module and rows[m] == row]
+        # A host that holds what stands inside of a row reads it again.
+        if row in ("", first) or "." in row or any(leaf.tensor is not None for leaf in leaves(inside)):
+            continue
+        for leaf in leaves(output):
+            leaf.loosen()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnctl.core.hosts.families import Family, family_of, kind_of
+from attnctl.core.hosts.modules import named_below
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 
@@ -80,8 +81,9 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
     family = family_of(denoiser)
     if family.refusal is not None:
         raise UnsupportedModelError(f"{type(denoiser).__name__} cannot be controlled: {family.refusal}.")
-    found = [(n, m) for n, m in denoiser.named_modules() if _is_attention(m)]
-    found = [(n, m) for n, m in found if kind_of(family, denoiser, n, m)]
+    attentions = [(n, m) for m, n in named_below(denoiser).items() if _is_attention(m)]
+    kinds = {n: kind for n, m in attentions if (kind := kind_of(family, denoiser, n, m))}
+    found = [(n, m) for n, m in attentions if n in kinds]
     if not found:
         raise UnsupportedModelError(_nothing(denoiser))
     order = {n: i for i, (n, _) in enumerate(found)}
@@ -90,7 +92,7 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
         found.sort(key=lambda item: re.search(first, item[0]) is None)
     sites: list[Site] = []
     for name, module in found:
-        kind = kind_of(family, denoiser, name, module)
+        kind = kinds[name]
         parallel = kind == "dual" and sites and sites[-1].kind == "joint"
         depth = (sites[-1].depth if parallel else sites[-1].depth + 1) if sites else 0
         heads = _heads(module)
@@ -102,7 +104,7 @@ def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
 
 def _nothing(denoiser: torch.nn.Module) -> str:
     """Say why a denoiser has no sites: which of its modules attend where nothing can be hooked."""
-    hidden = {type(m).__name__: n for n, m in denoiser.named_modules() if "attention" in type(m).__name__.lower()}
+    hidden = {type(m).__name__: n for m, n in named_below(denoiser).items() if "attention" in type(m).__name__.lower()}
     shown = ", ".join(f"{name} ({cls})" for cls, name in list(hidden.items())[:3])
     return f"{type(denoiser).__name__} has no attention module with a `processor`: nothing to control." + (
         f" It attends in {shown}, which compute attention by themselves: control a denoiser of diffusers whose "
@@ -116,9 +118,9 @@ _PROJECTION = re.compile(r"(?:^|_)(?:q|qkv|query)(?:_|$)")
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
-    return callable(getattr(module, "processor", None)) and any(
-        _PROJECTION.search(n) for n, _ in module.named_children()
-    )
+    # Read off the module's own tables: of most modules, which have no processor, `getattr` would make an error.
+    processor = vars(module).get("processor", module._modules.get("processor"))
+    return callable(processor) and any(_PROJECTION.search(n) for n, _ in module.named_children())
 
 
 def _heads(module: torch.nn.Module) -> int:

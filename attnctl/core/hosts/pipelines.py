@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from attnctl.core.call import CallState
+from attnctl.core.hosts.arguments import time_of
+from attnctl.core.hosts.running import PipelineCall
+from attnctl.core.hosts.scheduler import call_time, noise_time, step_of
 from attnctl.errors import ConfigError
 
-__all__ = ["guidance_rescale", "guidance_scale", "run_length", "safe_scale", "uses_guidance"]
+__all__ = ["fill_in_time", "guidance_rescale", "guidance_scale", "run_length", "safe_scale", "uses_guidance"]
 
 
 def uses_guidance(pipe: Any) -> bool | None:
@@ -52,6 +55,27 @@ def run_length(pipe: Any, timesteps: Any) -> int:
     """Return the number of steps of a run; image-to-image pipelines run only the end of the scheduler's list."""
     steps = vars(pipe).get("_num_timesteps")
     return min(int(steps), len(timesteps)) if steps else len(timesteps)
+
+
+def fill_in_time(state: CallState, scheduler: Any, call: PipelineCall, *, seen: bool, level: bool) -> None:
+    """Fill in the length of a run, and where the call that is under way stands in it.
+
+    Args:
+        state: The call of the denoiser.
+        scheduler: The scheduler of the run, or None.
+        call: The call of the pipeline.
+        seen: Whether the beginning of the run was seen, so that its steps are counted; else the timestep tells.
+        level: Whether the noise level is asked for, which may wait for the device.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or not len(timesteps):
+        return
+    if state.steps is None:
+        state.steps = run_length(call.pipe, timesteps)
+        if not seen:
+            state.step = step_of(scheduler, state.steps, time_of(state.bound), call.values.get("timesteps"))
+    if level:
+        state.timestep = noise_time(scheduler, call_time(scheduler, state.bound))
 
 
 def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:

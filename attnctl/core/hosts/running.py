@@ -36,6 +36,10 @@ _READ = (
 )
 
 
+# Modules of hooks and models, which stand on the stack between a pipeline and what its denoiser's hooks call.
+_BETWEEN = ("attnctl.core.", "torch.", "accelerate.", "diffusers.hooks.", "diffusers.models.", "diffusers.utils.")
+
+
 @dataclass(frozen=True)
 class PipelineCall:
     """A call of a pipeline.
@@ -61,7 +65,8 @@ def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:
     pipe, values = None, None
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
+        between = frame.f_globals.get("__name__", "").startswith(_BETWEEN)
+        if not between and code.co_argcount and code.co_varnames[0] == "self":
             local = frame.f_locals
             caller = local.get("self")
             if pipe is None and not isinstance(caller, torch.nn.Module) and _holds(caller, denoiser):
@@ -129,9 +134,6 @@ class Owner:
                 return True
             frame = frame.f_back
         return False
-
-
-_BETWEEN = ("attnctl.core.", "torch.", "accelerate.", "diffusers.hooks.", "diffusers.models.", "diffusers.utils.")
 
 
 def _runner() -> Any:

@@ -12,8 +12,9 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from attnctl.core.hosts.families import Bound, Family, Tokens
 from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.sites import Grid, Site
+from attnctl.errors import UnsupportedModelError
 
-__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_in", "parts_of", "sequences"]
+__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_in", "parts_of", "placed_on_image", "sequences"]
 
 
 class CallTokens:
@@ -199,3 +200,28 @@ def grid_of(state: Any, site: str, n: int) -> Grid | None:
         return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
     frames, h, w = grid
     return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
+
+
+def placed_on_image(state: Any, site: str, image: slice, grid: Grid | None) -> tuple[slice, Grid]:
+    """Return which of a call's image tokens lie on the image, and how.
+
+    Args:
+        state: The denoiser call.
+        site: Name of the site.
+        image: The image tokens among the queries.
+        grid: Their grid, or None where no grid of the denoiser's holds as many.
+
+    Raises:
+        UnsupportedModelError: Nothing tells.
+    """
+    n, whole = image.stop - image.start, state.grid
+    padded = state.family is not None and not state.family.unet
+    if grid is None and padded and whole is not None and math.prod(whole) < n:
+        grid, image = whole, slice(image.start, image.start + math.prod(whole))  # padding tokens stand behind
+    if grid is None:
+        raise UnsupportedModelError(
+            f"{site}: nothing tells how its {n} image tokens lie on the image"
+            + ("." if whole is None else f" of {' x '.join(map(str, whole[-2:]))} tokens. Token merging")
+            + ("" if whole is None else " (tomesd and its like) does that: switch it off for this run.")
+        )
+    return image, grid

@@ -7,14 +7,15 @@ the host gave, runs on the user's backend again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from attnctl.core.sites import Site
 from attnctl.kernels import attention
 
-__all__ = ["native", "set_backend", "user_kernel"]
+__all__ = ["native", "set_backend", "set_backends", "user_kernel"]
 
 
 @functools.cache
@@ -33,6 +34,12 @@ def set_backend(processor: Any) -> Any:
 
     name = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     return None if name in (native(), native().value) else name
+
+
+def set_backends(sites: Iterable[Site]) -> list[str]:
+    """Name the backends that are set for the processors of some sites."""
+    names = (set_backend(getattr(site.module, "processor", None)) for site in sites)
+    return sorted({str(getattr(name, "value", name)) for name in names if name is not None})
 
 
 def user_kernel(backend: Any, given: torch.Tensor | None) -> Callable[..., torch.Tensor]:

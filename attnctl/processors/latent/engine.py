@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import CallState
-from attnctl.core.guidance import combine
 from attnctl.core.hosts.arguments import main_input, main_name, take_rows, time_of
 from attnctl.core.hosts.outputs import main_output, with_main_output
+from attnctl.core.hosts.predictions import combine
 from attnctl.core.hosts.scheduler import call_time, later_evaluation, place_of
 from attnctl.core.hosts.words import given_text, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.caches import hooks_below, saved_weights
 from attnctl.core.hosts.checkpointing import Checkpointing
+from attnctl.core.hosts.modules import named_below
 from attnctl.core.live import PassEnded
 from attnctl.core.sites import Grid
 from attnctl.errors import UnsupportedModelError
@@ -115,7 +116,7 @@ def exit_refusal(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> str | N
     """Say why a forward of this denoiser must not be left half way, or return None."""
     if hooks_below(denoiser):
         return "diffusers hooks (caches, group offloading) need every block to run"
-    if any("_hf_hook" in vars(module) for module in denoiser.modules() if module is not denoiser):
+    if any("_hf_hook" in vars(module) for module in named_below(denoiser) if module is not denoiser):
         return "accelerate hooks on blocks would leave weights on the device"
     for value in bound.values():
         if isinstance(value, dict) and value.get("scale") not in (None, 1, 1.0):
@@ -141,7 +142,7 @@ def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[
     try:
         for p in trained:
             p.requires_grad_(False)
-        for module in denoiser.modules():
+        for module in named_below(denoiser):
             if module._compiled_call_impl is not None:  # a compiled block would be compiled again, for this alone
                 put(module, "_compiled_call_impl", None)
             if checkpointing and hasattr(module, "gradient_checkpointing"):

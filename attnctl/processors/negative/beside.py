@@ -12,6 +12,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.arguments import Rows, own_containers, row_count
 from attnctl.core.hosts.caches import hooks_of
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.modules import named_below
 from attnctl.core.live import LiveDenoiser
 from attnctl.errors import UnsupportedModelError
 from attnctl.processors.negative.keys import has_text_stream, text_keys
@@ -114,7 +115,7 @@ def check_beside(denoiser: torch.nn.Module, name: str, what: str) -> None:
     why = None
     if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
         why = "gradient checkpointing runs blocks a second time: call disable_gradient_checkpointing()"
-    for module in denoiser.modules():
+    for module in named_below(denoiser):
         if module._compiled_call_impl is not None:
             why = "a compiled block runs from its beginning to its end: attach to a model that is not compiled"
         hooks = [name for name in hooks_of(module) if name != "layerwise_casting"]

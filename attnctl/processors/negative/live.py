@@ -25,6 +25,7 @@ from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import Rows, own_containers, row_count, take_rows
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.ghost import EMBEDS, TextComparison, equal, ghost_call, negative_arguments, text_arguments
+from attnctl.core.hosts.modules import compiled_below
 from attnctl.core.hosts.one_line import one_line
 from attnctl.core.hosts.prompt import arguments_of
 from attnctl.core.live import LiveControl, LiveDenoiser
@@ -139,7 +140,7 @@ class LiveNegative(LiveControl):
         self._kwargs = positive | own_containers(negative)
         if self.timeless is False:
             self.keys.clear()  # they move with the time: each call records its own
-        if _compiled(self.denoiser):
+        if compiled_below(self.denoiser):
             # What follows runs inside of a graph, which cannot wait for a second call, nor compare keys.
             if any(site.kind == "joint" for site in self.sites):
                 check_beside(self.denoiser, self.name, self.what)
@@ -348,10 +349,6 @@ def prompt_rows(call: AttnCall) -> tuple[int, AttnCall] | None:
         f"{call.site.name} attends with {call.q.shape[0]} rows where the denoiser was called with {rows.total}: the "
         "prompt's rows cannot be told apart."
     )
-
-
-def _compiled(denoiser: torch.nn.Module) -> bool:
-    return any(module._compiled_call_impl is not None for module in denoiser.modules())
 
 
 def _frames(state: CallState) -> int:
