@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,10 @@ from attnctl.data.progress import in_words
 
 __all__ = ["Hunt"]
 
+_Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")]
+_OF_THE_PLAN = ("rounds", "k", "u", "scale", "steps", "guidance")
+_FOR_HEADS_ALONE = ("rounds", "k", "u", "heads", "prune", "group", "repeats", "validate", "show")
 _PRESETS = {"quality": (1, 24, 0.25), "style": (5, 3, 1.0), "shapes": (1, 6, 0.5)}
 
 
@@ -42,25 +47,25 @@ class Hunt(Common):
     style: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
     """The style to search for, with --preset style."""
 
-    pairs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    pairs: _Whole = None
     """Use only the first prompt-seed pairs."""
 
-    rounds: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    rounds: _Whole = None
     """Rounds; heads chosen in one act in the next."""
 
-    k: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    k: _Whole = None
     """Heads chosen in a round."""
 
-    u: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    u: _Number = None
     """Strength of the perturbation."""
 
-    scale: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    scale: _Number = None
     """Guidance weight."""
 
-    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
+    steps: _Whole = None
     """Denoising steps."""
 
-    guidance: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: the preset's)")] = None
+    guidance: _Number = None
     """Classifier-free guidance scale during the search; 0 is off."""
 
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
@@ -121,7 +126,6 @@ class Hunt(Common):
         importing()
         from attnctl.core.hosts.listing import find_sites
         from attnctl.errors import ConfigError
-        from attnctl.pipelines.hunting.scorers import objective_of
         from attnctl.pipelines.hunting.search import hunt, seconds_of
         from attnctl.pipelines.models import device_and_dtype, load
         from attnctl.pipelines.workers import Workers
@@ -162,15 +166,21 @@ class Hunt(Common):
             return Result(data, outlook)
         if not crew.rank:
             say(outlook)
-        name = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore")
-        result = hunt(
-            loaded.pipe, plan, objective_of(name, device), log=self.log or self.out / "log", model=loaded.name,
-            objective=name,
-        )  # fmt: skip
-        if crew.rank:
+        result = self._found(hunt, loaded, plan, crew, device)
+        if result is None:
             return Result(None, "")
-        result.save(self.out, force=self.force)
         return Result(data | result.to_dict() | {"out": str(self.out)}, _text(result, self.out, self.model))
+
+    def _found(self, search: Callable[..., Any], loaded: Any, plan: Any, crew: Any, device: str) -> Any:
+        """Search and save what was found; return it, or None in all processes but the first."""
+        from attnctl.pipelines.hunting.scorers import objective_of
+
+        name, log = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore"), self.log or self.out / "log"
+        found = search(loaded.pipe, plan, objective_of(name, device), log=log, model=loaded.name, objective=name)
+        if crew.rank:
+            return None
+        found.save(self.out, force=self.force)
+        return found
 
     def _plan(self) -> Any:
         """Build the plan that the flags describe."""
@@ -178,53 +188,50 @@ class Hunt(Common):
         from attnctl.pipelines.hunting.plan import STYLE_CONTENTS, HuntPlan
 
         rounds, k, u = _PRESETS[self.preset]
-        fields: dict[str, Any] = {
+        given: dict[str, Any] = {
             "rounds": rounds, "k": k, "u": u, "call": dict(parse_option(text) for text in self.option),
             "prune": self.prune, "prune_pairs": min(2, self.pairs or 2), "group": self.group, "repeats": self.repeats,
             "batch": self.batch, "show": self.show, "validate": self.validate,
         }  # fmt: skip
-        for name in ("rounds", "k", "u", "scale", "steps", "guidance"):
+        for name in _OF_THE_PLAN:
             if getattr(self, name) is not None:
-                fields[name] = getattr(self, name)
+                given[name] = getattr(self, name)
         if self.sites:
-            fields["sites"] = tuple(int(s) if s.isdigit() else s for s in self.sites)
+            given["sites"] = tuple(int(s) if s.isdigit() else s for s in self.sites)
         if self.heads is not None:
-            fields["heads"] = _heads(self.heads)
+            given["heads"] = _heads(self.heads)
         if (self.preset == "style") != (self.style is not None):
             raise UsageError("--style and --preset style belong together: give both, or neither.")
         if self.preset == "style":
-            plan = HuntPlan.style(str(self.style), self.prompt or STYLE_CONTENTS, **fields)
+            plan = HuntPlan.style(str(self.style), self.prompt or STYLE_CONTENTS, **given)
         elif self.preset == "quality":
             if not self.prompt:
                 raise UsageError("--preset quality needs prompts: give --prompt ten times, as published.")
-            plan = HuntPlan.quality(self.prompt, **fields)
+            plan = HuntPlan.quality(self.prompt, **given)
         else:
-            plan = self._shapes(fields)
+            plan = self._shapes(given)
         if self.pairs is None:
             return plan
         if not 1 <= self.pairs <= len(plan.pairs):
             raise UsageError(f"--pairs {self.pairs} is out of range: this search has {len(plan.pairs)} pairs.")
-        return _changed(plan, pairs=plan.pairs[: self.pairs])
+        return replace(plan, pairs=plan.pairs[: self.pairs])
 
-    def _shapes(self, fields: dict[str, Any]) -> Any:
+    def _shapes(self, given: dict[str, Any]) -> Any:
         from attnctl.pipelines.hunting.plan import HuntPlan
         from attnctl.shapes.scenes import pair_prompts
 
         prompts = self.prompt or pair_prompts(21, 64 if self.pairs else 16, "tuning")
         usual: dict[str, Any] = {"scale": 2.5, "steps": 10, "guidance": 3.0}
         if self.model == "shapes:mmdit":
-            fields["call"] = {"max_sequence_length": 0} | fields["call"]
-        return HuntPlan(pairs=tuple((text, i) for i, text in enumerate(prompts)), **usual | fields)
+            given["call"] = {"max_sequence_length": 0} | given["call"]
+        return HuntPlan(pairs=tuple((text, i) for i, text in enumerate(prompts)), **usual | given)
 
     def _block_plan(self) -> Any:
         """Build the plan of a search for the block to perturb, on the prompts that a search for heads has."""
         from attnctl.pipelines.hunting.blocks import METHODS, BlockHunt
 
-        others = {
-            "rounds": None, "k": None, "u": None, "heads": None, "prune": 0.0, "group": 0, "repeats": 1,
-            "validate": False, "show": 0,
-        }  # fmt: skip
-        given = [name for name, default in others.items() if getattr(self, name) != default]
+        usual = {f.name: f.default for f in fields(self)}
+        given = [name for name in _FOR_HEADS_ALONE if getattr(self, name) != usual[name]]
         if given:
             raise UsageError(f"--{given[0]} is for a search for heads: leave it out with --unit block.")
         plan = self._plan()
@@ -239,25 +246,19 @@ class Hunt(Common):
         from attnctl.core.hosts.listing import find_sites
         from attnctl.pipelines.hunting.blocks import hunt_blocks
         from attnctl.pipelines.hunting.plan import halvings
-        from attnctl.pipelines.hunting.scorers import objective_of
 
         count = len(plan.candidates(find_sites(loaded.pipe)))
         if self.halving:
-            plan = _changed(plan, halving=halvings(count, len(plan.pairs), 1))
+            plan = replace(plan, halving=halvings(count, len(plan.pairs), 1))
         data: dict[str, Any] = {"model": loaded.name, "candidates": count, "images": plan.images(count)}
         outlook = f"{count} candidates, {len(plan.pairs)} prompt-seed pairs: {data['images']} images at most"
         if self.dry_run:
             return Result(data, outlook)
         if not crew.rank:
             say(outlook)
-        name = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore")
-        ranked = hunt_blocks(
-            loaded.pipe, plan, objective_of(name, device), log=self.log or self.out / "log", model=loaded.name,
-            objective=name,
-        )  # fmt: skip
-        if crew.rank:
+        ranked = self._found(hunt_blocks, loaded, plan, crew, device)
+        if ranked is None:
             return Result(None, "")
-        ranked.save(self.out, force=self.force)
         return Result(data | ranked.to_dict() | {"out": str(self.out)}, _ranked(ranked, self.out, self.model))
 
     def _halved(self, plan: Any, pool: int) -> Any:
@@ -265,13 +266,7 @@ class Hunt(Common):
 
         if not self.halving:
             return plan
-        return _changed(plan, halving=halvings(pool - int(plan.prune * pool), len(plan.pairs), plan.k))
-
-
-def _changed(plan: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(plan, **changes)
+        return replace(plan, halving=halvings(pool - int(plan.prune * pool), len(plan.pairs), plan.k))
 
 
 def _heads(text: str) -> Any:
