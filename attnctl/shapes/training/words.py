@@ -62,9 +62,10 @@ def teach_motion(
     for step in range(steps):
         m = torch.randint(len(motions), (batch,), generator=generator)
         k = torch.randint(len(kinds), (batch,), generator=generator)
-        target = _moved(before(plain[k])[0], first, extra[m], codes[m])
+        known = before(plain[k])[0]
+        target = _moved(known, first, extra[m], codes[m])
         loss = (text_encoder(ids[m, k])[0] - target).square().mean()
-        loss = loss + (text_encoder(plain[k])[0] - before(plain[k])[0]).square().mean()
+        loss = loss + (text_encoder(plain[k])[0] - known).square().mean()
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
