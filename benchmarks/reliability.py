@@ -4,12 +4,14 @@ inactive    a control that is attached and switched off, on tiny models: whether
             every method; processor time of a call beside the plain model (median of rounds, in turn), bytes held
 restore     attach, run, stop at every step by an exception, a KeyboardInterrupt, a lost handle; detach; compare output
             and the variables of every module. Beside it, diffusers' own PAG pipeline, which leaves its processors
+promises    what tests hold for single cases, here for all: two threads on one denoiser, waits for the device after the
+            first step, kernels launched at the shapes of real models, block outputs that prefix replay holds
 counts      families, pairs, cases of property tests, tests, lines
 package     size of the wheel, time of the import, hard dependencies
 suite       all tests, in as many processes as there are processors: how many, how long, which share of the package's
             statements they run (not counted: what runs in processes that tests start)
 
-The table goes to stderr, the JSON to stdout.
+The table goes to stderr, the JSON to stdout; `--only promises` measures one part and leaves the others as recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import platform
@@ -33,10 +36,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = Path(__file__).parent / "results" / "reliability.json"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import conftest  # noqa: E402, F401  (first: offline, quiet, one thread)
 import pairs  # noqa: E402
+import processes  # noqa: E402
+import pytest  # noqa: E402
+import test_launches  # noqa: E402
+import test_roads_replay  # noqa: E402
+import test_roads_threads  # noqa: E402
 import torch  # noqa: E402
 import zoo  # noqa: E402
 import zoo_pipelines as pipes  # noqa: E402
@@ -186,6 +195,50 @@ def _theirs() -> dict[str, Any]:
     return {"left_over": changed, "plain_pipeline_after": "same" if same else "differs"}
 
 
+@torch.no_grad()
+def promises(*, quick: bool) -> dict[str, Any]:
+    """Hold what is promised of threads, waits, launches and memory, with the code of the tests."""
+    ends = test_roads_threads.trials(20 if quick else 200)
+    families = zoo.NAMES[:1] if quick else (*zoo.NAMES, "pipelines")
+    waits = {name: _waits(name) for name in families}
+    passes = {
+        f"{what}, {name}": n
+        for name, shape in test_launches.SHAPES.items()
+        for what, n in test_launches.launched_by_passes(shape).items()
+    }
+    cases = itertools.product(test_launches.SHAPES.values(), test_launches.LOOKS)
+    looks = [test_launches.launched_by_calibration(shape, look) for shape, look in cases]
+    held = {name: _held(name) for name in (test_roads_replay.ROWS[:1] if quick else test_roads_replay.ROWS)}
+    most = max(passes, key=lambda what: passes[what])
+    return {
+        "threads": ends,
+        "waits": sum(map(len, waits.values())),
+        "waits_of": len(waits),
+        "waits_found": {name: found for name, found in waits.items() if found},
+        "launches_of_a_pass": passes[most],
+        "launches_of_a_pass_at": most,
+        "launches_of_calibration": max(looks),
+        "block_outputs_held": max(held.values()),
+        "block_outputs_held_by": held,
+    }
+
+
+def _waits(family: str) -> list[str]:
+    """Return the lines that the pretend device prints of a family: waits after the first step, or other results."""
+    done = processes.run("import stalling, sys; sys.exit(stalling.main())", family)
+    if done.returncode:
+        raise SystemExit(f"{family}: {done.stderr[-1000:]}")
+    return done.stdout.splitlines()
+
+
+def _held(family: str) -> float:
+    """Return how many outputs of a block prefix replay holds, in bytes of the largest."""
+    model, inputs = zoo.build(family, dtype=torch.float64)
+    site, _ = test_roads_replay.last_site(model)
+    held = test_roads_replay.held(model, inputs, site, pytest.MonkeyPatch())
+    return round(max(held) / test_roads_replay.largest(model, inputs), 2)
+
+
 def counts() -> dict[str, Any]:
     """Count what is tested, without running it."""
     known = methods()
@@ -281,8 +334,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no wheel, no tests")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the timing")
+    parser.add_argument("--only", choices=("promises",), help="measure this part; take the others from the last result")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.only:
+        recorded: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+        print(json.dumps(recorded | {"promises": promises(quick=options.quick)}, indent=1))
+        return 0
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.machine(),
@@ -291,10 +349,11 @@ def main() -> int:
         "versions": versions(),
         "inactive": inactive(2 if options.quick else options.rounds),
         "restore": restore(),
+        "promises": promises(quick=options.quick),
     }
     if not options.quick:
         result |= {"counts": counts(), "package": package(), "suite": suite()}
-    for part in ("inactive", "restore", "counts", "package", "suite"):
+    for part in ("inactive", "restore", "promises", "counts", "package", "suite"):
         for key, value in result.get(part, {}).items():
             print(f"{part:10}{key:48}{value}", file=sys.stderr)
     print(json.dumps(result, indent=1))

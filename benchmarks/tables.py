@@ -87,6 +87,25 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
                 theirs["plain_pipeline_after"],
             ),
         ]
+    if "promises" in data:
+        p = data["promises"]
+        ends = ", ".join(f"{n} {how}" for how, n in p["threads"].items())
+        rows += [
+            ("two threads on one denoiser (`tests/test_roads_threads.py`): how requests ended", ends),
+            (
+                "waits for the device after the first step (`tests/test_stalls.py`)",
+                f"{p['waits']}, over {p['waits_of']} kinds of model",
+            ),
+            (
+                "launches of a perturbed pass per site, at most (`tests/test_launches.py`)",
+                f"{p['launches_of_a_pass']} ({p['launches_of_a_pass_at']})",
+            ),
+            ("launches of calibration per site and step, at most", f"{p['launches_of_calibration']}"),
+            (
+                "block outputs that prefix replay holds, at most (`tests/test_roads_replay.py`)",
+                f"{p['block_outputs_held']}",
+            ),
+        ]
     if "counts" in data:
         c = data["counts"]
         split = f"{c['pairs_together']}, {c['pairs_refused']}, {c['pairs_without_common_model']} of {c['pairs']}"

@@ -84,6 +84,17 @@ def test_frequency_decoupled_equals_the_recording() -> None:
         assert (out - cases[f"{name}.out"]).abs().max() <= 1e-12
 
 
+def test_the_momentum_fills_before_it_acts() -> None:
+    draws = [[torch.randn(1, 4, 6, 6, dtype=torch.float64) for _ in range(2)] for _ in range(2)]
+    filling, plain = APG(fill_steps=1, momentum=0.5), APG(momentum=0.5)
+    memories: list[dict[Any, Any]] = [{}, {}]
+    first, second = ([c.rule(u, p, _moment(i, m, 3.0)) for c, m in zip((filling, plain), memories, strict=True)]
+                     for i, (u, p) in enumerate(draws))  # fmt: skip
+    assert torch.equal(first[0], combining.linear(*draws[0], 3.0))
+    assert not torch.equal(*first)
+    assert torch.equal(*second)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 12, 20), (1, 4, 7, 5), (1, 2, 3, 9, 16), (1, 1, 2, 1)])
 def test_pyramids_of_any_size_give_back_what_they_were_made_of(shape: tuple[int, ...]) -> None:
     u, c = (torch.randn(shape, dtype=torch.float64) for _ in range(2))

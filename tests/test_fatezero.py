@@ -15,6 +15,7 @@ from fatezero_runs import BASE, SOURCE, STEPS, TARGET, edited, latents, run
 from torch import Tensor
 
 import attnctl
+from attnctl.core.hosts.families import family_of
 from attnctl.pipelines import estimate_bytes, invert
 from attnctl.processors import PAG, FateZero
 from attnctl.processors.editing import engine as editing
@@ -63,6 +64,18 @@ def test_stores_agree(pipe: Any, changes: dict[str, Any]) -> None:
 )
 def test_every_field_matters(pipe: Any, changes: dict[str, Any], plain_edit: Tensor) -> None:
     assert distance(edited(pipe, dataclasses.replace(BASE, **changes)), plain_edit) > 1e-3
+
+
+def test_options_of_the_official_code_matter(pipe: Any) -> None:
+    blended = dataclasses.replace(BASE, blend_latents=True, blend_window=(0.0, 1.0), blend_threshold=0.95)
+    official = dataclasses.replace(blended, latent_align="official")
+    assert distance(edited(pipe, official), edited(pipe, blended)) > 1e-3
+    words = {"source": "a cat in the water", "target": "a crocodile in the water", "mode": "replace"}
+    tails = [FateZero(**words, replace_tail=tail).plan(pipe).how for tail in ("aligned", "official")]
+    assert not torch.equal(tails[0].take, tails[1].take)
+    sites, family = attnctl.find_sites(pipe), family_of(pipe.unet)
+    near, far = ({s.name for s in FateZero(**words, keys_factor=f).keyed(sites, family)} for f in (1, 4))
+    assert far < near == {s.name for s in sites if s.kind == "self"}
 
 
 @pytest.fixture(scope="module")

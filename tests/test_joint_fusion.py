@@ -131,6 +131,7 @@ def explicit(fusion: RowFusion, source: AttnCall, s: int, call: AttnCall, e: int
     v = call.v[e].repeat_interleave(call.q.shape[1] // call.v.shape[1], 0)
     inside = fusion.mask_at(call)
     m = 0.0 if inside is None else inside[0, :, None].double()
+    whose = 1.0 if fusion.control.text_mass == "edit" else m
     if call.site.kind in ("self", "dual"):
         return (m * a_e + (1 - m) * a_s) @ v
     if call.site.kind == "cross":
@@ -141,7 +142,7 @@ def explicit(fusion: RowFusion, source: AttnCall, s: int, call: AttnCall, e: int
     parts = [(a[:, i][..., i], a[:, i][..., t]) for a, i, t in ((a_s, source.image, of_source), (a_e, image, text))]
     (si, sx), (ei, ex) = ([p / p.sum(-1, keepdim=True) for p in both] for both in parts)
     gs, ge = (both[1].sum(-1, keepdim=True) for both in parts)
-    g = m * ge + (1 - m) * gs
+    g = whose * ge + (1 - whose) * gs
     rows = torch.zeros(a_e.shape[0], image.stop - image.start, a_e.shape[2], dtype=a_e.dtype)
     rows[..., image] = (1 - g) * (m * ei + (1 - m) * si)
     rows[..., text] = g * mapped(fusion, sx, ex)
@@ -156,11 +157,13 @@ def mapped(fusion: RowFusion, a_s: Tensor, a_e: Tensor) -> Tensor:
     return cross_edit(a_s, a_e, how, words.follow(1, a_e.shape[-1])[0].to(a_e))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_equals_maps_written_out(name: str, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "masked", "mass"),
+    [*((name, masked, "source") for name in FAMILIES for masked in (False, True)), ("sd3", True, "edit")],
+)
+def test_every_family_equals_maps_written_out(name: str, masked: bool, mass: Any) -> None:
     model, inputs = zoo.build(name, dtype=torch.float64)
-    control = FateZero(source="a", target="b", cross_replace=1.0, self_replace=1.0)
+    control = FateZero(source="a", target="b", cross_replace=1.0, self_replace=1.0, text_mass=mass)
     fusion = RowFusion(control, attnctl.find_sites(model), family_of(model))
     fusion.exchange, fusion.steps = Words(), 1  # type: ignore[assignment]
     fusion.selves = fusion.crossing = True

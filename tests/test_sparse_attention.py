@@ -314,6 +314,16 @@ def test_windows_of_fewer_numbers_are_for_the_last_axes() -> None:
     assert [a.window for a in axes_for(Neighborhood(window=(2, 3), frames="own"), (3, 4, 5), "here")] == [1, 2, 3]
 
 
+def test_the_first_frame_is_seen_from_everywhere_unless_it_is_no_sink() -> None:
+    made = []
+    for sink in (True, False):
+        control = SparseAttention(Radial(block=4, sink=sink, decay=0.5))
+        model, inputs = zoo.build("wan")
+        with torch.no_grad(), attnctl.control(model, control, layout="cond"):
+            made.append(zoo.call(model, inputs))
+    assert not torch.equal(*made)
+
+
 def test_records_and_short_forms() -> None:
     control = SparseAttention(Online(density=0.3, schedule=(0.6, 0.3), block=32), dense_steps=2)
     assert control_from_dict(json.loads(json.dumps(control_to_dict(control)))) == control
