@@ -56,6 +56,7 @@ def guarded() -> Iterator[list[str]]:
 
 def main(script: str, *args: str) -> int:
     """Run a script under the guard, in an interpreter that was started without the hub's switches."""
+    sys.modules["network"] = sys.modules[__name__]  # so that the script finds what was heard so far
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     with guarded() as heard:

@@ -138,7 +138,7 @@ def unet() -> Host:
     full = {"sites": "down.0"}  # 192 tokens: where merging acts too
     first: dict[str, Control] = {
         "AStar": AStar(concepts=("bear", "water")),
-        "AttendExcite": AttendExcite(concepts=("bear", "water")),
+        "AttendExcite": AttendExcite(concepts=("bear", "water"), refine_steps=2),
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
@@ -167,7 +167,7 @@ def motion() -> Host:
     words = {"concepts": ("cat", "a")}
     first: dict[str, Control] = {
         "AStar": AStar(**words),
-        "AttendExcite": AttendExcite(**words),
+        "AttendExcite": AttendExcite(**words, refine_steps=2),
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
@@ -189,7 +189,7 @@ def joint() -> Host:
     plan = block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True)
     first: dict[str, Control] = {
         "AStar": AStar(**words),
-        "AttendExcite": AttendExcite(**words),
+        "AttendExcite": AttendExcite(**words, refine_steps=2),
         "BroadWay": BroadWay(alpha=0.0, stop=1.0),
         "Capture": Capture(words=(1,)),
         "PARO": PARO(plan),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 import attnctl
 
@@ -133,9 +133,21 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | 
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    flat, _ = tree_flatten((args, kwargs))
-    ours = [x for x in flat if isinstance(x, Pretend)]
-    others = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Pretend)]
+    ours: list[Pretend] = []
+    others: list[Tensor] = []
+
+    def inner(x: Any) -> Any:
+        if isinstance(x, Pretend):
+            ours.append(x)
+            return x.inner
+        if isinstance(x, Tensor):
+            others.append(x)
+        elif isinstance(x, (list, tuple)):  # what operators take is nested no further, and has no other containers
+            return type(x)([inner(y) for y in x])
+        return x
+
+    args, given = [inner(x) for x in args], args
+    kwargs, named = {name: inner(x) for name, x in kwargs.items()}, kwargs
     device = kwargs.get("device")
     to_card = device is not None and torch.device(device).type == "cuda"
     name = func._schema.name
@@ -143,19 +155,20 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not kwargs.get("non_blocking"):
             _note("copy to the machine's memory")
         return func(ours[0].inner, **{k: v for k, v in kwargs.items() if k != "device"}).clone()
-    _look_for_waits(func, name, args, kwargs, ours, others, to_card)
+    _look_for_waits(func, name, given, named, ours, others, to_card)
     known = {id(x.inner): x for x in ours}
-    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Pretend) else x, (args, kwargs))
     out = func(*args, **({**kwargs, "device": CPU} if to_card else kwargs))
     if not ours and not to_card:
         return out
 
     def wrapped(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return type(x)([wrapped(y) for y in x])
         if not isinstance(x, Tensor) or isinstance(x, Pretend):
             return x
         return known[id(x)] if id(x) in known else Pretend(x)
 
-    return tree_map(wrapped, out)
+    return wrapped(out)
 
 
 def _look_for_waits(

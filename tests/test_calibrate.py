@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import zoo_pipelines
@@ -173,18 +172,12 @@ def test_two_processes_share_the_prompts(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     told = {
         **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent),
+        "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARE, str(tmp_path / "run"), str(tmp_path / str(rank))],
-            env={**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in running:
-        _, error = process.communicate(timeout=600)
-        assert process.returncode == 0, error[-2000:]
+    arguments = [[str(tmp_path / "run"), str(tmp_path / str(rank))] for rank in range(2)]
+    ranks = [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    for done in processes.run_all(SHARE, arguments, envs=ranks):
+        assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path / "run").glob("*.safetensors")) == [
         f"{look}-{i}.safetensors" for look in ("masks", "orders") for i in range(3)
     ]

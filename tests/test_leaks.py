@@ -7,12 +7,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import zoo
@@ -36,18 +34,15 @@ def _alive() -> tuple[Counter[str], int]:
     return Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in objects), sum(storages.values())
 
 
-def alone(measure: Callable[[], dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
-    """Measure in a new process: threads and leftovers of other tests make objects of their own, at any time."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure).result()
+# In a new process: threads and leftovers of other tests make objects of their own, at any time.
 
 
 def test_two_hundred_runs_leave_as_much_as_one() -> None:
-    assert not alone(grown_by_runs)
+    assert not processes.alone(grown_by_runs)
 
 
 def test_a_stopped_run_leaves_no_more_than_a_whole_one() -> None:
-    assert not alone(grown_by_stopped_runs)
+    assert not processes.alone(grown_by_stopped_runs)
 
 
 def grown(before: Counter[str], after: Counter[str], limit: int, held: int, holds: int) -> dict[str, tuple[int, int]]:

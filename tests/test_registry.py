@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -192,7 +192,7 @@ def test_a_record_is_read_in_another_process_after_the_import(tmp_path: Path) ->
 
     def run(module: str, args: list[str]) -> subprocess.CompletedProcess[str]:
         code = call.format(module, args)
-        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return processes.run(code, cwd=tmp_path)
 
     made = run("own_again", first)
     assert made.returncode == 0, made.stderr

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import processes
 import pytest
-
-import attnctl
 
 FAMILIES = ("sd15", "sd3", "flux", "lumina2", "qwen", "hunyuanvideo", "wan", "cogvideox", "animatediff")
 
@@ -23,10 +17,6 @@ PIPELINES = ("AStar, masks", "AttendExcite, threshold", "PAG, adaptive", "FateZe
 )
 def test_no_control_waits_for_the_device(arguments: tuple[str, ...]) -> None:
     """In a process of its own, since the pretend device changes torch's."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(Path(attnctl.__file__).parents[1])])
-    command = [sys.executable, str(here / "stalling.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = processes.run("import stalling, sys; sys.exit(stalling.main())", *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert not done.stdout, done.stdout
