@@ -78,12 +78,25 @@ def test_other_arguments_of_the_pipeline(run: Run, folder: str, tmp_path: Path) 
     for bad, code, message in (
         ("guidance_rescal=1", 1, "Did you mean 'guidance_rescale'"),
         ("generator=1", 1, "set by attnctl"),
+        ("guidance_rescale=x", 1, "cannot be called with the given guidance_rescale"),
         ("prompt=b", 1, "set by attnctl"),
         ("nothing", 2, "expected name=value"),
         ("a b=1", 2, "expected name=value"),
     ):
         found, _, err = run(*generate(folder, tmp_path / "bad", "--option", bad))
         assert (found, message in err) == (code, True), err
+
+
+def test_sizes_are_brought_to_what_the_pipeline_takes(run: Run, folder: str, tmp_path: Path) -> None:
+    args = ("generate", "--model", folder, "--prompt", "a cat", "--steps", 1, "--out", tmp_path)
+    code, _, err = run(*args, "--width", 27)
+    assert code == 0, err
+    (record,) = read(tmp_path / "a-cat-0.png")
+    assert (record.width, record.height) == (24, 32)  # the height is the model's own
+    assert "27x32 becomes 24x32: the sides are multiples of 8 pixels" in err
+    code, _, err = run(*args, "--model", "shapes:mmdit", "--width", 128, "--force")
+    assert code == 1
+    assert "places for 64x64 pixels; 128x64 were asked for" in err
 
 
 def test_seeds_count_up_and_each_image_stands_alone(run: Run, folder: str, tmp_path: Path) -> None:

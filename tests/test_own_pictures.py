@@ -109,6 +109,15 @@ def test_onnx_answers_alike(classes: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, load_run(run)[1](x).detach().numpy(), atol=1e-4)
 
 
+def test_a_resumed_training_says_which_settings_change() -> None:
+    from attnctl.pipelines.vision.runs import resumption
+
+    state = {"epoch": 3, "recipe": {"lr": 0.001, "crop": 0.4}}
+    assert resumption(state, {"lr": 0.01, "crop": 0.4}) == "Training goes on after epoch 3; lr 0.001 becomes 0.01."
+    assert "does not say" in resumption({"epoch": 3}, {"lr": 0.01})
+    assert resumption({}, {"lr": 0.01}) == "No checkpoint is there: training begins anew."
+
+
 def test_resumed_training_is_the_same(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(model="vit_tiny_patch16_224", model_options=SMALL, epochs=3, batch=12, ema=0.9, mixup=0.2)
     whole = train_pictures(classes, tmp_path / "whole", recipe)
@@ -129,7 +138,9 @@ def test_resumed_training_is_the_same(classes: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(own_pictures, "save_checkpoint", save)
     with pytest.raises(ConfigError, match="go on with resume"):
         train_pictures(classes, tmp_path / "part", recipe)
-    rest = train_pictures(classes, tmp_path / "part", recipe, resume=True)
+    lines: list[str] = []
+    rest = train_pictures(classes, tmp_path / "part", recipe, resume=True, announce=lines.append)
+    assert lines[-1] == "Training goes on after epoch 2, with the same settings."
     assert rest.losses == whole.losses
     for change, said in (({"ema": 0.0}, "with a running average"), ({"head": True}, "trained other weights")):
         with pytest.raises(ConfigError, match=said):

@@ -137,6 +137,7 @@ def test_the_commit_of_a_record_is_what_is_asked_for(monkeypatch: pytest.MonkeyP
         raise OSError("no network in tests")
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     save_image(image(), tmp_path / "x.png", record(model="somebody/model", revision=COMMIT))
     main(["generate", "--from", str(tmp_path / "x.png"), "--out", str(tmp_path / "o"), "--fetch"])
     assert (seen["name"], seen["revision"]) == ("somebody/model", COMMIT)

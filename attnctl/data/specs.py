@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnctl.data.controls import control_named, controls
-from attnctl.errors import AttnctlError, ConfigError, nearest, unboxed
+from attnctl.errors import AttnctlError, ConfigError, check_short, nearest, unboxed
 
 __all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_controls", "parse_option"]
 
@@ -208,8 +208,14 @@ def _decode(value: Any) -> Any:
         if sorted(values) != ["start", "step", "stop"] or not whole or values["step"] == 0:
             raise ConfigError(f"Expected whole numbers start, stop and step (not 0), got {dict(value)!r}.")
         parts = values["start"], values["stop"], values["step"]
-        return range(*parts) if value["type"] == "range" else slice(*parts)
+        return _short(range(*parts)) if value["type"] == "range" else slice(*parts)
     return _make(_nested(value["type"], "a field"), value["type"], values)
+
+
+def _short(value: range) -> range:
+    """Return a range from a file or a text, in which nobody may look for its last number."""
+    check_short(value, "A range")
+    return value
 
 
 def _nested(name: Any, where: str) -> type:
@@ -234,7 +240,7 @@ def _literal(node: ast.expr) -> Any:
         numbers = [ast.literal_eval(part) for part in node.args]
         if node.keywords or not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) for n in numbers):
             raise ValueError("a range takes one to three whole numbers")
-        return range(*numbers)
+        return _short(range(*numbers))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         fields = {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
         if len(fields) != len(node.keywords):

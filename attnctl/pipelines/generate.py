@@ -17,16 +17,14 @@ from attnctl.data.provenance import hardware, versions
 from attnctl.data.quiet import counting_steps, without_bar
 from attnctl.data.record import Record, pixels_sha256
 from attnctl.data.specs import control_to_dict
-from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError, nearest
+from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
 from attnctl.pipelines.models import Loaded
+from attnctl.pipelines.refusals import explained
 
 __all__ = ["INFINITE", "Call", "Sampled", "fitted", "makes_videos", "sample", "scheduler_config", "settings_of"]
 
 _OURS = ("self", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end")
-_SMALLER = (
-    "take a smaller size, fewer pictures per call (batch), or float16; or offload the model (docs/howto/offload.md)"
-)
 INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -93,7 +91,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
     sites, report = _site_names(pipe, acting), ""
     maps: tuple[Any, ...] = ()
-    with _explained(pipe), _progress(pipe, options, step):
+    with explained(pipe, call.options), _progress(pipe, options, step):
         if call.controls:
             with attnctl.control(pipe, *call.controls, backend=call.backend) as handle:
                 output = pipe(**options)
@@ -146,33 +144,6 @@ def fitted(pipe: Any, call: Call, announce: Callable[[str], object] = lambda tex
             f"{given[1]}x{given[0]} becomes {width}x{height}: the sides are multiples of {multiple} pixels in {name}."
         )
     return replace(call, width=width, height=height)
-
-
-@contextlib.contextmanager
-def _explained(pipe: Any) -> Iterator[None]:
-    """Turn what a host refuses, and a memory that is too small, into errors that say what to do.
-
-    Raises:
-        ConfigError: in place of ValueError, AssertionError and what allocators raise.
-    """
-    import torch
-
-    try:
-        yield
-    except AttnctlError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ConfigError(f"The memory is too small for this call: {_SMALLER}.") from error
-    except (ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
-        raise ConfigError(
-            f"{type(pipe).__name__} refuses this call: {reason}. Change the option that it names; `attnctl generate "
-            "--help` lists them."
-        ) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        raise ConfigError(f"The memory is too small for this call: {_SMALLER}.") from error
 
 
 def settings_of(loaded: Loaded, call: Call) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.live import LiveControl
 from attnctl.errors import ConfigError
 from attnctl.kernels.sparse import select as choices
+from attnctl.pipelines.refusals import explained
 from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan, Neighborhood, Online
 from attnctl.plans.blocks import Blocks
@@ -240,7 +241,8 @@ def _runner(pipe: Any, prompt: str | Mapping[str, Any], seed: int, call: Mapping
     settings = {"output_type": "np", **dict(call or {}), **inputs}
 
     def run() -> np.ndarray:
-        out = pipe(**settings, generator=torch.Generator().manual_seed(seed))[0]
+        with explained(pipe, call or ()):
+            out = pipe(**settings, generator=torch.Generator().manual_seed(seed))[0]
         return out.double().cpu().numpy() if isinstance(out, Tensor) else np.asarray(out, np.float64)
 
     return run

@@ -26,6 +26,7 @@ from attnctl.core.sites import Selector, Site, select
 from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError, PlanError
 from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
+from attnctl.pipelines.refusals import explained
 from attnctl.plans.orders import LAYOUTS
 from attnctl.plans.reading import Expected, open_tensors, parse_json
 from attnctl.plans.writing import publish
@@ -146,7 +147,7 @@ def runner(
         call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         options = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent", **arguments, **call}
         watch = _Look(settings=settings, sums=sums, unknown=unknown, groups=groups, orders=orders, sites=sites)
-        with attach(pipe, watch):
+        with explained(pipe, arguments), attach(pipe, watch):
             pipe(**options)
         if unknown:
             warnings.warn(

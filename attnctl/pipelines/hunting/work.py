@@ -17,6 +17,7 @@ from attnctl.data.quiet import without_bar
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.hunting.plan import Head, HuntPlan, Pictures
 from attnctl.pipelines.hunting.rows import RowHeads
+from attnctl.pipelines.refusals import explained
 from attnctl.processors.pag import SoftPAG
 
 __all__ = ["Row", "Scorer", "Unit", "cut", "draw", "first_change", "marks_of", "pictures", "units"]
@@ -74,7 +75,7 @@ def pictures(
     """
     options = _options(pipe, plan, pairs, steps)
     attached = contextlib.nullcontext() if control is None else attach(pipe, control, replay=plan.replay)
-    with without_bar(pipe), torch.no_grad(), attached:
+    with explained(pipe, plan.call), without_bar(pipe), torch.no_grad(), attached:
         images = getattr(pipe(**options), "images", None)
     if not isinstance(images, list) or len(images) != len(pairs):
         raise UnsupportedModelError(f"{type(pipe).__name__} does not return one image per prompt.")

@@ -26,7 +26,7 @@ __all__ = ["IGNORED", "Masks", "Pictures", "Split", "check_pictures", "find_clas
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 IGNORED = 255
 """Value of a mask that counts for nothing, neither in training nor in scores."""
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP", "TIFF", "GIF")  # of no other does a decoder see the file
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of no other does a decoder see the file
 _PICTURE = Expected("a picture", ConfigError)
 _NAMES = Expected("a list of classes", ConfigError, 1 << 20)
 _HELD_OUT = ("val", "valid", "validation", "test")
