@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnctl.data.controls import provide
 from attnctl.data.quiet import hush_xformers
+from attnctl.errors import missing_package
 
 if TYPE_CHECKING:
     from attnctl.backbones.swap import swap, swap_report, unswap
@@ -43,7 +44,7 @@ __all__ = [
     "unswap",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AttnctlError": "errors",
@@ -134,7 +135,13 @@ hush_xformers()  # before anything imports diffusers, which imports xformers
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"attnctl.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"attnctl.{_HOMES[name]}"), name)
+    except ImportError as error:
+        needed = missing_package(error)
+        if needed is None:
+            raise
+        raise ImportError(f"attnctl.{name}: {needed}", name=error.name) from error
     globals()[name] = value
     return value
 

@@ -25,6 +25,7 @@ __all__ = [
     "UnsupportedModelError",
     "check_short",
     "choice",
+    "missing_package",
     "nearest",
     "number",
     "unboxed",
@@ -67,6 +68,27 @@ class BackendError(AttnctlError):
 
 class JudgeError(AttnctlError):
     """An image or a prompt is outside the shapes world, so the judge cannot mark it."""
+
+
+# The extra of attnctl that installs a package, by the name that is imported.
+_EXTRAS = {
+    "accelerate": "models",
+    "av": "video",
+    "cv2": "models",
+    "gradio": "ui",
+    "matplotlib": "plot",
+    "sklearn": "vision",
+    "timm": "backbones",
+    "torchmetrics": "vision",
+    "transformers": "models",
+}
+
+
+def missing_package(error: ImportError) -> str | None:
+    """Say which extra installs a package that could not be imported; None where it is not attnctl's to say."""
+    name = (error.name or "").split(".")[0]
+    extra = _EXTRAS.get(name)
+    return None if extra is None else f"{name} is not installed, and this needs it: pip install 'attnctl[{extra}]'."
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:

@@ -7,7 +7,6 @@ restore     attach, run, stop at every step by an exception, a KeyboardInterrupt
 promises    what tests hold for single cases, here for all: two threads on one denoiser, waits for the device after the
             first step, kernels launched at the shapes of real models, block outputs that prefix replay holds
 counts      families, pairs, cases of property tests, tests, lines
-package     size of the wheel, time of the import, hard dependencies
 suite       all tests, in as many processes as there are processors: how many, how long, which share of the package's
             statements they run (not counted: what runs in processes that tests start)
 
@@ -24,13 +23,11 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -270,38 +267,6 @@ def counts() -> dict[str, Any]:
     }
 
 
-IMPORT = """
-import time, torch, diffusers
-began = time.process_time()
-import attnctl, attnctl.core.handle
-print(time.process_time() - began)
-"""
-
-
-def package() -> dict[str, Any]:
-    """Build the wheel, time the import, and count what it needs."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"  # a copy: building leaves files behind, which a later wheel would hold
-        shutil.copytree(ROOT / "attnctl", source / "attnctl", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source / name)
-        build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "-q", "-w", folder]
-        done = subprocess.run(build, capture_output=True, text=True)
-        made = list(Path(folder).glob("*.whl"))
-        size = round(made[0].stat().st_size / 1024) if made else None
-        if size is None:
-            print(done.stderr[-500:], file=sys.stderr)
-    command = [sys.executable, "-c", IMPORT]
-    seconds = min(float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(2))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {
-        "wheel_kib": size,
-        "import_cpu_seconds_beyond_torch_and_diffusers": round(seconds, 3),
-        "hard_dependencies": len(project["dependencies"]),
-        "dependencies": [re.split(r"[><=; ]", d)[0] for d in project["dependencies"]],
-    }
-
-
 def suite() -> dict[str, Any]:
     """Run the tests, and count the statements of the package that they reach."""
     with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +297,7 @@ def suite() -> dict[str, Any]:
 def main() -> int:
     """Measure everything; exit with 1 where something is not exact, not restored, or a test fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no wheel, no tests")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no tests")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the timing")
     parser.add_argument("--only", choices=("promises",), help="measure this part; take the others from the last result")
     options = parser.parse_args()
@@ -352,8 +317,8 @@ def main() -> int:
         "promises": promises(quick=options.quick),
     }
     if not options.quick:
-        result |= {"counts": counts(), "package": package(), "suite": suite()}
-    for part in ("inactive", "restore", "promises", "counts", "package", "suite"):
+        result |= {"counts": counts(), "suite": suite()}
+    for part in ("inactive", "restore", "promises", "counts", "suite"):
         for key, value in result.get(part, {}).items():
             print(f"{part:10}{key:48}{value}", file=sys.stderr)
     print(json.dumps(result, indent=1))

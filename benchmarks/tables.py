@@ -118,14 +118,6 @@ def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("random cases in every run, and at night", f"{c['property_cases']}, {c['property_cases_at_night']}"),
             ("lines of Python", ", ".join(f"{k} {v}" for k, v in c["lines"].items())),
         ]
-    if "package" in data:
-        p = data["package"]
-        seconds = p["import_cpu_seconds_beyond_torch_and_diffusers"]
-        rows += [
-            ("wheel, three models included", f"{p['wheel_kib']} KiB"),
-            ("import, beyond torch and diffusers", f"{seconds} s of processor time"),
-            ("hard dependencies", f"{p['hard_dependencies']}: {', '.join(p['dependencies'])}"),
-        ]
     if "suite" in data:
         t = data["suite"]
         rows += [

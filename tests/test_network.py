@@ -49,22 +49,54 @@ assert main(["sites", "nobody/nothing"]) == 1
 EXTRAS = ("matplotlib", "av", "gradio", "torchmetrics", "sklearn", "segmentation_models_pytorch", "onnx", "onnxscript",
           "onnxruntime", "zensical", "ftfy", "hypothesis", "peft", "playwright", "sentencepiece", "pytest",
           "xformers", "triton")  # fmt: skip
-ALONE = f"""
+# As if packages were not installed: importlib finds none of them, which diffusers and others ask it about.
+WITHOUT = """
 import importlib, logging, pkgutil, sys
-for name in {EXTRAS!r}:
-    sys.modules[name] = None  # as if it were not installed
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in blocked else find(name, path, target)
+PathFinder.find_spec = find_spec
 import attnctl
 for module in pkgutil.walk_packages(attnctl.__path__, "attnctl."):
-    if not module.name.startswith(("attnctl.app.ui.", "attnctl.kernels.sparse.triton")):
+    if not module.name.startswith(left_out):
         importlib.import_module(module.name)
 from attnctl.app.cli import main
+folder = sys.argv[1]
+"""
+LEFT_OUT = ("attnctl.app.ui.", "attnctl.kernels.sparse.triton", "attnctl.backbones", "attnctl.app.commands.demo_video")
+# `pip install attnctl`: control of a pipeline's denoiser, and commands that say what is missing.
+PLAIN = f"""
+blocked = {(*EXTRAS, "transformers", "timm", "cv2", "accelerate", "einops", "torchvision")!r}
+left_out = {(*LEFT_OUT, "attnctl.shapes", "attnctl.app", "attnctl.pipelines", "attnctl.data")!r}
+{WITHOUT}
+import torch
+from diffusers import UNet2DConditionModel
+unet = UNet2DConditionModel(
+    sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+call = lambda: unet(torch.ones(1, 4, 8, 8), 1, torch.ones(1, 3, 32)).sample
+plain = call()
+with attnctl.control(unet, attnctl.processors.PAG(sites="mid"), layout="cond"):
+    assert not torch.equal(call(), plain)
 assert main(["--help"]) == 0
 assert main(["env"]) == 0
-folder = sys.argv[1]
+assert main(["generate", "--prompt", "a red ring", "--out", folder]) == 1
+assert main(["ui", "--no-browser"]) == 1
+try:
+    attnctl.swap
+except ImportError as error:
+    print(error, file=sys.stderr)
+"""
+# `pip install "attnctl[models]"`: the shipped models, and the commands that run pipelines.
+MODELS = f"""
+blocked = {(*EXTRAS, "timm", "einops", "torchvision")!r}
+left_out = {(*LEFT_OUT, "attnctl.pipelines.vision")!r}
+{WITHOUT}
 asked = ["--prompt", "a red circle on gray", "--steps", "2"]
 assert main(["generate", *asked, "--control", 'PAG(sites="mid")', "--out", folder]) == 0
 assert main(["maps", *asked, "--word", "circle", "--out", folder + "/maps"]) == 0
-assert main(["ui", "--no-browser"]) == 1
 """
 
 
@@ -104,6 +136,12 @@ def test_commands_ask_for_nothing_but_a_model_that_is_named(tmp_path: Path) -> N
 
 
 def test_the_hard_dependencies_are_enough(tmp_path: Path) -> None:
-    done = run(ALONE, tmp_path, guard=False)
+    done = run(PLAIN, tmp_path, guard=False)
     assert done.returncode == 0, done.stderr
-    assert 'pip install "attnctl[ui]"' in done.stderr
+    for extra in ("models", "ui", "backbones"):
+        assert f"pip install 'attnctl[{extra}]'" in done.stderr.replace('"', "'")
+
+
+def test_models_run_with_their_extra(tmp_path: Path) -> None:
+    done = run(MODELS, tmp_path, guard=False)
+    assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ from attnctl.app.commands.segment import Segment
 from attnctl.app.commands.sites import Sites
 from attnctl.app.commands.ui import Ui
 from attnctl.data.provenance import command_line
-from attnctl.errors import AttnctlError
+from attnctl.errors import AttnctlError, missing_package
 from attnctl.plans.hub import fetching
 
 __all__ = ["main"]
@@ -107,4 +107,6 @@ def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, AttnctlError):
         return message
+    if isinstance(error, ImportError) and (needed := missing_package(error)) is not None:
+        return needed
     return f"unexpected {type(error).__name__}: {message} (run again with --debug to see where)"

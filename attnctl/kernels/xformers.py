@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from attnctl.kernels.checks import as_bias, current, repeat_heads
 
-__all__ = ["block_diagonal", "declines", "memory_efficient", "missing", "run"]
+__all__ = ["block_diagonal", "declines", "memory_efficient", "mismatch", "missing", "run"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,6 +39,33 @@ def missing(device_type: str) -> str:
     except Exception as error:  # a broken wheel raises anything from OSError to AttributeError
         return f"importing xformers failed with {type(error).__name__}: {str(error).splitlines()[0]}"
     return ""
+
+
+def mismatch() -> str:
+    """Say which releases of torch and xformers do not fit together here, and which do, or return ""."""
+    built = _built_for()
+    if built is None or _release(built) == _release(torch.__version__):
+        return ""
+    return (
+        f"the kernels of the installed xformers are built for torch {built}, and cannot load beside torch "
+        f"{torch.__version__}. A pair that fits: pip install 'attnctl[xformers]'. Without xformers "
+        "(pip uninstall xformers) torch's own attention runs"
+    )
+
+
+def _built_for() -> str | None:
+    """Read the release of torch that a wheel was built for from its notes, without importing it; None for none."""
+    spec = importlib.util.find_spec("xformers")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        notes = Path(folder) / "cpp_lib.json"
+        if notes.is_file():
+            built = json.loads(notes.read_text(encoding="utf-8")).get("version", {}).get("torch")
+            return str(built) if built else None
+    return None
+
+
+def _release(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
 
 
 def declines(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:

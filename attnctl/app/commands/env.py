@@ -6,12 +6,23 @@ import platform
 from dataclasses import dataclass
 
 from attnctl.app.commands.common import Common, Result, table
-from attnctl.data.provenance import RECORDED, hardware, versions
+from attnctl.data.provenance import hardware, versions
 
 __all__ = ["Env"]
 
-_PACKAGES = (*RECORDED, "timm", "accelerate", "safetensors", "huggingface_hub", "numpy", "Pillow")
-_OPTIONAL = ("xformers", "opencv-python-headless", "triton", "peft", "matplotlib", "av", "gradio")
+_PACKAGES = ("attnctl", "torch", "diffusers", "safetensors", "huggingface_hub", "numpy", "Pillow")
+_OPTIONAL = (
+    "transformers",
+    "timm",
+    "accelerate",
+    "xformers",
+    "opencv-python-headless",
+    "triton",
+    "peft",
+    "matplotlib",
+    "av",
+    "gradio",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +35,7 @@ class Env(Common):
 
         from attnctl.kernels import backends
         from attnctl.kernels.sparse.dispatch import sparse_backends
+        from attnctl.kernels.xformers import mismatch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         packages = versions(_PACKAGES, _OPTIONAL)
@@ -50,5 +62,14 @@ class Env(Common):
                 table(("block plans", "runs", "why not"), plans),
             ]
         )
-        facts = {"versions": packages, "machine": machine, "kernels": kernels, "block_sparse_kernels": sparse}
+        unfit = mismatch()
+        if unfit:
+            text += f"\n\nxformers: {unfit}."
+        facts = {
+            "versions": packages,
+            "mismatch": unfit or None,
+            "machine": machine,
+            "kernels": kernels,
+            "block_sparse_kernels": sparse,
+        }
         return Result(facts, text)
