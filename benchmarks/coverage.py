@@ -133,6 +133,7 @@ SEVERAL = ("Consistent", "MasaCtrl", "ShareAttention", "StyleAligned")
 SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "AStar": words,
     "AttendExcite": words,
+    "TextCenGen": words,
     "BroadWay": lambda cls, model: cls(stop=1.0),
     "Capture": lambda cls, model: cls(words=(1, 3)),
     "EnhanceAVideo": lambda cls, model: cls(weight=40.0),

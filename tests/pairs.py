@@ -45,6 +45,7 @@ from attnctl.processors import (
     Regions,
     ShareAttention,
     SparseAttention,
+    TextCenGen,
 )
 from attnctl.processors.combining.combiner import Combining
 
@@ -139,6 +140,7 @@ def unet() -> Host:
     first: dict[str, Control] = {
         "AStar": AStar(concepts=("bear", "water")),
         "AttendExcite": AttendExcite(concepts=("bear", "water"), refine_steps=2),
+        "TextCenGen": TextCenGen(concepts=("bear", "water")),
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
@@ -149,6 +151,7 @@ def unet() -> Host:
     changed: dict[str, dict[str, Any]] = {
         "AttendExcite": {"step_size": 5.0},
         "AStar": {"step_size": 5.0},
+        "TextCenGen": {"step_size": 5.0},
         "Capture": {"words": ("water",)},
         "FateZero": {"self_replace": 0.2},
         "PARO": {"plan": block_plan(4, 192, seed=1)},

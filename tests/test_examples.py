@@ -23,6 +23,7 @@ GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png"}
 NO_PASS = {
     "nag_sdxl": "nag.png",
     "regions_flux": "regions.png",
+    "textcengen_sd15": "textcengen.png",
     "apg_sdxl": "apg.png",
     "zero_star_sd35": "zero_star.png",
 }
@@ -75,6 +76,7 @@ def test_every_script_is_tested() -> None:
         "pag_wan",
         "paro_cogvideox",
         "prompt_to_prompt_sd15",
+        "ir_sdxl",
         "refer_flux",
         "share_sdxl",
         "sparse_flux",
@@ -113,6 +115,11 @@ def test_vision(name: str, tmp_path: Path) -> None:
 def test_sharing(tmp_path: Path) -> None:
     assert "StyleAligned" in run("share_sdxl", tmp_path)
     assert Image.open(tmp_path / "shared.png").width > 300
+
+
+def test_isolation(tmp_path: Path) -> None:
+    assert "IRDiffusion" in run("ir_sdxl", tmp_path)
+    assert Image.open(tmp_path / "ir.png").width > 300
 
 
 def test_refer(tmp_path: Path) -> None:

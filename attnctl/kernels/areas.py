@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["box_on_grid", "mask_on_grid", "patterns"]
+from attnctl.errors import ConfigError, number, unboxed
+
+__all__ = ["box_on_grid", "checked_box", "mask_on_grid", "patterns"]
+
+
+def checked_box(box: Sequence[Any], what: str) -> tuple[float, float, float, float]:
+    """Check a box (left, top, right, bottom) in fractions of the picture.
+
+    Raises:
+        ConfigError: A side is no number from 0 to 1, or the box is empty.
+    """
+    left, top, right, bottom = (float(number(unboxed(x), what, 0.0, 1.0)) for x in box)
+    if left >= right or top >= bottom:
+        raise ConfigError(
+            f"{what}={tuple(box)} is empty: give (left, top, right, bottom) in fractions of the picture, left before "
+            "right and top before bottom."
+        )
+    return left, top, right, bottom
 
 
 def box_on_grid(box: tuple[float, float, float, float], rows: int, columns: int) -> Tensor:

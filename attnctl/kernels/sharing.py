@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from attnctl.kernels.checks import as_bias, check_mask, wide_dtype
 
-__all__ = ["match_statistics", "widened_mask"]
+__all__ = ["Keys", "joined_keys", "match_statistics", "widened_mask"]
+
+Keys: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Keys [b, H, K, D], values [b, H, K, D], and what is added to their logits [b, 1 or H, 1 or n, K], or None."""
 
 _EPS = 1e-5
+
+
+def joined_keys(parts: Sequence[Keys], q: Tensor) -> Keys:
+    """Put keys that lie in several parts one behind the other, for queries q [b, H, n, D]."""
+    k, v = (torch.cat([p[i] for p in parts], 2) for i in (0, 1))  # type: ignore[misc]
+    if all(p[2] is None for p in parts):
+        return k, v, None
+    sized = [p[2] if p[2] is not None else q.new_zeros(1, 1, 1, p[0].shape[2]) for p in parts]
+    lead = torch.broadcast_shapes(*(m.shape[:-1] for m in sized))
+    return k, v, torch.cat([m.expand(*lead, m.shape[-1]) for m in sized], -1)
 
 
 def match_statistics(x: Tensor, reference: Tensor) -> Tensor:

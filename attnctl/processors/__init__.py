@@ -27,6 +27,7 @@ from attnctl.processors.enhance_video import EnhanceAVideo as EnhanceAVideo
 from attnctl.processors.latent.astar import AStar as AStar
 from attnctl.processors.latent.attend_excite import AttendExcite as AttendExcite
 from attnctl.processors.latent.guidance import LatentGuidance as LatentGuidance
+from attnctl.processors.latent.textcengen import TextCenGen as TextCenGen
 from attnctl.processors.nag import NAG as NAG
 from attnctl.processors.pag import PAG as PAG
 from attnctl.processors.pag import SoftPAG as SoftPAG
@@ -34,6 +35,7 @@ from attnctl.processors.paro import PARO as PARO
 from attnctl.processors.regions.regions import Regions as Regions
 from attnctl.processors.seg import SEG as SEG
 from attnctl.processors.sharing.consistent import Consistent as Consistent
+from attnctl.processors.sharing.ir_diffusion import IRDiffusion as IRDiffusion
 from attnctl.processors.sharing.masactrl import MasaCtrl as MasaCtrl
 from attnctl.processors.sharing.share_attention import ShareAttention as ShareAttention
 from attnctl.processors.sharing.style_aligned import StyleAligned as StyleAligned

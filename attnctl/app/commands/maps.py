@@ -45,7 +45,7 @@ class Maps(Common):
     width and height); several times for several."""
 
     concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="WORD")] = ()
-    """Show where the image is like a word or phrase that need not stand in the prompt (SD3, FLUX.1, shapes:mmdit);
+    """Show where the image is like a word or phrase that need not stand in the prompt (SD3, FLUX, shapes:mmdit);
     several times, the background among them: the maps are shares of all."""
 
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"

@@ -26,7 +26,7 @@ def check_controls(controls: tuple[Any, ...], pictures: int) -> None:
             raise UsageError("Capture changes no image, and this command writes no maps: use `attnctl maps`.")
         if isinstance(control, (FateZero, FlowEdit, Inject)):
             raise UsageError(f"{name} edits a picture that exists: use `attnctl edit --method {name.lower()}`.")
-        if isinstance(control, ShareAttention) and pictures < 2:
+        if isinstance(control, ShareAttention) and control.several and pictures < 2:
             raise UsageError(
                 f"{name} acts between the pictures of one batch, and each call makes one here: give several prompts or "
                 "--num 2, and --batch 2, or more."

@@ -39,11 +39,12 @@ class Capture(CaptureFields):
         points: Places of the image instead of words: pairs (x, y) in shares of width and height from the top left,
             each from 0 to 1, or (x, y, frame) of a video. Recorded is what the token there attends to: every token of
             the image (self- and joint attention), or its own place in every frame (temporal attention).
-        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX.1). Recorded is how much
-            each place of the image is like each of them: shares of these concepts, which sum to 1, so that what else
-            is in the image, such as the background, wants a concept of its own (ConceptAttention, arXiv 2502.04320).
+        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX, Qwen-Image, CogVideoX).
+            Recorded is how much each place of the image is like each of them: shares of these concepts, which sum to 1,
+            so that what else is in the image, such as the background, wants a concept of its own (ConceptAttention,
+            arXiv 2502.04320).
         sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
-            temporal ones; None for all self- and joint attention. With concepts: double blocks; None for the paper's.
+            temporal ones; None for all self- and joint attention. With concepts: joint blocks; None for the paper's.
         reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept;
             "ema" for the mean over heads and layers and a running one over the steps, which forgets by `decay`.
         decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
@@ -85,7 +86,7 @@ class Capture(CaptureFields):
             UnsupportedModelError: Concepts were asked for, and the family has no text stream that is known.
         """
         if self.concepts is not None:
-            return concept_path(sites, concept_sites(sites, self.sites, family))
+            return concept_path(sites, concept_sites(sites, self.sites, family), family)
         if self.points is None:
             text = super().resolve(sites, family)
             own = {s.name for s in (*text, *partners(text, sites).values())} if self.refine else None

@@ -23,10 +23,12 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import bind_call, take_rows
 from attnctl.core.hosts.caches import hooks_below
-from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.encoding import EncoderWatch
+from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.published import Default
-from attnctl.core.hosts.textlayout import text_parts
-from attnctl.core.hosts.words import Concept, find_words
+from attnctl.core.hosts.text_stream import rotary_of_few, text_stream
+from attnctl.core.hosts.textlayout import is_known, text_parts
+from attnctl.core.hosts.words import Concept, find_words, words_in
 from attnctl.core.live import LiveDenoiser
 from attnctl.core.sites import Grid, Selector, Site, select
 from attnctl.data.maps import Of
@@ -47,8 +49,15 @@ __all__ = [
 ]
 
 _PAPER = Default(span=(15, 19, 19), source="ConceptAttention, arXiv 2502.04320: double blocks 15 to 18 of 19")
-CONCEPT_SITES = {"Stable Diffusion 3, 3.5": _PAPER, "FLUX.1": _PAPER}
-"""Published double blocks to read, in the families whose blocks keep a stream of text apart."""
+_LAST_FIFTH = Default(span=(15, 19, 19), source="in proportion to ConceptAttention, arXiv 2502.04320, on FLUX.1")
+CONCEPT_SITES = {
+    "Stable Diffusion 3, 3.5": _PAPER,
+    "FLUX.1": _PAPER,
+    "FLUX.2": _LAST_FIFTH,
+    "Qwen-Image": _LAST_FIFTH,
+    "CogVideoX": _LAST_FIFTH,
+}
+"""Joint blocks to read, in the families whose blocks carry a stream of text."""
 
 
 def concept_outputs(
@@ -77,27 +86,23 @@ def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Fami
         UnsupportedModelError: The family keeps no text stream that is known here.
         SiteError: The selector matches no double block.
     """
-    published = CONCEPT_SITES.get(family.name)
-    if published is None:
+    published, stream = CONCEPT_SITES.get(family.name), text_stream(family)
+    if published is None or stream is None:
         raise UnsupportedModelError(
-            "Capture: concepts follow the text stream of a transformer's double blocks, as in SD3 and FLUX.1; "
-            f"{family.name} models have none that is known here. Use words=..., which every family takes."
+            "Capture: concepts follow the text stream of a transformer's joint blocks, as in SD3, FLUX, Qwen-Image and "
+            f"CogVideoX; {family.name} models have none that is known here. Use words=..., which every family takes."
         )
-    double = _double(sites)
+    double = tuple(s for s in sites if s.kind == "joint" and stream.has(s.module))
     if selector is not None:
         return select(double, selector, kinds=("joint",), what="Capture of concepts")
     return published.of(double, ("joint",), "Capture of concepts")
 
 
-def concept_path(sites: Sequence[Site], chosen: Sequence[Site]) -> tuple[Site, ...]:
-    """Return the double blocks that concepts go through to reach the last of the chosen ones."""
-    return tuple(s for s in _double(sites) if s.depth <= chosen[-1].depth)
-
-
-def _double(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Return the joint attention that projects image and text apart."""
-    own = [s for s in sites if s.kind == "joint" and getattr(s.module, "add_k_proj", None) is not None]
-    return tuple(own)
+def concept_path(sites: Sequence[Site], chosen: Sequence[Site], family: Family) -> tuple[Site, ...]:
+    """Return the blocks that concepts go through to reach the last of the chosen ones."""
+    stream = text_stream(family)
+    assert stream is not None
+    return tuple(s for s in sites if s.kind == "joint" and stream.has(s.module) and s.depth <= chosen[-1].depth)
 
 
 @torch.no_grad()
@@ -114,17 +119,36 @@ def embed_concepts(pipe: Any, concepts: Sequence[str]) -> tuple[Tensor, tuple[Co
         ConfigError: A concept has no token, or too many.
         UnsupportedModelError: The pipeline's tokenizers or text encoders are not known.
     """
+    told = inspect.signature(type(pipe).encode_prompt).parameters
+    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in told}
+    options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in told else {}
+    watch = EncoderWatch(pipe)
+    with watch.listening():
+        states = pipe.encode_prompt(prompt=list(concepts), device=pipe._execution_device, **options)[0]
+    found = _laid_out(pipe, concepts) if is_known(pipe) else _heard(pipe, watch, concepts, states)
+    return torch.stack([s[list(c.positions)].mean(0) for s, c in zip(states, found, strict=True)]), tuple(found)
+
+
+def _laid_out(pipe: Any, concepts: Sequence[str]) -> list[Concept]:
+    """Find each concept in its own prompt, where the pipeline's layout of text is known."""
     last = max(part.offset for part in text_parts(pipe))
     found = []
     for concept in concepts:
         (whole,) = find_words(pipe, concept, [concept])
         places = tuple(p for p in whole.positions if p >= last)
         found.append(Concept(concept, places, whole.tokens[-len(places) :]))
-    told = inspect.signature(type(pipe).encode_prompt).parameters
-    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in told}
-    options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in told else {}
-    states = pipe.encode_prompt(prompt=list(concepts), device=pipe._execution_device, **options)[0]
-    return torch.stack([s[list(c.positions)].mean(0) for s, c in zip(states, found, strict=True)]), tuple(found)
+    return found
+
+
+def _heard(pipe: Any, watch: EncoderWatch, concepts: Sequence[str], states: Any) -> list[Concept]:
+    """Find each concept in what the text encoders were given, in a template or not."""
+    readings = watch.readings(tuple(concepts), states)
+    if readings is None:
+        raise UnsupportedModelError(
+            f"Capture: what the text encoders of {type(pipe).__name__} make of a concept cannot be told from what they "
+            "were given. Use words=..., which every family takes."
+        )
+    return [words_in(own[-1:], [concept])[0] for own, concept in zip(readings, concepts, strict=True)]
 
 
 class ConceptRecorder(Recorder):
@@ -154,6 +178,9 @@ class ConceptRecorder(Recorder):
         self.denoiser: Any = denoiser
         self.recorded = {site.name for site in sites}
         self.blocks: dict[str, Any] = {s.name: denoiser.get_submodule(s.name.rpartition(".")[0]) for s in path}
+        stream = text_stream(family_of(denoiser))
+        assert stream is not None
+        self.stream = stream
         self.embedded, self.own = embed_concepts(pipe, capture.concepts)
 
     def before_call(self, passes: LiveDenoiser) -> None:
@@ -229,12 +256,13 @@ class ConceptRecorder(Recorder):
         with self._passes.beside({name: among}):
             key = (id(self), "concepts")
             if key not in state.scratch:
-                made = self.denoiser.context_embedder.forward(self.embedded.to(text.device, _text_dtype(self.denoiser)))
+                made = self.stream.begins(self.denoiser, self.embedded, text.device)
                 state.scratch[key] = made.to(text.dtype).expand(len(image), -1, -1)
             told |= {"hidden_states": image[:, :1], "encoder_hidden_states": state.scratch[key]}
             if told.get("image_rotary_emb") is not None:
-                told["image_rotary_emb"] = _rotary(told["image_rotary_emb"], len(self.own), text.shape[1])
-            state.scratch[key] = block.forward(**told)[0]
+                tokens = len(self.own), text.shape[1], image.shape[1]
+                told["image_rotary_emb"] = rotary_of_few(told["image_rotary_emb"], *tokens)
+            state.scratch[key] = block.forward(**told)[self.stream.output]
         return outputs[0]
 
     def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:
@@ -248,14 +276,3 @@ class ConceptRecorder(Recorder):
 def _hooks(block: torch.nn.Module) -> list[str]:
     """Name diffusers' hooks in a block that keep something from one call to the next."""
     return [name for name, _ in hooks_below(block) if name != "layerwise_casting"]
-
-
-def _text_dtype(denoiser: Any) -> torch.dtype:
-    """Return the type of the layer that takes the text in."""
-    return next(denoiser.context_embedder.parameters()).dtype
-
-
-def _rotary(tables: tuple[Tensor, Tensor], concepts: int, text: int) -> tuple[Tensor, ...]:
-    """Cut FLUX's tables [text + image, D] to concepts, which stand where all text stands, and one image token."""
-    rows = [0] * concepts + [text]
-    return tuple(t[rows] for t in tables)

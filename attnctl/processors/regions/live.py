@@ -24,6 +24,7 @@ from attnctl.data.picture_files import read_picture
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
 from attnctl.kernels.checks import as_bias, check_mask
+from attnctl.kernels.sharing import Keys, joined_keys
 from attnctl.processors.negative.beside import Key
 from attnctl.processors.negative.keys import NegativeKeys, has_text_stream, image_queries, text_keys
 from attnctl.processors.negative.live import Form, LiveNegative, prompt_rows
@@ -252,7 +253,7 @@ class LiveRegions(LiveControl):
         mask = part.mask if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))
         at = places + image.start
         plain = not texts or any(text is None for text in texts)
-        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        parts: list[Keys] = []
         if plain or self.control.base > 0:
             bias = 0.0 if plain else self.control.base_bias
             columns = torch.arange(own.start, own.stop, device=at.device)
@@ -269,14 +270,9 @@ class LiveRegions(LiveControl):
         return _attend(part, part.q[:, :, at], parts)
 
 
-def _attend(part: AttnCall, q: Tensor, parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-    """Attend to keys that lie in several parts, each with a bias [b, 1 or H, 1 or n, K] or None."""
-    k, v = (torch.cat([p[i] for p in parts], 2) for i in (0, 1))  # type: ignore[misc]
-    mask = None
-    if any(p[2] is not None for p in parts):
-        sized = [p[2] if p[2] is not None else q.new_zeros(1, 1, 1, p[0].shape[2]) for p in parts]
-        lead = torch.broadcast_shapes(*(m.shape[:-1] for m in sized))
-        mask = torch.cat([m.expand(*lead, m.shape[-1]) for m in sized], -1)
+def _attend(part: AttnCall, q: Tensor, parts: list[Keys]) -> Tensor:
+    """Attend to keys that lie in several parts."""
+    k, v, mask = joined_keys(parts, q)
     return part.with_(q=q, k=k, v=v, mask=mask).plain()
 
 

@@ -35,7 +35,8 @@ from attnctl.core.hosts.ghost import equal
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
-from attnctl.errors import ConfigError, number, unboxed
+from attnctl.errors import ConfigError
+from attnctl.kernels.areas import checked_box
 from attnctl.processors.regions.live import LiveRegions
 
 __all__ = ["Area", "Isolation", "Regions"]
@@ -179,13 +180,7 @@ def _area(area: Any, what: str) -> Area:
     if hasattr(area, "convert"):  # a picture
         area = torch.from_numpy(np.array(area.convert("L"), dtype="float32") / 255)
     if isinstance(area, (tuple, list)) and len(area) == 4 and not isinstance(area[0], (tuple, list)):
-        left, top, right, bottom = (float(number(unboxed(x), what, 0.0, 1.0)) for x in area)
-        if left >= right or top >= bottom:
-            raise ConfigError(
-                f"{what}={tuple(area)} is empty: give (left, top, right, bottom) in fractions of the picture, left "
-                "before right and top before bottom."
-            )
-        return left, top, right, bottom
+        return checked_box(area, what)
     try:
         mask = torch.as_tensor(area).detach()
     except (TypeError, ValueError, RuntimeError) as error:

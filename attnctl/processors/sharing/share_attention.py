@@ -154,6 +154,11 @@ class ShareAttention(Control):
     def is_off(self) -> bool:
         return self.chance == 0
 
+    @property
+    def several(self) -> bool:
+        """Tell whether it needs several pictures in one batch."""
+        return True
+
     def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
         tables: dict[Any, Tensor] = {}  # the rows of a call stay the same over a run: one copy to the device for all
         return functools.partial(self._shared, tables)
