@@ -23,7 +23,8 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
-from attnctl.processors import NAG, PAG, Regions
+from attnctl.plans import Online
+from attnctl.processors import NAG, PAG, Regions, SparseAttention
 from attnctl.processors.negative.beside import check_beside
 from attnctl.processors.regions.live import RegionText
 
@@ -238,6 +239,12 @@ def test_masks_come_from_files_and_pictures(sd: Any, tmp_path: Path) -> None:
 def test_regions_and_a_negative_prompt_at_one_site_are_refused(sd: Any) -> None:
     with pytest.raises(ConflictError):
         attnctl.control(sd[0], Regions(prompts=(LEFT,), areas=HALVES[:1]), NAG())
+
+
+def test_regions_and_a_choice_of_blocks_at_one_site_are_refused(mmdit: Any) -> None:
+    halves = Regions(prompts=("a red circle",), areas=((0, 0, 0.5, 1),))
+    with pytest.raises(ConflictError, match="choice of blocks"):
+        attnctl.control(mmdit, halves, SparseAttention(Online(density=0.5, block=8)))
 
 
 def test_a_region_without_a_token_is_refused(mmdit: Any) -> None:

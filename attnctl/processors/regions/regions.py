@@ -87,7 +87,11 @@ class Regions(Control):
         Conflict("NAG", "site", "both attend with the prompt's rows to other texts, which the other takes for all"),
         Conflict("WordEdit", "site", "both compute the cross-attention of chosen rows, which the other takes for all"),
         Conflict("ShareAttention", "site", "both decide which keys the prompt's rows see"),
-        Conflict("PARO", "site", "regions decide which keys a query sees, and so does a block plan"),
+        Conflict(
+            ("PARO", "SparseAttention"),
+            "site",
+            "regions decide which keys a query sees, as a choice of blocks does",
+        ),
         Conflict(
             ("Inject", "FlowEdit"),
             "model",
