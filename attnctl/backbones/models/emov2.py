@@ -183,9 +183,8 @@ class _First(nn.Module):
 class EMOv2(Pyramid):
     """EMOv2 with timm's interface.
 
-    Args:
-        dims, depths, dim_heads: per stage. expansions: width of a block over its channels, twice that for the first.
-        attention_stages: stages with attention. window: side of windows and grids.
+    `dims`, `depths` and `dim_heads` are per stage; `expansions` is the width of a block over its channels, twice that
+    for the first. `attention_stages` names the stages with attention, `window` is the side of windows and grids.
     """
 
     def __init__(

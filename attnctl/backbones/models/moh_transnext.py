@@ -73,9 +73,8 @@ class _Patches(nn.Module):
 class MoHTransNeXt(Pyramid):
     """MoH-TransNeXt with timm's interface.
 
-    Args:
-        dims, depths, num_heads, mlp_ratios, sr_ratios: per stage. shared: heads that every token takes. topk: routed
-        heads that a token takes, 0 where all of the stage's heads are shared.
+    `dims`, `depths`, `num_heads`, `mlp_ratios` and `sr_ratios` are per stage. `shared` counts the heads that every
+    token takes, `topk` the routed heads that a token takes: 0 where all of the stage's heads are shared.
     """
 
     def __init__(
