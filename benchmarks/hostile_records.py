@@ -98,6 +98,11 @@ def cases(folder: Path) -> Callable[[int, int], Callable[[], None]]:
 
 def child(seed: int, first: int, count: int, note: Path) -> None:
     """Run cases from a number on, and print what came of them as JSON."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()  # prompts of 100,000 characters are cut off at great length
+    transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make, found, slowest = cases(Path(folder)), Counter[str](), (0.0, -1)

@@ -11,6 +11,7 @@ from attnctl.data.record import SCHEMA
 
 __all__ = ["prompt_file", "record_file"]
 
+_MOST = 17 << 20  # characters of a file: readers refuse from 16 MiB on
 _NUMBERS: tuple[Any, ...] = (
     -1,
     0,
@@ -143,11 +144,16 @@ def record_file(rng: random.Random, sound: dict[str, Any], path: Path) -> Path:
     if kind < 0.05:
         text = text[: rng.randrange(len(text))]
     elif kind < 0.08:
-        text = json.dumps({"schema": SCHEMA, "records": [data] * rng.choice((0, 1, 2, 2_000))})
+        text = f'{{"schema": {SCHEMA}, "records": [{_repeated(text, rng.choice((0, 1, 2, 2_000)), ", ")}]}}'
     elif kind < 0.1:
         text = "[" * rng.choice((10, 10_000)) + text
-    path.write_text(text[: 17 << 20], encoding="utf-8", errors="surrogatepass")
+    path.write_text(text[:_MOST], encoding="utf-8", errors="surrogatepass")
     return path
+
+
+def _repeated(text: str, times: int, between: str) -> str:
+    """Repeat a text, but not far beyond what a reader takes: the memory measured is to be the reader's."""
+    return between.join([text] * min(times, 1 + _MOST // (len(text) + 1)))
 
 
 def _spoiled(rng: random.Random, data: dict[str, Any]) -> dict[str, Any]:
@@ -180,19 +186,18 @@ def prompt_file(rng: random.Random, folder: Path, number: int) -> Path:
             rng.choice((b"\xff\xfe\x00", b"\0" * 1_000, rng.randbytes(2_000), b'prompt\n"' + b"a" * 300_000))
         )
         return path
-    lines = rng.choice((0, 1, 1, 1, 2, 12_000))
-    rows = [_line(rng) for _ in range(min(lines, 3))] * max(1, lines // 3)
+    count = rng.choice((0, 1, 1, 1, 2, 12_000))
+    rows = [_line(rng) for _ in range(min(count, 3))]
     if kind == ".jsonl":
-        text = "\n".join(json.dumps(row) for row in rows)
+        head, lines = "", [json.dumps(row) for row in rows]
     elif kind in (".csv", ".tsv"):
         mark = "," if kind == ".csv" else "\t"
         names = sorted({name for row in rows for name in row})
-        text = "\n".join(
-            mark.join(str(cell) for cell in line) for line in (names, *([r.get(n, "") for n in names] for r in rows))
-        )
+        head, lines = mark.join(names) + "\n", [mark.join(str(row.get(name, "")) for name in names) for row in rows]
     else:
-        text = "\n".join(str(row["prompt"]) for row in rows)
-    path.write_text(text[: 17 << 20], encoding="utf-8", errors="surrogatepass")
+        head, lines = "", [str(row["prompt"]) for row in rows]
+    text = head + _repeated("\n".join(lines), max(1, count // 3), "\n")
+    path.write_text(text[:_MOST], encoding="utf-8", errors="surrogatepass")
     return path
 
 

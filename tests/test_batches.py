@@ -204,7 +204,7 @@ class Crew:
 
 
 def test_two_processes_share_a_list(run: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one finds what the other has made; `accelerate launch` with two is run for docs/howto/batches.md."""
+    """The last one finds what the other has made; `torchrun` starts real ones (docs/howto/batches.md)."""
     path = written(tmp_path / "list.txt", "a cat\na dog\na bird\n")
     gathered: list[dict[str, Any]] = []
     args = ("generate", "--model", folder, "--prompts", path, *SMALL, "--out", tmp_path / "o", "--json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 __all__ = ["Progress", "in_words", "tracked"]
@@ -102,7 +102,7 @@ def tracked(
     items: Iterable[T], unit: str, label: str = "", *, total: int | None = None, quiet: bool = False
 ) -> Iterator[T]:
     """Yield items, and show how many are done."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(total, unit, label, quiet=quiet) as shown:
         for item in items:

@@ -81,7 +81,7 @@ def read_prompts(path: str | Path) -> tuple[PromptLine, ...]:
         text = read_bytes(path, _FILE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptFileError(f"{path.name} is no text in UTF-8 (byte {error.start}): save it as UTF-8.") from None
-    lines = []
+    lines: list[PromptLine] = []
     for number, given in _READERS[kind](text, path.name):
         if len(lines) >= _MOST_LINES:
             raise PromptFileError(f"{path.name} has more than {_MOST_LINES} prompts: cut it into several files.")
@@ -203,7 +203,8 @@ def _check(name: str, value: Any, where: str) -> None:
         return
     kind = _KINDS.get(name, str)
     kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not finite:
         raise PromptFileError(f"{where}: {name}={value!r:.60} is no {_NOUNS[kind]}.")
     if isinstance(value, str) and (len(value) > _LONGEST or "\0" in value):
         raise PromptFileError(f"{where}: {name} has {len(value)} characters or a null character; at most {_LONGEST}.")

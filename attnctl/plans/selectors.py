@@ -6,6 +6,7 @@ tokens alone. A `BlockPlan` or `ModelPlan` of a calibration says it once for a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,6 +18,7 @@ __all__ = ["Neighborhood", "Online", "Radial", "SlidingTile"]
 By = Literal["map", "pooled", "antidiagonal"]
 Budget = Literal["row", "head", "model"]
 Rest = Literal["drop", "mean"]
+_LARGEST = 1 << 16  # tokens of a block or a tile: the last one is filled up to as many
 _ORDERS = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH", "TILE", "SQUARE")
 
 
@@ -77,7 +79,8 @@ class Online:
         for name, least in (("every", 1), ("block", 1), ("share", 1), ("block_q", 1), ("rows", 1), ("dense_steps", 0)):
             value = getattr(self, name)
             if value is not None or name in ("every", "block", "share"):
-                object.__setattr__(self, name, whole(value, f"Online: {name}", least))
+                most = _LARGEST if name in ("block", "block_q") else None
+                object.__setattr__(self, name, whole(value, f"Online: {name}", least, most))
         if not isinstance(self.order, str) or self.order not in _ORDERS:
             raise ConfigError(
                 f"Online: order={self.order!r:.40} was given; expected one of {', '.join(_ORDERS)}."
@@ -142,6 +145,8 @@ class SlidingTile:
     def __post_init__(self) -> None:
         for name in ("tile", "window"):
             object.__setattr__(self, name, _sizes(getattr(self, name), f"SlidingTile: {name}"))
+        if math.prod(self.tile if isinstance(self.tile, tuple) else (self.tile,)) > _LARGEST:
+            raise ConfigError(f"SlidingTile: tile={self.tile!r:.80} was given; expected at most {_LARGEST} tokens.")
         tiles = self.window if isinstance(self.window, tuple) else (self.window,)
         if any(n % 2 == 0 for n in tiles):
             raise ConfigError(
@@ -166,7 +171,7 @@ class Radial:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", number(self.decay, "Radial: decay", above=0.0))
-        object.__setattr__(self, "block", whole(self.block, "Radial: block", 1))
+        object.__setattr__(self, "block", whole(self.block, "Radial: block", 1, _LARGEST))
         if not isinstance(self.sink, bool):
             raise ConfigError(f"Radial: sink={self.sink!r:.40} was given; expected True or False.")
 

@@ -43,9 +43,9 @@ def say(text: str) -> None:
 
 
 def importing(package: str = "diffusers") -> None:
-    """Say that PyTorch and another package are imported, which takes the first seconds of a command."""
+    """Say that PyTorch, and a package that needs it, are imported, which takes the first seconds of a command."""
     if package not in sys.modules:
-        say(f"Importing PyTorch and {package}")
+        say("Importing PyTorch" if package == "torch" else f"Importing PyTorch and {package}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

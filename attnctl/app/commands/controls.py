@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, table
 
 __all__ = ["Controls"]
 
@@ -22,6 +22,7 @@ class Controls(Common):
 
     def run(self, command: str) -> Result:
         """Read the registry, other packages' controls included."""
+        importing()
         from attnctl.data.catalogue import entry
         from attnctl.data.controls import control_named, controls, load_entry_points
         from attnctl.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from attnctl.app.commands.common import Common, Result, table
+from attnctl.app.commands.common import Common, Result, importing, table
 from attnctl.data.provenance import hardware, versions
 
 __all__ = ["Env"]
@@ -31,6 +31,7 @@ class Env(Common):
 
     def run(self, command: str) -> Result:
         """Collect the facts."""
+        importing("torch")
         import torch
 
         from attnctl.kernels import backends
