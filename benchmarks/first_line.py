@@ -140,7 +140,9 @@ def main() -> None:
             for name, arguments in commands(work).items():
                 if args.only and name not in args.only:
                     continue
-                rows.setdefault(name, {})[kind] = watched(arguments, terminal, args.seconds, args.whole)
+                seen = watched(arguments, terminal, args.seconds, args.whole)
+                seen["line"] = seen["line"].replace(str(work), "WORK")
+                rows.setdefault(name, {})[kind] = seen
                 print(name, kind, rows[name][kind], file=sys.stderr, flush=True)
     first = {f"{n}, {k}": r["first"] for n, row in rows.items() for k, r in row.items()}
     over = {name: s for name, s in first.items() if s is None or s - imports["command line"] > 2}
