@@ -7,6 +7,7 @@ The numbers are those of the authors' classes (tests/fixtures/vit2/model_counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ TABLE = Path(__file__).parents[1] / "tests" / "fixtures" / "vit2" / "model_count
 
 def main() -> None:
     """Print how many sizes are exact, and which are not."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     published = json.loads(TABLE.read_text())
     wrong = {}
     for name, size in published.items():

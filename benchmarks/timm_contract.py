@@ -25,7 +25,11 @@ import timm
 
 import attnctl.backbones  # noqa: F401  (registers the names)
 
-TOKENS = ("agent_deit*", "inline_deit*")  # features are token sequences, which timm tests as those of its own ViTs
+TOKENS = (
+    "agent_deit*",
+    "inline_deit*",
+    "*_vanilla_*",
+)  # features are token sequences, which timm tests as those of its own ViTs
 PER_MODEL = (
     "test_model_forward", "test_model_backward", "test_model_default_cfgs", "test_model_default_cfgs_non_std",
     "test_model_forward_torchscript", "test_model_forward_features", "test_model_forward_intermediates_features",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from vit2 import close, fixture, project, qkv_of
+from vit2 import agrees, close, fixture, project, qkv_of
 
 import attnctl
 import attnctl.backbones
@@ -29,6 +29,7 @@ from attnctl.backbones.mixers.linear import InLineMixer, MALAMixer, RALAMixer
 from attnctl.backbones.mixers.moh import MoHMixer, balance, routed_attention
 from attnctl.backbones.mixers.softmax import SigmoidMixer
 from attnctl.backbones.models import nat, ravlt
+from attnctl.backbones.modules.gates import ULSAM, GaussianAttention, NiNformerBlock, PolarizedAttention
 from attnctl.backbones.modules.rank_linear import GatedLinearAttention2d, rotation
 from attnctl.backbones.probing import EfficientProbing, probe
 from attnctl.errors import ConfigError
@@ -244,6 +245,31 @@ def test_a_small_dinat() -> None:
     ).eval()  # fmt: skip
     model.load_state_dict(nat.checkpoint_filter_fn(w, model))
     close(model(x["x"]), y["y"], whole=True)
+
+
+def test_gates_of_maps_and_tokens() -> None:
+    for name, module in (
+        ("psa_p", PolarizedAttention(16)),
+        ("psa_s", PolarizedAttention(16, sequential=True)),
+        ("ulsam", ULSAM(16, groups=4)),
+        ("gaam_single_head", GaussianAttention(3)),
+    ):
+        agrees(name, module, fixture(name)[2])
+    x, y, w, _ = fixture("gaam_single_head")
+    gate = GaussianAttention(3)
+    gate.load_state_dict(w)
+    close(gate.weights(x["x"]).detach(), y["mixture"])
+    names = {
+        "mgu.Mixer.channel_mix.0": "channel_norm", "mgu.Mixer.channel_mix.1.net": "channel_mix", "ffn.net": "ffn",
+        "mgu.Mixer.token_mix.0": "token_norm", "mgu.Mixer.token_mix.2.net": "token_mix", "mgu.proj": "proj",
+    }  # fmt: skip
+    weights = {}
+    for key, value in fixture("ninformer_block")[2].items():
+        start = next((n for n in names if key.startswith(n)), None)
+        weights[key if start is None else names[start] + key.removeprefix(start)] = value
+    agrees("ninformer_block", NiNformerBlock(24, 32, 9), weights)
+    with pytest.raises(ConfigError, match="groups=3"):
+        ULSAM(16, groups=3)
 
 
 def small_vit() -> nn.Module:

@@ -15,11 +15,23 @@ from vit2 import FOLDER, agrees, close, fixture
 import attnctl
 import attnctl.backbones  # registers the names
 from attnctl.backbones.mixers.moh import balance
-from attnctl.backbones.models import crossformer, emov2, inline, l2vit, moh_transnext
+from attnctl.backbones.models import (
+    crossformer,
+    emov2,
+    inline,
+    l2vit,
+    moat,
+    moh_transnext,
+    nat_relatives,
+    soft,
+    spectformer,
+)
 from attnctl.backbones.models.agent_swin import AgentSwinBlock
 from attnctl.backbones.modules.groups import GroupAttention2d
 from attnctl.backbones.modules.inline import InLineAttention2d
+from attnctl.backbones.modules.softmax_free import SoftmaxFreeAttention2d, newton_inverse
 from attnctl.backbones.modules.transnext import AggregatedAttention2d, CosineAttention2d
+from attnctl.errors import UnsupportedModelError
 from attnctl.processors import Capture
 
 GATES = {f"{a}.weight": f"gates.{b}.weight" for a, b in (("wg", "route"), ("wg_0", "split"), ("wg_1", "share"))}
@@ -29,13 +41,16 @@ KEYS = {
     "crossformer_tiny": "crossformer_tiny", "crossformer_pp_small": "crossformer_pp_small", "l2vit_tiny": "l2vit_tiny",
     "emo2_1m": "emov2_1m", "inline_deit_tiny": "inline_deit_tiny", "inline_pvt_tiny": "inline_pvt_tiny",
     "inline_swin_tiny": "inline_swin_tiny", "inline_cswin_tiny": "inline_cswin_tiny",
-    "moh_transnext_base_50": "moh_transnext_base_50",
+    "moh_transnext_base_50": "moh_transnext_base_50", "soft_tiny": "soft_tiny", "dinat_s_tiny": "dinat_s_tiny",
+    "dinat_isotropic_small": "dinat_isotropic_small", "spectformer_s": "spectformer_s",
+    "spectformer_vanilla_xs": "spectformer_vanilla_xs",
 }  # fmt: skip
 # What the rows of attention sum to, where that is known: two softmaxes are added in EMOv2.
 SUMS = {
     "crossformer_micro": 1.0, "l2vit_micro": None, "emov2_micro": 2.0, "inline_deit_micro": None,
     "inline_pvt_micro": None, "inline_swin_micro": None, "inline_cswin_micro": None, "moh_transnext_micro": None,
-    "ravlt_micro": None, "mavit_micro": None, "nat_micro": 1.0, "dinat_micro": 1.0,
+    "ravlt_micro": None, "mavit_micro": None, "nat_micro": 1.0,
+    "dinat_s_micro": 1.0, "moat_micro": 1.0, "soft_micro": None, "spectformer_micro": 1.0,
 }  # fmt: skip
 
 
@@ -149,6 +164,64 @@ def test_moh_transnext() -> None:
     agrees("moh_transnext_small_model", model, moh_transnext.checkpoint_filter_fn(w, model), whole=True)
 
 
+@pytest.mark.parametrize("name", ["attn_r2", "attn_r4", "norm_attn_r2", "norm_attn_r4"])
+def test_softmax_free_attention(name: str) -> None:
+    _, _, w, a = fixture(f"soft_{name}")
+    module = SoftmaxFreeAttention2d(a["dim"], a["num_heads"], a["ratio"], a["conv_size"], name.startswith("norm"))
+    agrees(f"soft_{name}", module, w, (8, 6) if name.endswith("r2") else (8, 12))
+
+
+def test_softmax_free_block_and_inverse() -> None:
+    block = soft.SoftmaxFreeBlock(16, 2, 2, 3)
+    agrees("soft_block", block, {k.removeprefix("att."): v for k, v in fixture("soft_block")[2].items()}, (8, 6))
+    x, y, _, _ = fixture("soft_newton")
+    close(newton_inverse(x["mat"]), y["inv"])
+    matrix = x["mat"].double().requires_grad_()  # symmetric and well conditioned: the gradient is the inverse's
+    seed = torch.rand_like(matrix)
+    (got,) = torch.autograd.grad((newton_inverse(matrix, iterations=40) * seed).sum(), matrix)
+    inverse = (matrix.detach() + 0.01 * torch.eye(12)).inverse()
+    torch.testing.assert_close(got, -inverse.mT @ seed @ inverse.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_relatives_of_nat() -> None:
+    _, _, w, a = fixture("dinats_small_model")
+    dilations = tuple(map(tuple, a["dilations"]))
+    swin = nat_relatives.DiNATs(8, tuple(a["depths"]), tuple(a["num_heads"]), 3, dilations, 2.0, num_classes=10)
+    agrees("dinats_small_model", swin, nat_relatives.checkpoint_filter_fn(w, swin), whole=True)
+    _, _, w, a = fixture("vitrpb_iso_small_model")
+    flat = nat_relatives.NATIsotropic(24, 2, 3, 5, mlp_ratio=2.0, num_classes=10)
+    agrees("vitrpb_iso_small_model", flat, nat_relatives.checkpoint_filter_fn(w, flat), whole=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["block_s1_global", "block_s2_window", "block_s1_resizedpe", "block_s1_nope", "mbconv_s1", "mbconv_s2",
+             "mbconv_s2_pool3_odd"],
+)  # fmt: skip
+@torch.no_grad()
+def test_moat(name: str) -> None:
+    x, y, arrays, a = fixture(f"moat_{name}")
+    more: dict[str, Any] = {"attention": False, "pool": a.get("pool_size", 2)}
+    if name.startswith("block"):
+        places = None if name.endswith("nope") else a["position_embedding_size"]
+        more = {"expansion": a["expansion_rate"], "head": a["head_size"], "places": places}
+        more["window"] = a.get("window_size", [None])[0]
+    block = moat.MOATBlock(x["x"].shape[-1], a["hidden_size"], a["block_stride"], **more).eval()
+    weights = moat.from_tensorflow({k.partition("/")[2]: v for k, v in arrays.items()})
+    wrong = block.load_state_dict(weights, strict=False)
+    assert not wrong.unexpected_keys
+    assert all(k.endswith("num_batches_tracked") for k in wrong.missing_keys)
+    close(block(x["x"].permute(0, 3, 1, 2)).permute(0, 2, 3, 1), y["y"])
+
+
+def test_spectformer() -> None:
+    agrees("spectformer_gate", spectformer.SpectralGate(16, (7, 7)), fixture("spectformer_gate")[2], (7, 7))
+    weights = fixture("spectformer_attn_block")[2]
+    block = spectformer.SpectralBlock(32, 2, 2.0)
+    agrees("spectformer_attn_block", block, {k.replace("dwconv.dwconv", "dwconv"): v for k, v in weights.items()},
+           (5, 6))  # fmt: skip
+    agrees("spectformer_class_block", spectformer.ClassBlock(32, 2, 2.0), fixture("spectformer_class_block")[2])
+
+
 @pytest.mark.parametrize("name", [n for n in COUNTS if n.endswith(("_tiny", "_mini", "_1m", "_2m"))])
 def test_published_models_have_the_published_size(name: str) -> None:
     with torch.device("meta"):
@@ -169,7 +242,8 @@ def test_published_keys_load(name: str) -> None:
 @pytest.mark.parametrize("name", SUMS)
 def test_interface_of_timm_and_reading(name: str) -> None:
     torch.manual_seed(0)
-    model, x = timm.create_model(name, num_classes=3, drop_path_rate=0.1), torch.rand(2, 3, 32, 32)
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.1)
+    x = torch.rand(2, 3, 64, 64) if name == "soft_micro" else torch.rand(2, 3, 32, 32)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval().requires_grad_(False)
@@ -178,6 +252,10 @@ def test_interface_of_timm_and_reading(name: str) -> None:
     features = timm.create_model(name, features_only=True)
     channel = -1 if "swin_micro" in name and "cswin" not in name else 1
     assert [m.shape[channel] for m in features(x)] == features.feature_info.channels()
+    if name == "soft_micro":
+        with pytest.raises(UnsupportedModelError, match="through landmarks"):
+            attnctl.find_sites(model)
+        return
     with attnctl.control(model, Capture(points=((0.6, 0.3),))) as handle:
         assert torch.equal(model(x), plain)
         layers = handle.maps.layers

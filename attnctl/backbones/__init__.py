@@ -15,17 +15,23 @@ from attnctl.backbones.models.crossformer import CrossFormer
 from attnctl.backbones.models.emov2 import EMOv2
 from attnctl.backbones.models.inline import InLineCSwin, InLinePVT, InLineSwinTransformer, InLineVisionTransformer
 from attnctl.backbones.models.l2vit import L2ViT
+from attnctl.backbones.models.moat import MOAT
 from attnctl.backbones.models.moh_transnext import MoHTransNeXt
 from attnctl.backbones.models.nat import NAT
+from attnctl.backbones.models.nat_relatives import DiNATs, NATIsotropic
 from attnctl.backbones.models.ravlt import RAVLT
+from attnctl.backbones.models.soft import SOFT
+from attnctl.backbones.models.spectformer import SpectFormer, SpectralVisionTransformer
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.multiaxis import MultiAxisAttention, any_size
 from attnctl.backbones.modules.plain import MapAttention
 from attnctl.backbones.modules.routing import BiLevelRoutingAttention
 
 __all__ = [
+    "MOAT",
     "NAT",
     "RAVLT",
+    "SOFT",
     "AgentAttention2d",
     "AgentCSwin",
     "AgentPVT",
@@ -34,6 +40,7 @@ __all__ = [
     "BiFormer",
     "BiLevelRoutingAttention",
     "CrossFormer",
+    "DiNATs",
     "EMOv2",
     "InLineCSwin",
     "InLinePVT",
@@ -43,5 +50,8 @@ __all__ = [
     "MapAttention",
     "MoHTransNeXt",
     "MultiAxisAttention",
+    "NATIsotropic",
+    "SpectFormer",
+    "SpectralVisionTransformer",
     "any_size",
 ]

@@ -17,7 +17,9 @@ from attnctl.backbones.models.agent_swin import AgentSwinBlock
 from attnctl.backbones.models.emov2 import HybridAttention2d
 from attnctl.backbones.models.inline import InLineCSwinBlock
 from attnctl.backbones.models.l2vit import LinearAttention2d
+from attnctl.backbones.models.moat import MOATAttention2d
 from attnctl.backbones.models.nat import NeighborhoodAttention2d
+from attnctl.backbones.models.soft import SequenceAttention
 from attnctl.backbones.modules.agent import AgentAttention2d
 from attnctl.backbones.modules.groups import GroupAttention2d
 from attnctl.backbones.modules.inline import InLineAttention2d
@@ -110,13 +112,14 @@ def _hybrid(m: Any) -> Reading:
 
 OWN: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading | None]], ...] = (
     ((WholeMapHost,), lambda _: None),  # what it holds is read
+    ((SequenceAttention,), lambda _: None),
     ((KernelHost, CosineMapHost), _mixed),
     ((AgentAttention2d,), _agents),
     ((BiLevelRoutingAttention,), _routed),
     ((MapAttention, MultiAxisAttention, MapHost, LinearAttention2d), _map),
     ((CSwinBlock, InLineCSwinBlock), _stripes),
     ((AgentSwinBlock,), _agent_windows),
-    ((GroupAttention2d, NeighborhoodAttention2d), _grouped),
+    ((GroupAttention2d, NeighborhoodAttention2d, MOATAttention2d), _grouped),
     ((InLineAttention2d,), _inline),
     ((CosineAttention2d,), _map),
     ((GatedLinearAttention2d,), _gated),

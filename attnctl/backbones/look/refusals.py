@@ -23,6 +23,8 @@ _REASONS: dict[str, str] = {
     "BilinearAttnTransform": "attends to rows and columns of one channel group at a time",
     "NonLocalAttn": "has one head over a map of another size",
     "SpatialAttention": "gates places, which weighs no tokens against each other",
+    "AggregatedAttention2d": "takes values of neighbours and of a pooled map in one softmax",
+    "SoftmaxFreeAttention2d": "reaches its keys through landmarks",
     "HaloAttn": "reads keys from overlapping blocks",
     "LambdaLayer": _SUMMARY,
 }
