@@ -21,6 +21,7 @@ from attnctl.plans.reading import sealed
 __all__ = [
     "Fields",
     "accounts",
+    "afterwards",
     "ask",
     "following",
     "further_controls",
@@ -141,6 +142,28 @@ def said(action: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(message, title="attnctl failed", print_exception=False) from None
 
     return run
+
+
+def afterwards(event: Any, outputs: Sequence[Any], place: str) -> None:
+    """Clear what a tab shows where its work fails, so that no result of an earlier request stands beside the error.
+
+    On a narrow screen, where results stand below the button, they come into view when the work is over.
+
+    Args:
+        event: What the button began.
+        outputs: What the tab shows.
+        place: The name of the first result.
+    """
+    event.failure(
+        lambda: [None] * len(outputs) if len(outputs) > 1 else None,
+        None,
+        list(outputs),
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    script = f"() => {{ if (innerWidth < 800) document.getElementById('{place}')?.scrollIntoView() }}"
+    event.then(None, js=script, queue=False, show_progress="hidden", api_visibility="private")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ from attnctl.app.ui import actions
 from attnctl.app.ui.inputs import (
     Fields,
     accounts,
+    afterwards,
     ask,
     further_controls,
     picture,
@@ -47,16 +48,18 @@ def image_tab(models: Models, folder: Path) -> None:
                 elem_classes=["marks"],
             )
             report, command = accounts()
-    inputs.go.click(
+    shown = [plain, controlled, marks, report, command]
+    event = inputs.go.click(
         _make(models, folder),
         [*inputs.fields.all, inputs.chosen, inputs.negative, inputs.more],
-        [plain, controlled, marks, report, command],
+        shown,
         inputs_kwargs={knob.name: part for knob, part in inputs.knobs.items()},
         api_name="image",
         concurrency_id="model",
         concurrency_limit=1,
         show_progress_on=[plain, controlled],
     )
+    afterwards(event, shown, "image-plain")
     _follow(models, inputs)
 
 

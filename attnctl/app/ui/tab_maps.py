@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from attnctl.app.ui import actions
-from attnctl.app.ui.inputs import Fields, ask, picture, prompts_for, said, ticks, word_choices
+from attnctl.app.ui.inputs import Fields, afterwards, ask, picture, prompts_for, said, ticks, word_choices
 from attnctl.app.ui.knobs import selector
 from attnctl.app.ui.models import Models
 
@@ -45,7 +45,8 @@ def words_tab(models: Models, folder: Path) -> None:
         sheets = actions.words(models, request, words, ticks(progress, models, request))
         return tuple(actions.keep_bytes(folder, f"{name}.png", sheet) for name, sheet in sheets.items())
 
-    go.click(words, [*fields.all, chosen], [over, steps], api_name="words", **_ALONE)
+    event = go.click(words, [*fields.all, chosen], [over, steps], api_name="words", **_ALONE)
+    afterwards(event, [over, steps], "words-over")
 
     def read(prompt: str, before: list[str]) -> Any:
         choices, ticked = word_choices(prompt, before)
@@ -86,7 +87,8 @@ def heads_tab(models: Models, folder: Path) -> None:
         sheet = actions.heads(models, request, word, selector(layers), ticks(progress, models, request))["heads"]
         return actions.keep_bytes(folder, "heads.png", sheet)
 
-    go.click(heads, [*fields.all, word, sites], grid, api_name="heads", **_ALONE)
+    event = go.click(heads, [*fields.all, word, sites], grid, api_name="heads", **_ALONE)
+    afterwards(event, [grid], "heads-grid")
 
     def read(prompt: str, before: str) -> Any:
         choices, ticked = word_choices(prompt, [before] if before else [])

@@ -12,6 +12,7 @@ from attnctl.app.ui import actions, video_actions
 from attnctl.app.ui.inputs import (
     Fields,
     accounts,
+    afterwards,
     ask,
     following,
     further_controls,
@@ -71,14 +72,16 @@ def _make_tab(models: Models, folder: Path) -> None:
             frames = picture("Frames", "video-frames")
             files = gr.File(label="Files with their record", interactive=False, visible=False)
             report, command = accounts()
-    go.click(
+    shown = [plain, controlled, frames, marks, files, report, command]
+    event = go.click(
         _make(models, folder),
         [*fields.all, motion, more],
-        [plain, controlled, frames, marks, files, report, command],
+        shown,
         api_name="video",
         show_progress_on=[plain, controlled],
         **_ALONE,
     )
+    afterwards(event, shown, "video-frames")
 
 
 def _make(models: Models, folder: Path) -> Callable[..., Any]:
@@ -161,14 +164,16 @@ def _edit_tab(models: Models, folder: Path) -> None:
             strip = picture("Before and after", "edit-strip")
             files = gr.File(label="The edit and its record", interactive=False, visible=False)
             report, command = accounts()
-    inputs.go.click(
+    shown = [before, after, strip, files, report, command]
+    event = inputs.go.click(
         _edit(models, folder),
         inputs.all,
-        [before, after, strip, files, report, command],
+        shown,
         api_name="edit",
         show_progress_on=[before, after],
         **_ALONE,
     )
+    afterwards(event, shown, "edit-strip")
 
 
 def _edit(models: Models, folder: Path) -> Callable[..., Any]:
