@@ -1,10 +1,14 @@
-"""What studies of effects share: judged runs and paired intervals."""
+"""What studies of effects share: judged runs, paired intervals, and a folder of what is done."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.processors import Control
 from attnctl.shapes.training.evaluate import generate, score
 
-__all__ = ["MARKS", "STEPS", "interval", "run"]
+__all__ = ["MARKS", "STEPS", "interval", "kept", "run"]
 
 STEPS = 20
 MARKS = ("present", "bound", "right")
@@ -45,3 +49,14 @@ def interval(differences: np.ndarray, draws: int = 10_000, percent: bool = True)
     factor, digits = (100, 1) if percent else (1, 4)
     mean = float(differences.mean())
     return round(factor * mean, digits), round(factor * float(low), digits), round(factor * float(high), digits)
+
+
+def kept(work: Path, label: str, make: Callable[[], Any]) -> Any:
+    """Return the result that the folder `work` holds under a label, or make and keep it."""
+    name = re.sub(r"[^\w.=-]+", "_", label)[:80]
+    path = work / f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:8]}.json"
+    if not path.exists():
+        value = make()
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))

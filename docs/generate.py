@@ -4,8 +4,9 @@
     python docs/generate.py --check    # name the files that are out of date
 
 A file says where: what stands between `<!-- generated: NAME -->` and `<!-- end -->` (in YAML, `# generated: NAME` and
-`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav` and `coverage-...`, or
-`reference` with the name of a control. What acts on which model is read from the result of benchmarks/coverage.py.
+`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `claims...` and
+`coverage-...`, or `reference` with the name of a control. What acts on which model is read from the result of
+benchmarks/coverage.py, and what is claimed from benchmarks/claims.toml.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tiny models that the table of pairs is run on
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "docs")]  # the tiny models of the table of pairs; the claims
+
+import claims  # noqa: E402
 
 from attnctl.core.hosts.families import FAMILIES  # noqa: E402
 from attnctl.data.catalogue import entry  # noqa: E402
@@ -99,6 +102,17 @@ def citations(at: Path) -> Iterator[str]:
         for text in cls.about.cite:
             named.setdefault(text, []).append(f"`{name}`")
     yield from (f"- {text} ({', '.join(names)})" for text, names in named.items())
+
+
+def claim_rows(at: Path) -> Iterator[str]:
+    """Write what is claimed of each method and whether it is shown."""
+    pages = {name: cls.about.page for name, cls in methods().items()} | claims.OTHERS
+    yield from claims.rows(tuple(methods()), {name: link(page, at) for name, page in pages.items()})
+
+
+def claim_counts(at: Path) -> Iterator[str]:
+    """Say how many claims are shown."""
+    yield from claims.counts(tuple(methods()))
 
 
 def api_entries(at: Path) -> Iterator[str]:
@@ -222,6 +236,8 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "api": api_entries,
     "nav": navigation,
     "families": family_rows,
+    "claims": claim_rows,
+    "claims-counts": claim_counts,
     "coverage-counts": coverage_counts,
     "coverage-rows": coverage_rows,
     "coverage-reasons": coverage_reasons,

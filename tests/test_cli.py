@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo_pipelines
 
 import attnctl
+import attnctl.processors
 from attnctl.app.cli import main
+from attnctl.app.commands.bench import catalogue, command_of
 from attnctl.app.commands.common import table, wilson
 from attnctl.app.demo import SHEETS
+from attnctl.app.panels import PANELS, Panel
 from attnctl.data.record import read
 
 Run = Callable[..., tuple[int, str, str]]
@@ -69,7 +75,8 @@ def test_the_installed_command_works() -> None:
         ("generate", "--from", "x.png", "--compare", "plain"),
         ("edit", "x.png", "--source", " ", "--target", "a"),
         ("generate", "--prompt", "a", "--trust-remote-code"),
-        ("demo", "--steps", "0"),
+        ("demo", "--all", "--steps", "0"),
+        ("demo", "--steps", "3"),
         ("sites", "a", "b"),
     ],
 )
@@ -212,9 +219,10 @@ def test_a_closed_pipe_is_no_traceback(folder: str) -> None:
 
 
 @pytest.mark.usefixtures("unplugged")
-def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> None:
+def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--prompts", 2, "--seeds", 2, "--steps", 3, "--rows", 2, "--batch", 3)
-    code, out, err = run("demo", *small, "--out", tmp_path, "--json")
+    monkeypatch.setattr("attnctl.app.commands.demo.PANELS", tuple(quick(panel) for panel in PANELS[:1]))
+    code, out, err = run("demo", "--all", *small, "--out", tmp_path, "--json")
     assert code == 0, err
     *pictures, video = json.loads(out)["sheets"]
     assert video["model"] == "shapes:video"
@@ -236,10 +244,10 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
         assert {r.seeds for r in records} == {tuple(range(min(3, n)))}
         assert {r.shows for r in records} == {tuple(range(min(2, n)))}
         assert (tmp_path / f"{sheet.maps}.png").exists() == bool(sheet.maps)
-    code, _, err = run("demo", *small, "--out", tmp_path)
+    code, _, err = run("demo", "--all", *small, "--out", tmp_path)
     assert code == 1
     assert "already there" in err
-    code, out, err = run("generate", "--from", tmp_path / "demo.png", "--out", tmp_path / "again", "--json")
+    code, out, err = run("generate", "--from", tmp_path / "demo-text2image.png", "--out", tmp_path / "again", "--json")
     assert code == 0, err
     again = json.loads(out)
     assert again["identical"] is True
@@ -247,14 +255,37 @@ def test_the_demo_draws_judges_and_can_be_repeated(run: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("unplugged")
-def test_the_demo_prints_tables(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("demo", "--prompts", 1, "--seeds", 1, "--steps", 1, "--out", tmp_path)
+def test_the_demo_makes_one_sheet_and_one_table(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [next(panel for panel in PANELS if panel.kind == kind) for kind in ("pictures", "words", "clip", "vision")]
+    monkeypatch.setattr("attnctl.app.commands.demo.PANELS", tuple(map(quick, few)))
+    code, out, err = run("demo", "--out", tmp_path)
     assert code == 0, err
-    first = [line.split()[0] for line in out.splitlines() if line]
-    for sheet in SHEETS:
-        assert first[first.index(sheet.model) + 2 :][: len(sheet.panels)] == [panel.name for panel in sheet.panels]
-    assert "95 % Wilson" in out
-    assert "demo.png" in err
+    for panel in few:
+        assert panel.title.partition(":")[0] in out
+        assert panel.recorded.command in out
+    assert "100 of 100 parts" in err
+    assert [len(r.controls) for r in read(tmp_path / "demo.png")] == [0, 1, 0, 1, 0, 0]
+
+
+def quick(panel: Panel) -> Panel:
+    return dataclasses.replace(panel, steps=2 if panel.kind != "vision" else 1)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
+def test_the_demo_says_what_was_recorded(panel: Panel) -> None:
+    said, root = panel.recorded, Path(__file__).parents[1] / "benchmarks"
+    data = json.loads((root / "results" / said.file).read_text(encoding="utf-8"))
+
+    def at(place: str) -> Any:
+        found = data
+        for key in place.split("/"):
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        return found
+
+    plain, control, gain, n = said.places
+    assert (at(plain), at(control), tuple(at(gain))) == (said.plain, said.control, said.gain)
+    assert math.prod(at(part) for part in n.split(" * ")) == said.n
+    assert said.command in {command_of(one) for one in catalogue(root) if one.out == said.file}
 
 
 def test_the_script_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The sheets of the demo: which shipped models are shown under which controls. The command and the page share them."""
+"""The sheets of `attnctl demo --all`: which shipped models are shown under which controls; the page shares them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def columns_of(model: str) -> tuple[Panel, ...]:
 
 
 SHEETS: tuple[Sheet, ...] = (
-    Sheet("shapes:text2image", "demo", maps="demo-maps"),
+    Sheet("shapes:text2image", "demo-text2image", maps="demo-maps"),
     Sheet(
         "shapes:mmdit",
         "demo-mmdit",

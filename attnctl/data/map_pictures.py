@@ -18,7 +18,7 @@ from attnctl.data.maps import WordMaps
 from attnctl.data.pictures import PAPER, grid, overlay
 from attnctl.errors import ConfigError
 
-__all__ = ["heads_sheet", "layers_sheet", "overlay_word", "steps_gif", "steps_sheet", "words_sheet"]
+__all__ = ["heads_sheet", "layers_sheet", "outlined", "overlay_word", "steps_gif", "steps_sheet", "words_sheet"]
 
 _COLUMNS = 6
 _STEPS = 8
@@ -39,6 +39,18 @@ def overlay_word(image: Image.Image, maps: WordMaps, word: str, index: int = 0, 
         ConfigError: The word was not recorded, its image has none, or the maps are those of a video.
     """
     return _overlay(_grey(image), maps, word, _flat(maps, word, maps[word], index), alpha=alpha)
+
+
+def outlined(image: Image.Image, mask: Tensor) -> Image.Image:
+    """Draw the outline of a mask (bool [h, w], of any size) on a picture."""
+    import cv2
+
+    inside = cv2.resize(mask.numpy().astype(np.float32), image.size, interpolation=cv2.INTER_LINEAR) >= 0.5
+    edges, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    canvas = np.array(image.convert("RGB"))
+    for color, width in (((0, 0, 0), 5), ((90, 220, 255), 2)):
+        cv2.drawContours(canvas, edges, -1, color, width)
+    return Image.fromarray(canvas)
 
 
 def words_sheet(

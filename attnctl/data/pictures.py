@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from attnctl.data.files import slug
 from attnctl.errors import ConfigError
 
-__all__ = ["blank_figure", "enlarge", "film_strip", "grid", "overlay", "pair", "slug"]
+__all__ = ["blank_figure", "enlarge", "film_strip", "grid", "overlay", "pair", "slug", "wrapped", "written"]
 
 Color = tuple[int, int, int]
 
@@ -89,9 +89,9 @@ def grid(
 
     across = columns * (width + _GAP) - _GAP
     left = round(width * 0.8) if any(row_labels) else 0
-    rows_text = [_wrap(text, small, left - unit) for text in row_labels]
-    columns_text = [_wrap(text, small, width) for text in column_labels]
-    title_text, footer_text = _wrap(title, large, left + across), _wrap(footer, small, left + across)
+    rows_text = [wrapped(text, small, left - unit) for text in row_labels]
+    columns_text = [wrapped(text, small, width) for text in column_labels]
+    title_text, footer_text = wrapped(title, large, left + across), wrapped(footer, small, left + across)
     tops = [_height(title_text, large), max((_height(t, small) for t in columns_text), default=0)]
     top = sum(t + _GAP for t in tops if t)
     bottom = _height(footer_text, small)
@@ -99,13 +99,13 @@ def grid(
 
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    _write(draw, (_GAP, _GAP), title_text, large, INK)
+    written(draw, (_GAP, _GAP), title_text, large, INK)
     for i, text in enumerate(columns_text):
         x = _GAP + left + i * (width + _GAP) + width / 2
-        _write(draw, (x, top - _height(text, small)), text, small, INK, anchor="ma", align="center")
+        written(draw, (x, top - _height(text, small)), text, small, INK, anchor="ma", align="center")
     for i, text in enumerate(rows_text):
         y = _GAP + top + i * (height + _GAP) + (height - _height(text, small)) / 2
-        _write(draw, (_GAP, y), text, small, INK)
+        written(draw, (_GAP, y), text, small, INK)
     for i, tile_image in enumerate(tiles):
         if tile_image is None:
             continue
@@ -115,7 +115,7 @@ def grid(
         if frames and frames[i] is not None:
             box = (x - _EDGE, y - _EDGE, x + tile_image.width + _EDGE - 1, y + tile_image.height + _EDGE - 1)
             draw.rectangle(box, outline=frames[i], width=_EDGE)
-    _write(draw, (_GAP, size[1] - bottom - _GAP), footer_text, small, FAINT)
+    written(draw, (_GAP, size[1] - bottom - _GAP), footer_text, small, FAINT)
     return sheet
 
 
@@ -181,7 +181,7 @@ def _check(
             raise ConfigError(f"Expected {expected} {name}, got {len(given)}.")
 
 
-def _wrap(text: str, font: Any, width: float) -> str:
+def wrapped(text: str, font: Any, width: float) -> str:
     """Break a text into lines that fit into `width` pixels."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
@@ -204,8 +204,9 @@ def _height(text: str, font: Any) -> int:
     return round(len(text.split("\n")) * font.size * 1.3) if text else 0
 
 
-def _write(
+def written(
     draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, font: Any, fill: Color, **options: Any
 ) -> None:
+    """Write text of one or more lines at a place, in pixels from the left and the top; nothing where it is empty."""
     if text:
         draw.multiline_text(at, text, fill=fill, font=font, spacing=font.size * 0.15, **options)

@@ -1,54 +1,66 @@
-"""`attnctl demo`: the shipped models plain and under control, side by side, with the judge's marks. Offline.
-
-Every panel of a sheet uses the same prompts, seeds and noise. A method joins a sheet by a preset with a column,
-declared in its own file.
-"""
+"""`attnctl demo`: what the methods do to pictures of the shipped models, on one sheet and in one table. Offline."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from attnctl.app.commands import demo_video
-from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table, tally
-from attnctl.app.demo import SHEETS, Panel, Sheet, nouns
+import tyro
+
+from attnctl.app.commands import demo_sheets
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
+from attnctl.app.panels import PANELS, Recorded
 from attnctl.data.files import below
 from attnctl.plans.writing import check_free
 
 __all__ = ["Demo"]
 
-PROMPTS_SEED = 2024  # which two-object prompts are shown; fixed, so that every run asks the same
-MARKS = {"present": "both colours there", "bound": "both bound", "right": "all right"}
-GREEN = (30, 150, 70)
-_VIDEO_SHARE = 16  # one video for so many images of the first sheet
+FILE = "demo.png"
+_PARTS = 100  # of the bar
+_FOOTER = (
+    "Made now, by small models that come with attnctl; both pictures of a pair begin with the same noise. Green frame: "
+    "what was asked; red: not. The pairs are chosen: early ones of each study in which the control mends what the "
+    "plain picture lacks. How often it does is the study's figure above them."
+)
+_NOTES = (
+    "Plain and with: percent, as recorded by the study in the last column on pictures that it was not tuned on.\n"
+    "Gain: points, with their 95 % interval. n: pictures, clips, nouns or scenes."
+)
+
+
+def _of_all(default: object) -> Any:
+    return tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {default}; with --all)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """Show the methods on the shipped models: grids of images, and tables of what the judge finds."""
+    """Show what the methods do: one sheet of pictures, and a table of what studies have recorded."""
 
-    prompts: int = 16
+    all: bool = False
+    """Also compare the methods on many prompts: grids of images, and tables of what the judge finds. Takes minutes."""
+
+    prompts: Annotated[int | None, _of_all(16)] = None
     """How many prompts, two objects each."""
 
-    seeds: int = 3
+    seeds: Annotated[int | None, _of_all(3)] = None
     """How many images per prompt."""
 
-    steps: int = 20
+    steps: Annotated[int | None, _of_all(20)] = None
     """Denoising steps."""
 
-    guidance: float = 3.0
+    guidance: Annotated[float | None, _of_all(3.0)] = None
     """Classifier-free guidance scale, the same in every panel."""
 
-    rows: int = 5
-    """Rows of the grid."""
+    rows: Annotated[int | None, _of_all(5)] = None
+    """Rows of the grids."""
 
-    batch: int = 32
+    batch: Annotated[int | None, _of_all(32)] = None
     """Images per pipeline call."""
 
-    seed: int = 0
+    seed: Annotated[int | None, _of_all(0)] = None
     """Seed of the first image."""
 
     out: Path = Path("out")
@@ -58,219 +70,85 @@ class Demo(Common):
     """Overwrite files that are already there."""
 
     def run(self, command: str) -> Result:
-        """Generate, judge, draw and tabulate."""
-        for name, least in (
-            ("prompts", 1),
-            ("seeds", 1),
-            ("steps", 1),
-            ("rows", 1),
-            ("batch", 1),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} is a whole number from {least} on, got {getattr(self, name)}.")
-        names = [*(name for sheet in SHEETS for name in (sheet.file, sheet.maps) if name), demo_video.FILE]
+        """Make the sheet, and with `all` the grids; tabulate."""
+        size = self._size()
+        names = [FILE.removesuffix(".png"), *(demo_sheets.FILES if self.all else ())]
         check_free([below(self.out, f"{n}{end}") for n in names for end in (".png", ".json")], force=self.force)
 
         importing()
-        from attnctl.shapes import pair_prompts
+        began = time.perf_counter()
+        path = below(self.out, FILE)
+        found = _make(path, command, self.force)
+        done = demo_sheets.make(size, self.out, command, force=self.force) if self.all else []
+        seconds = time.perf_counter() - began
+        pictures = [str(path), *(p for one in done for p in one["pictures"])]
+        say(f"{seconds:.0f} s; pictures in {', '.join(pictures)}")
+        data = {"seconds": round(seconds, 1), "picture": str(path), "panels": found}
+        if self.all:
+            data |= {"prompts": size.prompts, "steps": size.steps, "guidance": size.guidance, "sheets": done}
+        tables = [_table(), *([demo_sheets.text(done)] if done else [])]
+        return Result(data, "\n\n".join(tables))
 
-        prompts = pair_prompts(PROMPTS_SEED, self.prompts) * self.seeds
-        done = [self._sheet(sheet, prompts[: max(1, len(prompts) // sheet.share)], command) for sheet in SHEETS]
-        done.append(
-            demo_video.make(
-                below(self.out, f"{demo_video.FILE}.png"),
-                videos=max(1, len(prompts) // _VIDEO_SHARE),
-                rows=min(self.rows, 4),
-                steps=self.steps,
-                guidance=self.guidance,
-                seed=self.seed,
-                command=command,
-                force=self.force,
-            )
-        )
-        seconds = sum(one["seconds"] for one in done)
-        say(f"{seconds:.0f} s of computing; pictures in {', '.join(p for one in done for p in one['pictures'])}")
-        data = {
-            "seconds": round(seconds, 1),
-            "prompts": self.prompts,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "sheets": done,
-        }
-        return Result(data, "\n\n".join(map(_text, done)) + f"\n\n{_NOTES}")
-
-    def _sheet(self, sheet: Sheet, prompts: tuple[str, ...], command: str) -> dict[str, Any]:
-        """Make one picture, and a second one of maps where it has one."""
-        from attnctl.data.progress import Progress
-        from attnctl.data.record import save_image
-        from attnctl.pipelines.generate import Call
-        from attnctl.pipelines.models import load
-
-        seeds = tuple(range(self.seed, self.seed + len(prompts)))
-        loaded = load(sheet.model)
-        panels = sheet.panels
-        say(
-            f"{sheet.model}: {len(panels)} panels of {len(prompts)} images, {self.steps} steps, on {loaded.pipe.device}"
-        )
-        calls = [
-            Call(
-                prompts=prompts[first : first + self.batch],
-                seeds=seeds[first : first + self.batch],
-                steps=self.steps,
-                guidance=self.guidance,
-                options=dict(sheet.options),
-                command=command,
-            )
-            for first in range(0, len(prompts), self.batch)
-        ]
-        started = time.perf_counter()
-        columns = []
-        with Progress(len(panels) * len(calls) * self.steps, "step", sheet.model) as bar:
-            for panel in panels:
-                bar.describe(panel.name)
-                asks = [replace(call, controls=_controls(panel, call.prompts)) for call in calls]
-                if not panel.controls and sheet.maps:  # the plain images of the grid also show where they attend
-                    asks[0] = replace(asks[0], controls=(_capture(asks[0].prompts, self.steps),))
-                columns.append(_column(loaded, asks, bar.update))
-        seconds = time.perf_counter() - started
-
-        shown = min(self.rows, self.prompts, self.batch, len(prompts))
-        pictures = [below(self.out, f"{sheet.file}.png")]
-        save_image(
-            _grid(sheet, columns, prompts[:shown], seeds[:shown], self, len(prompts)),
-            pictures[0],
-            [replace(column["records"][0], shows=tuple(range(shown))) for column in columns],
-            force=self.force,
-        )
-        if sheet.maps:
-            pictures.append(below(self.out, f"{sheet.maps}.png"))
-            plain = columns[[panel.controls for panel in panels].index(())]
-            save_image(
-                _maps_sheet(plain, prompts[:shown], seeds[:shown]),
-                pictures[1],
-                replace(plain["records"][0], shows=tuple(range(shown))),
-                force=self.force,
-            )
-        marks = [_marks(panel, column) for panel, column in zip(panels, columns, strict=True)]
-        for panel, row in zip(panels, marks, strict=True):
-            for control, names in zip(panel.controls, row["sites"], strict=True):
-                say(f"{control} acts on {', '.join(names)}")
-        return {
-            "model": sheet.model,
-            "pictures": [str(path) for path in pictures],
-            "seconds": round(seconds, 1),
-            "images_per_panel": len(prompts),
-            "panels": marks,
-        }
+    def _size(self) -> demo_sheets.Size:
+        """Read how much `--all` makes, and refuse what belongs to it without it."""
+        given = {f.name: getattr(self, f.name) for f in fields(demo_sheets.Size)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not self.all:
+            flags = " and ".join(f"--{name}" for name in given)
+            raise UsageError(f"{flags} {'are' if len(given) > 1 else 'is'} for --all: add it, or leave them out.")
+        for name, value in given.items():
+            least = 0 if name == "seed" else 1
+            if name != "guidance" and value < least:
+                raise UsageError(f"--{name} is a whole number from {least} on, got {value}.")
+        return demo_sheets.Size(**given)
 
 
-def _controls(panel: Panel, prompts: Sequence[str]) -> tuple[Any, ...]:
-    """Make the controls of one column for the prompts of one call."""
-    from attnctl.data.specs import parse_control
+def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
+    """Make every panel, and draw the sheet."""
+    from attnctl.app.commands.demo_panels import make, ticks_of
+    from attnctl.data.card_sheets import Card, card_sheet
+    from attnctl.data.progress import Progress
+    from attnctl.data.record import save_image
 
-    return tuple(parse_control(text.replace("NOUNS", repr(tuple(map(nouns, prompts))))) for text in panel.controls)
+    cards: list[Card] = []
+    records: list[Any] = []
+    found: list[dict[str, Any]] = []
+    whole = sum(panel.seconds for panel in PANELS)
+    with Progress(_PARTS, "part", "demo") as bar:
+        passed = 0.0  # seconds that the finished steps take on one core, roughly
 
+        def tick(seconds: float) -> None:
+            nonlocal passed
+            passed += seconds
+            bar.update(min(_PARTS, round(_PARTS * passed / whole)) - bar.count)
 
-def _capture(prompts: Sequence[str], steps: int) -> Any:
-    """Record the two nouns of each prompt while the image settles, in the stage where nouns find their objects."""
-    from attnctl.processors import Capture
-
-    return Capture(words=tuple(map(nouns, prompts)), sites="up_blocks", start=0.5 if steps > 1 else 0.0)
-
-
-def _column(loaded: Any, calls: Sequence[Any], step: Any) -> dict[str, Any]:
-    """Run all calls of one panel and judge the images."""
-    from attnctl.pipelines.generate import sample
-    from attnctl.shapes import judge
-
-    done = [sample(loaded, call, step) for call in calls]
-    images = [image for one in done for image in one.images]
-    prompts = [prompt for call in calls for prompt in call.prompts]
-    matches = [judge(image).matches(prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return {
-        "images": images,
-        "records": [one.record for one in done],
-        "maps": next((maps for one in done for maps in one.maps), None),
-        "present": [match.all_present for match in matches],
-        "bound": [all(match.bound) for match in matches],
-        "right": [match.right for match in matches],
-    }
+        for panel in PANELS:
+            bar.describe(panel.title)
+            made = make(panel, partial(tick, panel.seconds / ticks_of(panel)), command)
+            cards.append(Card(panel.title, _measured(panel.recorded), panel.tiles, made.pairs))
+            records += made.records
+            frames = [[_NAMES.get(frame) for frame in pair.frames] for pair in made.pairs]
+            facts = {"title": panel.title, "model": panel.model, "control": panel.control, "frames": frames}
+            found.append(facts | {"recorded": asdict(panel.recorded)})
+    save_image(card_sheet(cards, footer=_FOOTER), path, records, force=force)
+    return found
 
 
-def _grid(
-    sheet: Sheet,
-    columns: Sequence[dict[str, Any]],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    demo: Demo,
-    images: int,
-) -> Any:
-    from attnctl.data.pictures import grid
-
-    rows = len(prompts)
-    return grid(
-        [column["images"][i] for i in range(rows) for column in columns],
-        rows,
-        len(columns),
-        [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
-        ["\n".join(panel.controls) or panel.name for panel in sheet.panels],
-        footer=(
-            "Green frame: the judge finds both objects, each in its own colour and shape, and nothing else. "
-            f"The first {rows} of {images} images of {sheet.model}, not chosen; CFG {demo.guidance:g}, "
-            f"{demo.steps} steps."
-        ),
-        frames=[GREEN if column["right"][i] else None for i in range(rows) for column in columns],
-    )
+_NAMES = {(30, 150, 70): "as asked", (200, 60, 50): "not as asked", None: None}
 
 
-def _maps_sheet(plain: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> Any:
-    from attnctl.data.map_pictures import overlay_word
-    from attnctl.data.pictures import grid
-
-    maps = plain["maps"]
-    tiles = []
-    for i, prompt in enumerate(prompts):
-        image = plain["images"][i]
-        tiles += [image, *(overlay_word(image, maps, word, i) for word in nouns(prompt))]
-    return grid(
-        tiles,
-        len(prompts),
-        3,
-        [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts, seeds, strict=True)],
-        ["plain", "first noun", "second noun"],
-        footer=(
-            "Where the image attends to the two nouns: cross-attention of the up blocks, second half of the run; "
-            "each map from dark (its lowest share of attention) to bright (its highest)."
-        ),
-    )
+def _measured(recorded: Recorded) -> str:
+    """Say what a study recorded in one line: "all right: 27.1 to 55.7 %, +28.6 [+22.4, +34.9], n 192"."""
+    gain, low, high = recorded.gain
+    shares = f"{recorded.plain:g} to {recorded.control:g} %"
+    return f"{recorded.mark}: {shares}, {gain:+g} [{low:+g}, {high:+g}], n {recorded.n}"
 
 
-def _marks(panel: Panel, column: dict[str, Any]) -> dict[str, Any]:
-    """Count each mark of a panel, with its 95 % interval."""
-    marks: dict[str, Any] = {}
-    for name in MARKS:
-        marks[name] = tally(column[name])
-    record = column["records"][0]
-    sites = [list(names) for names in record.sites]
-    return {"name": panel.name, "controls": list(record.controls), "sites": sites, **marks}
-
-
-_NOTES = (
-    "The same prompts and seeds in all rows of a table; k/n and 95 % Wilson interval.\n"
-    "bound: each object has its own colour and shape; all right: bound, and nothing else in the picture."
-)
-
-
-def _text(sheet: dict[str, Any]) -> str:
-    marks = MARKS if "images_per_panel" in sheet else demo_video.MARKS
-    heads, motion = [sheet["model"], *marks.values()], [] if "images_per_panel" in sheet else ["motion, px a frame"]
-    rows = [
-        (panel["name"], *(_share(panel[name]) for name in marks), *(f"{panel['motion']:.2f}" for _ in motion))
-        for panel in sheet["panels"]
-    ]
-    return table((*heads, *motion), rows)
-
-
-def _share(mark: dict[str, Any]) -> str:
-    return f"{mark['k']}/{mark['n']} {mark['share']:4.0%} [{mark['low']:.0%}, {mark['high']:.0%}]"
+def _table() -> str:
+    rows = []
+    for panel in PANELS:
+        r = panel.recorded
+        gain = f"{r.gain[0]:+.1f} [{r.gain[1]:+.1f}, {r.gain[2]:+.1f}]"
+        name = panel.title.partition(":")[0]
+        rows.append((name, r.mark, f"{r.plain:.1f} %", f"{r.control:.1f} %", gain, r.n, r.command))
+    return table(("panel", "measured", "plain", "with", "gain", "n", "recorded by"), rows) + f"\n\n{_NOTES}"

@@ -32,8 +32,9 @@ def fit(
     weight_decay: float = 0.02,
     seed: int = 0,
     quiet: bool = False,
+    done: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Train a model and return the mean loss of every epoch.
+    """Train a model and return the mean loss of every epoch; `done` is called after each.
 
     images: [n, C, H, W]; targets: [n, ...]. The order of the samples is a function of the seed, and no global random
     state is drawn from but for dropout. Raises: ConfigError for an empty plan or counts that differ.
@@ -63,6 +64,7 @@ def fit(
         curve.append(float(total) / steps)
         shown.describe(f"loss {curve[-1]:.3f}")
         shown.update()
+        done()
     shown.close()
     model.eval()
     return curve
