@@ -4,9 +4,15 @@
     python docs/generate.py --check    # name the files that are out of date
 
 A file says where: what stands between `<!-- generated: NAME -->` and `<!-- end -->` (in YAML, `# generated: NAME` and
+<<<<<<< HEAD
 `# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `claims...` and
 `coverage-...`, or `reference` with the name of a control. What acts on which model is read from the result of
 benchmarks/coverage.py, and what is claimed from benchmarks/claims.toml.
+=======
+`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `coverage-...` and
+`reproduce...`, or `reference` with the name of a control. What acts on which model is read from the result of
+benchmarks/coverage.py.
+>>>>>>> c2f80e9 (Reproduce papers' headline experiments: recipes, costs first, published figures beside measured ones)
 """
 
 from __future__ import annotations
@@ -28,6 +34,9 @@ from attnctl.core.hosts.families import FAMILIES  # noqa: E402
 from attnctl.data.catalogue import entry  # noqa: E402
 from attnctl.data.controls import controls  # noqa: E402
 from attnctl.data.coverage import stored  # noqa: E402
+from attnctl.pipelines.reproduce.recipes import experiments  # noqa: E402
+from attnctl.pipelines.reproduce.recipes import methods as recipes  # noqa: E402
+from attnctl.pipelines.reproduce.report import CATALOGUE, catalogue_rows, markdown  # noqa: E402
 from attnctl.processors import Guidance  # noqa: E402
 
 __all__ = ["outdated", "written"]
@@ -225,6 +234,20 @@ def reference(at: Path, name: str) -> Iterator[str]:
         yield from (f"| `{other}` | {where} | {reason} |" for other, where, reason in one.conflicts)
 
 
+def reproduce_rows(at: Path) -> Iterator[str]:
+    """Write the figures of every recipe, published and measured."""
+    yield from markdown(CATALOGUE, list(catalogue_rows(ROOT / "benchmarks" / "results" / "reproduce")))
+
+
+def reproduce_sources(at: Path) -> Iterator[str]:
+    """Write of every experiment what it runs, where its published figures are from, and how it differs."""
+    for method in recipes():
+        for e in experiments(method):
+            note = f" {e.note}" if e.note else ""
+            source = f"{e.source[0].upper()}{e.source[1:]}."
+            yield f"- `{e.label}` (arXiv {e.paper}). {e.about}. {source}{note}"
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -241,6 +264,8 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "coverage-counts": coverage_counts,
     "coverage-rows": coverage_rows,
     "coverage-reasons": coverage_reasons,
+    "reproduce": reproduce_rows,
+    "reproduce-sources": reproduce_sources,
 }
 
 

@@ -24,6 +24,7 @@ from attnctl.app.commands.hunt import Hunt
 from attnctl.app.commands.maps import Maps
 from attnctl.app.commands.models import Models
 from attnctl.app.commands.predict import Predict
+from attnctl.app.commands.reproduce import Reproduce
 from attnctl.app.commands.segment import Segment
 from attnctl.app.commands.sites import Sites
 from attnctl.app.commands.ui import Ui
@@ -45,6 +46,7 @@ _COMMANDS: dict[str, type] = {
     "predict": Predict,
     "export": Export,
     "bench": Bench,
+    "reproduce": Reproduce,
     "controls": Controls,
     "models": Models,
     "sites": Sites,

@@ -1,8 +1,8 @@
-"""The log of a search: one line of JSON for every pipeline call that was marked, so that nothing is ever done twice.
+"""The log of a long job: one line of JSON for every pipeline call that was marked, so that nothing is ever done twice.
 
-A folder holds `hunt.json` (the plan and the model) and one `marks-*.jsonl` for every process that ever worked on it.
-A process appends to its own file only and starts a new one when it is run again; a line that a kill left unfinished
-is the last of its file, and is ignored.
+A folder holds a header (`hunt.json`: the plan and the model) and one `marks-*.jsonl` for every process that ever worked
+on it. A process appends to its own file only and starts a new one when it is run again; a line that a kill left
+unfinished is the last of its file, and is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnctl.plans.writing import WriteError, publish
 __all__ = ["HuntLog", "LogError", "fingerprint_of", "key_of"]
 
 SCHEMA = 1
-_HEADER = "hunt.json"
+_OTHER = {"plan": "plan", "objective": "plan", "seed": "seed", "prompts": "list of prompts"}  # by fact
 _CURE = "Delete that file: its pictures are generated again, the others are kept."
 _EXPECTED = Expected("the header of a search log", PlanError, 4 << 20)
 _MARKS = Expected("marks of a search log", PlanError, 256 << 20)
@@ -50,16 +50,26 @@ def fingerprint_of(denoiser: torch.nn.Module) -> str:
 
 
 class HuntLog:
-    """Records of a search by their key, in a folder or in memory alone.
+    """Records of a search, or of another job, by their key, in a folder or in memory alone.
 
     Args:
         folder: Where to keep them; None to keep nothing.
-        about: What the search is: it must be the same whenever the folder is used again.
+        about: What the job is: it must be the same whenever the folder is used again.
         rank: Which of the processes this one is; the first writes the header.
+        header: Name of the file that says what the job is.
+        noun: What the job is called in errors.
     """
 
-    def __init__(self, folder: Path | None, about: Mapping[str, Any], rank: int = 0) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        about: Mapping[str, Any],
+        rank: int = 0,
+        *,
+        header: str = "hunt.json",
+        noun: str = "search",
+    ) -> None:
+        self.folder, self.header, self.noun = folder, header, noun
         self.records: dict[str, dict[str, Any]] = {}
         self._own: dict[str, dict[str, Any]] = {}
         self._rank, self._file = rank, -1
@@ -73,17 +83,18 @@ class HuntLog:
 
     def _claim(self) -> None:
         assert self.folder is not None
-        path = self.folder / _HEADER
+        path = self.folder / self.header
         if not path.exists():
             content = json.dumps({"schema": SCHEMA, **self._about}, indent=1).encode()
             publish({path: content}, force=True)  # processes that start together write the same
         recorded = read_json(path, _EXPECTED, schema=SCHEMA)
         for name, value in self._about.items():
             if recorded.get(name) != value:
-                other = "plan" if name in ("plan", "objective") else "model"
+                other = _OTHER.get(name, "model")
                 raise PlanError(
                     f"The log in {self.folder.name} belongs to another {other}: "
-                    f"{_difference(name, recorded.get(name), value)}. Choose another folder, or search as before."
+                    f"{_difference(name, recorded.get(name), value)}. Choose another folder, or run the {self.noun} "
+                    "as before."
                 )
 
     def marks(self, key: str, count: int) -> list[float]:
@@ -128,7 +139,7 @@ class HuntLog:
             self.close()
             reason = getattr(error, "strerror", None) or error
             raise LogError(
-                f"The log of the search cannot be written ({reason}): free some space or choose "
+                f"The log of the {self.noun} cannot be written ({reason}): free some space or choose "
                 "another folder, and run again. What is in the log stays, and is not generated again."
             ) from None
 

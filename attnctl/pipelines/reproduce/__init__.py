@@ -1,0 +1,1 @@
+"""The papers' headline experiments as recipes, and one runner for all of them."""
