@@ -202,9 +202,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ASKED, *options, "--json"]) == 0
     printed = capsys.readouterr()
     data = json.loads(printed.out)
-    assert [line.strip() for line in printed.err.splitlines()][-len(data["compared"]) :] == [
-        row["name"] for row in data["compared"]
-    ]  # what runs is named before it runs
+    names = [row["name"] for row in data["compared"]]
+    said = [line.strip() for line in printed.err.splitlines()]
+    assert [line for line in said if line in names] == names  # what runs is named before it runs
+    assert said[-1].startswith("compare: ")
     plan = ModelPlan.from_pretrained(tmp_path / "plan")
     assert plan.model == data["model"] == "shapes:mmdit"
     assert data["bytes"] == plan.packed_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,7 +129,13 @@ class Calibrate(Common):
         grid, steps = grid_and_steps(pipe, self.check[0], call)
         controls = {} if plan is None else {"plan": SparseAttention(plan)}
         controls |= candidates(self.density, self.block, grid, steps)
-        return compare(pipe, controls, self.check, seed=self.seed + 1000, call=call)
+        watched = sys.stderr.isatty()  # whose bar names what runs
+
+        def announce(name: str) -> None:
+            if not watched:
+                say(f"  {name}")
+
+        return compare(pipe, controls, self.check, seed=self.seed + 1000, call=call, announce=announce)
 
 
 def _text(data: dict[str, Any], prompts: tuple[str, ...]) -> str:
