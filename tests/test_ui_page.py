@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_every_button_has_a_name_for_programs(page: str) -> None:
     buttons = {part["id"] for part in config["components"] if part["type"] == "button"}
     named = {t[0]: d["api_name"] for d in config["dependencies"] for t in d["targets"] if t[0] in buttons}
     assert set(named) == buttons
-    assert sorted(named.values()) == ["edit", "heads", "image", "video", "words"]
+    assert sorted(named.values()) == ["edit", "heads", "image", "stop", "video", "words"]
 
 
 def test_the_page_names_its_models_and_begins_a_video_as_its_card_says(page: str) -> None:
@@ -88,6 +89,16 @@ def test_the_page_names_its_models_and_begins_a_video_as_its_card_says(page: str
     card = json.loads((WEIGHTS / "video" / "evaluation.json").read_text(encoding="utf-8"))
     assert begins["Steps"] == 10
     assert begins["Guidance (CFG)"] == card["scale"]
+
+
+def test_work_is_stopped_at_its_next_step(client: Any) -> None:
+    job = client.submit(prompt=PROMPT, steps=400, methods=[], api_name="/image")
+    while job.status().code.name in ("STARTING", "JOINING_QUEUE", "IN_QUEUE", "SENDING_DATA"):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    client.predict(api_name="/stop")
+    with pytest.raises(Exception, match="Stopped"):
+        job.result(timeout=20)
 
 
 def test_image_by_a_program(client: Any, page: str) -> None:

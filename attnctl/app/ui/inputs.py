@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from attnctl.app.commands.common import UsageError
 from attnctl.app.ui.actions import Ask, Step
 from attnctl.app.ui.models import Models
 from attnctl.core.hosts.words import prompt_words
@@ -28,6 +29,7 @@ __all__ = [
     "picture",
     "prompts_for",
     "said",
+    "stop",
     "table",
     "ticks",
     "word_choices",
@@ -115,16 +117,36 @@ def ticks(progress: Any, models: Models, request: Ask, runs: int = 1) -> Step:
 
 
 def following(progress: Any, total: int | None) -> Step:
-    """Return what moves the page's bar by one of `total` steps."""
-    done = 0
+    """Return what moves the page's bar by one of `total` steps, and ends the work where its window was told to stop."""
+    done, window = 0, _window()
+    _STOPPED.discard(window)
 
     def step() -> None:
         nonlocal done
         done += 1
+        if window in _STOPPED:
+            _STOPPED.discard(window)
+            raise UsageError("Stopped. Nothing was written.")
         progress((min(done, total or done), total), desc="computing", unit="steps")
 
     progress((0, total), desc="computing", unit="steps")
     return step
+
+
+# Windows of the page whose work shall end at its next step. A window is what gradio calls a session.
+_STOPPED: set[str | None] = set()
+
+
+def _window() -> str | None:
+    from gradio.context import LocalContext
+
+    request = LocalContext.request.get(None)
+    return getattr(request, "session_hash", None)
+
+
+def stop(request: gr.Request) -> None:
+    """End the work of a window at its next step: of the button "Stop", and when a window is closed."""
+    _STOPPED.add(request.session_hash)
 
 
 def said(action: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from attnctl.app.ui.inputs import stop
 from attnctl.app.ui.models import Models
 from attnctl.app.ui.tab_image import image_tab
 from attnctl.app.ui.tab_maps import heads_tab, words_tab
@@ -49,7 +50,11 @@ def build(models: Models, folder: Path) -> Any:
     """
     with gr.Blocks(title="attnctl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         ready = f"Pictures by `{models.images[0]}`, videos by `{models.videos[0]}`"
-        gr.Markdown(f"### attnctl\nAttention control, side by side. {ready}.", elem_id="head")
+        with gr.Row(equal_height=True):
+            gr.Markdown(f"### attnctl\nAttention control, side by side. {ready}.", elem_id="head")
+            halt = gr.Button("Stop", size="sm", scale=0, min_width=80, elem_id="stop")
+        halt.click(stop, None, None, queue=False, show_progress="hidden", api_name="stop")
+        page.unload(stop)  # a window that is closed leaves no work behind
         with gr.Tab("Image", id="image"):
             image_tab(models, folder)
         with gr.Tab("Words", id="words"):
