@@ -48,7 +48,7 @@ class MOATAttention2d(nn.Module):
 
     def bias(self, h: int, w: int) -> Tensor:
         """Compute the bias [1, H, h * w, h * w]; entry (h - 1, w - 1) of the table is a place's own."""
-        table = self.relative_position_embedding
+        table: Tensor = self.relative_position_embedding
         if table.shape[1] != 2 * h - 1 or table.shape[2] != 2 * w - 1:
             table = F.interpolate(table[None], [2 * h - 1, 2 * w - 1], mode="bilinear", align_corners=False)[0]
         y, x = torch.arange(h, device=table.device), torch.arange(w, device=table.device)

@@ -110,7 +110,7 @@ class MoHTransNeXt(Pyramid):
 _GATES = {"wg.": "gates.route.", "wg_0.": "gates.split.", "wg_1.": "gates.share."}
 
 
-def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Rename the keys of the authors' checkpoints; tables of offsets are computed here."""
     out = {}
     for key, value in take_state(state).items():

@@ -236,7 +236,7 @@ class SpectFormer(Pyramid):
         )
 
 
-def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Rename the keys of the authors' checkpoints."""
     state = take_state(state)
     if isinstance(model, SpectralVisionTransformer):

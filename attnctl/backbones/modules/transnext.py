@@ -122,7 +122,7 @@ class AggregatedAttention2d(_Cosine):
         return windows.reshape(b, m, d, 9, n).permute(0, 1, 4, 3, 2)
 
     def _pooled(self, x: Tensor, kh: int, kw: int) -> Tensor:
-        small = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), [kh, kw])
+        small = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), (kh, kw))
         return self.kv(self.norm(small.flatten(2).transpose(1, 2)))
 
     def _heads(self, kv: Tensor) -> Tensor:
