@@ -4,15 +4,9 @@
     python docs/generate.py --check    # name the files that are out of date
 
 A file says where: what stands between `<!-- generated: NAME -->` and `<!-- end -->` (in YAML, `# generated: NAME` and
-<<<<<<< HEAD
-`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `claims...` and
-`coverage-...`, or `reference` with the name of a control. What acts on which model is read from the result of
+`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `claims...`, `coverage-...`
+and `reproduce...`, or `reference` with the name of a control. What acts on which model is read from the result of
 benchmarks/coverage.py, and what is claimed from benchmarks/claims.toml.
-=======
-`# end`) is replaced. NAME is one of `methods`, `families`, `goals`, `cite`, `api`, `nav`, `coverage-...` and
-`reproduce...`, or `reference` with the name of a control. What acts on which model is read from the result of
-benchmarks/coverage.py.
->>>>>>> c2f80e9 (Reproduce papers' headline experiments: recipes, costs first, published figures beside measured ones)
 """
 
 from __future__ import annotations
