@@ -171,6 +171,7 @@ def motion() -> Host:
     first: dict[str, Control] = {
         "AStar": AStar(**words),
         "AttendExcite": AttendExcite(**words, refine_steps=2),
+        "TextCenGen": TextCenGen(**words),
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
