@@ -1,7 +1,8 @@
 """Whole, unmodified pipelines of diffusers under control: `python benchmarks/pipelines.py`.
 
-Each pipeline of tests/zoo_host_pipelines.py (tiny random weights) runs three steps plain, under PAG at all self and
-joint attention of the image (SLG where there is none), and under Capture where text is attended to. For each run:
+Each pipeline of tests/zoo_host_pipelines.py and tests/zoo_variants.py (tiny random weights) runs three steps plain,
+under PAG at all self and joint attention of the image (SLG where there is none), and under Capture where text is
+attended to. For each run:
 
 acts        what comes out is finite and differs (Capture: the same, and maps were recorded)
 refused     attnctl said in words why not
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  (first: offline, quiet, one thread)
 import torch  # noqa: E402
 import zoo_host_pipelines as hosts  # noqa: E402
+import zoo_variants as variants  # noqa: E402
 from contract import snapshot  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -35,6 +37,7 @@ from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.errors import AttnctlError  # noqa: E402
 from attnctl.processors import PAG, SLG, Capture, Control  # noqa: E402
 
+NAMES = hosts.NAMES + variants.NAMES
 RESULT = Path(__file__).parent / "results" / "pipelines.json"
 
 
@@ -48,7 +51,7 @@ def controls_of(pipe: Any) -> list[Control]:
 
 def measured(name: str) -> dict[str, Any]:
     """Run one pipeline plain and under each control."""
-    pipe, kwargs = hosts.build(name)
+    pipe, kwargs = (hosts if name in hosts.NAMES else variants).build(name)
     result: dict[str, Any] = {"pipeline": type(pipe).__name__, "controls": {}}
     plain = hosts.run(pipe, kwargs)
     try:
@@ -96,7 +99,7 @@ def outcome(pipe: Any, kwargs: Any, control: Control, plain: torch.Tensor) -> di
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=hosts.NAMES, default=hosts.NAMES, help="these pipelines")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these pipelines")
     parser.add_argument("--show", action="store_true", help="write no file")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -111,9 +114,9 @@ def main() -> int:
             words = [
                 f"{n} {c['state']}{'' if c['clean'] else ' NOT CLEAN'} {c.get('why', '')}" for n, c in cells.items()
             ]
-            print(f"{name:23}{'; '.join(words) or one.get('refused', '')}"[:400], file=sys.stderr, flush=True)
+            print(f"{name:24}{'; '.join(words) or one.get('refused', '')}"[:400], file=sys.stderr, flush=True)
     took = f"{len(found)} pipelines in {time.perf_counter() - began:.0f} s"
-    found = {name: (known | found)[name] for name in hosts.NAMES if name in known | found}
+    found = {name: (known | found)[name] for name in NAMES if name in known | found}
     states = [c["state"] for one in found.values() for c in one["controls"].values()]
     counts = {state: states.count(state) for state in ("acts", "refused", "fault")}
     result = {"versions": versions(), "pipelines": len(found), **counts, "found": found}

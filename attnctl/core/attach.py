@@ -17,7 +17,6 @@ One step of a run, in order:
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.pipelines import fill_in_time
 from attnctl.core.hosts.prompt import PromptWatch, prompt_call
 from attnctl.core.hosts.rows import Layout, RowLayout
-from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place
+from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place, warn_of_idle
 from attnctl.core.hosts.scheduler import SchedulerWatch
 from attnctl.core.passes import PENDING, ControlledDenoiser, resolve
 from attnctl.core.report import report
@@ -56,6 +55,8 @@ class DenoiserHandle(Handle):
         self._lock = threading.RLock()
         self._seen = self._told = False
         """Whether the beginning of the run was seen; whether what never acted in it was told."""
+        self._ends, self._fresh = True, False
+        """Whether the scheduler's last call ended a step; whether no denoiser was called yet in the run that began."""
         self._acted: set[int] = set()
         self._rows = RowLayout(self._pipe, layout)
         self._latents = StepLatents(self._pipe)
@@ -147,8 +148,10 @@ class DenoiserHandle(Handle):
     def on_step(self, sample: Any, prediction: Any) -> Any:
         """End a step, with the latents that the controls have made of the pipeline's."""
         self._latents.prediction = prediction
+        self._ends = not self.enabled or self._rows.check_step(sample)
+        if not self._ends:
+            return sample
         if self.enabled:
-            self._rows.check_step(sample)
             check_in_place(self._pipe, [w.module for w in self._watched])
         self._shared.pop(PENDING, None)
         for w in self._watched:
@@ -160,7 +163,7 @@ class DenoiserHandle(Handle):
 
     def on_stepped(self, result: Any, drew: bool) -> Any:
         """Give the latents that a step returned to the controls that change them."""
-        if not self.enabled:
+        if not self.enabled or not self._ends:
             return result
         for w in self._watched:
             for c, live in w.live:
@@ -179,15 +182,7 @@ class DenoiserHandle(Handle):
         idle = [c for i, c in enumerate(self.controls) if i not in self._acted and not c.is_off()]
         self._owner.release()
         if not self._told:
-            for c in idle:
-                shown = [f"{i / steps:.3g}" for i in range(steps)]
-                shown = shown if steps <= 6 else [*shown[:3], "...", shown[-1]]
-                warnings.warn(
-                    f"attnctl: {c.describe()} acted at no step of this run. It acts from start={c.start:g} to before "
-                    f"stop={c.stop:g}; the {steps} steps of the run begin at {', '.join(shown)}. Run more steps, or "
-                    "widen the window.",
-                    stacklevel=5,
-                )
+            warn_of_idle(idle, steps)
         self._told = True
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
@@ -203,9 +198,9 @@ class DenoiserHandle(Handle):
         self._latents.end_step()
         self._shared.clear()
         self._acted, self._told = set(), False
+        self._fresh = True
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
-            w.begin_run()
 
     # What the denoiser's hooks do -----------------------------------------------------------------------------
 
@@ -223,6 +218,10 @@ class DenoiserHandle(Handle):
             w.state.begin_call(w.module, w.family, bound)
             self._follow(w)
             self._time(w)
+            if self._fresh:  # not before: Wan Animate sets timesteps once more after its last segment
+                for each in self._watched:
+                    each.begin_run()
+                self._fresh = False
             if self.prompts is not None:
                 self.prompts.close()
                 own = self._call.pipe is self._pipe

@@ -173,25 +173,27 @@ class RowLayout:
             )
         return equal
 
-    def check_step(self, sample: Any) -> None:
-        """Compare the rows read with the latents that the scheduler updates.
+    def check_step(self, sample: Any) -> bool:
+        """Compare the rows read with the latents that the scheduler updates, and tell whether the step ends with them.
+
+        Cosmos brings prompt and negative prompt of two calls to clean latents first, in one call of the scheduler; the
+        step ends with the next.
 
         Raises:
             UnsupportedModelError: The number of rows does not fit what was read.
         """
         rows, first, self._scaled = self._read, self._first, None
-        self.calls, self._first = 0, None
+        calls, self.calls, self._first = self.calls, 0, None
         if rows is None or first is None or self.pipe is None or not isinstance(sample, torch.Tensor):
-            return
-        if isinstance(first, (list, tuple)):
-            ratio = len(first) / sample.shape[0]
-        elif first.ndim == sample.ndim:
-            ratio = first.shape[0] / sample.shape[0]
-        else:
-            ratio = first.numel() / sample.numel()
+            return True
+        ratio = len(first) / sample.shape[0]
         expected = 2 if rows.role == "both" else 1
+        if (ratio, expected, calls) == (0.5, 1, 2):
+            return False
+        if isinstance(first, torch.Tensor) and first.ndim != sample.ndim and ratio != expected:
+            ratio = first.numel() / sample.numel()  # frames folded into rows
         if ratio == expected or (self._shown and ratio in (1, 2)):  # DiT's pipeline steps both halves
-            return
+            return True
         name = type(self.pipe).__name__
         if expected == 2 and ratio == 1:
             raise UnsupportedModelError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from attnctl.core.hosts.listing import DENOISERS, denoisers_of, unwrapped
 from attnctl.errors import ConflictError, UnsupportedModelError
 
-__all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "check_in_place"]
+__all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "check_in_place", "warn_of_idle"]
 
 # What is read off a call: its own names for the texts, the steps and the guidance.
 _READ = (
@@ -167,3 +168,16 @@ def check_in_place(pipe: Any, modules: list[torch.nn.Module]) -> None:
                 f"pipe.{name} was compiled as a whole while under control, so that hooks on it are compiled too. "
                 f"Compile its blocks instead: pipe.{name}.compile_repeated_blocks(fullgraph=True)."
             )
+
+
+def warn_of_idle(controls: Sequence[Any], steps: int) -> None:
+    """Warn of controls that no step of a run has reached."""
+    shown = [f"{i / steps:.3g}" for i in range(steps)]
+    shown = shown if steps <= 6 else [*shown[:3], "...", shown[-1]]
+    for c in controls:
+        warnings.warn(
+            f"attnctl: {c.describe()} acted at no step of this run. It acts from start={c.start:g} to before "
+            f"stop={c.stop:g}; the {steps} steps of the run begin at {', '.join(shown)}. Run more steps, or widen the "
+            "window.",
+            stacklevel=6,
+        )

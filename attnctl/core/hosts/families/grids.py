@@ -89,9 +89,25 @@ def rows_of_time(model: torch.nn.Module, bound: Bound) -> Grid:
 
 
 def counted(model: torch.nn.Module, bound: Bound) -> Grid | None:
-    """Read the grid off the numbers that a call gives (LTX-Video, LTX-2)."""
+    """Read the grid off the numbers that a call gives, or off its tokens' places (LTX-Video, LTX-2)."""
     size = (bound.get("num_frames"), bound.get("height"), bound.get("width"))
-    return None if None in size else (int(size[0]), int(size[1]), int(size[2]))  # type: ignore[arg-type]
+    if None not in size:
+        return int(size[0]), int(size[1]), int(size[2])  # type: ignore[arg-type]
+    places = bound.get("video_coords")
+    return None if places is None or places.is_meta else read_once(places, "box", _box)
+
+
+def _box(places: Tensor) -> Grid | None:
+    """Find the video among tokens at places [B, 3, N] in time, height and width: it begins at the last first corner.
+
+    Conditions stand before it (LTXConditionPipeline), each at a later time than the first.
+    """
+    own = places[0]
+    corner = (own == own.amin(1, keepdim=True)).all(0).nonzero()[-1]
+    counts = [torch.tensor([axis.unique().numel()], device=own.device) for axis in own[1:]]
+    first, rows, columns = torch.cat([corner, *counts]).tolist()
+    frames, rest = divmod(own.shape[1] - first, rows * columns)
+    return None if rest else (frames, rows, columns)
 
 
 # Position ids and shapes ------------------------------------------------------------------------------------------
