@@ -85,7 +85,7 @@ def sample(loaded: Loaded, call: Call, step: Callable[[], object] = lambda: None
     pipe = loaded.pipe
     acting = tuple(c for c in call.controls if not isinstance(c, Capture))  # a record holds what made the image
     settings = settings_of(loaded, call)
-    options, _ = _options(pipe, call)
+    options, _ = _options(loaded, call)
     if makes_videos(pipe):
         options["output_type"] = "pil"
     options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
@@ -154,14 +154,14 @@ def settings_of(loaded: Loaded, call: Call) -> dict[str, Any]:
     """
     from attnctl.processors import Capture
 
-    pipe, (_, defaults) = loaded.pipe, _options(loaded.pipe, call)
+    pipe, (_, defaults) = loaded.pipe, _options(loaded, call)
     return {
         "prompts": call.prompts,
         "seeds": call.seeds,
         "negative": call.negative,
         "steps": defaults["num_inference_steps"],
         "guidance": defaults.get("guidance_scale"),
-        "options": dict(call.options),
+        "options": {k: v for k, v in loaded.call.items() if k not in ("width", "height")} | dict(call.options),
         "controls": tuple(control_to_dict(c) for c in call.controls if not isinstance(c, Capture)),
         "backend": call.backend,
         "model": loaded.name,
@@ -182,8 +182,9 @@ def _check_sizes(call: Call) -> None:
         raise ConfigError(f"guidance={call.guidance!r} is no finite number.")
 
 
-def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(loaded: Loaded, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the pipeline's keyword arguments, and what holds for the options left to the pipeline."""
+    pipe = loaded.pipe
     signature = inspect.signature(type(pipe).__call__).parameters
     n = len(call.prompts)
     given = {
@@ -194,7 +195,7 @@ def _options(pipe: Any, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         "width": call.width,
         "height": call.height,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options = dict(loaded.call) | {name: value for name, value in given.items() if value is not None}
     for name in call.options:
         if name in given or name in _OURS:
             raise ConfigError(f"The option {name!r} is set by attnctl itself.")

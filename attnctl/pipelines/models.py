@@ -7,8 +7,8 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,19 @@ _LARGEST, _MOST_LAYERS = 1 << 22, 1000
 
 @dataclass(frozen=True)
 class Loaded:
-    """Hold a pipeline with the name and the revision that a record keeps."""
+    """Hold a pipeline with the name and the revision that a record keeps.
+
+    Attributes:
+        pipe: The pipeline.
+        name: The model's name.
+        revision: Its commit, or what stands for it.
+        call: What a call is given besides, where the pipeline's own defaults do not fit the model.
+    """
 
     pipe: Any
     name: str
     revision: str | None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
@@ -75,13 +83,14 @@ def load(
 
     if name.startswith(SHIPPED):
         import attnctl
+        from attnctl.shapes.load import CALLS
 
         world = name.removeprefix(SHIPPED)
         if revision is not None:
             raise ConfigError(f"{name} is part of attnctl and has no revision; got {revision!r}.")
         with _calm():
             pipe = attnctl.load_shapes(world, device=device, dtype=getattr(torch, dtype))
-        return Loaded(pipe, name, _shipped_fingerprint(world))
+        return Loaded(pipe, name, _shipped_fingerprint(world), CALLS.get(world, {}))
 
     from diffusers import DiffusionPipeline
 

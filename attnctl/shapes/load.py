@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnctl.data.model_folders import check_folder
 from attnctl.errors import ConfigError, nearest
+from attnctl.shapes.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "WEIGHTS", "load_shapes"]
 
-MODELS = ("text2image", "video", "mmdit")
+MODELS = ("text2image", "video", "mmdit", "videodit")
+# What a call is given where the host's own defaults are those of larger models.
+CALLS: dict[str, dict[str, int]] = {
+    "videodit": {"num_frames": 17, "height": 64, "width": 64, "max_sequence_length": MAX_LENGTH}
+}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 _LATENT_VIDEO = (9, 16, 16)  # frames, height and width of videodit's latents
@@ -58,9 +63,8 @@ def load_shapes(
     """Load a shipped model; call it as `pipe("a red circle on gray", num_inference_steps=20, guidance_scale=4)`.
 
     Args:
-        name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames) or "mmdit"
-            (StableDiffusion3Pipeline). "videodit" (WanPipeline, 17 frames of 64x64) is not shipped and has to be
-            trained first.
+        name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames), "mmdit"
+            (StableDiffusion3Pipeline) or "videodit" (WanPipeline; call it with num_frames=17, height=64, width=64).
         device: where to put it.
         dtype: float32 if not given; the files are float16.
         folder: another folder of the same layout, such as the result of a training.
@@ -194,10 +198,7 @@ def _casts_something(record: Any) -> bool:
 def _check(path: Path, name: str) -> None:
     """Refuse a missing or damaged file by its name, before a library fails on it in its own words."""
     command = f"python -m attnctl.shapes.training.train {name} --out runs/{name}"
-    if name in MODELS:
-        cure = f"Reinstall attnctl, or train it anew: {command}."
-    else:
-        cure = f"It is not shipped with attnctl: train it by {command}, then pass folder='runs/{name}/pipeline'."
+    cure = f"Reinstall attnctl, or train it anew: {command}."
     if not path.is_file():
         raise ConfigError(f"The shapes model {name!r} lacks the file {path}. {cure}")
     try:

@@ -98,6 +98,7 @@ class Calibrate(Common):
         say(f"Loading {self.model} ({device}, {dtype})")
         loaded = load(self.model, revision=self.revision, device=device, dtype=dtype)
         loaded.pipe.set_progress_bar_config(disable=True)
+        call = dict(loaded.call) | call
         if not self.prompt:
             rows = self._compared(loaded.pipe, None, call)
             return Result({"model": loaded.name, "compared": rows}, _compared_text(rows))

@@ -56,7 +56,7 @@ class Generate(Common):
     model: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: shapes:text2image)")] = (
         None
     )
-    """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
+    """`shapes:text2image`, `shapes:mmdit`, `shapes:video`, `shapes:videodit` (shipped), a hub id, or a local folder."""
 
     control: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONTROL", help=_CONTROL_HELP)

@@ -17,7 +17,7 @@ class Sites(Common):
     """List the attention sites of a model, from its configuration alone (weights are read with --probe only)."""
 
     model: tyro.conf.Positional[str] = "shapes:text2image"
-    """`shapes:text2image`, `shapes:mmdit` or `shapes:video` (shipped), a hub id, or a local folder."""
+    """`shapes:text2image`, `shapes:mmdit`, `shapes:video`, `shapes:videodit` (shipped), a hub id, or a local folder."""
 
     revision: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
     """The commit or branch of a hub model."""

@@ -13,7 +13,7 @@ from attnctl.pipelines.models import SHIPPED, Loaded, load
 __all__ = ["Models", "offered"]
 
 _IMAGES: tuple[str, ...] = ("shapes:text2image", "shapes:mmdit")
-_VIDEOS: tuple[str, ...] = ("shapes:video",)
+_VIDEOS: tuple[str, ...] = ("shapes:video", "shapes:videodit")
 
 
 def offered() -> tuple[str, ...]:
