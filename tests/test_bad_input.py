@@ -93,7 +93,7 @@ ATTACH: list[tuple[str, Any, type[AttnctlError], str]] = [
     ("wrong type", PAG(sites=1.5), SiteError, "1.5"),
     ("bool", PAG(sites=True), SiteError, "True"),
     ("none in a list", PAG(sites=[None]), SiteError, "None"),
-    ("cross only", PAG(sites="cross"), SiteError, "self.*only cross.*find_sites"),
+    ("cross only", PAG(sites="cross"), SiteError, "self.*only cross.*sites='self' selects what it acts on"),
     ("one cross site", PAG(sites=MID.replace("attn1", "attn2")), SiteError, "only cross"),
     ("kind that is not here", PAG(sites="joint"), SiteError, "joint.*Kinds here: cross, self"),
     ("head too large", SoftPAG(heads=[(MID, 4)]), SiteError, "head 4.*heads 0 to 3"),

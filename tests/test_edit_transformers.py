@@ -271,7 +271,7 @@ def test_bad_input() -> None:
     refused("solver='heun' is unknown", pipe, solver="heun")
     refused("give a list of some of q, k, v", pipe, method="inject", parts="x")
     refused("leave less than one cell", pipe, clip=hosts.clip(1, 2, 2))
-    refused("model has places. Bring their shorter side", pipe, clip=hosts.clip(1, 32, 4096))
+    refused("model has places. Bring their shorter side", pipe, clip=hosts.clip(1, 32, 4096), size=32)
 
 
 def test_runs_that_do_not_fit() -> None:

@@ -168,7 +168,7 @@ def test_videos_that_cannot_be_read(pipe: Any, tmp_path: Path) -> None:
         ({"count": -1}, "from 1 on"),
         ({"fps": 0.0}, "above 0"),
         ({"guidance_scale": float("nan")}, "finite"),
-        ({"out": tmp_path / "x.gif"}, r"\.mp4"),
+        ({"out": tmp_path / "x.avi"}, r"\.mp4"),
         ({"out": tmp_path / "x.png"}, "one frame"),
         ({"colour": "red"}, "unknown: colour"),
         ({"size": 1}, "cell"),

@@ -57,7 +57,9 @@ def test_a_long_record_is_a_picture_for_everybody(side: int, tmp_path: Path) -> 
 
 def test_a_record_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="A picture holds a record of attnctl of 16777216 bytes at most"):
-        save_image(image(), tmp_path / "x.png", record(command="x" * (17 << 20)))
+        save_image(image(), tmp_path / "x.png", record(scheduler={f"{i}": "x" * 100_000 for i in range(170)}))
+    with pytest.raises(RecordError, match="'command' is damaged"):
+        record(command="x" * (17 << 20))
     assert not list(tmp_path.iterdir())
 
 

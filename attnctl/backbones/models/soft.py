@@ -80,8 +80,13 @@ class SOFT(Pyramid):
     """SOFT with timm's interface; its features are the last stage's tokens, the class token first, [B, C, 1, 1 + N].
 
     Args:
-        dims, depths, num_heads: per stage. ratios, kernels: of the first three stages' attention. normed: the
-        normalised form. img_size: what positions are learned for; other sizes resize them.
+        img_size: What positions are learned for; other sizes resize them.
+        dims: Channels of each stage.
+        depths: Blocks of each.
+        num_heads: Heads of each.
+        ratios: How far the first three stages' attention reduces its tokens.
+        kernels: Width of its convolutions, in the same stages.
+        normed: Whether to take the normalised form.
     """
 
     def __init__(
