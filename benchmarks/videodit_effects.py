@@ -119,7 +119,7 @@ def main() -> int:
     """Run the study and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for what is done (default: one that is removed)")
-    parser.add_argument("-n", type=int, default=96, help="videos of the report")
+    parser.add_argument("-n", type=int, default=64, help="videos of the report")
     parser.add_argument("--tune", type=int, default=16, help="videos of every setting tried")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

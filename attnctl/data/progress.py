@@ -65,6 +65,7 @@ class Progress:
     def close(self) -> None:
         """Take the bar away, or write the last line."""
         if self._bar is not None:
+            self._bar.refresh()  # tqdm skips what comes within a tenth of a second: the last count, of a quick job
             self._bar.close()
         elif self._lines and self.count > self._before:
             self.note = ""
