@@ -34,7 +34,7 @@ from attnctl.shapes.motion import clip_prompts
 from attnctl.shapes.training.evaluate_video import generate_clips, mark
 
 TUNING_SEED, REPORT_SEED = 81_000, 810_000
-WITHOUT, WITH = 1.0, 2.0
+REGIMES = {"without": 1.0, "with": 2.0}  # classifier-free guidance
 STEPS = 10
 WHOLE = {"start": 0.0, "stop": 1.0}
 # Depths of self-attention: block n is at depth 2 n, its cross-attention at 2 n + 1.
@@ -121,16 +121,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for what is done (default: one that is removed)")
     parser.add_argument("-n", type=int, default=64, help="videos of the report")
     parser.add_argument("--tune", type=int, default=16, help="videos of every setting tried")
+    parser.add_argument("--parts", nargs="+", choices=tuple(REGIMES), default=list(REGIMES))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         it = Study(options.work or Path(folder), options.tune, options.n)
         result = {"model": "videodit", "videos": options.n, "steps": STEPS}
-        result |= {"without": it.regime(WITHOUT), "with": it.regime(WITH)}
+        result |= {name: it.regime(cfg) for name, cfg in REGIMES.items() if name in options.parts}
     result |= {"tuning": {"videos": options.tune, "table": it.tuning}}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "attnctl": attnctl.__version__}
-    for regime in ("without", "with"):
+    for regime in options.parts:
         for name, shares in result[regime]["shares_percent"].items():
             found = result[regime]["gain_right_points"].get(name)
             change = f"  {found[0]:+.1f} [{found[1]:+.1f}, {found[2]:+.1f}]" if found else ""
