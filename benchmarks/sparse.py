@@ -5,7 +5,7 @@ Blocks are chosen in one of four calls, as `Online` does by default, and used in
 of these, choosing and lists included. Beside it stands what choosing takes alone, in one call, and its products in four
 calls as a share of those of dense attention.
 `--quality`: what shapes mmdit or videodit makes against what it makes dense, and by the judge, at equal executed shares
-of the maps.
+of the maps. `--targets 0.5 --out FILE` runs one share and adds it to those that FILE (a recording, too) holds.
 `--gpu`: the selectors' kernels on the card that is there, at the shapes of FLUX, CogVideoX-5B and Wan 14B, against
 flash and cuDNN; `--gpu --pretend` runs the same lines on a CPU.
 The table goes to stderr, the JSON to stdout.
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from sparse_gpu import measure_gpu
-from sparse_quality import measure_quality
+from sparse_quality import TARGETS, measure_quality
 from torch import Tensor
 
 import attnctl
@@ -165,6 +165,9 @@ def main() -> int:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--model", choices=("mmdit", "videodit"), default="mmdit", help="--quality: of this model")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", choices=TARGETS, help="--quality: these shares of the maps alone"
+    )
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--pretend", action="store_true", help="--gpu: on a CPU, at tiny shapes")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(SIZES), choices=list(SIZES), help="--speed")
@@ -180,7 +183,9 @@ def main() -> int:
     if options.speed:
         result["speed"] = measure_speed(options.repeats, options.tokens)
     if options.quality:
-        result["quality"] = measure_quality(options.model, options.pictures, options.steps, options.scale, options.out)
+        result["quality"] = measure_quality(
+            options.model, options.pictures, options.steps, options.scale, options.targets or TARGETS, options.out
+        )
     if options.gpu:
         result["gpu"] = measure_gpu(options.repeats, options.pretend)
     print(json.dumps(result, indent=1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,12 @@ def controls(target: float, who: Subject, steps: int) -> dict[str, Any]:
     return {"PARO": (paro, executed(plan, dense, steps)), "oracle": oracle, **found}
 
 
-def measure_quality(model: str, pictures: int, steps: int, scale: float, out: Path | None) -> dict[str, Any]:
-    """Compare what a shipped model makes, in decibels and by the judge; written to `out` row by row.
+def measure_quality(
+    model: str, pictures: int, steps: int, scale: float, targets: Sequence[float], out: Path | None
+) -> dict[str, Any]:
+    """Compare what a shipped model makes, in decibels and by the judge, at each share of `targets`.
+
+    Rows are written to `out` as they come, beside those of other shares of the same study that are there already.
 
     Plans are calibrated on two tuning prompts; the figures are those of report prompts with other seeds.
     """
@@ -126,12 +130,12 @@ def measure_quality(model: str, pictures: int, steps: int, scale: float, out: Pa
     who = subject(model, pictures, steps, scale)
     dense = who.make()
     right = who.right(dense)
-    rows: list[dict[str, Any]] = []
-    result = {
+    result: dict[str, Any] = {
         "model": f"shapes:{model}", "pictures": pictures, "steps": steps, "cfg": scale, "block": BLOCK,
-        "dense_right": wilson(int(sum(right)), pictures), "rows": rows,
+        "dense_right": wilson(int(sum(right)), pictures),
     }  # fmt: skip
-    for target in TARGETS:
+    rows = result["rows"] = other_shares(out, result, targets)
+    for target in targets:
         baseline: np.ndarray | None = None
         for name, control in controls(target, who, steps).items():
             control, share = control if isinstance(control, tuple) else (control, None)
@@ -150,6 +154,18 @@ def measure_quality(model: str, pictures: int, steps: int, scale: float, out: Pa
             if out is not None:
                 out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def other_shares(out: Path | None, study: dict[str, Any], targets: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the rows that `out` holds of shares that this run leaves out, if they are of the same study."""
+    if out is None or not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    before = before.get("quality", before)  # a recording, or what this wrote
+    rows = [row for row in before.pop("rows", []) if row["target"] not in targets]
+    if rows and before != json.loads(json.dumps(study)):
+        raise SystemExit(f"{out} holds shares of another study ({before}, not {study}): give another --out.")
+    return rows
 
 
 def decibels(dense: list[np.ndarray], images: list[np.ndarray]) -> np.ndarray:
