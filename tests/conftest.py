@@ -46,6 +46,7 @@ def unplugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def controls_of_this_test_alone() -> Iterator[None]:
     """Forget the controls that a test defines, so that no other test meets them."""
+    import attnctl.processors  # noqa: F401  # the package's own stay, whichever test needs them first
     from attnctl.core import registry
 
     before = dict(registry.CONTROLS)
