@@ -42,6 +42,7 @@ from attnctl.processors import (
     Guidance,
     Inject,
     PromptToPrompt,
+    ReferenceOnly,
     Regions,
     ShareAttention,
     SparseAttention,
@@ -147,6 +148,7 @@ def unet() -> Host:
         "SparseAttention": SparseAttention(POOLED, **full),
         "Regions": Regions(prompts=("bear",), areas=((0, 0, 0.5, 1),), stop=1.0),
         "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
+        "ReferenceOnly": ReferenceOnly(reference=noise[0].flip(1)),
     }
     changed: dict[str, dict[str, Any]] = {
         "AttendExcite": {"step_size": 5.0},

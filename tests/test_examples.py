@@ -118,6 +118,18 @@ def test_vision(name: str, tmp_path: Path) -> None:
 def test_sharing(tmp_path: Path) -> None:
     assert "StyleAligned" in run("share_sdxl", tmp_path)
     assert Image.open(tmp_path / "shared.png").width > 300
+    assert "bank (read): 2 pictures" in run(
+        "share_sdxl",
+        tmp_path,
+        "--method",
+        "Consistent",
+        "--prompts",
+        "a red circle",
+        "a blue ring",
+        "--later",
+        "a cross",
+    )
+    assert "ReferenceOnly" in run("share_sdxl", tmp_path, "--method", "ReferenceOnly")
 
 
 def test_isolation(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Inject": {"source": "a cat", "target": "a dog"},
     "FlowEdit": {"source": "a cat", "target": "a dog"},
     "IRDiffusion": {"boxes": (((0, 0, 0.5, 1), (0.5, 0, 1, 1)),)},
+    "ReferenceOnly": {"reference": "cat.png"},
     "TextCenGen": {"concepts": ("cat",)},
     "Regions": {"prompts": ("a cat",), "areas": ((0, 0, 0.5, 1),)},
     "PARO": {"plan": BlockPlan.from_mask(torch.ones(2, 3, 3, dtype=torch.bool), 8)},

@@ -75,7 +75,7 @@ def test_every_button_has_a_name_for_programs(page: str) -> None:
     buttons = {part["id"] for part in config["components"] if part["type"] == "button"}
     named = {t[0]: d["api_name"] for d in config["dependencies"] for t in d["targets"] if t[0] in buttons}
     assert set(named) == buttons
-    assert sorted(named.values()) == ["edit", "heads", "image", "stop", "video", "words"]
+    assert sorted(named.values()) == ["edit", "heads", "image", "regions", "stop", "video", "words"]
 
 
 def test_the_page_names_its_models_and_begins_a_video_as_its_card_says(page: str) -> None:
@@ -110,6 +110,19 @@ def test_image_by_a_program(client: Any, page: str) -> None:
     assert "--control 'PAG(sites=\"up.0\", scale=1.5)'" in command
     records = [read(path)[0] for path in (plain, controlled)]
     assert [len(record.controls) for record in records] == [0, 2]
+
+
+def test_regions_by_a_program(client: Any) -> None:
+    plain, controlled, marks, report, command = client.predict(
+        prompt=PROMPT, steps=2, prompt_2="", prompt_4="a green ring", box_4="0.5 0 1 0.5", api_name="/regions"
+    )
+    assert "| controlled | " in marks
+    form = "Regions(prompts=('a red circle', 'a green ring'), areas=((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 0.5)))"
+    assert form in report
+    assert form.replace("'", '"') in command
+    assert read(plain)[0].sha256 != read(controlled)[0].sha256
+    with pytest.raises(Exception, match="no box"):
+        client.predict(prompt=PROMPT, steps=2, prompt_3="a cross", api_name="/regions")
 
 
 def test_words_and_heads_by_a_program(client: Any) -> None:

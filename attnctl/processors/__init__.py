@@ -34,9 +34,11 @@ from attnctl.processors.pag import SoftPAG as SoftPAG
 from attnctl.processors.paro import PARO as PARO
 from attnctl.processors.regions.regions import Regions as Regions
 from attnctl.processors.seg import SEG as SEG
+from attnctl.processors.sharing.bank import IdentityBank as IdentityBank
 from attnctl.processors.sharing.consistent import Consistent as Consistent
 from attnctl.processors.sharing.ir_diffusion import IRDiffusion as IRDiffusion
 from attnctl.processors.sharing.masactrl import MasaCtrl as MasaCtrl
+from attnctl.processors.sharing.reference_only import ReferenceOnly as ReferenceOnly
 from attnctl.processors.sharing.share_attention import ShareAttention as ShareAttention
 from attnctl.processors.sharing.style_aligned import StyleAligned as StyleAligned
 from attnctl.processors.slg import SLG as SLG
@@ -45,5 +47,15 @@ from attnctl.processors.tpg import TPG as TPG
 
 # A name imported as itself is public; every control that is imported here has entered the registry.
 __all__ = sorted(
-    ["AttnCall", "Branch", "Control", "Guidance", "LatentGuidance", "Proceed", "Wrapper", *_controls("attnctl")]
+    [
+        "AttnCall",
+        "Branch",
+        "Control",
+        "Guidance",
+        "IdentityBank",
+        "LatentGuidance",
+        "Proceed",
+        "Wrapper",
+        *_controls("attnctl"),
+    ]
 )

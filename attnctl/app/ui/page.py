@@ -11,6 +11,7 @@ from attnctl.app.ui.inputs import stop
 from attnctl.app.ui.models import Models
 from attnctl.app.ui.tab_image import image_tab
 from attnctl.app.ui.tab_maps import heads_tab, words_tab
+from attnctl.app.ui.tab_regions import regions_tab
 from attnctl.app.ui.tab_video import video_tab
 
 __all__ = ["CSS", "build", "theme"]
@@ -57,6 +58,8 @@ def build(models: Models, folder: Path) -> Any:
         page.unload(stop)  # a window that is closed leaves no work behind
         with gr.Tab("Image", id="image"):
             image_tab(models, folder)
+        with gr.Tab("Regions", id="regions"):
+            regions_tab(models, folder)
         with gr.Tab("Words", id="words"):
             words_tab(models, folder)
         with gr.Tab("Heads", id="heads"):

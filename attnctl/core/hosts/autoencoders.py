@@ -1,4 +1,4 @@
-"""Clips as the latents that a pipeline's call takes, for transformers: autoencoders of images and of videos.
+"""Clips as the latents that a pipeline's call takes: autoencoders of images and of videos.
 
 What differs from host to host is read from what it has: whether its autoencoder's weights are of three dimensions, the
 means and deviations that it keeps, the functions that pack its latents.
@@ -123,7 +123,7 @@ class Coder:
         return Coded(latents, height, width, n if self.video else None)
 
     def _normalised(self, z: Tensor) -> Tensor:
-        """Bring the autoencoder's latents to what the transformer sees."""
+        """Bring the autoencoder's latents to what the denoiser sees."""
         config = self.vae.config
         factor = getattr(config, "scaling_factor", None) or 1.0
         if callable(getattr(self.pipe, "_patchify_latents", None)) and hasattr(self.vae, "bn"):  # FLUX.2
@@ -138,10 +138,15 @@ class Coder:
 
     def _argument(self, z: Tensor, height: int, width: int) -> Tensor:
         """Lay latents out as the pipeline's call takes them."""
-        pipe, dtype = self.pipe, self.pipe.transformer.dtype
+        pipe = self.pipe
+        denoiser = getattr(pipe, "transformer", None)
+        denoiser = pipe.unet if denoiser is None else denoiser
+        dtype = denoiser.dtype
         if z.ndim == 5 and not self.video:
             z = z[:, :, 0]
-        if family_of(pipe.transformer).frames_first:
+        if family_of(denoiser).unet:
+            return z.to(dtype)
+        if family_of(denoiser).frames_first:
             return z.transpose(1, 2).contiguous().to(dtype)
         pack = getattr(pipe, "_pack_latents", None)
         if hasattr(pipe, "_patchify_latents"):  # it packs what it is given

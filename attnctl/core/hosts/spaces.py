@@ -16,7 +16,7 @@ from torch import Tensor
 from attnctl.core.hosts.scheduler import place_of
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["Space", "Way", "way_to"]
+__all__ = ["Space", "Way", "level_of", "way_to"]
 
 Space = Literal["model", "x0", "eps"]
 _WINDOW = "Use another space, or give the control a window (start, stop) without this step."
@@ -61,8 +61,7 @@ def way_to(space: Space, scheduler: Any, timestep: float | None, x: Tensor) -> W
     """
     if space == "model":
         return Way()
-    place = None if scheduler is None else place_of(scheduler, timestep)
-    level = None if place is None else _level(scheduler, min(place, len(scheduler.timesteps) - 1))
+    level = level_of(scheduler, timestep)
     if level is None:
         name = "a guider or a bare model" if scheduler is None else type(scheduler).__name__
         raise UnsupportedModelError(
@@ -90,9 +89,20 @@ def way_to(space: Space, scheduler: Any, timestep: float | None, x: Tensor) -> W
     return Way(k, m, x)
 
 
-def _level(scheduler: Any, place: int) -> tuple[float, float, str] | None:
-    """Return a and b of x = a x0 + b eps at one of a scheduler's timesteps, and what its model predicts."""
-    config = scheduler.config
+def level_of(scheduler: Any, timestep: float | None) -> tuple[float, float, str] | None:
+    """Return a and b of x = a x0 + b eps at the step that is under way, and what the model predicts.
+
+    Args:
+        scheduler: The scheduler of the run, or None.
+        timestep: The timestep that the denoiser is called with.
+
+    Returns:
+        None where the scheduler does not tell.
+    """
+    place = None if scheduler is None else place_of(scheduler, timestep)
+    if place is None:
+        return None
+    place, config = min(place, len(scheduler.timesteps) - 1), scheduler.config
     kind = str(config.get("prediction_type", "flow"))
     kind = "flow" if kind in ("flow_prediction", "flow") else kind
     sigmas = getattr(scheduler, "sigmas", None)

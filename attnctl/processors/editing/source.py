@@ -306,7 +306,13 @@ class Inversion:
 
 
 def check_room(
-    needed: int, offload: Offload, device: torch.device, budget: int | None = None, folder: str | Path | None = None
+    needed: int,
+    offload: Offload,
+    device: torch.device,
+    budget: int | None = None,
+    folder: str | Path | None = None,
+    what: str = "The source's attention",
+    remedy: str = 'store="recompute", which keeps latents only, or fewer steps or frames, or offload="disk"',
 ) -> None:
     """Refuse a run whose store does not fit, before it begins.
 
@@ -315,6 +321,9 @@ def check_room(
         offload: Where they would go.
         device: Where the model is.
         budget: Most bytes allowed; None for what is free.
+        folder: Where "disk" writes.
+        what: What is kept, for the message.
+        remedy: What to use instead.
 
     Raises:
         MemoryBudgetError: They do not fit.
@@ -329,8 +338,7 @@ def check_room(
         free, where = budget, "in the budget given"
     if needed > free:
         raise MemoryBudgetError(
-            f"The source's attention would take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free {where}. "
-            'Use store="recompute", which keeps latents only, or fewer steps or frames, or offload="disk".'
+            f"{what} would take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free {where}. Use {remedy}."
         )
 
 

@@ -5,7 +5,8 @@
     softmax(q_i [k_i, S_i]^T / sqrt(d)) [v_i, S_i],   S_i: tokens of the other pictures, drawn at each step and site
 
 A picture's own tokens are always whole. The first step is plain; later a site shares with probability `chance`, and
-with `late_chance` from 2/5 of the run on.
+with `late_chance` from 2/5 of the run on. With a bank, S_i of later runs are the tokens that a first run drew of its
+pictures, at the same step and site.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from attnctl.core.hosts.families import Family
 from attnctl.core.registry import knob
 from attnctl.core.sites import Site
 from attnctl.data.about import About
-from attnctl.processors.sharing.share_attention import ShareAttention, Sources
+from attnctl.processors.sharing.bank import Banked
+from attnctl.processors.sharing.share_attention import Sources
 
 __all__ = ["Consistent"]
 
@@ -27,7 +29,7 @@ _LATE = 0.4  # step 20 of the paper's 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistent(ShareAttention):
+class Consistent(Banked):
     """Keep a subject the same over the pictures of a batch (arXiv 2405.01434).
 
     Attributes:
@@ -35,6 +37,8 @@ class Consistent(ShareAttention):
         share: Share of the others' tokens, above 0, to 1.
         chance: Probability that a site shares in a step before 2/5 of the run, 0 to 1; the first step is plain.
         late_chance: The probability after that, 0 to 1.
+        bank: Keeps the keys of a first run's pictures, which the pictures of later runs then see in place of each
+            other's.
     """
 
     sources: Sources = knob("others", kind="free", values="first, previous, others, a number or one per picture")

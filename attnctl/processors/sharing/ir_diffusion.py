@@ -158,9 +158,7 @@ class IRDiffusion(ShareAttention):
             )
         return torch.arange(halves * pictures * frames).unflatten(0, (-1, frames))
 
-    def _attend(
-        self, call: AttnCall, proceed: Proceed, table: Tensor, image: slice, drawn: torch.Generator | None
-    ) -> Tensor:
+    def _attend(self, call: AttnCall, proceed: Proceed, table: Tensor, image: slice, tokens: Tensor) -> Tensor:
         isolated = self._isolated(call.state)
         out = proceed(call)
         if not isolated and not self.references:

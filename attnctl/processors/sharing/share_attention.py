@@ -166,34 +166,41 @@ class ShareAttention(Control):
     # What happens at a site -----------------------------------------------------------------------------------
 
     def _shared(self, tables: dict[Any, Tensor], call: AttnCall, proceed: Proceed) -> Tensor:
-        rows, drawn = call.state.rows, self._draw(call)
-        if call.index > 0 or (drawn is not None and float(torch.rand((), generator=drawn)) >= self._chance(call.state)):
+        rows = call.state.rows
+        if call.index > 0 or (self.halves == "cond" and rows.role == "uncond"):
             return proceed(call)  # a second attention is to an image prompt
-        if self.halves == "cond" and rows.role == "uncond":
+        image = self.image_keys(call)
+        tokens = self.drawn_tokens(call, image)
+        if tokens is None:
             return proceed(call)
-        image = slice(0, call.k.shape[2]) if call.image is None else call.image
+        call = call.with_(wants_sums=False)  # they would be sums over other keys than the call's own
+        if self.halves == "cond" and rows.uncond is not None and rows.role == "both":
+            plain = proceed(call.rows(rows.uncond))
+            shared = self._attend(call.rows(rows.cond), proceed, self._rows(tables, call, rows.cond), image, tokens)
+            return torch.cat([plain, shared] if rows.uncond.start == 0 else [shared, plain])
+        return self._attend(call, proceed, self._rows(tables, call, slice(0, rows.total)), image, tokens)
+
+    def image_keys(self, call: AttnCall) -> slice:
+        """Return the places of the image among the tokens of a call.
+
+        Raises:
+            UnsupportedModelError: Nothing tells, in attention that is joint with text.
+        """
         if call.site.kind == "joint" and call.image is None:
             raise UnsupportedModelError(
                 f"{self._label}: the image's tokens at {call.site.name} are not known, whose attention is joint with "
                 "text. Choose other sites."
             )
-        call = call.with_(wants_sums=False)  # they would be sums over other keys than the call's own
-        if self.halves == "cond" and rows.uncond is not None and rows.role == "both":
-            plain = proceed(call.rows(rows.uncond))
-            shared = self._attend(call.rows(rows.cond), proceed, self._rows(tables, call, rows.cond), image, drawn)
-            return torch.cat([plain, shared] if rows.uncond.start == 0 else [shared, plain])
-        return self._attend(call, proceed, self._rows(tables, call, slice(0, rows.total)), image, drawn)
+        return slice(0, call.k.shape[2]) if call.image is None else call.image
 
-    def _attend(
-        self, call: AttnCall, proceed: Proceed, table: Tensor, image: slice, drawn: torch.Generator | None
-    ) -> Tensor:
+    def _attend(self, call: AttnCall, proceed: Proceed, table: Tensor, image: slice, tokens: Tensor) -> Tensor:
         for part in self.adain:
             x = getattr(call, part)
             call = call.with_(**{part: _put(x, image, match_statistics(x[:, :, image], x[table[:, 0]][:, :, image]))})
         if self.take == "replace":
             taken = {part: getattr(call, part) for part in self.parts}
             return proceed(call.with_(**{p: _put(x, image, x[table[:, 0]][:, :, image]) for p, x in taken.items()}))
-        return proceed(self._appended(call, table, self._tokens(image, drawn, call.k.device)))
+        return proceed(self._appended(call, table, tokens))
 
     def _appended(self, call: AttnCall, table: Tensor, tokens: Tensor) -> AttnCall:
         """Put the keys and values of a table's rows behind a call's own."""
@@ -206,22 +213,30 @@ class ShareAttention(Control):
         k, v = (torch.cat([x, y.transpose(1, 2).flatten(2, 3)], 2) for x, y in ((call.k, k), (call.v, v)))
         return call.with_(k=k, v=v, mask=mask)
 
-    def _draw(self, call: AttnCall) -> torch.Generator | None:
-        """Return the generator of a step and site, the same in every pass of the step; None where nothing is drawn."""
-        if self.share == 1 and self._chance(call.state) == 1:
-            return None
-        generator = torch.Generator()
-        number = (self.seed * 1_000_003 + call.state.step) * 1_009 + call.site.depth
-        generator.manual_seed(number % 2**63)
-        return generator
+    def drawn_tokens(self, call: AttnCall, image: slice) -> Tensor | None:
+        """Choose the tokens that are appended at a site in a step, in order; None where the control rests.
 
-    def _tokens(self, image: slice, drawn: torch.Generator | None, device: torch.device) -> Tensor:
-        """Choose the tokens that are appended, in order."""
-        if drawn is None or self.share == 1:
-            return torch.arange(image.start, image.stop, device=device)
+        The same are drawn in every pass of the step, and in every run.
+        """
+        chance = self._chance(call.state)
+        if self.share == 1 and chance == 1:
+            return torch.arange(image.start, image.stop, device=call.k.device)
+        drawn = self._generator(call.state.step, call.site.depth)
+        if float(torch.rand((), generator=drawn)) >= chance:
+            return None
         n = image.stop - image.start
         chosen = torch.randperm(n, generator=drawn)[: max(1, round(self.share * n))].sort().values
-        return (chosen + image.start).to(device, non_blocking=True)
+        return (chosen + image.start).to(call.k.device, non_blocking=True)
+
+    def acts_at(self, step: int, steps: int, depth: int) -> bool:
+        """Tell whether the control acts at a site in a step of a run."""
+        drawn = float(torch.rand((), generator=self._generator(step, depth)))
+        return self.in_window_at(step, steps) and drawn < self._chance(CallState(step=step, steps=steps))
+
+    def _generator(self, step: int, depth: int) -> torch.Generator:
+        generator = torch.Generator()
+        generator.manual_seed(((self.seed * 1_000_003 + step) * 1_009 + depth) % 2**63)
+        return generator
 
     def _chance(self, state: CallState) -> float:
         """Return the probability that the control acts at a site in the current step."""
