@@ -124,7 +124,7 @@ def find_sites(target: Any) -> tuple[Site, ...]:
 
 def _is_backbone(target: Any) -> bool:
     """Tell whether a target is an image model of timm, or holds one."""
-    homes = ("timm.models.", "attnctl.backbones.")
+    homes = ("timm.models.", "timm.layers.", "attnctl.backbones.")
     modules = target.modules() if callable(getattr(target, "modules", None)) else ()
     return any(type(m).__module__.startswith(homes) for m in modules)
 

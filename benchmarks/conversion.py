@@ -42,7 +42,14 @@ def convert(model: nn.Module, kind: str, data: Any, epochs: int, seed: int) -> d
     made = attnctl.swap(copy.deepcopy(model), kind)
     row["swapped"] = accuracy(made, test)
     if any(True for host in attnctl.swap_report(made).new):
-        distil(made, train[0], loss="weights" if kind == "hedgehog" else "outputs", epochs=4, seed=seed, quiet=True)
+        distil(
+            made,
+            train[0],
+            loss="weights" if kind in ("hedgehog", "sparsifiner") else "outputs",
+            epochs=4,
+            seed=seed,
+            quiet=True,
+        )
         row["taught"] = accuracy(made, test)
     fit(made, *train, F.cross_entropy, epochs=epochs, lr=1e-3, seed=seed, quiet=True)
     row["taught_and_tuned"] = accuracy(made, test)

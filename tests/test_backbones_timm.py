@@ -235,7 +235,6 @@ def test_places_folded_into_the_batch_are_refused() -> None:
         ("mobilevitv2_050", "LinearSelfAttention sums the keys up"),
         ("edgenext_xx_small", "CrossCovarianceAttn weighs channels"),
         ("lambda_resnet26t", "LambdaLayer sums the keys up"),
-        ("halonet26t", "HaloAttn reads keys from overlapping blocks"),
         ("mambaout_femto", "It has no attention"),
         ("resnet18", "It has no attention"),
     ],

@@ -23,7 +23,7 @@ KINDS = [kind for kind, mixer in MIXERS.items() if mixer.__module__.startswith("
 OPTIONS: dict[str, dict[str, Any]] = {
     "agent": {"num_agents": 4}, "bra": {"window_size": 2, "topk": 1},
     "multiaxis": {"window": 2, "grid_size": 2, "mode": "mean"},
-    "neighborhood": {"kernel": 3}, "moh": {"shared": 0},
+    "neighborhood": {"kernel": 3}, "moh": {"shared": 0}, "vsa": {"window": 3},
 }  # fmt: skip
 
 
@@ -58,13 +58,17 @@ def test_every_kind_in_every_host(kind: str) -> None:
         state = {k: v.clone() for k, v in model.state_dict().items()}
         before = set(vars(model))
         assert attnctl.swap(model, kind, **options) is model
+        if (kind, name) == ("sparsifiner", "pvt"):  # its predictor is for one number of tokens: that of 224 px here
+            with pytest.raises(ConfigError, match="64 tokens were given; this predictor is for 3136"):
+                model(x)
+            continue
         report = attnctl.swap_report(model)
         changed = model(x)
         assert changed.isfinite().all()
         if (kind, name) not in (("moh", "vit"), ("gated", "vit")):
             assert not torch.equal(changed, plain), name
         changed.sum().backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None] == [], name
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == [], name
         assert set(model.state_dict()) == (set(state) - set(report.dropped)) | set(report.new)
         assert report.parameters[1] == sum(p.numel() for p in model.parameters())
         assert kind in str(report)
@@ -205,6 +209,10 @@ def test_maxvit_that_takes_any_size(kind: str) -> None:
     model, x = any_size(hosts()["maxvit"]), torch.rand(1, 3, 36, 44)
     plain = model(x)
     swapped = attnctl.swap(model, kind, blocks=0, **OPTIONS.get(kind, {}))
+    if kind == "sparsifiner":  # its predictor is for one number of tokens
+        with pytest.raises(ConfigError, match="Swap again for the new size"):
+            swapped(x)
+        return
     assert swapped(x).shape == plain.shape
     assert not torch.equal(swapped(x), plain)
     assert torch.equal(attnctl.unswap(swapped)(x), plain)

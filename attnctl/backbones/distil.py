@@ -38,7 +38,8 @@ def distil(
 
     While it runs, softmax takes the mixers' places, so each layer sees what it would in the model before the swap.
     loss: "outputs" is the mean squared error of what comes out, divided by the variance of softmax's, for every mixer;
-    "weights" the cross-entropy of softmax's weights with the mixer's, for mixers with `weights(q, k)` (Hedgehog).
+    "weights" the cross-entropy of softmax's weights with the mixer's, for mixers with `weights(q, k)` (Hedgehog), or
+    the mixer's own `weights_error(q, k, softmax)` (Sparsifiner, whose predictor is else frozen).
 
     Returns the loss of every mixer before and after, by name. Raises: ConfigError for a model without mixers, another
     loss, or mixers without weights.
@@ -48,15 +49,21 @@ def distil(
         raise ConfigError(f"This {type(model).__name__} has no swapped form to teach. Call attnctl.swap first.")
     if loss not in ("outputs", "weights"):
         raise ConfigError(f"loss={loss!r} was given; expected 'outputs' or 'weights'.")
-    silent = [n for n, m in mixers.items() if not hasattr(m, "weights")]
+    silent = [n for n, m in mixers.items() if not (hasattr(m, "weights") or hasattr(m, "weights_error"))]
     if loss == "weights" and silent:
         raise ConfigError(f"{silent[0]} computes no weights to compare. Take loss='outputs'.")
+    frozen = [n for n, m in mixers.items() if hasattr(m, "weights_error")]
+    if loss == "outputs" and frozen:
+        raise ConfigError(f"{frozen[0]} chooses keys, which what comes out does not teach. Take loss='weights'.")
     errors: Callable[..., Tensor] = _of_weights if loss == "weights" else _of_outputs
     optimizers = {n: torch.optim.Adam(m.parameters(), lr=lr) for n, m in mixers.items()}
     order = torch.Generator().manual_seed(seed)
     first: dict[str, list[float]] = {n: [] for n in mixers}
     last: dict[str, list[float]] = {n: [] for n in mixers}
     with evaluating(model), contextlib.ExitStack() as undo:
+        for parameter in (p for m in mixers.values() for p in m.parameters()):
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_()
         seen = _Softmax(mixers, undo)
         for epoch in tracked(range(epochs), "epoch", "distil", quiet=quiet):
             for chosen in torch.randperm(len(images), generator=order).split(batch):
@@ -107,4 +114,6 @@ def _of_outputs(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor, gr
 
 def _of_weights(mixer: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: Any, softmax: Tensor) -> Tensor:
     target = (q.float() @ k.float().mT * mixer.scale).softmax(-1)
+    if hasattr(mixer, "weights_error"):
+        return mixer.weights_error(q, k, target)
     return -(target * mixer.weights(q, k).clamp(min=1e-12).log()).sum(-1).mean()

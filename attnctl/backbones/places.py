@@ -88,4 +88,7 @@ def _slot(old: nn.Module, grid: Grid, prefix: int) -> Slot:
     if isinstance(old, (SwinTransformerV2Block, SwinTransformerV2CrBlock)):
         scale = 1.0  # the lengths of queries and keys carry it
     width = first.in_channels if conv and isinstance(first, nn.Conv2d) else first.in_features
-    return Slot(dim, heads, grid, prefix, scale, first.weight.device, first.weight.dtype, width)
+    sides = tuple(old.window_size) if isinstance(old, SwinTransformerBlock) else ()
+    window = sides[0] if len(set(sides)) == 1 else None
+    table = inner.relative_position_bias_table if window else None
+    return Slot(dim, heads, grid, prefix, scale, first.weight.device, first.weight.dtype, width, window, table)

@@ -27,7 +27,7 @@ from attnctl.backbones.mixers import Mixer, find_mixer
 from attnctl.backbones.places import PLACES, SWAPPABLE, build_host, is_sequence
 from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest
 
-__all__ = ["SwapReport", "swap", "swap_report", "unswap"]
+__all__ = ["SwapReport", "multiply_adds", "swap", "swap_report", "unswap"]
 
 Grid = tuple[int, int]
 _RECORD = "_attnctl_swaps"
@@ -58,12 +58,12 @@ class SwapReport:
         input_size: (channels, height, width), the model's own if None.
         """
         size = input_size or image_size(self._model)
-        after = _count(self._model, size)
+        after = multiply_adds(self._model, size)
         present = {name: self._model.get_submodule(name) for name in self.sites}
         try:
             for name, host in self._hosts.items():
                 put(self._model, name, host.original)
-            before = _count(self._model, size)
+            before = multiply_adds(self._model, size)
         finally:
             for name, module in present.items():
                 put(self._model, name, module)
@@ -90,7 +90,7 @@ def swap(
     """Replace softmax attention in a timm model, in place; projections, rotary embeddings and gates are kept.
 
     kind: "agent", "bra", "multiaxis", "inline", "mala", "rala", "hedgehog", "moh", "gated", "sigmoid", "neighborhood",
-        the kind of a mixer of your own, or its class.
+        "sparsifiner", "vsa", "ssa", "local_linear", "tic", "reversed", the kind of a mixer of your own, or its class.
     blocks: which of the places, in the order they run: an index, names or globs, several of these, or a function of
         (name, index); all of them if None.
     grid: (height, width) in tokens of a ViT whose patch embedding does not tell.
@@ -242,7 +242,8 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
     return [n for n in names if n in kept]
 
 
-def _count(model: nn.Module, size: tuple[int, int, int]) -> int:
+def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:
+    """Count the multiply-adds of one image of (channels, height, width), by one forward pass."""
     # The counter knows no fused kernel of the CPU; the written-out one does the same multiplications.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         dry_run(model, size)

@@ -73,7 +73,7 @@ def prefix_of(owner: nn.Module) -> int:
 
 def class_tokens(owner: nn.Module) -> int:
     """Return 1 for a model whose first token is a class token, else 0."""
-    return int(getattr(owner, "cls_token", None) is not None or isinstance(owner, CrossVit))
+    return int(any(name.startswith("cls_token") for name, _ in owner.named_parameters(recurse=False)))
 
 
 def windows(h: int, w: int, size: Grid) -> Tensor:

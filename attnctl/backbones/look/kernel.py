@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["AtKernel"]
+__all__ = ["AtKernel", "AtSum"]
 
 _PRODUCTS = ("__matmul__", "matmul", "bmm")
 
@@ -106,3 +106,35 @@ class AtKernel(TorchFunctionMode):
 
     def _turned(self, x: Tensor) -> bool:
         return self.heads_first and x.ndim == 5
+
+
+class AtSum(TorchFunctionMode):
+    """Run linear attention with the values as a leaf in the product where they are summed up with their keys.
+
+    What a class appends to its values, such as the ones that give a sum of weights, is no part of the leaf.
+
+    Attributes:
+        leaf: The values, [B, keys, H * D], to which gradients run.
+
+    width: Channels D of a head.
+    Raises: UnsupportedModelError where no product was met.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.leaf = torch.empty(0)
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _PRODUCTS and not self.leaf.requires_grad:
+            keys, values = args
+            own = values[..., : self.width].detach()
+            self.leaf = own.transpose(1, 2).flatten(2).clone().requires_grad_()
+            back = self.leaf.unflatten(2, (-1, self.width)).transpose(1, 2)
+            args = keys.detach(), torch.cat([back, values[..., self.width :].detach()], dim=-1)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if not self.leaf.requires_grad:
+            raise UnsupportedModelError("This attention met no product of keys and values, where it is read.")

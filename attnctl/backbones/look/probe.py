@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnctl.backbones.look.kernel import AtKernel
+from attnctl.backbones.look.kernel import AtKernel, AtSum
 from attnctl.backbones.look.sites import BackboneSite
 from attnctl.backbones.modes import evaluating
 from attnctl.errors import UnsupportedModelError
@@ -26,7 +26,7 @@ __all__ = ["AttentionProbe", "probe_attention"]
 
 Grid = tuple[int, int]
 # Depthwise branches beside attention: their output does not count.
-_BRANCHES = ("lepe", "dwc", "get_v")
+_BRANCHES = ("lepe", "dwc", "get_v", "crpe")
 
 
 class _Reached(Exception):
@@ -107,6 +107,8 @@ def probe_attention(
         kernel = AtKernel(reading.heads, batch, reading.rounds, reading.heads_first)
         if reading.mixer is not None:
             mixed, leaf, padded = *_run_mixer(site, x, args[1:], kwargs, batch), None
+        elif reading.summed:
+            mixed, leaf, padded = *_run_to_sum(site, x, batch), None
         elif reading.values is None:
             with kernel:
                 reading.enter(x, *args[1:], **kwargs)
@@ -165,12 +167,35 @@ def _run_to_out(
     hooks = reading.values.register_forward_hook(values), reading.out.register_forward_pre_hook(mixed)  # type: ignore[union-attr]
     with hooks[0], hooks[1], contextlib.suppress(_Reached):
         reading.enter(x, *rest, **kwargs)
-    out = tensors["mixed"]
+    out = _channels_behind(tensors["mixed"], site)
     return (
         out.flatten(0, -2).unflatten(0, (batch, -1)),
         tensors["leaf"],
         (out.shape[1], out.shape[2] if out.ndim == 4 else 1),
     )
+
+
+def _run_to_sum(site: BackboneSite, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Run from the product of keys and values to the layer behind attention.
+
+    Returns what that layer is given, [B, queries, C], and the values as a leaf, [B, keys, C].
+    """
+    reading = site.reading
+    tensors: dict[str, Tensor] = {}
+
+    def mixed(_: nn.Module, inputs: Any) -> None:
+        tensors["mixed"] = inputs[0]
+        raise _Reached
+
+    hook, summed = reading.out.register_forward_pre_hook(mixed), AtSum(reading.width // reading.heads)
+    with hook, contextlib.suppress(_Reached), summed:
+        reading.enter(x)
+    return _channels_behind(tensors["mixed"], site).reshape(batch, -1, reading.width), summed.leaf
+
+
+def _channels_behind(y: Tensor, site: BackboneSite) -> Tensor:
+    """Turn a map [B, C, H, W] of a site that has its channels first into [B, H, W, C]."""
+    return y.permute(0, 2, 3, 1) if site.reading.channels_first and y.ndim == 4 else y
 
 
 def _run_mixer(
@@ -252,14 +277,18 @@ def _padded(grid: Grid, size: Sequence[int]) -> Tensor:
 
 
 def _with_leaf(y: Tensor, site: BackboneSite, batch: int) -> tuple[Tensor, Tensor]:
-    """Cut the values out of a projection's output [..., channels] and put them back as a leaf [batch, keys, C]."""
-    if site.reading.by_head:
-        q, k, v = y.unflatten(-1, (site.heads, 3, -1)).unbind(-2)
-        leaf = v.flatten(-2).flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
-        return leaf, torch.stack([q, k, leaf.reshape(v.shape)], dim=-2).flatten(-3)
-    rest, v = y.split([y.shape[-1] - site.reading.width, site.reading.width], dim=-1)
-    leaf = v.flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
-    return leaf, torch.cat([rest, leaf.reshape(v.shape)], dim=-1)
+    """Cut the values out of a projection's output and put them back as a leaf [batch, keys, C].
+
+    The output is [..., channels], or [B, channels, H, W] where the site has its channels first; the values are the last
+    of the channels, or the last of those of each head.
+    """
+    heads, turned = site.heads if site.reading.by_head else 1, site.reading.channels_first and y.ndim == 4
+    each = _channels_behind(y, site).unflatten(-1, (heads, -1))
+    wide = site.reading.width // heads
+    rest, v = each.split([each.shape[-1] - wide, wide], dim=-1)
+    leaf = v.flatten(-2).flatten(0, -2).unflatten(0, (batch, -1)).clone().requires_grad_()
+    whole = torch.cat([rest, leaf.reshape(v.shape)], dim=-1).flatten(-2)
+    return leaf, whole.permute(0, 3, 1, 2) if turned else whole
 
 
 def _reduced(count: int, grid: Grid, prefix: int, device: torch.device) -> tuple[Tensor, Grid]:

@@ -35,6 +35,7 @@ class Reading:
         rounds: How often weights meet values in one call, each time for as many of the heads.
         spread: Keys are means of so many tokens each, in a row.
         mixer: The mixer that has taken the kernel's place, which is then where attention is read.
+        summed: Whether values meet their keys before a query does, in a product at which they are read.
         heads_first: Whether heads come ahead of the windows of an image where both are apart.
     """
 
@@ -57,3 +58,4 @@ class Reading:
     spread: int = 1
     heads_first: bool = False
     mixer: nn.Module | None = None
+    summed: bool = False

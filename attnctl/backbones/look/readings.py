@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionRope, MultiQueryAttention2d, RotAttentionPool2d
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.diff_attention import DiffAttention
+from timm.layers.halo_attn import HaloAttn
 from timm.models.beit import Attention as BeitAttention
 from timm.models.cait import ClassAttn, TalkingHeadAttn
+from timm.models.coat import FactorAttnConvRelPosEnc
 from timm.models.convit import GPSA, MHSA
 from timm.models.cpubone import ConvAttention as CPUBoneAttention
 from timm.models.crossvit import CrossAttention
@@ -24,6 +26,7 @@ from timm.models.davit import WindowAttention as DavitWindows
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.efficientformer_v2 import Attention2d as TalkingAttention2d
 from timm.models.efficientformer_v2 import Attention2dDownsample as StridedAttention2d
+from timm.models.efficientvit_mit import LiteMLA
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from timm.models.eva import EvaAttention
 from timm.models.fastvit import Attention as FastVitAttention
@@ -67,8 +70,8 @@ READABLE = (
     "ViT and DeiT, EVA and DINOv3, BEiT, relative-position ViTs, SAM, Swin (1, 2 and cr), PVTv2, MaxViT and CoAtNet, "
     "PiT, CrossViT, MobileViT, CAFormer, Visformer, FastViT, Twins, VOLO, NesT, DaViT (its windows), GCViT, TinyViT, "
     "LeViT, EfficientFormer (1 and 2), EfficientViT of MSRA, Hiera, SAM 2, MViTv2, CaiT, ConViT, TNT, NextViT, SHViT, "
-    "multi-query attention of MobileNet, BoTNet and attention pools of timm, every model of attnctl.backbones, and "
-    "these with swapped attention"
+    "multi-query attention of MobileNet, BoTNet, HaloNet, CoaT, EfficientViT of MIT and attention pools of timm, "
+    "every model of attnctl.backbones, and these with swapped attention"
 )
 
 
@@ -134,6 +137,28 @@ def _single_head(m: Any) -> Reading:
 
 def _bottleneck(m: Any) -> Reading:
     return Reading(heads=m.num_heads, width=m.dim_out_v, out=m.pool, enter=m.forward, channels_first=True)
+
+
+def _halo(m: Any) -> Reading:
+    """Read attention of blocks to keys around them: the values lie in a map, head by head behind their keys."""
+    return Reading(
+        heads=m.num_heads, width=m.dim_out_v, out=m.pool, enter=m.forward, values=m.kv, by_head=True,
+        channels_first=True,
+    )  # fmt: skip
+
+
+def _factored(m: Any) -> Reading:
+    """Read CoaT, whose keys go through a softmax over places; the convolution of its values does not count."""
+    return Reading(
+        heads=m.num_heads, width=m.qkv.out_features // 3, out=m.proj, enter=m.forward, values=m.qkv, sized=True,
+        prefix=1,
+    )  # fmt: skip
+
+
+def _linear_scales(m: Any) -> Reading:
+    """Read ReLU attention, whose heads of coarser scales follow those of the map."""
+    width = m.proj.conv.in_channels
+    return Reading(heads=width // m.dim, width=width, out=m.proj, enter=m.forward, channels_first=True, summed=True)
 
 
 def _reduced_map(m: Any) -> Reading:
@@ -254,6 +279,9 @@ _READINGS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Reading | No
     ((Gemma4Attention,), _gemma),
     ((SHSA,), _single_head),
     ((BottleneckAttn,), _bottleneck),
+    ((HaloAttn,), _halo),
+    ((FactorAttnConvRelPosEnc,), _factored),
+    ((LiteMLA,), _linear_scales),
     ((LowFormerAttention, CPUBoneAttention), _reduced_map),
     ((LevitAttention, LevitDownsample), _levit),
     ((TalkingAttention2d, StridedAttention2d), _talking_2d),

@@ -17,15 +17,12 @@ _REASONS: dict[str, str] = {
     "ChannelAttentionV2": _CHANNELS,
     "LinearSelfAttention": _SUMMARY,
     "EfficientAdditiveAttention": _SUMMARY,
-    "FactorAttnConvRelPosEnc": _SUMMARY,
-    "LiteMLA": _SUMMARY,
     "MultiScaleAttentionPoolFirst": "does not run in timm 1.0.31",
     "BilinearAttnTransform": "attends to rows and columns of one channel group at a time",
     "NonLocalAttn": "has one head over a map of another size",
     "SpatialAttention": "gates places, which weighs no tokens against each other",
     "AggregatedAttention2d": "takes values of neighbours and of a pooled map in one softmax",
     "SoftmaxFreeAttention2d": "reaches its keys through landmarks",
-    "HaloAttn": "reads keys from overlapping blocks",
     "LambdaLayer": _SUMMARY,
 }
 _ATTENTION = re.compile(r"attention|attn|MHSA", re.IGNORECASE)

@@ -27,7 +27,8 @@ class Slot:
 
     dim = heads * head_dim of the host; grid: (height, width) in tokens that the host was built for; prefix: class and
     register tokens; scale: of the host's logits; device, dtype: of its weights; width: channels of the tokens x, those
-    of `dim` if None.
+    of `dim` if None. window, positions: side of the host's square windows, and its table of relative positions in them,
+    [(2 side - 1)^2, H]; None for a host without.
     """
 
     dim: int
@@ -38,6 +39,8 @@ class Slot:
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     width: int | None = None
+    window: int | None = None
+    positions: Tensor | None = None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
