@@ -92,7 +92,7 @@ def clicks(browser: Any, url: str, shots: Path | None, only: tuple[str, ...]) ->
             tab.get_by_role("tab", name=label, exact=True).click()
         if example:
             tab.locator("#edit-examples").get_by_text("a red circle on gray").first.click()
-            tab.wait_for_selector("#edit-video video")
+            tab.wait_for_selector("#edit-video .file-preview")
         began = time.perf_counter()
         tab.click(button)
         tab.wait_for_selector(done)

@@ -118,7 +118,7 @@ def test_a_given_model_comes_first(tmp_path: Path) -> None:
     zoo_pipelines.build("sd")[0].save_pretrained(folder)
     models = Models(folder)
     assert models.images[0] == folder
-    assert models.edits == (folder, "shapes:text2image")
+    assert models.edits == (folder, "shapes:text2image", "shapes:mmdit", "shapes:videodit")
     assert "PAG" in models.takes(folder)
     done = actions.compare(models, ask(model=folder, prompt="a cat", steps=2), [PAG(scale=2.0)])
     assert actions.image_marks(done, "a cat")[0] == ["", "seconds"]
@@ -219,11 +219,11 @@ def test_edit(models: Models, tmp_path: Path) -> None:
     pytest.importorskip("av")
     words = {"source": "a red circle on gray", "target": "a blue circle on gray"}
     asked = EditAsk(
-        model="shapes:text2image", video=video_actions.sample_clip(tmp_path), steps=2, frames=2, blend="circle", **words
+        model="shapes:text2image", files=video_actions.sample_clip(tmp_path), steps=2, frames=2, blend="circle", **words
     )
     steps: list[int] = []
     made = video_actions.edit(models, asked, tmp_path, lambda: steps.append(1))
-    assert len(steps) == asked.ticks == 4
+    assert len(steps) == asked.ticks(models) == 4
     assert [Path(f).suffix for f in made.files] == [".mp4", ".json"]
     assert made.before is not None
     assert made.after is not None
@@ -233,10 +233,40 @@ def test_edit(models: Models, tmp_path: Path) -> None:
     assert str(tmp_path) not in record
 
 
+def test_edit_of_pictures_and_animations_on_transformers(models: Models, tmp_path: Path) -> None:
+    words = {"source": "a red circle on gray", "target": "a blue circle on gray", "model": "shapes:mmdit", "steps": 2}
+    frames = [Image.new("RGB", (64, 64), (100 + 20 * i, 100, 100)) for i in range(3)]
+    paths = [tmp_path / f"f{i}.png" for i in (2, 10, 1)]
+    for frame, path in zip(frames, paths, strict=True):
+        frame.save(path)
+    mask = tmp_path / "mask.png"
+    Image.new("L", (64, 64), 255).save(mask)
+    several = EditAsk(files=[str(p) for p in paths], frames=2, mask=str(mask), **words)
+    assert several.ticks(models) is None
+    made = video_actions.edit(models, several, tmp_path)
+    assert "--mask" in made.command
+    folder = Path(made.command.split()[2])
+    assert [Image.open(p).getpixel((0, 0))[0] for p in sorted(folder.iterdir())] == [140, 100, 120]
+    frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:])
+    made = video_actions.edit(
+        models, EditAsk(files=[str(tmp_path / "in.gif")], method="flowedit", share=0.5, frames=1, **words), tmp_path
+    )
+    assert [Path(f).suffix for f in made.files] == [".png", ".json"]
+    assert "--method flowedit" in made.command
+    assert "--strength 0.5" in made.command
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"a\.mp4 is no picture"):
+        video_actions.edit(models, EditAsk(files=[str(tmp_path / "a.mp4"), str(paths[0])], **words), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"video": None}, "no video"),
+        ({"files": None}, "no video"),
+        ({"files": []}, "no video"),
+        ({"method": "paint"}, "no method 'paint'"),
+        ({"method": "inject", "mask": "m.png"}, "mask is for fatezero"),
+        ({"share": 0.5}, "share is for flowedit and inject"),
         ({"source": ""}, "source prompt is empty"),
         ({"target": None}, "target prompt is empty"),
         ({"steps": 0}, "Steps is a whole number"),
@@ -244,7 +274,7 @@ def test_edit(models: Models, tmp_path: Path) -> None:
     ],
 )
 def test_edits_refuse(changes: dict[str, Any], said: str) -> None:
-    fields = {"model": "shapes:text2image", "video": "x.mp4", "source": "a", "target": "b"}
+    fields = {"model": "shapes:text2image", "files": "x.mp4", "source": "a", "target": "b"}
     with pytest.raises(UsageError, match=said):
         EditAsk(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -252,7 +282,7 @@ def test_edits_refuse(changes: dict[str, Any], said: str) -> None:
 def test_what_is_no_video_is_said(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "text.mp4"
     path.write_text("no video")
-    asked = EditAsk(model="shapes:text2image", video=str(path), source="a red circle on gray", target="a blue circle")
+    asked = EditAsk(model="shapes:text2image", files=str(path), source="a red circle on gray", target="a blue circle")
     with pytest.raises(AttnctlError, match="is no video that is read"):
         video_actions.edit(models, asked, tmp_path)
 

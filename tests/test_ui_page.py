@@ -139,7 +139,7 @@ def test_videos_by_a_program(client: Any, tmp_path: Path) -> None:
     assert len(read(made[2])) == 2
     assert sorted(Path(f).suffix for f in made[4]["value"]) == [".mp4", ".mp4", ".png", ".png"]
     clip = handle_file(video_actions.sample_clip(tmp_path))
-    edited = client.predict(video=clip, frames=2, steps=1, api_name="/edit")
+    edited = client.predict(video=[clip], frames=2, steps=1, api_name="/edit")
     assert "attnctl edit" in edited[-1]
 
 

@@ -21,7 +21,7 @@ _FAMILY = "(default: the model family's)"
 _METHODS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("strength", "source_guidance"), ("flowedit",)),
     **dict.fromkeys(("inject", "parts"), ("inject",)),
-    **dict.fromkeys(("sites", "solver", "check"), ("fatezero", "inject")),
+    **dict.fromkeys(("sites", "solver", "noise", "check"), ("fatezero", "inject")),
     **dict.fromkeys(
         (
             "mode", "cross_replace", "self_replace", "blend", "blend_target", "blend_threshold", "blend_latents",
@@ -47,13 +47,18 @@ class Edit(Common):
     """What it shall show."""
 
     model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "shapes:text2image"
-    """`shapes:text2image` or `shapes:mmdit` (shipped), a hub id, or a local folder: SD 1, 2, XL, or a transformer."""
+    """`shapes:text2image`, `shapes:mmdit`, `shapes:videodit` (shipped), a hub id, or a folder: UNet or transformer."""
 
     method: Literal["fatezero", "flowedit", "inject"] = "fatezero"
     """How: by the inverted source's attention, without inverting (transformers), or by its values at chosen blocks."""
 
     solver: Literal["fireflow", "rf_solver", "euler", "uniinv", "rf_inversion"] = "fireflow"
     """What inverts the source along a transformer's flow."""
+
+    noise: Annotated[
+        Literal["own", "drawn"] | None, tyro.conf.arg(metavar="{own,drawn}", help_behavior_hint=_FAMILY)
+    ] = None
+    """Where the inverted source's noise begins: what the model sees in it; or drawn, for flat sources (drawings)."""
 
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
     """A picture of the frames' size: outside what is white, the source's latents are kept."""
@@ -172,6 +177,7 @@ class Edit(Common):
             clip,
             method=self.method,
             solver=self.solver,
+            noise=self.noise,
             mask=self.mask,
             check=self.check,
             announce=say,

@@ -1,10 +1,10 @@
-"""The tab "Video": a video plain and with more motion, and an uploaded one edited."""
+"""The tab "Video": a video plain and with more motion, and an uploaded clip or picture edited."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gradio as gr
 
@@ -33,6 +33,7 @@ _PROMPTS = ("a red circle moving right fast on gray", "a blue square moving up s
 _ELSEWHERE = ("a horse galloping along the beach", "a paper boat on a river")
 _WORDS = ("a red circle on gray", "a blue circle on gray")
 _STEPS = 10
+_SHARE: dict[str, Any] = {"minimum": 0, "maximum": 1, "step": 0.05}
 _ALONE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
@@ -120,38 +121,64 @@ def _make(models: Models, folder: Path) -> Callable[..., Any]:
     return video
 
 
+def _usual(model: str) -> tuple[int | None, float | None, int | None]:
+    """Return steps, guidance and size to begin an edit with; None is the model family's own."""
+    if not model.startswith(SHIPPED):
+        return None, None, 512
+    return _STEPS, 2.0 if model == f"{SHIPPED}videodit" else 4.0, 64
+
+
 class _EditInputs:
-    """Hold the left side of the tab "Edit": a video, two prompts, settings, and the button."""
+    """Hold the left side of the tab "Edit": a video or pictures, two prompts, settings, and the button."""
 
     def __init__(self, models: Models, folder: Path) -> None:
         first, several = models.edits[0], len(models.edits) > 1
+        steps, guidance, size = _usual(first)
         small = first.startswith(SHIPPED)
         self.model = gr.Dropdown(list(models.edits), value=first, label="Model", visible=several)
-        self.clip = gr.Video(label="Video", sources=["upload"], height=220, elem_id="edit-video")
+        self.clip = gr.File(
+            label="A video, a GIF, a picture, or the pictures of a folder",
+            file_count="multiple",
+            file_types=["video", "image"],
+            height=140,
+            elem_id="edit-video",
+        )
         self.source = gr.Textbox(_WORDS[0] if small else "", label="What it shows")
         self.target = gr.Textbox(_WORDS[1] if small else "", label="What it shall show")
+        self.method = gr.Radio(list(video_actions.EDIT_METHODS), value="fatezero", label="Method")
         with gr.Row():
             self.frames = gr.Number(8, label="Frames", precision=0, minimum=1, min_width=70)
-            self.steps = gr.Number(_STEPS if small else 50, label="Steps", precision=0, minimum=1, min_width=70)
-            self.guidance = gr.Number(4.0 if small else 7.5, label="Guidance (CFG)", step=0.5, min_width=70)
-        with gr.Accordion("More", open=False):
-            self.mode = gr.Radio(["refine", "replace"], value="refine", label="How the prompts are matched")
-            self.cross_replace = gr.Slider(0, 1, value=0.8, step=0.05, label="cross_replace")
-            self.self_replace = gr.Slider(0, 1, value=0.8, step=0.05, label="self_replace")
+            self.steps = _own(steps, "Steps", precision=0, minimum=1)
+            self.guidance = _own(guidance, "Guidance (CFG)", step=0.5)
+        with gr.Accordion("More; what is empty is the model family's own", open=False):
+            self.mode = gr.Radio(["refine", "replace"], value="refine", label="How the prompts are matched (fatezero)")
+            with gr.Row():
+                self.cross_replace = _own(None, "cross_replace (fatezero)", **_SHARE)
+                self.self_replace = _own(None, "self_replace (fatezero)", **_SHARE)
+                self.share = _own(None, "Share of the steps (flowedit, inject)", **_SHARE)
             words = "words of the source, such as circle"
-            self.blend = gr.Textbox("", label="Keep the source outside of", placeholder=words)
-            self.size = gr.Number(64 if small else 512, label="Shorter side, pixels", precision=0, minimum=8)
-        self.go = gr.Button("Edit video", variant="primary", elem_id="edit-go")
+            self.blend = gr.Textbox("", label="Keep the source outside of (fatezero)", placeholder=words)
+            self.mask = gr.File(label="Mask: what is white may change (fatezero)", file_types=["image"], height=100)
+            self.size = _own(size, "Shorter side, pixels", precision=0, minimum=8)
+        self.go = gr.Button("Edit", variant="primary", elem_id="edit-go")
+        self.model.change(
+            _usual, [self.model], [self.steps, self.guidance, self.size], queue=False, api_visibility="private"
+        )
         sample = video_actions.sample_clip(folder)
         if sample is not None:
             places = [self.clip, self.source, self.target]
-            gr.Examples([[sample, *_WORDS]], places, label="Click an example", elem_id="edit-examples")
+            gr.Examples([[[sample], *_WORDS]], places, label="Click an example", elem_id="edit-examples")
 
     @property
     def all(self) -> list[Any]:
         """List the components, in the order of the arguments of `_edit`."""
-        request = [self.model, self.clip, self.source, self.target, self.frames, self.steps, self.guidance]
-        return [*request, self.mode, self.cross_replace, self.self_replace, self.blend, self.size]
+        request = [self.model, self.clip, self.source, self.target, self.method, self.frames, self.steps, self.guidance]
+        more = [self.mode, self.cross_replace, self.self_replace, self.share, self.blend, self.mask, self.size]
+        return [*request, *more]
+
+
+def _own(value: float | None, label: str, **more: Any) -> Any:
+    return gr.Number(value, label=label, min_width=70, placeholder="own", **more)
 
 
 def _edit_tab(models: Models, folder: Path) -> None:
@@ -177,40 +204,46 @@ def _edit_tab(models: Models, folder: Path) -> None:
 
 
 def _edit(models: Models, folder: Path) -> Callable[..., Any]:
-    """Return what the button "Edit video" does."""
+    """Return what the button "Edit" does."""
 
     @said
     def edit(
         model: str,
-        video: str | None,
+        video: list[str] | None,
         source: str,
         target: str,
-        frames: int,
-        steps: int,
-        guidance: float,
-        mode: str,
-        cross_replace: float,
-        self_replace: float,
-        blend: str,
-        size: int,
+        method: str,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: str = "refine",
+        cross_replace: float | None = None,
+        self_replace: float | None = None,
+        share: float | None = None,
+        blend: str = "",
+        mask: str | None = None,
+        size: int | None = None,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """Edit a video with a prompt: before and after as MP4, the strip, files, report, command."""
+        """Edit a clip or a picture with a prompt: before and after as MP4, the strip, files, report, command."""
         request = EditAsk(
             model=model,
-            video=video,
+            files=video,
             source=source,
             target=target,
+            method=method,
             frames=frames,
             steps=steps,
             guidance=guidance,
-            mode=cast(Any, mode),
+            mode=mode,
             cross_replace=cross_replace,
             self_replace=self_replace,
+            share=share,
             blend=blend,
+            mask=mask,
             size=size,
         )
-        done = video_actions.edit(models, request, folder, following(progress, request.ticks))
+        done = video_actions.edit(models, request, folder, following(progress, request.ticks(models)))
         shown = gr.update(value=list(done.files), visible=bool(done.files))
         return done.before, done.after, done.strip, shown, done.report, done.command
 

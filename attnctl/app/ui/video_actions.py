@@ -6,11 +6,12 @@ import importlib.util
 import json
 import math
 import shlex
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,14 +19,25 @@ from PIL import Image
 from attnctl.app.commands.common import UsageError
 from attnctl.app.ui.actions import Compared, Step, keep_bytes
 from attnctl.app.ui.models import Models
-from attnctl.data.files import slug
+from attnctl.data.files import natural, slug
+from attnctl.data.picture_files import SUFFIXES
 from attnctl.data.pictures import enlarge, grid
 from attnctl.data.provenance import command_line
 from attnctl.data.record import png_bytes
 from attnctl.errors import JudgeError
 from attnctl.pipelines.bounds import check_whole
 
-__all__ = ["EditAsk", "EditMade", "edit", "film", "frames_sheet", "preview", "sample_clip", "video_marks"]
+__all__ = [
+    "EDIT_METHODS",
+    "EditAsk",
+    "EditMade",
+    "edit",
+    "film",
+    "frames_sheet",
+    "preview",
+    "sample_clip",
+    "video_marks",
+]
 
 FPS = 8.0
 _SHOWN = 8  # frames side by side
@@ -35,10 +47,14 @@ _SIDE = 256  # pixels that a small video is enlarged to, by a whole factor
 
 @dataclass(frozen=True, kw_only=True)
 class EditAsk:
-    """Say how to edit a video.
+    """Say how to edit a clip or a picture; what is None is the model family's own.
 
     Attributes:
+        files: A video, an animation or a picture, or several pictures: the frames, in the order of their names.
+        method: Which of `EDIT_METHODS`.
+        share: Share of the steps that edit (flowedit), or in which the source is injected (inject).
         blend: Words of the source outside which it is kept, with commas.
+        mask: A picture in which what is white may change.
         size: Pixels that the shorter side is brought to.
         frames: Most frames.
 
@@ -47,45 +63,79 @@ class EditAsk:
     """
 
     model: str
-    video: str | None
+    files: str | Sequence[str] | None
     source: str
     target: str
-    mode: Literal["refine", "replace"] = "refine"
-    cross_replace: float = 0.8
-    self_replace: float = 0.8
+    method: str = "fatezero"
+    mode: str = "refine"
+    cross_replace: float | None = None
+    self_replace: float | None = None
+    share: float | None = None
     blend: str = ""
-    steps: int = 10
-    guidance: float = 4.0
-    frames: int = 8
-    size: int = 64
+    mask: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    frames: int | None = 8
+    size: int | None = 64
 
     def __post_init__(self) -> None:
-        if not self.video:
-            raise UsageError("There is no video: upload one, or click the example below.")
+        files = [self.files] if isinstance(self.files, str) else list(self.files or ())
+        object.__setattr__(self, "files", tuple(files))
+        if not files:
+            raise UsageError("There is no video and no picture: upload one, or click the example below.")
         for name in ("source", "target"):
             if not str(getattr(self, name) or "").strip():
                 raise UsageError(f"The {name} prompt is empty: say what the video {_SAYS[name]}.")
         for name in ("steps", "frames", "size"):
-            check_whole(name, getattr(self, name), UsageError, name.capitalize())
-        if not math.isfinite(self.guidance):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), UsageError, name.capitalize())
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"Guidance is a finite number, got {self.guidance}.")
-
-    def command(self) -> list[str]:
-        """Write the command that does the same."""
-        words = ["attnctl", "edit", str(self.video), "--model", self.model]
-        words += ["--source", self.source, "--target", self.target, "--mode", self.mode]
-        for flag in ("cross_replace", "self_replace", "steps", "guidance", "frames", "size"):
-            words += [f"--{flag.replace('_', '-')}", f"{getattr(self, flag):g}"]
-        for word in _split(self.blend):
-            words += ["--blend", word]
-        return words
+        if self.method not in EDIT_METHODS:
+            raise UsageError(f"There is no method {self.method!r}: choose one of {', '.join(EDIT_METHODS)}.")
+        for name, methods in _OF_METHODS.items():
+            if getattr(self, name) not in (None, "") and self.method not in methods:
+                raise UsageError(f"{name} is for {' and '.join(methods)}: leave it empty, or choose another method.")
 
     @property
-    def ticks(self) -> int:
-        """Count the steps of the inversions and of the edits, where the clip has all frames asked for."""
+    def options(self) -> dict[str, Any]:
+        """Return the fields of the edit that were said."""
+        named: dict[str, Any] = {}
+        if self.method == "fatezero":
+            named = {"mode": self.mode, "cross_replace": self.cross_replace, "self_replace": self.self_replace}
+            named["blend_words"] = _split(self.blend) or None
+        elif self.method == "flowedit":
+            named["strength"] = self.share
+        else:
+            named["stop"] = self.share
+        return {name: value for name, value in named.items() if value is not None}
+
+    def command(self, path: str) -> list[str]:
+        """Write the command that does the same with a file or folder."""
+        words = ["attnctl", "edit", path, "--model", self.model, "--method", self.method]
+        words += ["--source", self.source, "--target", self.target]
+        words += ["--mode", self.mode] if self.method == "fatezero" else []
+        flags = {"cross_replace": self.cross_replace, "self_replace": self.self_replace, "steps": self.steps}
+        flags |= {"guidance": self.guidance, "frames": self.frames, "size": self.size}
+        flags |= {"strength" if self.method == "flowedit" else "inject": self.share}
+        for flag, value in flags.items():
+            words += [] if value is None else [f"--{flag.replace('_', '-')}", f"{value:g}"]
+        for word in _split(self.blend):
+            words += ["--blend", word]
+        return words + (["--mask", str(self.mask)] if self.mask else [])
+
+    def ticks(self, models: Models) -> int | None:
+        """Count the steps of a UNet's inversions and edits, where the clip has all frames asked for; else None."""
+        if self.steps is None or self.frames is None or not _is_unet(models.get(self.model).pipe):
+            return None
         return 2 * self.steps * -(-self.frames // _WINDOW)
 
 
+EDIT_METHODS = ("fatezero", "flowedit", "inject")
+_OF_METHODS = {
+    **dict.fromkeys(("cross_replace", "self_replace", "blend", "mask"), ("fatezero",)),
+    "share": ("flowedit", "inject"),
+}
 _SAYS = {"source": "shows", "target": "shall show"}
 
 
@@ -147,40 +197,38 @@ def sample_clip(folder: Path) -> str | None:
 
 
 def edit(models: Models, ask: EditAsk, folder: Path, step: Step = lambda: None) -> EditMade:
-    """Edit an uploaded video with a prompt (FateZero).
+    """Edit an uploaded video, animation or pictures with a prompt.
 
     Raises:
         AttnctlError: the file is no video, a word is not in its prompt, or the model cannot edit.
     """
     from attnctl.data.clips import FileClip
     from attnctl.pipelines import edit_video
-    from attnctl.processors import FateZero
 
-    control = FateZero(
-        source=ask.source,
-        target=ask.target,
-        mode=ask.mode,
-        cross_replace=ask.cross_replace,
-        self_replace=ask.self_replace,
-        blend_words=_split(ask.blend) or None,
-    )
-    clip = FileClip(str(ask.video))
-    ending = "png" if min(clip.count, ask.frames) == 1 else "mp4" if _has_av() else ""
-    out = Path(tempfile.mkdtemp(dir=folder)) / f"{slug(ask.target)}.{ending}".rstrip(".")
+    work = Path(tempfile.mkdtemp(dir=folder))
+    path = _input_of(ask, work)
+    clip = FileClip(path)
+    ending = "png" if min(clip.count, ask.frames or clip.count) == 1 else "mp4" if _has_av() else ""
+    out = work / f"{slug(ask.target)}.{ending}".rstrip(".")
     loaded = models.get(ask.model)
+    words = ask.command(path)
     done = edit_video(
         loaded.pipe,
         clip,
-        control,
+        method=ask.method,
+        source=ask.source,
+        target=ask.target,
+        mask=ask.mask,
         steps=ask.steps,
         guidance_scale=ask.guidance,
         count=ask.frames,
         size=ask.size,
-        window=_WINDOW,
+        window=_WINDOW if _is_unet(loaded.pipe) else None,
         out=out,
         model=loaded.name,
-        command=command_line(ask.command()),
+        command=command_line(words),
         progress=step,
+        **ask.options,
     )
     assert done.source is not None
     assert done.frames is not None
@@ -189,7 +237,25 @@ def edit(models: Models, ask: EditAsk, folder: Path, step: Step = lambda: None) 
     )
     files = tuple(str(p) for p in (out, out.with_suffix(".json")) if p.is_file())
     strip = str(out.with_name(f"{out.stem}-strip.png"))
-    return EditMade(before, after, strip, files, done.report, shlex.join(ask.command()))
+    return EditMade(before, after, strip, files, done.report, shlex.join(words))
+
+
+def _input_of(ask: EditAsk, work: Path) -> str:
+    """Return the path of what was uploaded; several pictures become a folder, in the natural order of their names."""
+    files = [Path(f) for f in ask.files or ()]
+    if len(files) == 1:
+        return str(files[0])
+    inside = work / "frames"
+    inside.mkdir()
+    for i, path in enumerate(sorted(files, key=natural)):
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{path.name} is no picture: upload one video, or pictures alone ({', '.join(SUFFIXES)}).")
+        shutil.copyfile(path, inside / f"{i:05d}{path.suffix.lower()}")
+    return str(inside)
+
+
+def _is_unet(pipe: Any) -> bool:
+    return getattr(pipe, "unet", None) is not None
 
 
 def _split(text: str | None) -> tuple[str, ...]:

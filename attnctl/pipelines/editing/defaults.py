@@ -19,14 +19,17 @@ class Defaults:
         guidance: Guidance of the target's prompt.
         source: Where they come from.
         fields: Fields of the control.
+        noise: Where the noise of an inversion begins.
     """
 
     steps: int
     guidance: float
     source: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    noise: str = "own"
 
 
+_DRAWN = "drawn noise as tried on shapes:videodit (benchmarks/video_edit_effects.py)"
 _HALF = {"cross_replace": 0.5, "self_replace": 0.5}
 _MEASURED = "windows as measured on shapes:mmdit (benchmarks/flow_edit_effects.py)"
 _FLOW_EDIT = "FlowEdit, arXiv 2412.08629"
@@ -59,4 +62,6 @@ def defaults_of(pipe: Any, family: str, method: str) -> Defaults:
         fields = {"source_scale": max(1.0, scale / 4), "target_scale": scale, "strength": 0.66}
         return Defaults(steps, scale, f"{type(pipe).__name__}'s own; FlowEdit's share for SD3", fields)
     fields = _HALF if method == "FateZero" else {}
-    return Defaults(steps, scale, f"{type(pipe).__name__}'s own" + (f"; {_MEASURED}" if fields else ""), fields)
+    noise = "drawn" if family == "Wan" else "own"
+    said = [f"{type(pipe).__name__}'s own", *([_MEASURED] if fields else []), *([_DRAWN] if noise == "drawn" else [])]
+    return Defaults(steps, scale, "; ".join(said), fields, noise)

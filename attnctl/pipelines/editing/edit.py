@@ -24,7 +24,7 @@ from PIL import Image
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.sizes import largest
 from attnctl.data.clips import Clip, ClipError, open_clip
-from attnctl.data.picture_files import read_picture
+from attnctl.data.picture_files import read_picture, upright
 from attnctl.data.progress import Progress
 from attnctl.errors import ConfigError, UnsupportedModelError, nearest
 from attnctl.pipelines.bounds import check_wholes
@@ -71,6 +71,7 @@ def edit_video(
     *,
     method: str = "fatezero",
     solver: str = "fireflow",
+    noise: str | None = None,
     mask: Any = None,
     check: bool = False,
     announce: Callable[[str], object] = lambda text: None,
@@ -105,6 +106,8 @@ def edit_video(
         method: Whose fields they are: "fatezero", "inject" or "flowedit". Fields that are not given are the family's
             (`attnctl.pipelines.editing.defaults`).
         solver: On transformers, what inverts: "fireflow", "rf_solver", "euler", "uniinv" or "rf_inversion".
+        noise: On transformers, where the inverted source's noise begins: "own", what the model sees in it; or "drawn",
+            for sources as flat as drawings, which have none of their own. None for the family's.
         mask: A picture of the frames' size, in which what is white may change; or an array of bool [height, width], or
             one per frame [frames, height, width].
         check: On transformers, measure the inversion's own reconstruction, for the report.
@@ -143,12 +146,13 @@ def edit_video(
         UnsupportedModelError: The model or its scheduler cannot be edited.
     """
     wholes = {"start": start, "every": every, "window": window, "steps": steps, "frames": count}
-    edit, steps, scale = _settled(pipe, control, method, fields, wholes, guidance_scale, fps)
+    edit, usual, steps, scale = _settled(pipe, control, method, fields, wholes, guidance_scale, fps)
     clip = open_clip(video)
     chosen = range(start, clip.count, every)[:count]
     if not chosen:
         raise ConfigError(f"start={start}, count={count}, every={every} leave no frame of {clip.count}.")
-    job = _job_of(pipe, clip, chosen, edit, steps, size, window, solver, mask, check, options)
+    noise = noise or ("own" if solver == "rf_inversion" else usual.noise)
+    job = _job_of(pipe, clip, chosen, edit, steps, size, window, solver, noise, mask, check, options)
     job.check(offload, budget, folder)
     announce(f"{_size_in_words(job, clip)}\n{job.costs_in_words()}")
     files = output_files(out, len(chosen), force)
@@ -196,8 +200,8 @@ def _settled(
     wholes: dict[str, int | None],
     guidance: float | None,
     fps: float | None,
-) -> tuple[FateZero | Inject | FlowEdit, int, float]:
-    """Check what was given, and fill in what the family of models has by default: the edit, its steps and guidance."""
+) -> tuple[FateZero | Inject | FlowEdit, Defaults, int, float]:
+    """Check what was given, and fill in what the family of models has by default: the edit, these, steps, guidance."""
     check_wholes(wholes, ConfigError)
     _check_finite("guidance_scale", 1.0 if guidance is None else guidance)
     _check_finite("fps", 1.0 if fps is None else fps, 0.0)
@@ -207,7 +211,7 @@ def _settled(
     scale = float(usual.guidance if guidance is None else guidance)
     if isinstance(edit, FlowEdit):  # the pipeline guides the target's rows, the control brings the source's to theirs
         edit = dataclasses.replace(edit, target_scale=scale)
-    return edit, wholes["steps"] or usual.steps, scale
+    return edit, usual, wholes["steps"] or usual.steps, scale
 
 
 def _job_of(
@@ -219,19 +223,21 @@ def _job_of(
     size: Any,
     window: int | None,
     solver: str,
+    noise: str,
     mask: Any,
     check: bool,
     options: Mapping[str, Any] | None,
 ) -> Job | FlowJob:
     region = None if mask is None else _mask_of(mask)
     if _is_flow(pipe):
-        return FlowJob(pipe, clip, chosen, edit, steps, size, window, solver, region, check, options)
+        return FlowJob(pipe, clip, chosen, edit, steps, size, window, solver, noise, region, check, options)
     if not isinstance(edit, FateZero):
         raise UnsupportedModelError(
             f"{type(edit).__name__} edits along the flow of a transformer; {type(pipe).__name__} is a UNet's. Use "
             'method="fatezero".'
         )
-    given = [n for n, on in (("solver", solver != "fireflow"), ("check", check), ("options", options)) if on]
+    said = {"solver": solver != "fireflow", "noise": noise != "own", "check": check, "options": options}
+    given = [name for name, on in said.items() if on]
     if given:
         raise ConfigError(
             f"{' and '.join(given)}: for transformers, which are inverted along their flow; {type(pipe).__name__} has "
@@ -287,11 +293,19 @@ def _edit_of(
 def _mask_of(mask: Any) -> np.ndarray:
     """Return a mask as bool, [height, width] or [frames, height, width]."""
     if isinstance(mask, (str, Path)):
-        mask = read_picture(mask, ClipError)
+        path = Path(mask)
+        if path.is_dir():
+            raise ConfigError(f"The mask {path.name} is a folder: give one picture, or an array with a mask per frame.")
+        mask = read_picture(path, ClipError)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L")) > 127
-    if not isinstance(mask, np.ndarray) or mask.ndim not in (2, 3):
-        raise ConfigError(f"mask={mask!r:.60}: give a picture, or an array of bool [height, width].")
+        mask = np.asarray(upright(mask).convert("L")) > 127
+    if not isinstance(mask, np.ndarray) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[-1] in (3, 4)):
+        given = f"an array {mask.shape}" if isinstance(mask, np.ndarray) else f"{mask!r:.60}"
+        raise ConfigError(
+            f"mask={given}: give a picture, an array of bool [height, width], or one per frame [frames, height, width]."
+        )
+    if mask.dtype != bool and not set(np.unique(mask)) <= {0, 1}:  # gray levels: white is what is above the middle
+        return mask > (127 if mask.dtype == np.uint8 else 0.5)
     return mask.astype(bool)
 
 

@@ -202,7 +202,9 @@ def make_strip(parts: Parts) -> Image.Image:
 def record_of(pipe: Any, job: Job | FlowJob, call: dict[str, Any], fps: float, model: str) -> dict[str, Any]:
     """Say how the edit is made; machine paths stay out of it."""
     device = str(next(job.denoiser.parameters()).device)
-    flow = {"solver": job.solver, "costs": job.costs, "options": job.options} if isinstance(job, FlowJob) else {}
+    flow: dict[str, Any] = {}
+    if isinstance(job, FlowJob):
+        flow = {"solver": job.solver, "noise": job.noise, "costs": job.costs, "options": job.options}
     mask = None if job.mask is None else hashlib.sha256(np.packbits(job.mask).tobytes()).hexdigest()
     full = job.clip.read([job.chosen[0]]).shape[1:3]
     sample = job.read([0]) if len(job.chosen) == 1 else job.read([0, len(job.chosen) - 1])

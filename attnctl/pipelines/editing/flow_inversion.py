@@ -26,16 +26,30 @@ from attnctl.core.hosts.paths import Bend, PathScheduler, Route, base_of
 from attnctl.core.hosts.words import row_texts, words_in
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.kernels.flow import Rule
+from attnctl.kernels.flow import Rule, evaluations
+from attnctl.pipelines.editing.costs import ON_DEVICE
+from attnctl.pipelines.editing.probe import first_call
 from attnctl.pipelines.editing.running import running_on
 from attnctl.processors.editing.exchange import read_row
 from attnctl.processors.editing.joint import MapAttention
 from attnctl.processors.editing.rows import RowFusion, row_of, word_column
 from attnctl.processors.editing.source import Inversion, Offload, SourceStore
 
-__all__ = ["Solver", "call_of", "check_guided", "guides", "invert_flow", "reconstruct", "rule_of"]
+__all__ = [
+    "NoiseStart",
+    "Solver",
+    "call_of",
+    "check_guided",
+    "check_noise",
+    "check_solver",
+    "guides",
+    "invert_flow",
+    "reconstruct",
+    "rule_of",
+]
 
 Solver = Literal["fireflow", "rf_solver", "euler", "uniinv", "rf_inversion"]
+NoiseStart = Literal["own", "drawn"]
 _RULES: dict[str, Rule] = {
     "fireflow": "fireflow",
     "rf_solver": "midpoint",
@@ -43,8 +57,6 @@ _RULES: dict[str, Rule] = {
     "uniinv": "uniinv",
     "rf_inversion": "euler",
 }
-_ON_DEVICE = 64 << 20
-"""Bytes of latents that stay on the model's device; more go to the CPU's memory."""
 
 
 def rule_of(solver: str) -> Rule:
@@ -97,6 +109,35 @@ def call_of(
     if scale is not None:
         call[scale] = guidance
     return {n: v for n, v in call.items() if n in parameters and v is not None}
+
+
+def check_solver(solver: str, edit: Any) -> None:
+    """Refuse an edit that asks an inversion what it has not seen.
+
+    Raises:
+        ConfigError: Blend words, or stored attention, of a path that went up with the empty prompt.
+    """
+    stored = getattr(edit, "store", "recompute") != "recompute"
+    if solver == "rf_inversion" and (edit.blend_words is not None or stored):
+        what = f"store={edit.store!r} keeps" if stored else "blend_words are looked for in"
+        raise ConfigError(
+            f"{type(edit).__name__}: {what} the source's attention during its inversion, and rf_inversion goes up with "
+            'the empty prompt. Choose another solver, or store="recompute" and a mask in place of words.'
+        )
+
+
+def check_noise(solver: str, noise: str) -> None:
+    """Refuse a beginning of the noise that there is not, or that the solver has in itself.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if noise not in get_args(NoiseStart):
+        raise ConfigError(f"noise={noise!r} is unknown. Choose one of {', '.join(get_args(NoiseStart))}.")
+    if noise == "drawn" and solver == "rf_inversion":
+        raise ConfigError(
+            'rf_inversion bends the whole path to noise that is drawn: noise="drawn" adds nothing. Leave it out.'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +218,7 @@ def invert_flow(
     edit: Any = None,
     steps: int = 28,
     solver: str = "fireflow",
+    noise: str = "own",
     offload: Offload = "none",
     folder: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -193,11 +235,14 @@ def invert_flow(
         edit: The edit that follows, which says what to keep; None for latents alone.
         steps: Steps of the path, as many as the edit's.
         solver: "fireflow", "rf_solver", "euler", "uniinv", or "rf_inversion", which bends the path towards a noise.
+        noise: Where the source's noise begins: "own", what the model sees in it; or "drawn", in which the first step
+            goes straight to noise drawn anew. Flat pictures (drawings, renders) have next to none of their own, and
+            the path ends at a noise too weak for an edit to be led by.
         offload: Where stored attention goes (stores "qk" and "maps").
         folder: Where "disk" makes its temporary folder.
         options: Further arguments of the pipeline's call, such as max_sequence_length.
         gamma: How strongly "rf_inversion" bends.
-        generator: Draws the noise of "rf_inversion".
+        generator: Draws the noise of "rf_inversion", and that of noise="drawn".
         step: Called after every evaluation.
 
     Raises:
@@ -205,12 +250,14 @@ def invert_flow(
     """
     x = coded.latents
     size = (steps + 1) * x.numel() * x.element_size()
-    device = x.device if size <= _ON_DEVICE else torch.device("cpu")
+    device = x.device if size <= ON_DEVICE else torch.device("cpu")
     bend = None
-    if solver == "rf_inversion":
+    check_noise(solver, noise)
+    if solver == "rf_inversion" or noise == "drawn":
         draw = generator or torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn(x.shape, generator=draw, dtype=torch.float32).to(x.device)
-        bend = Bend(_as_run(pipe, noise, coded), gamma)
+        end = _as_run(pipe, torch.randn(x.shape, generator=draw, dtype=torch.float32).to(x.device), coded)
+        first = len(evaluations(rule_of(solver), (0.0, 1.0)))
+        bend = Bend(end, gamma) if solver == "rf_inversion" else Bend(end, 1.0, first)
     inversion = Inversion(prompt, [], (), {}, "self", rule=solver)
 
     def note(i: int, at: Tensor) -> None:
@@ -228,6 +275,10 @@ def invert_flow(
     with running_on(pipe, path, step) as more, attach(pipe, control, layout="cond"):
         pipe(**call | more)
     inversion.levels = tuple(path.levels)
+    if text != prompt:  # the source's row beside the edit has the source's prompt
+        call = call_of(pipe, prompt, coded, x, steps, 1.0) | dict(options or {})
+        shown = first_call(pipe, base_of(pipe.scheduler), call)
+        inversion.inputs, inversion.readings = shown.inputs, shown.readings
     if edit is not None and getattr(edit, "store", "recompute") != "recompute":
         inversion.store = SourceStore(edit.store, offload, folder)
         try:

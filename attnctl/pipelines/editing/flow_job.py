@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,27 @@ import torch
 from torch import Tensor
 
 from attnctl.core.attach import attach
-from attnctl.core.control import Control
-from attnctl.core.hosts.arguments import main_input
 from attnctl.core.hosts.autoencoders import Coded, Coder
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.paths import PathScheduler, Route, base_of
 from attnctl.core.hosts.sizes import largest
-from attnctl.core.hosts.words import row_texts
-from attnctl.core.live import LiveControl, LiveDenoiser, PassEnded
 from attnctl.data.clips import Clip, fit
 from attnctl.errors import ConfigError, UnsupportedModelError
-from attnctl.pipelines.editing.flow_inversion import call_of, check_guided, invert_flow, reconstruct, rule_of
-from attnctl.pipelines.editing.masks import check_mask, region_of
+from attnctl.pipelines.editing.costs import Shape, calls_of, flow_costs, in_words
+from attnctl.pipelines.editing.flow_inversion import (
+    call_of,
+    check_guided,
+    check_noise,
+    check_solver,
+    invert_flow,
+    reconstruct,
+    rule_of,
+)
+from attnctl.pipelines.editing.masks import check_covers, check_mask, region_of
+from attnctl.pipelines.editing.probe import Probed, check_read_whole, first_call
 from attnctl.pipelines.editing.running import running_on
-from attnctl.processors.editing.exchange import Exchange, read_row
+from attnctl.processors.editing.exchange import Exchange
 from attnctl.processors.editing.fatezero import FateZero
 from attnctl.processors.editing.flow_edit import FlowEdit
 from attnctl.processors.editing.prompts import WordEdit
@@ -49,6 +53,7 @@ class FlowJob:
         size: What frames are brought to.
         window: Most frames at once; None for all that belong together.
         solver: The rule of the inversion.
+        noise: Where its noise begins: "own" or "drawn".
         mask: Where changes are allowed, bool [height, width] or [frames, height, width]; None for everywhere.
         check: Whether to measure the inversion's own reconstruction.
         options: Further arguments of the pipeline's call.
@@ -64,13 +69,15 @@ class FlowJob:
         size: Any,
         window: int | None,
         solver: str,
+        noise: str = "own",
         mask: np.ndarray | None = None,
         check: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = dict(options or {})
         self.pipe, self.clip, self.chosen, self.edit, self.steps = pipe, clip, chosen, edit, steps
-        self.size, self.solver, self.mask, self.check_error = size, solver, mask, check
+        self.size, self.solver, self.noise, self.mask, self.check_error = size, solver, noise, mask, check
+        check_noise(solver, noise)
         self.denoiser = pipe.transformer
         self.coder = Coder(pipe)
         # Pipelines of images take the frames one by one; those of videos all that are given, unless cut.
@@ -93,12 +100,11 @@ class FlowJob:
     @property
     def ticks(self) -> int:
         """Return the evaluations of the denoiser per window, as calls of the pipeline."""
-        at = Route(self.rule).evaluations([1 - i / self.steps for i in range(self.steps + 1)])
-        up = Route(self.rule, up=True).evaluations([i / self.steps for i in range(self.steps + 1)])
+        up, down = calls_of(self.rule, self.steps)
         if isinstance(self.edit, FlowEdit):
             return self._edited() * self.edit.average
-        stored = len(at) if getattr(self.edit, "store", "recompute") != "recompute" else 0
-        return len(up) + len(at) * (2 if self.check_error else 1) + stored
+        stored = down if getattr(self.edit, "store", "recompute") != "recompute" else 0
+        return up + down * (2 if self.check_error else 1) + stored
 
     def _edited(self) -> int:
         return max(1, round(self.steps * self.edit.strength))
@@ -122,11 +128,17 @@ class FlowJob:
         self._check_frames()
         coded = self._encoded(0)
         probes = [self._probe(coded, text) for text in (edit.source, edit.target)]
+        check_read_whole(pipe, {"source": probes[0].readings, "target": probes[1].readings})
         if isinstance(edit, WordEdit):
             Exchange(edit, probes[0].readings, probes[1].readings)
+            check_solver(self.solver, edit)
         if self.mask is not None and not isinstance(edit, FateZero):
             raise ConfigError(f"A mask keeps the source outside by FateZero; {type(edit).__name__} takes none.")
         check_mask(self.mask, self.clip, self.chosen)
+        if self.mask is not None and probes[1].grid is not None:
+            check_covers(
+                (self._region(f, self.coder.frames(len(self.frames(f)))) for f in self.windows), probes[1].grid
+            )
         self._cost(coded, probes[1], chosen)
         self.bytes = self.costs["bytes"]
         device = coded.latents.device
@@ -160,64 +172,23 @@ class FlowJob:
 
     # Costs -----------------------------------------------------------------------------------------------------
 
-    def _probe(self, coded: Coded, prompt: str) -> _Prober:
-        """Run the pipeline up to its first call of the denoiser; return what that call shows."""
-        seen: list[_Prober] = []
-        path = PathScheduler(self.ddim, Route(self.rule))
-        with running_on(self.pipe, path) as options, attach(self.pipe, _Probe(seen=seen), layout="cond"):
-            call = call_of(self.pipe, prompt, coded, coded.latents, self.steps, 1.0) | self.options
-            with contextlib.suppress(PassEnded):
-                self.pipe(**call | options)
-        if not seen:
-            raise UnsupportedModelError(f"{type(self.pipe).__name__} did not call its transformer.")
-        return seen[0]
+    def _probe(self, coded: Coded, prompt: str) -> Probed:
+        call = call_of(self.pipe, prompt, coded, coded.latents, self.steps, 1.0) | self.options
+        return first_call(self.pipe, self.ddim, call)
 
-    def _cost(self, coded: Coded, probe: _Prober, chosen: Any) -> None:
+    def _cost(self, coded: Coded, probe: Probed, chosen: Any) -> None:
         """Count evaluations, rows and bytes of the run."""
-        element = coded.latents.element_size()
-        latents = (self.steps + 1) * coded.latents.numel() * element
-        up = len(Route(self.rule, up=True).evaluations([i / self.steps for i in range(self.steps + 1)]))
-        down = len(Route(self.rule).evaluations([1 - i / self.steps for i in range(self.steps + 1)]))
-        store = getattr(self.edit, "store", "recompute")
-        size = next(self.denoiser.parameters()).element_size()
-        qk = maps = 0
-        for site in chosen:
-            if site.kind not in ("self", "cross", "joint", "dual"):
-                continue
-            n, text, width = probe.image, probe.text, site.heads * site.head_dim
-            keys = {"cross": text, "joint": n + text}.get(site.kind, n)
-            qk += (n + keys) * width * size
-            maps += site.heads * n * keys * size
-        shares = [window_end(getattr(self.edit, name, 0.0)) for name in ("cross_replace", "self_replace")]
-        fused = math.ceil(down * max(shares))
-        inversionless = isinstance(self.edit, FlowEdit)
-        kept = {"recompute": 0, "qk": fused * qk, "maps": fused * maps}[store]
-        rows = 2 if inversionless else (1 + fused / max(down, 1) if store == "recompute" else 1)
-        self.costs = {
-            "tokens": probe.image,
-            "text_tokens": probe.text,
-            "inversion_calls": 0 if inversionless else up,
-            "edit_calls": self.ticks if inversionless else down,
-            "rows_beside": rows,
-            "latent_bytes": 2 * coded.latents.numel() * element if inversionless else latents,
-            "kept_bytes": kept,
-            "bytes": (0 if inversionless else latents) + kept,
-            "qk_bytes": fused * qk,
-            "maps_bytes": fused * maps,
-        }
+        latents, size = coded.latents, next(self.denoiser.parameters()).element_size()
+        shape = Shape(probe.image, probe.text, latents.numel(), latents.element_size(), size)
+        self.costs = flow_costs(self.edit, chosen, shape, self.steps, self.rule)
 
     def costs_in_words(self) -> str:
         """Say what the run will cost."""
-        c, mib = self.costs, 2.0**20
-        lines = [
+        return (
             f"{len(self.windows)} run(s) of {self.coder.frames(len(self.frames(0)))} frame(s), "
-            f"{self.width}x{self.height}: {c['tokens']} image and {c['text_tokens']} text tokens",
-            f"denoiser calls: {c['inversion_calls']} to invert, {c['edit_calls']} to edit with {c['rows_beside']:.2f} "
-            "times the prompt's rows",
-            f"kept of the source: {c['latent_bytes'] / mib:.1f} MiB of latents, {c['kept_bytes'] / mib:.1f} MiB of "
-            f"attention (qk would take {c['qk_bytes'] / mib:.0f} MiB, maps {c['maps_bytes'] / mib:.0f} MiB)",
-        ]
-        return "\n".join(lines)
+            f"{self.width}x{self.height}: {self.costs['tokens']} image and {self.costs['text_tokens']} text tokens\n"
+            f"{in_words(self.costs)}"
+        )
 
     # The run ---------------------------------------------------------------------------------------------------
 
@@ -253,8 +224,8 @@ class FlowJob:
         self, first: int, coded: Coded, call: dict[str, Any], offload: Offload, folder: Any, tick: Callable[[], object]
     ) -> tuple[Any, str]:
         pipe, edit = self.pipe, self.edit
-        options: dict[str, Any] = {"steps": self.steps, "solver": self.solver, "offload": offload, "folder": folder}
-        options |= {"step": tick, "options": self.options}
+        options: dict[str, Any] = {"steps": self.steps, "solver": self.solver, "noise": self.noise}
+        options |= {"offload": offload, "folder": folder, "step": tick, "options": self.options}
         with invert_flow(pipe, coded, edit.source, edit=edit, **options) as inversion, torch.no_grad():
             inversion.region = self._region(first, coded.frames or 1)
             if self.check_error:
@@ -281,44 +252,3 @@ class FlowJob:
         with torch.no_grad(), running_on(pipe, path, tick) as more, attach(pipe, edit) as handle:
             made = pipe(**self._call([edit.source, edit.target], coded, twice, call) | more)[0]
             return made, handle.report()
-
-
-def window_end(value: Any) -> float:
-    """Return the end of a window of the run, the latest where words have windows of their own."""
-    if isinstance(value, dict):
-        return max(map(window_end, value.values()), default=1.0)
-    return float(value[1] if isinstance(value, (tuple, list)) else value)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Probe(Control):
-    """Look at the first call of the denoiser, and end the run there."""
-
-    seen: list[Any] = dataclasses.field(compare=False, repr=False, default_factory=list)
-
-    def resolve(self, sites: Any, family: Any) -> tuple[Any, ...]:
-        return ()
-
-    def needs_prompt(self) -> bool:
-        return True
-
-    def attached(self, sites: Any, denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
-        return _Prober(self, pipe)
-
-
-class _Prober(LiveControl):
-    def __init__(self, control: _Probe, pipe: Any) -> None:
-        self.control, self.pipe = control, pipe
-        self.readings: tuple[Any, ...] = ()
-        self.image = self.text = 0
-
-    def before_call(self, passes: LiveDenoiser) -> None:
-        state = passes.state
-        self.readings = read_row(row_texts(state.prompts, state.rows.prompts, "edit")[0], self.pipe, "edit")
-        text = state.bound.get("encoder_hidden_states")
-        self.text = int(text.shape[1]) if isinstance(text, Tensor) else 0
-        x = main_input(state.bound)
-        packed = int(x.shape[1]) if isinstance(x, Tensor) else 0
-        self.image = packed if state.grid is None else math.prod(state.grid)
-        self.control.seen.append(self)
-        raise PassEnded

@@ -166,6 +166,7 @@ def invert(
     total: int | None = None,
     step: Callable[[], object] | None = None,
     solver: str = "fireflow",
+    noise: str = "own",
 ) -> Inversion:
     """Take frames back to noise.
 
@@ -182,6 +183,7 @@ def invert(
         rows: The clip's frame in each row, where `frames` is a window of a clip of `total` frames.
         step: Called after every step.
         solver: On transformers, the rule of the steps: "fireflow", "rf_solver", "euler", "uniinv" or "rf_inversion".
+        noise: On transformers, where the source's noise begins: "own" or "drawn" (see `edit_video`).
 
     Returns:
         The inversion; close it (it is a context manager) to let go of stored attention.
@@ -194,9 +196,8 @@ def invert(
     text = _source_of(prompt, control, steps)
     if getattr(pipe, "unet", None) is None and getattr(pipe, "transformer", None) is not None:
         coded = frames if isinstance(frames, Coded) else Coder(pipe).encode(frames_of(frames))
-        return invert_flow(
-            pipe, coded, text, edit=control, steps=steps, solver=solver, offload=offload, folder=folder, step=step
-        )
+        store: dict[str, Any] = {"offload": offload, "folder": folder}
+        return invert_flow(pipe, coded, text, edit=control, steps=steps, solver=solver, noise=noise, step=step, **store)
     check_pipeline(pipe)
     ddim = ddim_of(pipe.scheduler)
     inverse = inverse_of(ddim)

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attnctl.core.attach import attach
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.sizes import cell
+from attnctl.core.hosts.textlayout import layout_readings
 from attnctl.data.clips import Clip, fit
 from attnctl.pipelines.editing.codec import decode, encode, latent_factor
 from attnctl.pipelines.editing.inversion import ddim_of, estimate_bytes, invert
-from attnctl.pipelines.editing.masks import check_mask, region_of
+from attnctl.pipelines.editing.masks import check_covers, check_mask, region_of
+from attnctl.pipelines.editing.probe import check_read_whole
 from attnctl.pipelines.editing.running import running_on
 from attnctl.processors.editing.fatezero import FateZero
 from attnctl.processors.editing.fusion import frame_indices
@@ -62,13 +65,22 @@ class Job:
         """Read frames, brought to size."""
         return fit(self.clip.read([self.chosen[i] for i in rows]), self.size, self.multiple)
 
+    def _region(self, rows: list[int]) -> Tensor | None:
+        return region_of(self.mask, [self.chosen[i] for i in rows], self.chosen, self.size, self.multiple)
+
     def check(self, offload: Offload, budget: int | None, folder: str | Path | None) -> None:
         """Refuse what cannot run, before anything runs."""
         self.edit.resolve(find_sites(self.pipe.unet), family_of(self.pipe.unet))
         self.edit.plan(self.pipe)
+        texts = {"source": self.edit.source, "target": self.edit.target}
+        check_read_whole(self.pipe, {w: layout_readings(self.pipe, (t, None, None)) for w, t in texts.items()})
         check_mask(self.mask, self.clip, self.chosen)
         height, width = self.read([0]).shape[1:3]
         self.height, self.width = height, width
+        check_covers(
+            (self._region(self.rows(first)) for first in self.windows),
+            (height // self.factor, width // self.factor),
+        )
         rows = max(len(self.rows(first)) for first in self.windows)
         h, w = height // self.factor, width // self.factor
         self.bytes = estimate_bytes(self.pipe.unet, self.edit, rows, h, w, self.steps)[self.edit.store]
@@ -100,7 +112,7 @@ class Job:
             total=len(self.chosen),
             step=tick,
         )
-        inversion.region = region_of(self.mask, [self.chosen[i] for i in rows], self.chosen, self.size, self.multiple)
+        inversion.region = self._region(rows)
         with (
             inversion,
             torch.no_grad(),

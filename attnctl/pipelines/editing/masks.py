@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from attnctl.data.clips import Clip, fit
 from attnctl.errors import ConfigError
 
-__all__ = ["check_mask", "region_of"]
+__all__ = ["check_covers", "check_mask", "region_of"]
 
 
 def check_mask(mask: np.ndarray | None, clip: Clip, chosen: range) -> None:
@@ -34,9 +36,33 @@ def check_mask(mask: np.ndarray | None, clip: Clip, chosen: range) -> None:
         raise ConfigError("The mask is black: nothing may change. White marks what may.")
 
 
+def check_covers(regions: Iterable[Tensor | None], cells: Sequence[int]) -> None:
+    """Refuse a mask of which no cell of the model is white by half or more: nothing would change.
+
+    Args:
+        regions: What `region_of` returns for each window.
+        cells: Rows and columns of the model's cells, or frames, rows and columns.
+
+    Raises:
+        ConfigError: There is no such cell.
+    """
+    height = width = 0
+    for region in regions:
+        if region is None:
+            return
+        height, width = region.shape[-2:]
+        size = (len(region) if len(cells) == 2 else cells[0], *cells[-2:])
+        if bool((F.interpolate(region[None, None].float(), size=size, mode="area") >= 0.5).any()):
+            return
+    raise ConfigError(
+        f"What is white in the mask is smaller than a cell of the model, or is cut off: it sees {width}x{height} "
+        f"pixels as {cells[-1]}x{cells[-2]} cells, of which half must be white. Give a larger white part."
+    )
+
+
 def region_of(
     mask: np.ndarray | None, rows: Sequence[int], chosen: range, size: int | tuple[int, int] | None, multiple: int
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """Return where some frames of a clip may change, as the model sees them: bool [frames, height, width].
 
     Args:
