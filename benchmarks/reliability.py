@@ -205,7 +205,7 @@ def promises(*, quick: bool) -> dict[str, Any]:
     }
     cases = itertools.product(test_launches.SHAPES.values(), test_launches.LOOKS)
     looks = [test_launches.launched_by_calibration(shape, look) for shape, look in cases]
-    held = {name: _held(name) for name in (test_roads_replay.ROWS[:1] if quick else test_roads_replay.ROWS)}
+    held = {name: _held(name) for name in (zoo.NAMES[:1] if quick else zoo.NAMES)}
     most = max(passes, key=lambda what: passes[what])
     return {
         "threads": ends,
@@ -230,9 +230,8 @@ def _waits(family: str) -> list[str]:
 
 def _held(family: str) -> float:
     """Return how many outputs of a block prefix replay holds, in bytes of the largest."""
-    model, inputs = zoo.build(family, dtype=torch.float64)
-    site, _ = test_roads_replay.last_site(model)
-    held = test_roads_replay.held(model, inputs, site, pytest.MonkeyPatch())
+    model, inputs = test_roads_replay.build(family)
+    held = test_roads_replay.held(model, inputs, test_roads_replay.last_site(model), pytest.MonkeyPatch())
     return round(max(held) / test_roads_replay.largest(model, inputs), 2)
 
 

@@ -1,4 +1,7 @@
-"""Two processes share a sequence (diffusers' context parallelism): whole layers are right, all else is refused."""
+"""Two processes share a sequence (diffusers' context parallelism).
+
+Whole layers, skipped or with one map for all tokens and heads, are right; all else is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contract import own
 
 import attnctl
 from attnctl.errors import UnsupportedModelError
-from attnctl.processors import PAG, SLG, TPG, Capture
+from attnctl.processors import PAG, SEG, SLG, TPG, Capture, SoftPAG
 
 parallel = pytest.importorskip("diffusers", minversion="0.42")
 FAMILIES = ("wan", "flux")
@@ -46,22 +49,30 @@ def one_of_two(rank: int, family: str, path: str) -> None:
         if name in inputs:  # an even number of tokens
             inputs[name] = inputs[name][..., :6, :]
     sites = own(attnctl.find_sites(model))
-    control = SLG(scale=2.0, sites=[s.name for s in sites[1:3]], start=0.0, stop=0.6)
-    want, plain = steps(model, inputs, control), call(model, inputs)
     kind = {"scope": "all"} if sites[1].kind == "joint" else {}
+    window = {"scale": 2.0, "start": 0.0, "stop": 0.6}
+    names = [s.name for s in sites[1:3]]
+    controls = [SLG(sites=names, **window), PAG(sites=names, **kind, **window)]
+    targets = ("identity", "uniform", "query_mean", "argmax")
+    controls += [SoftPAG(sites=names, scope="all", u=0.7, target=t, **window) for t in targets]
+    wanted, plain = [steps(model, inputs, c) for c in controls], call(model, inputs)
     guidance = PAG(sites=sites[1].name, **kind)
     early = attnctl.control(model, guidance, layout="cond")
     model.enable_parallelism(config=parallel.ContextParallelConfig(ulysses_degree=2))
     with pytest.raises(UnsupportedModelError, match="context parallelism"):
         call(model, inputs)  # split after it was put under control
     early.detach()
-    got = steps(model, inputs, control)
-    for a, b in zip(got, want, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    assert (want[0] - plain).abs().max() > 1e-3
+    for control, want in zip(controls, wanted, strict=True):
+        for a, b in zip(steps(model, inputs, control), want, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max(), control
+        assert (want[0] - plain).abs().max() > 1e-3, control
+    with pytest.raises(UnsupportedModelError, match=r"Under context parallelism.*gradient"), torch.enable_grad():
+        steps(model, inputs, controls[1])
     split = call(model, inputs)
     assert (split - plain).abs().max() <= 1e-5 * plain.abs().max()
-    for refused in (guidance, TPG(sites=sites[1].name), Capture(words=(1,))):
+    refusals = [TPG(sites=names), SEG(sites=names), SoftPAG(heads=[(names[0], 1)]), Capture(words=(1,))]
+    refusals += [PAG(sites=names), SoftPAG(sites=names, scope="image")] if kind else []
+    for refused in refusals:
         with pytest.raises(UnsupportedModelError, match=r"context parallelism.*Skip whole layers"):
             attnctl.control(model, refused, layout="cond")
         assert torch.equal(call(model, inputs), split)

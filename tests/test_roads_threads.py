@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -155,6 +157,78 @@ def test_the_second_request_is_refused_at_once_with_the_remedy() -> None:
         assert isinstance(broken[0], ZeroDivisionError)
         assert torch.equal(threads(lambda: pipes.run(other, call))[0], guided)
         assert handle.passes > 0
+
+
+def test_requests_one_at_a_time_are_right_in_whatever_thread() -> None:
+    """Worker after worker, a pool, gradio's and asyncio's threads; a thread that has left a run and works elsewhere."""
+    pipe, other = loops()
+    elsewhere, inside, done = loops()[0], threading.Event(), threading.Event()
+    with attnctl.control(pipe, PAG(scale=2.0, sites="mid")):
+        guided = pipe()
+        for host in (pipe, other, pipe):
+            assert torch.equal(threads(host)[0], guided)
+        with ThreadPoolExecutor(4) as pool:
+            for host in (pipe, other) * 3:
+                assert torch.equal(pool.submit(host).result(), guided)
+
+        async def served() -> list[Tensor]:
+            turn = asyncio.Lock()
+
+            async def request(host: Loop) -> Tensor:
+                async with turn:
+                    return await asyncio.to_thread(host)
+
+            return list(await asyncio.gather(*map(request, (pipe, other, pipe, other))))
+
+        assert all(torch.equal(result, guided) for result in asyncio.run(served()))
+
+        def wait(*_: Any) -> None:
+            inside.set()
+            done.wait(60)
+
+        def busy() -> None:
+            """Break a run off, then run a pipeline of the same class on a denoiser of its own."""
+            with pytest.raises(Boom):
+                pipe(boom=0)
+            elsewhere.unet.register_forward_pre_hook(wait)
+            elsewhere()
+
+        def request() -> Tensor:
+            inside.wait(60)
+            try:
+                return other()
+            finally:
+                done.set()
+
+        left, right = threads(busy, request)
+        assert left is None
+        assert torch.equal(right, guided), right
+
+
+def test_a_server_of_a_bare_model_is_not_at_work_between_requests() -> None:
+    """Its calls do not depend on each other; one that failed leaves the others to any thread."""
+    model, inputs = zoo.build("sd15")
+    failed, served = threading.Event(), threading.Event()
+    with attnctl.control(model, PAG(scale=2.0, sites="mid"), layout="cond"):
+        guided = zoo.call(model, inputs)
+
+        def server() -> None:
+            try:
+                zoo.call(model, inputs | {"encoder_hidden_states": torch.zeros(1, 2, 3)})
+            except RuntimeError:
+                failed.set()
+            served.wait(60)
+
+        def request() -> Tensor:
+            failed.wait(60)
+            try:
+                return zoo.call(model, inputs)
+            finally:
+                served.set()
+
+        idle, right = threads(server, request)
+        assert idle is None
+        assert torch.equal(right, guided), right
 
 
 def test_copies_run_beside_each_other() -> None:

@@ -51,7 +51,7 @@ class DenoiserHandle(Handle):
         self._replay = replay
         self._scheduler = SchedulerWatch(self._pipe, self)
         self._call = PipelineCall(self._pipe)
-        self._owner = Owner()
+        self._owner = Owner(list(modules))
         self._lock = threading.RLock()
         self._seen = self._told = False
         """Whether the beginning of the run was seen; whether what never acted in it was told."""
@@ -124,7 +124,7 @@ class DenoiserHandle(Handle):
             self._latents.end_step()
             if not pause:  # between the calls of one run, what they share stays
                 self._shared.clear()
-            self._owner = Owner()
+            self._owner.release()
 
     # What the scheduler reports -------------------------------------------------------------------------------
 

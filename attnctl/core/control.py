@@ -53,6 +53,8 @@ class Control:
     """Settings for the shipped models, each a `data.about.Preset`, which the page and the demo offer."""
     published: ClassVar[Mapping[str, Default]] = {}
     """Sites of its own in some families, by the family's name; others are in the table of families."""
+    skips_blocks: ClassVar[bool] = False
+    """Whether it leaves attention alone and skips whole blocks, which can be done to a part of the tokens."""
     moves_latents: ClassVar[bool] = False
     """Whether it moves the latents, so that a second such control starts where the first has moved them."""
 
@@ -162,6 +164,10 @@ class Control:
 
     def needs_prompt(self) -> bool:
         """Tell whether `CallState.prompts` must be filled."""
+        return False
+
+    def alike_anywhere(self, site: Site) -> bool:
+        """Tell whether it does the same to all tokens and heads of a site, in whatever order the tokens are."""
         return False
 
     def wants_block_input(self) -> bool:

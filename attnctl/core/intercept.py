@@ -32,7 +32,7 @@ class SiteHook:
     """What ties one processor to the session: its site and what to do there in the current pass.
 
     `wrappers` is None while the site is left alone; a tuple (outermost first) while it is controlled. It changes only
-    between passes, so that a compiled block sees few distinct values. `reached` tells that a controlled pass came by.
+    between passes, so that a compiled block sees few distinct values.
     """
 
     def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
@@ -44,7 +44,8 @@ class SiteHook:
         if not self.open:
             self.kernel = functools.partial(attention, backend=backend)
         self.wrappers: tuple[Wrapper, ...] | None = None
-        self.reached = False
+        self.reached = self.split = False
+        """Whether a controlled pass came by; whether processes share the sequence, so that tokens are not known."""
         self.idle = False
         """Whether the site of an unlisted model has turned out to be of a kind that no control acts on."""
         self.seen: tuple[int, slice | None, slice | None] | None = None
@@ -120,13 +121,15 @@ class Intercept(TorchFunctionMode):
             )
         state, queries, keys = self.link.state, query.shape[-2], key.shape[-2]
         unseen = self.link.seen is None and not self.link.idle
-        if unseen and state.family is not None and not state.family.classes:
+        if unseen and not self.link.split and state.family is not None and not state.family.classes:
             # What its name says of an unlisted model's site is a hint; later calls find what the first one showed.
             site, acts = shown_site(self.link.site, state, queries, keys, self.hidden, self.encoder)
             self.link.site, self.link.idle = site, not acts
         counts = None if state.tokens is None else state.tokens.counts
         at = self.index + self.passed
-        parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
+        parts: Any = (None, None, None, True)
+        if not self.link.split:
+            parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
         if self.link.idle or not parts[3]:
             self.passed += 1
             self.link.reached |= self.link.idle

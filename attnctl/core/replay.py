@@ -7,21 +7,21 @@ Of a row of blocks only the last output is read by what is computed again: the o
 What the host still holds when the first perturbed module begins (skip connections, the last output) is kept; the rest
 is replaced by tensors of one NaN in the same shape, which would show in the prediction if anything read them. So is the
 end of a row that another row follows, which the host may hold in a variable that it no longer reads. The first pass
-holds everything until its prediction has shown that. If NaN shows, only what stands inside of a row is given up (a host
-may have joined outputs of embedders); if it still shows, nothing is.
+holds everything until its prediction has shown that. If NaN shows, outputs of embedders are kept (a host may have
+joined them), first those that are not the states that the blocks pass on, then all; if it still shows, nothing is given
+up.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from attnctl.core.hosts.arguments import Rows
-from attnctl.core.hosts.leaves import Leaf, is_not_by_rows, leaves, mapped, row_of, thin
+from attnctl.core.hosts.leaves import Leaf, is_not_by_rows, keep_more, leaves, mapped, thin
 from attnctl.core.hosts.modules import named_below
 
 __all__ = ["Prefix"]
@@ -144,20 +144,11 @@ class Prefix:
 
     def prove(self, prediction: Any) -> bool:
         """Tell whether a prediction reads nothing that was not kept; if it does, keep more: it is to be made again."""
-        if self.proven:
-            return True
-        hollow = [m for m, needed in self._needed.items() if not all(needed)]
-        if not hollow or all(bool(torch.isfinite(t).all()) for t in leaves(prediction)):
-            self.proven = True
-            return True
-        modules = list(self.store)
-        rows = {m: row_of(self._names[m]) for m in modules}
-        inside = {m for m, after in itertools.pairwise(modules) if rows[m] and rows[m] == rows[after]}
-        for module in [m for m in hollow if m not in inside] or hollow:
-            self._needed[module] = [True] * len(self._needed[module])
-            for leaf in leaves(self.store.get(module)):
-                leaf.restore()
-        return False
+        hollow = not self.proven and any(not all(needed) for needed in self._needed.values())
+        self.proven = not hollow or all(bool(torch.isfinite(t).all()) for t in leaves(prediction))
+        if not self.proven:
+            keep_more(self.store, self._names, self._needed)
+        return self.proven
 
 
 def _replay(output: Any) -> Callable[..., Any]:

@@ -70,6 +70,9 @@ class PAG(Guidance):
         Preset("shapes:mmdit", "PAG(scale=2.5, sites=6)", column=1),
     )
 
+    def alike_anywhere(self, site: Site) -> bool:
+        return self.scope == "all" or site.kind == "self"
+
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         return _branch(self._label, sites, {}, "identity", 1.0, self.scope)
 
@@ -120,6 +123,9 @@ class SoftPAG(Guidance):
         if self.heads is None or isinstance(self.heads, HeadSet):
             return
         object.__setattr__(self, "heads", HeadSet.from_pairs(self.heads).pairs)
+
+    def alike_anywhere(self, site: Site) -> bool:
+        return self.heads is None and (self.scope == "all" or site.kind == "self")
 
     def weight(self, state: object) -> float:
         return 0.0 if self.u == 0 else super().weight(state)  # type: ignore[arg-type]

@@ -88,8 +88,7 @@ class SLG(Guidance):
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl | None:
         return _NegativeSkip(self, blocks_around(sites, denoiser)) if self._negative else None
 
-    tokenwise: ClassVar[bool] = True
-    """A skipped block does to a part of the tokens what it does to all, as context parallelism needs it."""
+    skips_blocks: ClassVar[bool] = True
 
     def branch(self, sites: tuple[Site, ...], denoiser: torch.nn.Module) -> Branch:
         blocks = blocks_around(sites, denoiser)

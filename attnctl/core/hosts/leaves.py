@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,12 @@ import torch
 
 from attnctl.core.hosts.arguments import Rows, cut_tensor
 
-__all__ = ["Leaf", "is_not_by_rows", "leaves", "mapped", "row_of", "thin"]
+__all__ = ["Leaf", "is_not_by_rows", "keep_more", "leaves", "mapped", "thin"]
 
 _NOT_ROWS = re.compile(r"rope|rotary|time_proj|time_embed")
 _NORM = re.compile(r"norm\w*$")
 _ROW = re.compile(r"(.+)\.\d+$")
+_STAGE = re.compile(r"[^.]+\.\d+\.(?=.*\.\d+\.)")
 
 
 class Leaf:
@@ -67,7 +69,7 @@ def is_not_by_rows(name: str) -> bool:
     return _NOT_ROWS.search(name) is not None
 
 
-def row_of(name: str) -> str:
+def _row_of(name: str) -> str:
     """Return the name of the row that a module stands in, "" where it stands in none."""
     found = _ROW.match(name)
     return found[1] if found else ""
@@ -97,7 +99,7 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def thin(store: dict[torch.nn.Module, Any], names: Mapping[torch.nn.Module, str], target: str) -> None:
-    """Give up what the host holds but hardly reads: norms of this block, ends of rows that another one follows.
+    """Give up what the host holds but hardly reads, and what is quickly computed again.
 
     Args:
         store: Outputs of the modules that have finished, in order.
@@ -105,12 +107,14 @@ def thin(store: dict[torch.nn.Module, Any], names: Mapping[torch.nn.Module, str]
         target: Name of the first module that is computed again, which begins now.
     """
     block, first = target.rpartition(".")[0], target.partition(".")[0]
+    rows = {m: _row_of(names[m]) for m in store}
+    earlier = [_size(output) for m, output in store.items() if rows[m] and not names[m].startswith(f"{block}.")]
     for module in [m for m in store if block and names[m].rpartition(".")[0] == block]:
-        if _NORM.search(names[module]):  # as large as a block's output, and quickly computed again
+        # Norms of the block of the target are as large as its input, and the first half of an MLP is larger.
+        if _NORM.search(names[module]) or (earlier and _size(store[module]) > earlier[-1]):
             del store[module]
-    rows = {m: row_of(names[m]) for m in store}
     # What came before an output of the target's own row has been read; where rows take turns, the last has not.
-    last = max((i for i, row in enumerate(rows.values()) if row == first), default=0)
+    last = max((i for i, m in enumerate(store) if rows[m] == first), default=0)
     for module, output in list(store.items())[:last]:
         row = rows[module]
         inside = [out for m, out in store.items() if m is not module and rows[m] == row]
@@ -119,3 +123,52 @@ def thin(store: dict[torch.nn.Module, Any], names: Mapping[torch.nn.Module, str]
             continue
         for leaf in leaves(output):
             leaf.loosen()
+    if _has_read(store, names, target):
+        for module, output in store.items():
+            if rows[module] == first and isinstance(output, Leaf):  # UNets return more where they come back to it
+                output.loosen()
+
+
+def _has_read(store: Mapping[torch.nn.Module, Any], names: Mapping[torch.nn.Module, str], target: str) -> bool:
+    """Tell whether the block or stage that the target stands in has read what those before it have made."""
+    block, stage = target.rpartition(".")[0], _STAGE.match(target)
+    for module in store:
+        name = names[module]
+        if stage is not None and name.startswith(stage[0]) and _row_of(name):
+            return True  # a part of the stage has run, and passes on what it has made
+        joins = isinstance(module, torch.nn.Linear) and module.in_features > module.out_features
+        if joins and block and name.rpartition(".")[0] == block:
+            return True  # the block has joined what it was given with what it skips to
+    return False
+
+
+def _size(output: Any) -> int:
+    """Count the numbers in the tensors of an output."""
+    return sum(leaf.shape.numel() for leaf in leaves(output))
+
+
+def keep_more(
+    store: Mapping[torch.nn.Module, Any],
+    names: Mapping[torch.nn.Module, str],
+    needed: Mapping[torch.nn.Module, list[bool]],
+) -> None:
+    """Hold more outputs, where a prediction has read one that was given up.
+
+    Embedders' outputs come first, without those as large as the states that the blocks pass on; then all of them; then
+    what stands inside of rows too.
+
+    Args:
+        store: Outputs of modules, in order.
+        names: The modules' names.
+        needed: For each tensor of each output, whether it is held.
+    """
+    modules = list(store)
+    rows = {m: _row_of(names[m]) for m in modules}
+    inside = {m for m, after in itertools.pairwise(modules) if rows[m] and rows[m] == rows[after]}
+    hollow = [(m, i, leaf) for m in modules for i, leaf in enumerate(leaves(store[m])) if not needed[m][i]]
+    states = max((_size(leaf) for m in modules if rows[m] for leaf in leaves(store[m])), default=0)
+    embedders = [(m, i, leaf) for m, i, leaf in hollow if m not in inside]
+    others = [(m, i, leaf) for m, i, leaf in embedders if _size(leaf) != states]
+    for module, i, leaf in others or embedders or hollow:
+        needed[module][i] = True
+        leaf.restore()

@@ -35,8 +35,9 @@ class Processors:
 
     Args:
         links: The hook of each site, by the site's name.
-        parts: Each control with its sites. Under context parallelism each process has a part of the tokens: what
-            replaces whole blocks token by token is right there and leaves attention alone, all else is refused.
+        parts: Each control with its sites. Under context parallelism each process has a part of the tokens: a control
+            that skips whole blocks leaves attention alone there, one whose map is the same for any order of tokens and
+            in every head acts in the attention, all else is refused.
     """
 
     def __init__(self, links: Mapping[str, SiteHook], parts: Sequence[tuple[Any, tuple[Site, ...], Any]]) -> None:
@@ -49,13 +50,40 @@ class Processors:
         """Put all under control; `undo` releases them."""
         undo.callback(self._release_made)
         for link in self._needed().values():
+            self._check_split(link)
             self._made.append(attach_processor(link.site, link))
             undo.callback(self._release, link)
 
     def _needed(self) -> dict[str, SiteHook]:
         """Return the sites whose attention some control needs to see, all of them where no sequence is split."""
-        seen = {s.name for c, sites, _ in self.parts if not getattr(c, "tokenwise", False) for s in sites}
+        seen = {s.name for c, sites, _ in self.parts if not c.skips_blocks for s in sites}
         return {name: link for name, link in self.links.items() if name in seen or not _is_split(_processor(link))}
+
+    def _check_split(self, link: SiteHook) -> None:
+        """Note whether processes share the sequence of a site, and refuse what is not right there.
+
+        Raises:
+            UnsupportedModelError: A control needs to know which tokens or heads it sees.
+        """
+        link.split = _is_split(_processor(link))
+        if not link.split:
+            return
+        for c, sites, _ in self.parts:
+            at = next((s for s in sites if s.name == link.site.name), None)
+            if at is not None and not (c.skips_blocks or c.alike_anywhere(at)):
+                raise UnsupportedModelError(
+                    f"{c.describe()}: {at.name} runs under context parallelism, where a process sees a part of the "
+                    "tokens and then, in another order, a part of the heads. Skip whole layers (SLG), take PAG or "
+                    'SoftPAG with all heads (scope="all" in joint attention), or load the model without '
+                    "enable_parallelism."
+                )
+        config = _processor(link)._parallel_config.context_parallel_config
+        if config.ring_degree > 1:
+            raise UnsupportedModelError(
+                f"{link.site.name} runs under ring attention (ring_degree={config.ring_degree}), whose kernels are not "
+                "torch's scaled_dot_product_attention. Use ulysses_degree, skip whole layers (SLG), or load the model "
+                "without enable_parallelism."
+            )
 
     def heal(self) -> None:
         """Put the hooks back where another tool has replaced a controlled processor."""
@@ -63,6 +91,7 @@ class Processors:
             module: Any = link.site.module
             if vars(module.processor).get("_attnctl") is link:
                 continue
+            self._check_split(link)
             self._made.append(attach_processor(link.site, link))
             if name not in self._warned:
                 self._warned.add(name)
@@ -124,7 +153,8 @@ def _make_controlled(cls: Any) -> type:
 
     def run(self: Any, link: SiteHook, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden, encoder = sequences(names, args, kwargs)
-        _refuse_split(link.site, self)  # it may have been split since it was put under control
+        if _is_split(self):
+            _check_split_call(link, hidden)
         if linear:
             return run_linear(link, attn, hidden, encoder, AttnCall)
         mode = Intercept(link, hidden, encoder, set_backend(self) if link.open else None)
@@ -152,7 +182,6 @@ def attach_processor(site: Site, link: SiteHook) -> Any:
     _refuse_fixed(site)
     original = module.processor = _release_processor(module.processor)
     inner = _interceptable(site, original)
-    _refuse_split(site, inner)
     if isinstance(inner, torch.nn.Module):
         new = inner  # its weights live in the module tree: the same object must stay registered
     else:
@@ -170,12 +199,18 @@ def _is_split(processor: Any) -> bool:
     return getattr(processor, "_parallel_config", None) is not None
 
 
-def _refuse_split(site: Site, processor: Any) -> None:
-    if _is_split(processor):
-        raise UnsupportedModelError(
-            f"{site.name} runs under context parallelism: its attention takes another path, and each process has a "
-            "part of the tokens. Skip whole layers (SLG), or load the model without enable_parallelism."
-        )
+def _check_split_call(link: SiteHook, hidden: Any) -> None:
+    """Refuse a call under context parallelism whose perturbation, or whose gradient, would be wrong."""
+    family = link.state.family
+    if not link.split:
+        reason = "was put under it while under control: call enable_parallelism first, then attnctl.control"
+    elif family is not None and not family.classes:
+        reason = "belongs to a model that attnctl does not list, and its kind of attention is not known there"
+    elif torch.is_grad_enabled() and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+        reason = "has no gradient through perturbed attention there: use torch.no_grad()"
+    else:
+        return
+    raise UnsupportedModelError(f"Under context parallelism {link.site.name} {reason}.")
 
 
 def _detach_processor(site: Site, link: SiteHook) -> bool:

@@ -96,19 +96,22 @@ class Owner:
     """The thread whose run is under way on a denoiser; another is refused while it runs.
 
     One denoiser under control has one state. The owner is at work as long as the function that runs the denoiser is on
-    its thread's stack: a run that was broken off leaves nothing behind.
+    its thread's stack: a run that was broken off leaves nothing behind. A thread that runs another pipeline meanwhile,
+    even one of the same class, is not at work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, denoisers: Sequence[torch.nn.Module] = ()) -> None:
+        self._denoisers = denoisers
         self._thread: int | None = None
         self._code: Any = None
+        self._named = False
 
     def claim(self, name: str, *, loop: bool = False) -> None:
         """Take the denoiser for this thread.
 
         Args:
             name: What is run, for messages.
-            loop: Whether a hand-written loop calls, whose `set_step` has told which function it is.
+            loop: Whether a bare model is called, of whose loop `set_step` may have told.
 
         Raises:
             ConflictError: Another thread is at work with it.
@@ -118,10 +121,17 @@ class Owner:
             raise ConflictError(
                 f"Two threads run one {name} under control at the same time, and its controls follow one run. Run the "
                 "requests one after the other (a lock around the call), or give each thread a pipeline with a denoiser "
-                "of its own, copy.deepcopy(pipe), and control that."
+                "of its own, copy.deepcopy(pipe), and control that. A loop of your own calls handle.set_step in the "
+                "thread that runs the model."
             )
-        if not (loop and self._thread == me):
-            self._thread, self._code = me, _runner()
+        if loop and self._thread == me and self._code is not None:
+            return
+        self._thread = me
+        if loop:  # nobody has told of steps: the call of the model is all there is
+            self._code, self._named = torch.nn.Module._call_impl.__code__, True
+        else:
+            frame = self._runner()
+            self._code, self._named = getattr(frame, "f_code", None), self._runs(frame)
 
     def release(self) -> None:
         """Let the denoiser go: the run is over."""
@@ -131,21 +141,26 @@ class Owner:
         """Tell whether the run that was claimed is still under way."""
         frame = sys._current_frames().get(self._thread or 0)
         while frame is not None:
-            if frame.f_code is self._code:
+            if frame.f_code is self._code and (not self._named or self._runs(frame)):
                 return True
             frame = frame.f_back
         return False
 
+    def _runs(self, frame: Any) -> bool:
+        """Tell whether a frame is one of a denoiser, or of a pipeline that runs one."""
+        caller = None if frame is None or not frame.f_code.co_argcount else frame.f_locals.get("self")
+        return caller is not None and any(caller is m or _holds(caller, m) for m in self._denoisers)
 
-def _runner() -> Any:
-    """Return the code of the function that calls the denoiser, past those of hooks and models between."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(_BETWEEN):
-            return frame.f_code
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    def _runner(self) -> Any:
+        """Return the frame of the call of a pipeline, else of the function that calls the denoiser."""
+        frame, nearest = sys._getframe(1), None
+        while frame is not None:
+            if not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+                nearest = frame if nearest is None else nearest
+                if frame.f_code.co_name == "__call__" and self._runs(frame):
+                    return frame
+            frame = frame.f_back  # type: ignore[assignment]
+        return nearest
 
 
 def check_in_place(pipe: Any, modules: list[torch.nn.Module]) -> None:
