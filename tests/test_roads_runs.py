@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attnctl
 from attnctl.errors import ConflictError, UnsupportedModelError
-from attnctl.processors import PAG, SLG, AStar, Capture, Guidance
+from attnctl.processors import PAG, SLG, AStar, Capture, Guidance, Rescale
 
 Kwargs = dict[str, Any]
 
@@ -228,8 +228,15 @@ def test_a_control_that_no_step_reaches_is_told(steps: int) -> None:
     assert len(texts) == 2
     for text, name in zip(texts, ("SLG", "PAG"), strict=True):
         assert name in text
-        assert f"the {steps} steps" in text
+        assert ("the run's only step" if steps == 1 else f"the {steps} steps") in text
     assert ("0.25" in texts[0]) == (steps == 4)
+
+
+def test_a_weight_that_falls_to_nothing_before_its_window_is_the_cause() -> None:
+    pipe, kwargs = pipes.build("sd3")
+    fallen = PAG(scale=2.0, sites="joint", scope="all", start=0.6, adaptive=1.0)
+    with attnctl.control(pipe, fallen), pytest.warns(UserWarning, match="adaptive=1 has its weight fall to 0"):
+        pipes.run(pipe, kwargs)
 
 
 def test_nothing_is_told_where_all_act_or_nothing_ran() -> None:
@@ -302,3 +309,40 @@ def test_a_scale_that_the_pipeline_sets_later_is_not_read(name: str) -> None:
     added, _ = alone(pipe, kwargs, PAG(scale=2.0, sites=site, scope="all", combine="add"), **call)
     safe, _ = alone(pipe, kwargs, PAG(scale=2.0, sites=site, scope="all", combine="rescale_safe"), **call)
     assert torch.allclose(added, safe, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["sd", "sana", "pixart", "animatediff"])
+def test_a_scale_that_a_callback_changes_counts_where_the_pipeline_reads_it(name: str) -> None:
+    """Some pipelines read the attribute in each step, others the argument of the call."""
+    pipe, kwargs = pipes.build(name, torch.float64)
+
+    def change(pipe: Any, i: int, t: Any, tensors: Kwargs) -> Kwargs:
+        pipe._guidance_scale = 2.0 + i
+        return tensors
+
+    site = attnctl.find_sites(pipe)[0].name
+    outs = [
+        alone(pipe, kwargs, PAG(scale=2.0, sites=site, combine=how), callback_on_step_end=change)[0]  # type: ignore[arg-type]
+        for how in ("add", "rescale_safe")
+    ]
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[0].abs().max()
+
+
+class Still(diffusers.T2IAdapter):
+    """An adapter that adds nothing to a tiny UNet, of whose picture nobody asks."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [torch.zeros(1, 1, 1, 1, dtype=x.dtype)] * 2
+
+
+def test_a_rescale_that_only_the_call_has_is_read() -> None:
+    pipe, kwargs = pipes.build("sdxl", torch.float64)
+    adapter = Still(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=8).double()
+    adapter = sharing(pipe, kind=diffusers.StableDiffusionXLAdapterPipeline, adapter=adapter)
+    call: Kwargs = {"image": torch.rand(1, 3, 32, 24), "guidance_rescale": 0.7}
+    ways: Any = ("auto", "rescale_safe", "add")
+    outs = {how: alone(adapter, kwargs, PAG(scale=2.0, sites="mid", combine=how), **call)[0] for how in ways}
+    assert torch.equal(outs["auto"], outs["rescale_safe"])
+    assert not torch.allclose(outs["auto"], outs["add"])
+    with attnctl.control(adapter, Rescale(phi=0.7)), pytest.raises(ConflictError, match=r"guidance_rescale=0\.7"):
+        pipes.run(adapter, kwargs, **call)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +13,7 @@ import torch
 
 from attnctl.core.call import CallState
 from attnctl.core.hosts.arguments import time_of
-from attnctl.core.hosts.running import PipelineCall
+from attnctl.core.hosts.running import PipelineCall, call_arguments
 from attnctl.core.hosts.scheduler import call_time, noise_time, step_of
 from attnctl.errors import ConfigError
 
@@ -39,16 +43,46 @@ def guidance_scale(pipe: Any, denoiser: torch.nn.Module, options: Mapping[str, A
     """
     scale = next((options[name] for name in _SCALES if options.get(name) is not None), None)
     if scale is None:
-        scale = getattr(pipe, "guidance_scale", options.get("guidance_scale"))
+        scale = _setting(pipe, "guidance_scale", options)
         if denoiser is getattr(pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
             second = getattr(pipe, "_guidance_scale_2", None)
             scale = scale if second is None else second
     return scale if isinstance(scale, (int, float)) else None
 
 
-def guidance_rescale(pipe: Any) -> float:
-    """Return the factor by which a pipeline rescales its guided prediction; 0 for none."""
-    return getattr(pipe, "guidance_rescale", 0.0) or 0.0
+def guidance_rescale(pipe: Any, options: Mapping[str, Any] | None = None) -> float:
+    """Return the factor by which a pipeline rescales its guided prediction; 0 for none.
+
+    Args:
+        pipe: The pipeline.
+        options: Arguments of its call, where they are known.
+    """
+    return _setting(pipe, "guidance_rescale", call_arguments(pipe) if options is None else options) or 0.0
+
+
+def _setting(pipe: Any, name: str, arguments: Mapping[str, Any]) -> Any:
+    """Return a setting of the call that is under way: an attribute of the pipeline, or an argument of its call.
+
+    A callback may change the attribute in the run; which of the two counts, the loop of the pipeline's call shows.
+    """
+    own, argument = getattr(pipe, name, None), arguments.get(name)
+    if own is None:
+        return argument
+    numbers = isinstance(own, (int, float)) and isinstance(argument, (int, float))
+    return argument if numbers and own != argument and _takes_argument(type(pipe), name) else own
+
+
+@functools.cache
+def _takes_argument(pipeline: Any, name: str) -> bool:
+    """Tell whether the loop of a pipeline's call reads an argument, and not the attribute of that name."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(pipeline.__call__))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]
+    inside = [node for loop in loops for node in ast.walk(loop) if isinstance(getattr(node, "ctx", None), ast.Load)]
+    attributes = {node.attr.lstrip("_") for node in inside if isinstance(node, ast.Attribute)}
+    return name not in attributes and any(isinstance(node, ast.Name) and node.id == name for node in inside)
 
 
 def run_length(pipe: Any, timesteps: Any) -> int:
@@ -93,10 +127,10 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
     if len(explicit) > 1:
         raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
     cfg = state.rows.role == "both" or uses_guidance(pipe) is True
-    if explicit == {"add"} or not (explicit or (cfg and guidance_rescale(pipe) > 0)):
+    if explicit == {"add"} or not (explicit or (cfg and guidance_rescale(pipe, state.options) > 0)):
         return None
     name = type(pipe).__name__
-    if state.options.get("use_dynamic_cfg") and guidance_rescale(pipe) == 0:
+    if state.options.get("use_dynamic_cfg") and guidance_rescale(pipe, state.options) == 0:
         return None  # without rescaling, d on both halves comes to the same, and no scale need be known
     if not cfg:
         raise ConfigError(

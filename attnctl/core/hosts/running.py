@@ -34,6 +34,7 @@ _READ = (
     "guidance_scale",
     "current_guidance_scale",
     "true_cfg_scale",
+    "guidance_rescale",
 )
 
 
@@ -189,10 +190,13 @@ def warn_of_idle(controls: Sequence[Any], steps: int) -> None:
     """Warn of controls that no step of a run has reached."""
     shown = [f"{i / steps:.3g}" for i in range(steps)]
     shown = shown if steps <= 6 else [*shown[:3], "...", shown[-1]]
+    begin = (
+        f"the {steps} steps of the run begin at {', '.join(shown)}" if steps != 1 else "the run's only step begins at 0"
+    )
     for c in controls:
-        warnings.warn(
-            f"attnctl: {c.describe()} acted at no step of this run. It acts from start={c.start:g} to before "
-            f"stop={c.stop:g}; the {steps} steps of the run begin at {', '.join(shown)}. Run more steps, or widen the "
-            "window.",
-            stacklevel=6,
-        )
+        if any(c.start <= i / steps < c.stop for i in range(steps)) and getattr(c, "adaptive", 0):
+            cause = f"adaptive={c.adaptive:g} has its weight fall to 0 before. Begin earlier, or lower `adaptive`."
+        else:
+            cause = f"It acts from start={c.start:g} to before stop={c.stop:g}; {begin}. Run more steps, or "
+            cause += "widen the window."
+        warnings.warn(f"attnctl: {c.describe()} acted at no step of this run. {cause}", stacklevel=6)
