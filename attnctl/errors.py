@@ -98,10 +98,10 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 
 
 def unboxed(value: Any) -> Any:
-    """Return Python's own number for a scalar of numpy or torch; everything else as it is."""
-    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+    """Return Python's own number for a scalar of numpy or torch, a list for a row of them; all else as it is."""
+    if getattr(value, "ndim", None) in (0, 1) and callable(getattr(value, "tolist", None)):
         try:
-            return value.item()
+            return value.tolist()
         except RuntimeError:  # a tensor without data, on the meta device
             return value
     return value

@@ -15,7 +15,7 @@ from contract import assert_clean, distance, perturbed, snapshot
 from torch import Tensor
 
 import attnctl
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, SiteError
 from attnctl.processors import PAG, AStar, Guidance
 
 SITES = {"sd15": "mid", "hunyuandit": "blocks.1.attn1", "sdxl": "mid"}
@@ -178,3 +178,16 @@ def test_whole_scalars_of_arrays_are_depths_counts_and_steps(box: Any) -> None:
         assert (state.step, state.steps, state.timestep) == (1, 3, 500.0)
         with pytest.raises(ConfigError, match="set_step"):
             handle.set_step(box(3), box(3))
+
+
+@pytest.mark.parametrize("row", [np.array([1, 2]), torch.tensor([1, 2]), np.array(["transformer_blocks.1.attn"])])
+def test_rows_of_arrays_are_lists_of_sites(row: Any) -> None:
+    model, _ = zoo.build("flux")
+    control = PAG(sites=row, scope="all")
+    assert isinstance(control.sites, list)
+    assert "sites=[" in control.describe()
+    assert control == PAG(sites=row.tolist(), scope="all")
+    with attnctl.control(model, control, layout="cond"):
+        pass
+    with pytest.raises(SiteError, match="a name, a glob, a depth"), attnctl.control(model, PAG(sites=b"mid")):
+        pass

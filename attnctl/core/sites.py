@@ -57,7 +57,7 @@ class Site:
 
 
 def plain_selector(selector: Any) -> Any:
-    """Return a selector whose depths are Python's own numbers, which records can hold; anything else as it is."""
+    """Return a selector of Python's own numbers and lists, which records can hold; anything else as it is."""
     if isinstance(selector, (list, tuple)):
         return type(selector)(map(plain_selector, selector))
     if isinstance(selector, slice):
@@ -77,7 +77,7 @@ def select(
         SiteError: A part of the selector matches nothing, or only sites of other kinds.
     """
     allowed = tuple(kinds)
-    several = isinstance(selector, Sequence) and not isinstance(selector, (str, range))
+    several = isinstance(selector, Sequence) and not isinstance(selector, (str, bytes, range))
     parts: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
     if not parts:
         raise SiteError(f"{what}: the selector is an empty list. Name at least one site.")
