@@ -68,8 +68,9 @@ def _setting(pipe: Any, name: str, arguments: Mapping[str, Any]) -> Any:
     own, argument = getattr(pipe, name, None), arguments.get(name)
     if own is None:
         return argument
+    kind: Any = type(pipe)
     numbers = isinstance(own, (int, float)) and isinstance(argument, (int, float))
-    return argument if numbers and own != argument and _takes_argument(type(pipe), name) else own
+    return argument if numbers and own != argument and _takes_argument(kind, name) else own
 
 
 @functools.cache

@@ -194,7 +194,7 @@ def warn_of_idle(controls: Sequence[Any], steps: int) -> None:
         f"the {steps} steps of the run begin at {', '.join(shown)}" if steps != 1 else "the run's only step begins at 0"
     )
     for c in controls:
-        if any(c.start <= i / steps < c.stop for i in range(steps)) and getattr(c, "adaptive", 0):
+        if any(c.start <= i / steps < c.stop for i in range(steps)) and getattr(c, "adaptive", False):
             cause = f"adaptive={c.adaptive:g} has its weight fall to 0 before. Begin earlier, or lower `adaptive`."
         else:
             cause = f"It acts from start={c.start:g} to before stop={c.stop:g}; {begin}. Run more steps, or "
