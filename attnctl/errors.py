@@ -116,7 +116,6 @@ def number(
     above: float | None = None,
     below: float | None = None,
     infinite: bool = False,
-    error: type[AttnctlError] = ConfigError,
 ) -> int | float:
     """Check a real number.
 
@@ -128,18 +127,17 @@ def number(
         above: A value that it must exceed, in place of `low`.
         below: A value that it must stay under, in place of `high`.
         infinite: Whether inf is a value too, where `high` is.
-        error: The class of the error.
 
     Raises:
-        AttnctlError: It is no number, or out of range.
+        ConfigError: It is no number, or out of range.
     """
     x = unboxed(value)
     real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     inside = real and low <= x <= high and (above is None or x > above) and (below is None or x < below)
     if not inside:
-        raise error(f"{what}={value!r:.60} is out of range: give {_range(low, high, above, below)}.")
+        raise ConfigError(f"{what}={value!r:.60} is out of range: give {_range(low, high, above, below)}.")
     if abs(x) > sys.float_info.max and not (infinite and x == math.inf):
-        raise error(f"{what}={value!r:.40} is infinite: give a finite number.")
+        raise ConfigError(f"{what}={value!r:.40} is infinite: give a finite number.")
     return int(x) if isinstance(x, numbers.Integral) else float(x)
 
 
@@ -183,10 +181,13 @@ def whole(
     return int(x)
 
 
-def check_short(value: Any, what: str, most: int = 10_000) -> None:
+_MOST_NUMBERS = 10_000
+
+
+def check_short(value: Any, what: str) -> None:
     """Raise ConfigError for a range of more numbers than anything has, before somebody makes a list of it."""
-    if isinstance(value, range) and len(value[: most + 1]) > most:
-        raise ConfigError(f"{what}={value!r:.60} is out of range: give at most {most} numbers.")
+    if isinstance(value, range) and len(value[: _MOST_NUMBERS + 1]) > _MOST_NUMBERS:
+        raise ConfigError(f"{what}={value!r:.60} is out of range: give at most {_MOST_NUMBERS} numbers.")
 
 
 def choice(value: Any, what: str, options: Sequence[Any]) -> Any:

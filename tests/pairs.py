@@ -21,7 +21,7 @@ import zoo_pipelines as pipes
 from torch import Tensor
 
 import attnctl
-from attnctl.core.conflicts import commute, conflict_between
+from attnctl.core.conflicts import conflict_between
 from attnctl.core.hosts.autoencoders import Coder
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.paths import PathScheduler, Route, base_of
@@ -332,6 +332,14 @@ def meet(pipe: Any, controls: tuple[Control, Control]) -> bool:
 def hosts_of(names: tuple[str, str]) -> list[str]:
     """Name the hosts on which a pair is run."""
     return [make().name for make in HOSTS.values() if pair(make(), names) is not None]
+
+
+def commute(first: Any, second: Any) -> bool:
+    """Tell whether two controls that may act together give the same result in either order.
+
+    All do but two that move the latents, of which the second starts where the first has moved them.
+    """
+    return not (first.moves_latents and second.moves_latents)
 
 
 def markdown() -> str:

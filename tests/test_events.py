@@ -197,7 +197,7 @@ def test_everything_is_put_back_after_a_failure_beside_the_base_pass(kind: str) 
                 assert vars(w.state) == state
                 assert [(link, link.wrappers, link.reached) for link in w.links.values()] == links
                 assert not w.running
-                assert w.prefix is None or not w.prefix._paused
+                assert w.prefix is None or not w.prefix.paused
             return proceed(call)
 
     with attnctl.control(pipe, pag, through):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import processes
 
@@ -67,3 +70,41 @@ def test_lazy_names_are_not_modules() -> None:
 
     for package in (attnctl, attnctl.pipelines, attnctl.processors):
         assert not {m.name for m in pkgutil.iter_modules(package.__path__)} & set(package.__all__), package.__name__
+
+
+def test_every_control_stands_in_the_table_of_names() -> None:
+    import attnctl.processors
+    from attnctl.core.registry import HOMES
+    from attnctl.data.controls import controls
+
+    folder = Path(attnctl.processors.__file__).parent
+    declared = {
+        node.name: ".".join(("attnctl.processors", *path.relative_to(folder).with_suffix("").parts))
+        for path in folder.rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and "about" in {n.target.id for n in node.body if _is_annotated(n)}
+    }
+    assert set(declared) == set(controls("attnctl"))
+    assert declared.items() <= HOMES.items()
+    assert set(attnctl.processors.__all__) <= set(dir(attnctl.processors))
+    for name, module in HOMES.items():
+        assert getattr(attnctl.processors, name).__module__ == module
+
+
+def _is_annotated(node: ast.AST) -> TypeGuard[Any]:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+
+
+def test_one_method_does_not_import_all_others() -> None:
+    code = """
+import sys, torch, diffusers
+import attnctl.processors
+assert not {"attnctl.core.control", "attnctl.processors.pag"} & set(sys.modules)
+from attnctl.processors import PAG
+assert "attnctl.processors.pag" in sys.modules and "attnctl.processors.nag" not in sys.modules
+from attnctl.data.specs import control_to_dict, methods, parse_control
+control_to_dict(parse_control("SEG(sites='mid')"))
+assert "attnctl.processors.seg" in sys.modules and "attnctl.processors.nag" not in sys.modules
+assert "NAG" in methods()
+"""
+    run(code)

@@ -50,10 +50,9 @@ def test_no_map_of_a_flux_sized_sequence_is_built() -> None:
     site = next(s for s in attnctl.find_sites(model) if s.kind == "joint")
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n_text + n_image, 128, generator=g) for _ in range(2))
-    from attnctl.core.call import AttnCall, CallState
+    from attnctl.core.call import AttnCall, CallState, SiteHook
     from attnctl.core.hosts.tokens import parts_in
     from attnctl.core.hosts.words import Concept
-    from attnctl.core.intercept import SiteHook
     from attnctl.processors.capture.recorder import Recorder
 
     state = CallState(call=1, steps=1, denoiser=model, family=family_of(model))

@@ -16,7 +16,7 @@ import zoo_pipelines as pipes
 from contract import assert_clean, snapshot
 
 import attnctl
-from attnctl.core.conflicts import commute, conflict_between
+from attnctl.core.conflicts import conflict_between
 from attnctl.errors import AttnctlError, ConflictError
 from attnctl.processors import APG, TPG, Capture
 from attnctl.processors.combining.combiner import Combining
@@ -67,7 +67,7 @@ def _together(made: pairs.Host, names: tuple[str, str], controls: tuple[Any, Any
     ruled = any(isinstance(c, Combining) and not isinstance(c, APG) for c in controls)
     turned = both if ruled else made.run(*controls[::-1])
     assert both.isfinite().all(), names
-    if commute(type(controls[0]), type(controls[1])):
+    if pairs.commute(type(controls[0]), type(controls[1])):
         assert torch.equal(both, turned), names
     for one, other in (controls, controls[::-1]):  # neither is undone by the other
         looks = isinstance(other, Capture)

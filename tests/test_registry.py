@@ -19,8 +19,8 @@ from attnctl.app.cli import main
 from attnctl.app.ui.knobs import control_of, knobs_of
 from attnctl.core import registry
 from attnctl.core.hosts.families import FAMILIES
-from attnctl.core.hosts.published import Default
-from attnctl.core.registry import Conflict, bounds_of, knob
+from attnctl.core.hosts.published import Default, published_in
+from attnctl.core.registry import Conflict, declared, knob
 from attnctl.core.sites import Site
 from attnctl.data.about import About
 from attnctl.data.catalogue import entry
@@ -46,6 +46,7 @@ class {name}(Control):
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
+    controls()  # all modules of the package are imported once: what a test adds is what comes after
     before = dict(registry.CONTROLS)
     yield
     registry.CONTROLS.clear()
@@ -82,7 +83,7 @@ def test_every_number_has_a_range_and_every_field_a_meaning(name: str) -> None:
     cls: Any = METHODS[name]
     for f in dataclasses.fields(cls):
         if isinstance(f.default, (int, float)) and not isinstance(f.default, bool):
-            assert bounds_of(cls, f.name) is not None, f.name
+            assert declared(cls)[f.name] is not None, f.name
     assert all(f.meaning for f in entry(cls).fields), [f.name for f in entry(cls).fields if not f.meaning]
 
 
@@ -328,8 +329,8 @@ def test_published_places_need_blocks_to_count() -> None:
 def test_a_controls_own_places_come_before_those_of_its_bases() -> None:
     (family,) = (f for f in FAMILIES if f.name == "Stable Diffusion 3, 3.5")
     slg: Any = METHODS["SLG"]
-    assert slg.published_in(family, sites(24)).sites == tuple(f"transformer_blocks.{i}" for i in (7, 8, 9))
-    assert slg.published_in(family, sites(38)) == PAG.published_in(family)  # published for 24 blocks alone
+    assert published_in(slg, family, sites(24)).sites == tuple(f"transformer_blocks.{i}" for i in (7, 8, 9))
+    assert published_in(slg, family, sites(38)) == published_in(PAG, family)  # published for 24 blocks alone
 
     class Elsewhere(Guidance):
         published: ClassVar[dict[str, Default]] = {family.name: Default(depth=(1, 24), source="here")}

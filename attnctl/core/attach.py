@@ -16,6 +16,7 @@ One step of a run, in order:
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,41 +62,28 @@ class DenoiserHandle(Handle):
         self._rows = RowLayout(self._pipe, layout)
         self._latents = StepLatents(self._pipe)
         self._shared: dict[Any, Any] = {}
-        self._watched = [self._resolve(m, self.controls) for m in modules]
-        self.prompts = self._watch_prompts(self.controls)
-
-    def _resolve(self, module: torch.nn.Module, controls: Sequence[Control]) -> ControlledDenoiser:
-        return resolve(module, controls, self.backend, self._pipe, self._latents, self._shared)
-
-    def _watch_prompts(self, controls: Sequence[Control]) -> PromptWatch | None:
-        needed = self._pipe is not None and any(c.needs_prompt() for c in controls)
-        return PromptWatch(self._pipe) if needed else None
+        self._resolve = functools.partial(
+            resolve, backend=backend, pipe=self._pipe, latents=self._latents, shared=self._shared
+        )
+        self._watched = [self._resolve(m, controls) for m in modules]
 
     # Installing -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        undo = self._undo.callback
         for w in self._watched:
-            self._install_denoiser(w)
+            w.make_wrappers()
+            w.processors.attach(self._undo)
+            before, after = (Hook(self, functools.partial(react, w)) for react in (self._before, self._after))
+            undo(w.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo(w.module.register_forward_hook(after, with_kwargs=True).remove)
+            undo(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
+            undo(w.stop)
         self._scheduler.follow()
-        self._undo.callback(self._scheduler.release)
-        if self.prompts is not None:
-            self.prompts.attach()
-            self._undo.callback(self.prompts.detach)
-
-    def _install_denoiser(self, w: ControlledDenoiser) -> None:
-        w.make_wrappers()
-        w.processors.attach(self._undo)
-
-        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before(w, args, kwargs)
-
-        def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return self._after(w, output)
-
-        self._undo.callback(w.module.register_forward_pre_hook(Hook(self, before), with_kwargs=True).remove)
-        self._undo.callback(w.module.register_forward_hook(Hook(self, after), with_kwargs=True).remove)
-        self._undo.callback(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
-        self._undo.callback(w.stop)
+        undo(self._scheduler.release)
+        if self._pipe is not None and any(c.needs_prompt() for c in self.controls):
+            self.prompts = self.prompts or PromptWatch(self._pipe)
+            undo(self.prompts.attach().detach)
 
     def _exchange(self, controls: tuple[Control, ...]) -> None:
         if self._owner.at_work():
@@ -108,8 +96,8 @@ class DenoiserHandle(Handle):
             watched = [self._resolve(w.module, controls) for w in self._watched]
             for new, old in zip(watched, self._watched, strict=True):
                 _take_over(new, old)
-            self.controls, self._watched, self.prompts = controls, watched, self._watch_prompts(controls)
             self._undo.close()
+            self.controls, self._watched, self.prompts = controls, watched, None
             try:
                 self._install()
             except BaseException:
@@ -137,7 +125,7 @@ class DenoiserHandle(Handle):
     def on_set_timesteps(self, *, seen: bool) -> None:
         """Begin a run."""
         self._rows.new_run()
-        self._begin_run(0, None, None)
+        self._begin_run()
         self._seen = seen
 
     def on_scale(self, sample: torch.Tensor, scale: Callable[[Any], Any]) -> None:
@@ -181,30 +169,30 @@ class DenoiserHandle(Handle):
         steps = next((w.state.steps for w in self._watched if w.state.steps is not None), 0)
         idle = [c for i, c in enumerate(self.controls) if i not in self._acted and not c.is_off()]
         self._owner.release()
-        if not self._told:
+        if idle and not self._told:
             warn_of_idle(idle, steps)
         self._told = True
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
         self._owner.claim(type(self._watched[0].module).__name__)
         if step == 0:
-            self._begin_run(step, steps, timestep)
+            self._begin_run()
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
         self._shared.pop(PENDING, None)
         self._rows.calls = 0
 
-    def _begin_run(self, step: int, steps: int | None, timestep: float | None) -> None:
+    def _begin_run(self) -> None:
         self._latents.end_step()
         self._shared.clear()
         self._acted, self._told = set(), False
         self._fresh = True
         for w in self._watched:
-            w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
+            w.state.step, w.state.steps, w.state.timestep = 0, None, None
 
     # What the denoiser's hooks do -----------------------------------------------------------------------------
 
-    def _before(self, w: ControlledDenoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, w: ControlledDenoiser, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._enabled:
             self._owner.claim(type(w.module).__name__, loop=self._pipe is None)
         if w.running:  # a further pass of our own
@@ -228,14 +216,14 @@ class DenoiserHandle(Handle):
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
             samples = getattr(w.state.prompts and prompt_call(self._call.values), "samples", None)
             w.state.rows = self._rows.read(w.module, w.family, bound, samples)
-            if w.branches:
+            if w.branches and self._pipe is None:
                 self._rows.warn_bare(w.state.rows)
             changed = w.begin_pass(self._replay)
             if w.state.rows.role not in ("uncond", "extra"):
                 self._acted |= {i for i, c in enumerate(self.controls) if c.acts(w.state)}
             return None if changed is None else as_given(w.module, changed, w.positional)
 
-    def _after(self, w: ControlledDenoiser, output: Any) -> Any:
+    def _after(self, w: ControlledDenoiser, _: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         with self._lock:
             if not self.enabled or w.running or w.state.denoiser is None:
                 return None

@@ -1,4 +1,4 @@
-"""One denoiser call (its step, its rows, its token grid), and one attention call inside it.
+"""One denoiser call (its step, its rows, its token grid), one attention call inside it, and what acts at its site.
 
 One plain `CallState` per denoiser is written by the handle's hooks and read by controls. It is an ordinary shared
 object on purpose: gradient checkpointing recomputes attention in autograd's own threads, where context variables and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,15 +18,19 @@ import torch
 from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
+from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.hosts.tokens import CallTokens, Parts, grid_of, placed_on_image
-from attnctl.core.sites import Grid
+from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
-from attnctl.kernels import sdpa
+from attnctl.kernels import attention, sdpa
 from attnctl.kernels.checks import part_of
 from attnctl.kernels.maps import FEW_KEYS, SelfMap, text_columns
 
-__all__ = ["AttnCall", "CallState", "Proceed", "Wrapper", "is_last", "run_wrappers"]
+__all__ = ["AttnCall", "CallState", "Proceed", "SiteHook", "Wrapper", "is_last", "run_wrappers"]
+
+
+_ONE_ROW = Rows(1, slice(0, 1))
 
 
 @dataclass
@@ -47,7 +51,7 @@ class CallState:
     step: int = 0
     steps: int | None = None
     timestep: float | None = None
-    rows: Rows = field(default_factory=lambda: Rows.all(1))
+    rows: Rows = _ONE_ROW
     phase: str = "base"
     call: int = 0
     prompts: PromptCall | None = None
@@ -121,7 +125,7 @@ class AttnCall:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        link: Any,
+        link: SiteHook,
         index: int,
         parts: Parts,
         kernel: Callable[..., torch.Tensor],
@@ -254,6 +258,64 @@ class AttnCall:
                 "alone."
             )
         return SelfMap(q, k, mask, self.scale, self.kernel is linear_attention)
+
+
+class SiteHook:
+    """What ties one processor to the session: its site and what to do there in the current pass.
+
+    `wrappers` is None while the site is left alone; a tuple (outermost first) while it is controlled. It changes only
+    between passes, so that a compiled block sees few distinct values.
+    """
+
+    def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
+        self.site = site
+        self.state = state
+        self.kernel: Callable[..., torch.Tensor] = attention
+        self.open = backend == "auto"
+        """Whether the attention that the user set for the model may run; a backend of the session's own goes first."""
+        if not self.open:
+            self.kernel = functools.partial(attention, backend=backend)
+        self.wrappers: tuple[Wrapper, ...] | None = None
+        self.reached = self.split = False
+        """Whether a controlled pass came by; whether processes share the sequence, so that tokens are not known."""
+        self.idle = False
+        """Whether the site of an unlisted model has turned out to be of a kind that no control acts on."""
+        self.seen: tuple[int, slice | None, slice | None] | None = None
+        """Query tokens, image range and text range of the first intercepted call."""
+        self.block_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.reader: Any = None
+        """What reads the call for a processor that was handed out, which belongs to no session."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
+        # No session writes to the links of a copied pipeline: they must not act while the original's do.
+        return SiteHook(replace(self.site, module=None), CallState()) if self.reader is None else self
+
+    @property
+    def observed(self) -> bool:
+        """Tell whether all wrappers only look at the call."""
+        return all(getattr(getattr(w, "__self__", None), "observes", False) for w in self.wrappers or ())
+
+    def seen_site(self) -> Site:
+        """Return the site with what the calls so far have shown of its tokens."""
+        if self.seen is None:
+            return self.site
+        n, image, text = self.seen
+        grid, family = self.state.last_grid, self.state.family
+        if grid is not None and family is not None and family.unet:
+            grid = stage_grid(self.state.denoiser, self.site.name, grid, n)
+        return replace(self.site, grid=grid or self.site.grid, image=image, text=text)
+
+    def hear(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the transformer block around the site was called with: a hook of the block."""
+        self.block_call = args, kwargs
+
+    def run(self, call: AttnCall) -> torch.Tensor:
+        """Send a call through the wrappers to its kernel."""
+        self.reached = True
+        # A compiled block would be compiled again once this is no longer None.
+        if not torch.compiler.is_compiling() and self.seen is None:
+            self.seen = (call.q.shape[-2], call.image, call.text)
+        return run_wrappers(self.wrappers or (), call)
 
 
 def run_wrappers(wrappers: tuple[Wrapper, ...], call: AttnCall) -> torch.Tensor:

@@ -14,7 +14,7 @@ from attnctl.core.registry import Conflict, Where
 from attnctl.core.sites import Site
 from attnctl.errors import ConflictError
 
-__all__ = ["check_conflicts", "commute", "conflict_between"]
+__all__ = ["check_conflicts", "conflict_between"]
 
 
 def conflict_between(first: type, second: type) -> Conflict | None:
@@ -26,14 +26,6 @@ def conflict_between(first: type, second: type) -> Conflict | None:
                 if names & set(conflict.names):
                     return conflict
     return None
-
-
-def commute(first: type[Control], second: type[Control]) -> bool:
-    """Tell whether two controls that may act together give the same result in either order.
-
-    All do but two that move the latents, of which the second starts where the first has moved them.
-    """
-    return not (first.moves_latents and second.moves_latents)
 
 
 def check_conflicts(controls: Sequence[Control], resolved: Mapping[int, Sequence[Site]]) -> None:

@@ -17,11 +17,11 @@ import torch
 from attnctl.core.call import CallState, Wrapper
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
-from attnctl.core.hosts.published import Default
+from attnctl.core.hosts.published import Default, published_in, unpublished
 from attnctl.core.live import LiveControl
-from attnctl.core.registry import Conflict, bounds_of, check_fields, knob, register
+from attnctl.core.registry import Conflict, declared, knob, register
 from attnctl.core.sites import Selector, Site, plain_selector, select
-from attnctl.errors import ConfigError, SiteError, check_short, number
+from attnctl.errors import ConfigError, check_short, number
 
 __all__ = ["AdaptiveForm", "Combine", "Control", "Guidance"]
 
@@ -57,21 +57,23 @@ class Control:
     """Whether it leaves attention alone and skips whole blocks, which can be done to a part of the tokens."""
     moves_latents: ClassVar[bool] = False
     """Whether it moves the latents, so that a second such control starts where the first has moved them."""
+    _label: ClassVar[str] = "Control"
+    """The name of its class, by which messages call it."""
 
     def __init_subclass__(cls, *, abstract: bool = False, **more: Any) -> None:
         """Enter the class in the registry, unless it is `abstract` (a base) or private (a name that begins with _)."""
         super().__init_subclass__(**more)
+        cls._label = cls.__name__
         if not abstract and not cls.__name__.startswith("_"):
             register(cls)
 
     def __post_init__(self) -> None:
-        check_fields(type(self))
-        for f in dataclasses.fields(self):
-            check_short(getattr(self, f.name) if f.name != "sites" else None, f"{self._label}: {f.name}")
-            bounds = bounds_of(type(self), f.name)
+        for name, bounds in declared(type(self)).items():
+            value, what = getattr(self, name), f"{self._label}: {name}"
+            if isinstance(value, range) and name != "sites":
+                check_short(value, what)
             if bounds is not None:
-                value = bounds.checked(getattr(self, f.name), f"{self._label}: {f.name}")
-                object.__setattr__(self, f.name, value)
+                object.__setattr__(self, name, bounds.checked(value, what))
         object.__setattr__(self, "sites", plain_selector(self.sites))
         if self.start > self.stop:
             raise ConfigError(
@@ -86,10 +88,6 @@ class Control:
             f"or model.set_attn_processor(attnctl.attn_processors(model, {self._label}()))."
         )
 
-    @property
-    def _label(self) -> str:
-        return type(self).__name__
-
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         """Choose this control's sites in a model.
 
@@ -101,45 +99,20 @@ class Control:
             return select(sites, self.sites, kinds=self.kinds, what=self._label)
         return self.default_sites(sites, family)
 
-    @classmethod
-    def published_in(cls, family: Family, sites: Sequence[Site] = ()) -> Default | None:
-        """Find the published sites in a family: the control's own, else those of the nearest of its bases.
-
-        With `sites`, those of a model, what holds for models of another size alone is left out.
-        """
-        for c in cls.__mro__:
-            for default in (vars(c).get("published", {}).get(family.name), family.published.get(c.__name__)):
-                if default is not None and (not sites or default.fits(sites, cls._published_kinds())):
-                    return default
-        return None
-
-    @classmethod
-    def _published_kinds(cls) -> tuple[str, ...]:
-        """Return the kinds of attention that publications count: no temporal, and no second one in a block."""
-        return tuple(kind for kind in cls.kinds if kind not in ("temporal", "dual"))
-
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         """Choose the published default.
 
         Raises:
             SiteError: No publication names any for the family.
         """
-        default = self.published_in(family, sites)
+        default = published_in(type(self), family, sites)
         if default is None:
-            names = [s.name for s in sites if s.kind in self.kinds]
-            if not names:
-                kinds, found = ", ".join(self.kinds), ", ".join(sorted({s.kind for s in sites}))
-                raise SiteError(f"{self._label} acts on {kinds} attention; this {family.name} model has {found} only.")
-            shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else []))
-            raise SiteError(
-                f"{self._label} has no default sites: no publication names any for {family.name} models, so `sites` "
-                f"must be given. Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
-            )
-        return default.of(sites, self._published_kinds(), self._label)
+            raise unpublished(self._label, self.kinds, family.name, sites)
+        return default.of(sites, self.kinds, self._label)
 
     def default_source(self, family: Family) -> str | None:
         """Name the publication that the default sites come from."""
-        default = self.published_in(family)
+        default = published_in(type(self), family)
         return None if default is None else default.source
 
     def in_window(self, state: CallState) -> bool:

@@ -7,6 +7,7 @@ to the negative prediction; classifier-free guidance u + s (c - u) is affine, so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ class Branch:
     blocks: Mapping[torch.nn.Module, BlockOverride] = field(default_factory=dict)
     begin: Callable[[CallState], None] | None = None
 
-    @property
+    @functools.cached_property
     def targets(self) -> tuple[torch.nn.Module, ...]:
         """Return the modules that this branch perturbs."""
         return tuple(s.module for s in self.sites if s.module is not None) + tuple(self.blocks)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import CallState, Wrapper
+from attnctl.core.call import CallState, SiteHook, Wrapper
 from attnctl.core.conflicts import check_conflicts
 from attnctl.core.control import Control, Guidance
 from attnctl.core.guidance import Branch
@@ -29,13 +29,12 @@ from attnctl.core.hosts.caches import check_reached, check_rows_kept, own_contex
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.latents import StepLatents
-from attnctl.core.hosts.listing import find_sites
+from attnctl.core.hosts.listing import sites_of
 from attnctl.core.hosts.modules import named_below, overridden
 from attnctl.core.hosts.outputs import fitted, main_output, with_main_output
 from attnctl.core.hosts.pipelines import safe_scale
-from attnctl.core.hosts.predictions import added, combine, difference, scaled
+from attnctl.core.hosts.predictions import combine, difference, with_share
 from attnctl.core.hosts.processors import Processors
-from attnctl.core.intercept import SiteHook
 from attnctl.core.live import LiveControl, PassEnded
 from attnctl.core.replay import Prefix
 from attnctl.core.sites import Site
@@ -87,9 +86,7 @@ class ControlledDenoiser:
     began: set[Any] = field(default_factory=set)
     """Branches that have run in this run."""
     processors: Processors = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.processors = Processors(self.links, self.parts)
+    """The processors of the controlled sites."""
 
     def make_wrappers(self) -> None:
         """Collect what wraps the kernel at each site in the base pass."""
@@ -116,21 +113,21 @@ class ControlledDenoiser:
 
     def begin_pass(self, replay: bool) -> dict[str, Any] | None:
         """Prepare the base pass of the call that `state` describes; return changed arguments for it, or None."""
-        changed = self._prepare()
+        changed = self._prepare() if self.live else None
         if self.state.rows.role == "extra":  # the pipeline's own guidance: nothing acts in it
             return changed
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
             self.checkpointing = Checkpointing(self.module, self.snapshot)
         for name, wrappers in self.base.items():
-            active = tuple(wrap for c, wrap in wrappers if c.in_window(self.state))
-            self.links[name].wrappers = active or None
-            self.links[name].reached = False
-            if active:
-                check_rows_kept(self.module)
+            link = self.links[name]
+            link.wrappers = tuple(wrap for c, wrap in wrappers if c.in_window(self.state)) or None
+            link.reached = False
+        if any(self.links[name].wrappers for name in self.base):
+            check_rows_kept(self.module)
         for c, block, link in self.listeners:
             if c.in_window(self.state):
                 self.listening.append(block.register_forward_pre_hook(link.hear, with_kwargs=True))
-        if self.state.rows.role != "uncond":  # guidance is computed from the prompt's rows alone
+        if self.branches and self.state.rows.role != "uncond":  # guidance is computed from the prompt's rows alone
             self.weights = [(g, b, g.weight(self.state)) for g, b in self.branches]
             self._watch_prefix(replay)
         return changed
@@ -216,7 +213,7 @@ class ControlledDenoiser:
                         self.memory[branch.key] = self.state.step, units[branch.key]
                 else:
                     units[branch.key] = self.memory[branch.key][1]
-            total = added(total, scaled(units[branch.key], weight))
+            total = with_share(total, units[branch.key], weight)
         return total
 
     def due(self, g: Guidance, branch: Branch) -> bool:
@@ -254,10 +251,14 @@ class ControlledDenoiser:
         """
         state, running, forwards = dict(vars(self.state)), self.running, self.forwards
         links = [(link, link.wrappers, link.reached) for link in self.links.values()]
+        prefix, paused = self.prefix, self.prefix is not None and self.prefix.paused
         try:
-            with contextlib.nullcontext() if self.prefix is None else self.prefix.paused():
-                yield
+            if prefix is not None:
+                prefix.paused = True
+            yield
         finally:
+            if prefix is not None:
+                prefix.paused = paused
             vars(self.state).update(state)
             self.running, self.forwards = running, forwards
             for link, wrappers, reached in links:
@@ -292,8 +293,6 @@ class ControlledDenoiser:
             if branch.begin is not None:
                 branch.begin(state)
             blocks = {m: _noting(make(m, m.forward), m, replaced) for m, make in branch.blocks.items()}
-            # Modules ahead of the first perturbed one give what the base pass has computed.
-            stubs = {} if self.prefix is None else self.prefix.stubs(rows)
             # What acts on the base pass acts on this one too, inside of the perturbation.
             wrappers = {name: link.wrappers for name, link in self.links.items()}
             touched = [site.name for site in branch.sites]
@@ -301,9 +300,11 @@ class ControlledDenoiser:
                 wrappers |= {name: (branch.perturb, *(wrappers[name] or ())) for name in touched}
             kwargs = take_rows(state.bound, rows.cond, rows.total, frames, self.family)
             context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
-            output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
-            while self.prefix is not None and not self.prefix.prove(output):
-                output, cached = self._run(str(branch.key), context, kwargs, wrappers, self.prefix.stubs(rows) | blocks)
+            while True:  # modules ahead of the first perturbed one give what the base pass has computed
+                stubs = {} if self.prefix is None else self.prefix.stubs(rows)
+                output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
+                if self.prefix is None or self.prefix.prove(output):
+                    break
             reached = [(name, self.links[name].reached) for name in touched]
             if branch.blocks:
                 names = named_below(self.module)
@@ -377,12 +378,13 @@ def resolve(
 ) -> ControlledDenoiser:
     """Find out everything about a denoiser before anything is touched."""
     family = family_of(module)
-    sites = find_sites(module)
+    sites = sites_of(module)
     resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
     check_conflicts(controls, resolved)
     w = ControlledDenoiser(
         module, family, sites, resolved, pipe, latents or StepLatents(pipe), {} if shared is None else shared
     )
+    w.processors = Processors(w.links, w.parts)
     for i, c in enumerate(controls):
         for site in resolved[i]:
             link = w.links.setdefault(site.name, SiteHook(site, w.state, backend))
@@ -394,5 +396,4 @@ def resolve(
             w.live.append((c, live))
         if isinstance(c, Guidance):
             w.branches.append((c, c.branch(resolved[i], module)))
-    w.make_wrappers()
     return w

@@ -6,13 +6,15 @@ What a control tells readers about itself is in `data.about`; looking controls u
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from attnctl.errors import ConfigError, choice, number, unboxed, whole, window
 
-__all__ = ["CONTROLS", "Bounds", "Conflict", "Where", "bounds_of", "check_fields", "knob", "register"]
+__all__ = ["CONTROLS", "HOMES", "Bounds", "Conflict", "Where", "declared", "knob", "register"]
 
 Where = Literal["site", "block", "model"]
 Kind = Literal["number", "whole", "choice", "window", "free"]
@@ -155,17 +157,34 @@ def knob(
     return field(default=default, metadata={_KEY: bounds}, **more)
 
 
-def bounds_of(cls: type, name: str) -> Bounds | None:
-    """Find what a field was declared with, by a class or by the base that declares the field first."""
-    for c in cls.__mro__:
-        declared = vars(c).get("__dataclass_fields__", {}).get(name)
-        if declared is not None and _KEY in declared.metadata:
-            found: Bounds = declared.metadata[_KEY]
-            return found
-    return None
+def _declared(cls: type) -> dict[str, Bounds | None]:
+    """Return the fields of a control with what each may hold: declared there, or by the first base that declares it.
+
+    Raises:
+        ConfigError: It has fields that no dataclass takes.
+    """
+    fields = [n for n, a in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(a)]
+    params: Any = vars(cls).get("__dataclass_params__")
+    if fields and (params is None or not params.frozen):
+        raise ConfigError(
+            f"{cls.__name__} has fields ({', '.join(fields)}) but is no frozen dataclass: write "
+            f"@dataclass(frozen=True, kw_only=True) above class {cls.__name__}."
+        )
+    tables = [vars(c).get("__dataclass_fields__", {}) for c in cls.__mro__]
+    bounds: dict[str, Bounds | None] = {}
+    for name in (f.name for f in dataclasses.fields(cls)):
+        metadata = (table[name].metadata for table in tables if name in table)
+        bounds[name] = next((m[_KEY] for m in metadata if _KEY in m), None)
+    return bounds
+
+
+declared: Callable[[type], dict[str, Bounds | None]] = functools.cache(_declared)
+"""Looks the fields of each class up once."""
 
 
 CONTROLS: dict[str, type] = {}
+HOMES: dict[str, str] = {}
+"""Modules of controls that are imported when they are looked up, by the control's name."""
 
 
 def register(cls: type) -> None:
@@ -179,27 +198,15 @@ def register(cls: type) -> None:
     if not name.isidentifier():
         raise ConfigError(f"A control is called {name!r}: give its class a name that records can hold, such as PAG.")
     other = CONTROLS.get(name)
-    lasting = other is not None and "<locals>" not in other.__qualname__
-    if other is not None and lasting and _home(other) != _home(cls):
+    if other is not None and "<locals>" not in other.__qualname__:
+        home = other.__module__, other.__qualname__
+    else:
+        home = HOMES.get(name, cls.__module__), cls.__qualname__
+    if home != (cls.__module__, cls.__qualname__):
         raise ConfigError(
-            f"Two controls are called {name}: one of {other.__module__}, one of {cls.__module__}. Records find a "
+            f"Two controls are called {name}: one of {home[0]}, one of {cls.__module__}. Records find a "
             "control by its name: give one of them another."
         )
     if cls.__module__.startswith("attnctl.") and vars(cls).get("about") is None:
         raise ConfigError(f"{name} says nothing about itself: declare about = About(does=..., page=...) in its class.")
     CONTROLS[name] = cls
-
-
-def _home(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
-
-
-def check_fields(cls: type) -> None:
-    """Raise ConfigError for a control whose annotated fields no dataclass takes."""
-    fields = [n for n, a in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(a)]
-    params: Any = vars(cls).get("__dataclass_params__")
-    if fields and (params is None or not params.frozen):
-        raise ConfigError(
-            f"{cls.__name__} has fields ({', '.join(fields)}) but is no frozen dataclass: write "
-            f"@dataclass(frozen=True, kw_only=True) above class {cls.__name__}."
-        )

@@ -14,8 +14,9 @@ up.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class Prefix:
         self._needed: dict[torch.nn.Module, list[bool]] = {}
         self._names: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
+        self.paused = False
+        """Whether a further pass runs, of which nothing is noted."""
         self._reached = False
-        self._paused = False
         self._calls: dict[torch.nn.Module, int] = {}
 
     def watch(self) -> None:
@@ -82,17 +84,8 @@ class Prefix:
             handle.remove()
         self._handles, self.store = [], {}
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Note nothing of what runs meanwhile."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
-        if self._paused:
+        if self.paused:
             return
         self._calls[module] = self._calls.get(module, 0) + 1
         if module in self.targets and not self._reached:
@@ -104,7 +97,7 @@ class Prefix:
 
     def _learn(self, name: str) -> Callable[..., None]:
         def finished(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if self._paused or self._reached or is_not_by_rows(name) or next(module.parameters(), None) is None:
+            if self.paused or self._reached or is_not_by_rows(name) or next(module.parameters(), None) is None:
                 return
             # A finished parent stands for its children.
             for child in named_below(module):
@@ -117,7 +110,7 @@ class Prefix:
         return finished
 
     def _keep(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if self._paused:
+        if self.paused:
             return
         self.store[module] = mapped(output, Leaf)
         held = list(leaves(self.store[module]))
@@ -139,7 +132,7 @@ class Prefix:
                 if self.chosen is not None:
                     self.chosen.pop(module, None)
                 continue
-            forwards[module] = _replay(mapped(output, lambda leaf: leaf.take(rows)))
+            forwards[module] = functools.partial(_given, mapped(output, operator.methodcaller("take", rows)))
         return forwards
 
     def prove(self, prediction: Any) -> bool:
@@ -151,5 +144,5 @@ class Prefix:
         return self.proven
 
 
-def _replay(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output

@@ -37,14 +37,15 @@ class Card:
     pairs: tuple[Pair, ...]
 
 
-def card_sheet(cards: Sequence[Card], columns: int = 2, *, footer: str = "") -> Image.Image:
-    """Lay cards out, `columns` in a row; every card has room for as many pairs as the largest.
+def card_sheet(cards: Sequence[Card], *, footer: str = "") -> Image.Image:
+    """Lay cards out, two in a row; every card has room for as many pairs as the largest.
 
     Raises:
         ConfigError: there is no card, or one without a pair.
     """
-    if not cards or columns < 1 or not all(card.pairs for card in cards):
-        raise ConfigError(f"A sheet needs cards with pairs of pictures, got {len(cards)} in {columns} columns.")
+    if not cards or not all(card.pairs for card in cards):
+        raise ConfigError(f"A sheet needs cards with pairs of pictures, got {len(cards)} cards.")
+    columns = 2
     title, text, small = (ImageFont.load_default(size) for size in (_TITLE, _TEXT, _SMALL))
     most = max(len(card.pairs) for card in cards)
     width = most * 2 * (_TILE + _GAP) - _GAP

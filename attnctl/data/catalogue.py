@@ -11,7 +11,8 @@ from typing import Any
 
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import FAMILIES
-from attnctl.core.registry import Bounds, Conflict, bounds_of
+from attnctl.core.hosts.published import published_in
+from attnctl.core.registry import Bounds, Conflict, declared
 from attnctl.data.about import About, Preset
 from attnctl.data.controls import controls
 
@@ -72,7 +73,7 @@ def entry(cls: type[Control]) -> Entry:
         summary=(inspect.getdoc(cls) or "").split("\n")[0],
         module=cls.__module__,
         fields=tuple(
-            FieldEntry(f.name, _default(f), range_in_words(bounds_of(cls, f.name)), meanings.get(f.name, ""))
+            FieldEntry(f.name, _default(f), range_in_words(declared(cls)[f.name]), meanings.get(f.name, ""))
             for f in fields
         ),
         sites=_published(cls),
@@ -88,7 +89,7 @@ def _own(cls: type) -> tuple[Any, ...]:
 def _published(cls: type[Control]) -> tuple[tuple[str, str], ...]:
     """List the families whose published sites the control takes for `sites=None`: none where a rule chooses them."""
     rule = isinstance(cls.about, About) and cls.about.sites and not cls.published
-    found = [(family.name, cls.published_in(family)) for family in FAMILIES]
+    found = [(family.name, published_in(cls, family)) for family in FAMILIES]
     return () if rule else tuple((name, default.describe()) for name, default in found if default is not None)
 
 

@@ -215,7 +215,7 @@ def _check_codec(path: Path, fourcc: int) -> None:
         )
 
 
-def open_clip(video: object, fps: float = 8.0) -> Clip:
+def open_clip(video: object) -> Clip:
     """Return a clip of a path, of frames in memory (array, image or list of images), or of a clip.
 
     Raises:
@@ -242,7 +242,7 @@ def open_clip(video: object, fps: float = 8.0) -> Clip:
             f"A video is uint8 RGB [frames, height, width, 3], an image, or a list of images; got {array.dtype} "
             f"{array.shape}."
         )
-    return ArrayClip(array, fps)
+    return ArrayClip(array)
 
 
 def fit(video: np.ndarray, size: int | tuple[int, int] | None, multiple: int) -> np.ndarray:
@@ -274,16 +274,13 @@ def fit(video: np.ndarray, size: int | tuple[int, int] | None, multiple: int) ->
     return video[:, y : y + height, x : x + width]
 
 
-def mp4_bytes(
-    frames: Iterable[np.ndarray], fps: float, comment: str = "", crf: int = 14, sound: Sound | None = None
-) -> bytes:
+def mp4_bytes(frames: Iterable[np.ndarray], fps: float, comment: str = "", sound: Sound | None = None) -> bytes:
     """Encode frames as H.264 in MP4.
 
     Args:
         frames: uint8 RGB [height, width, 3], of one size; odd sides are padded by repeating their last line.
         fps: Frames per second.
         comment: What the file's comment says: its record.
-        crf: x264's quality; smaller is better, 0 is lossless.
         sound: What is heard meanwhile.
 
     Raises:
@@ -302,7 +299,7 @@ def mp4_bytes(
         file.metadata["comment"] = comment
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        stream.options = {"crf": "14", "preset": "medium"}
         heard = iter(()) if sound is None else sound.write_into(file)
         _advance(heard)  # streams are added before the first frame is written
         for frame in _even(frames):

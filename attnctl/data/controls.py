@@ -1,8 +1,8 @@
 """All controls by name, for whoever has only the name: records, commands, pages.
 
 A control is known as soon as its module is imported. Modules that bring controls are imported when they are needed:
-those named by `provide` at the first look-up, and the entry points of other packages (group `attnctl.controls`) when a
-name is unknown.
+those named by `provide` at the first look-up, each of the controls in their table of names when it is asked for, and
+the entry points of other packages (group `attnctl.controls`) when a name is unknown.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
-from attnctl.core.registry import CONTROLS, check_fields
+from attnctl.core.registry import CONTROLS, HOMES, declared
 from attnctl.errors import ConfigError, nearest
 
-__all__ = ["GROUP", "control_named", "controls", "load_entry_points", "provide"]
+__all__ = ["GROUP", "control_named", "controls", "homes", "load_entry_points", "provide"]
 
 GROUP = "attnctl.controls"
 _PROVIDERS: list[str] = []
@@ -25,9 +25,16 @@ def provide(module: str) -> None:
         _PROVIDERS.append(module)
 
 
-def controls(package: str = "") -> dict[str, type]:
-    """List the controls whose modules are imported, by name; those of one package if it is named."""
+def homes() -> dict[str, str]:
+    """Return the modules of the package's controls and of their bases, by name; none of them is imported for it."""
     for module in _PROVIDERS:
+        importlib.import_module(module)
+    return HOMES
+
+
+def controls(package: str = "") -> dict[str, type]:
+    """List the controls of the package and those whose modules are imported, by name; of one package if it is named."""
+    for module in set(homes().values()):
         importlib.import_module(module)
     found = {name: CONTROLS[name] for name in sorted(CONTROLS)}
     return {n: c for n, c in found.items() if not package or c.__module__.partition(".")[0] == package}
@@ -43,23 +50,24 @@ def control_named(name: str, module: str | None = None) -> type:
     Raises:
         ConfigError: There is none; or its fields belong to no dataclass.
     """
-    known, broken = controls(), ""
-    if name not in known:
+    broken = ""
+    if name in homes():
+        importlib.import_module(HOMES[name])
+    if name not in CONTROLS:
         try:
             load_entry_points()
         except ConfigError as error:
             broken = f" {error}"
-        known = controls()
-    if name not in known:
-        known = {n: c for n, c in known.items() if "<locals>" not in c.__qualname__}
+    if name not in CONTROLS:
+        known = {n: c for n, c in controls().items() if "<locals>" not in c.__qualname__}
         bring = f"import {module}" if module else "import the module that defines it"
         hint = nearest(name, known) if module is None else ""
         raise ConfigError(
             f"Unknown method {name!r}; known: {', '.join(known)}.{hint} A control of your own is known once its module "
             f"is imported: {bring} first.{broken}"
         )
-    check_fields(known[name])
-    return known[name]
+    declared(CONTROLS[name])
+    return CONTROLS[name]
 
 
 def load_entry_points(group: str = GROUP) -> None:

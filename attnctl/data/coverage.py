@@ -59,9 +59,9 @@ class Row:
 
 
 @cache
-def stored(path: Path = STORED) -> dict[str, Row]:
+def stored() -> dict[str, Row]:
     """Read the stored result, by class, sorted."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(STORED.read_text(encoding="utf-8"))
     reasons: list[str] = result["reasons"]
     models: dict[str, dict[str, Any]] = {
         name: one | {"cells": {n: (state, *(reasons[i] for i in why)) for n, (state, *why) in one["cells"].items()}}

@@ -12,17 +12,20 @@ from attnctl.plans.writing import FileExists
 __all__ = ["below", "natural", "slug"]
 
 
-def slug(text: str, longest: int = 48) -> str:
+_LONGEST = 48  # characters of a name
+
+
+def slug(text: str) -> str:
     """Turn any text into a file name: lower case letters, digits and dashes.
 
     Text that does not survive the change whole gets a short hash, so that two prompts never share a name.
     """
     simple = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", simple).strip("-")
-    if name and name.replace("-", " ") == text and len(name) <= longest and name not in _RESERVED:
+    if name and name.replace("-", " ") == text and len(name) <= _LONGEST and name not in _RESERVED:
         return name
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    return f"{name[: longest - 7].strip('-')}-{mark}".strip("-")
+    return f"{name[: _LONGEST - 7].strip('-')}-{mark}".strip("-")
 
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}

@@ -33,7 +33,7 @@ def peak_part(values: Any, mask: Any) -> np.ndarray:
 
 
 def points_in(
-    values: Any, mask: Any, *, positive: int = 1, negative: int = 0, level: float = 0.5, blur: float = 0.02
+    values: Any, mask: Any, *, positive: int = 1, negative: int = 0, blur: float = 0.02
 ) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
     """Choose points of a map that lie in a mask, and points that lie far outside.
 
@@ -43,7 +43,6 @@ def points_in(
         positive: Most points inside: the peaks of the connected parts, the highest first.
         negative: Most points outside: the lowest places, each at least an eighth of the shorter side from the mask
             and from the other points.
-        level: Share of the largest value above which connected parts are peaks of their own, 0 to 1.
         blur: Deviation of the Gaussian blur, as a share of the picture's longer side.
 
     Returns:
@@ -61,7 +60,7 @@ def points_in(
         return (), ()
     own = np.where(inside, smooth, -np.inf)
     low = smooth.min()
-    n, parts = cv2.connectedComponents((own >= low + level * (own.max() - low)).astype(np.uint8), connectivity=8)
+    n, parts = cv2.connectedComponents((own >= low + 0.5 * (own.max() - low)).astype(np.uint8), connectivity=8)
     peaks = [np.where(parts == i, own, -np.inf) for i in range(1, n)]
     peaks.sort(key=lambda part: -float(part.max()))
     tops = tuple(_place(part) for part in peaks[:positive])

@@ -46,11 +46,11 @@ def blank_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def film_strip(frames: Sequence[Image.Image], columns: int = 8) -> Image.Image:
-    """Lay the frames of a video side by side, `columns` in a row, without gaps."""
+def film_strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """Lay the frames of a video side by side, eight in a row, without gaps."""
     if not frames:
         raise ConfigError("A film strip needs at least one frame.")
-    width, height = frames[0].size
+    (width, height), columns = frames[0].size, 8
     rows = -(-len(frames) // columns)
     strip = Image.new("RGB", (min(columns, len(frames)) * width, rows * height), PAPER)
     for i, frame in enumerate(frames):

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from attnctl.core.registry import CONTROLS
 from attnctl.data.controls import control_named, controls
 from attnctl.errors import AttnctlError, ConfigError, check_short, nearest, unboxed
 
@@ -40,7 +41,7 @@ def control_to_dict(control: Any) -> dict[str, Any]:
         ConfigError: a field holds something that JSON cannot hold exactly, such as a tensor.
     """
     cls = type(control)
-    if controls().get(cls.__name__) is not cls:
+    if CONTROLS.get(cls.__name__) is not cls:
         raise ConfigError(f"{control!r} is not a control; expected for example PAG(scale=3.0).")
     home = {} if _is_plain(cls) else {"module": cls.__module__}
     return {"method": cls.__name__, **home, **_fields(control, cls.__name__)}

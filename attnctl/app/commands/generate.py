@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, importing, say
 from attnctl.app.commands.pictures import check_controls, pictures_table, write_pictures
+from attnctl.data.controls import homes
 from attnctl.data.files import below, slug
 from attnctl.plans.writing import check_free
 
@@ -22,16 +21,8 @@ __all__ = ["Generate"]
 _DEFAULT_MODEL = "shapes:text2image"
 
 
-def _controls() -> str:
-    """Name the methods for --help, which imports none of them: it reads what the package of controls imports."""
-    spec = importlib.util.find_spec("attnctl.processors")
-    text = "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
-    names = set(re.findall(r"^from attnctl\.processors\.\S+ import (\w+) as \1$", text, re.MULTILINE))
-    return ", ".join(sorted(names - _ELSEWHERE, key=str.lower))
-
-
 _ELSEWHERE = {"Capture", "FateZero", "FlowEdit", "Inject", "LatentGuidance"}  # of other commands, and a base
-CONTROLS = _controls()
+CONTROLS = ", ".join(sorted(homes().keys() - _ELSEWHERE, key=str.lower))  # --help imports none of them
 _CONTROL_HELP = (
     "A method with options, such as 'PAG(scale=3.0, sites=\"mid\")'; several act together. `attnctl controls` says "
     f"what each does, `attnctl controls PAG` what one takes: {CONTROLS}."

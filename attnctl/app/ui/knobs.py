@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from attnctl.core.registry import Bounds, bounds_of
+from attnctl.core.registry import Bounds, declared
 from attnctl.data.catalogue import presets_for
 from attnctl.data.controls import control_named
 from attnctl.data.specs import control_from_dict, control_to_dict, parse_control
@@ -60,7 +60,7 @@ def knobs_of(method: str) -> tuple[Knob, ...]:
         ConfigError: there is no such method.
     """
     cls = control_named(method)
-    shown = [(f, bounds) for f in dataclasses.fields(cls) if (bounds := bounds_of(cls, f.name)) and bounds.shown]
+    shown = [(f, bounds) for f in dataclasses.fields(cls) if (bounds := declared(cls)[f.name]) and bounds.shown]
     return tuple(_knob(method, f, bounds) for f, bounds in sorted(shown, key=lambda pair: pair[1].last))
 
 
@@ -75,14 +75,14 @@ def preset(model: str, method: str) -> dict[str, Any]:
 
     Methods declare them for the shipped models; for others the defaults are the published ones.
     """
-    declared = presets_for(model).get(method)
-    if declared is None:
+    offered = presets_for(model).get(method)
+    if offered is None:
         return {}
-    control = parse_control(declared.form.replace("NOUNS", '("a", "b")'))
+    control = parse_control(offered.form.replace("NOUNS", '("a", "b")'))
     values = control_to_dict(control)
     fields = [f for f in dataclasses.fields(control) if getattr(control, f.name) != f.default]
     setting = {f.name: values[f.name] for f in fields}
-    if "NOUNS" in declared.form:
+    if "NOUNS" in offered.form:
         setting["concepts"] = []  # open: they are taken from the prompt
     return setting
 

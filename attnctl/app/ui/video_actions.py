@@ -176,10 +176,10 @@ def frames_sheet(done: Compared) -> bytes:
     return png_bytes(sheet, [run.record for _, run, _ in done.runs])
 
 
-def film(folder: Path, stem: str, frames: Sequence[Image.Image], record: Any, fps: float = FPS) -> str | None:
+def film(folder: Path, stem: str, frames: Sequence[Image.Image], record: Any) -> str | None:
     """Write a video as MP4 with its record as comment, and return its path; None where PyAV is not installed."""
     arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
-    return _mp4(folder, f"{slug(stem)}.mp4", arrays, fps, json.dumps(record.to_dict()))
+    return _mp4(folder, f"{slug(stem)}.mp4", arrays, FPS, json.dumps(record.to_dict()))
 
 
 def preview(folder: Path, frames: Sequence[Image.Image], fps: float = FPS) -> str | None:

@@ -104,9 +104,7 @@ def stage_types(attn_type: str, depths: tuple[int, ...]) -> list[list[str]]:
     return kinds
 
 
-def load_filter(
-    state: Mapping[str, Any], model: nn.Module, resize: bool = False, head: str = "head"
-) -> dict[str, Tensor]:
+def load_filter(state: Mapping[str, Any], model: nn.Module, resize: bool = False) -> dict[str, Tensor]:
     """Refuse weights of another variant, naming what is missing, unexpected and of another shape.
 
     resize: fit axis biases, positions and relative position tables of another image size first.
@@ -115,8 +113,8 @@ def load_filter(
     want = model.state_dict()
     if resize:
         state = {k: fit_weight(k, v, want[k]) if k in want else v for k, v in state.items()}
-    keys = {k for k in want if not k.startswith(head)}
-    have = {k for k in state if not k.startswith(head)}
+    keys = {k for k in want if not k.startswith("head")}
+    have = {k for k in state if not k.startswith("head")}
     missing, unexpected = sorted(keys - have), sorted(have - keys)
     shapes = [
         f"{k}: {tuple(state[k].shape)} instead of {tuple(want[k].shape)}"
@@ -133,7 +131,7 @@ def load_filter(
     return dict(state)
 
 
-def _some(what: str, names: Iterable[str], n: int = 4) -> str:
+def _some(what: str, names: Iterable[str]) -> str:
     listed = list(names)
-    shown = ", ".join(listed[:n]) + (", ..." if len(listed) > n else "")
+    shown = ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
     return f"{len(listed)} {what}" + (f" ({shown})" if listed else "")

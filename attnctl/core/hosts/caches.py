@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.modules import compiled_below, named_below
+from attnctl.core.hosts.modules import named_below
 from attnctl.errors import NeverApplied, UnsupportedModelError
 
 __all__ = [
@@ -137,7 +137,7 @@ def replay_refusal(denoiser: torch.nn.Module) -> str | None:
         return "inference mode keeps no version counters"
     if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
         return "gradient checkpointing runs modules twice"
-    if compiled_below(denoiser):
+    if any(module._compiled_call_impl is not None for module in named_below(denoiser)):
         return "compiled blocks cannot be watched"
     if hooks_below(denoiser):
         return "diffusers hooks (caches, group offloading) need every block to run"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnctl.core.hosts.tokens import parts_in
+from attnctl.core.hosts.tokens import PLAIN
 
 __all__ = ["is_linear", "linear_attention", "run_linear"]
 
@@ -55,7 +55,7 @@ def run_linear(link: Any, attn: Any, hidden: torch.Tensor, encoder: torch.Tensor
         k = attn.norm_k(k)
     # [B, N, H D] -> [B, H, D, N] as the host lays it out, then viewed as [B, H, N, D].
     q, k, v = (x.transpose(1, 2).unflatten(1, (attn.heads, -1)).transpose(2, 3) for x in (q, k, v))
-    out = link.run(call(q, k, v, None, None, link, 0, parts_in(), linear_attention))
+    out = link.run(call(q, k, v, None, None, link, 0, PLAIN, linear_attention))
     out = out.transpose(2, 3).flatten(1, 2).transpose(1, 2).to(hidden.dtype)
     out = attn.to_out[1](attn.to_out[0](out))
     return out.clip(-65504, 65504) if hidden.dtype == torch.float16 else out

@@ -20,6 +20,7 @@ __all__ = [
     "find_sites",
     "halve",
     "image_level_grid",
+    "sites_of",
     "stage_grid",
     "unet_halvings",
     "unwrapped",
@@ -67,7 +68,7 @@ def find_sites(target: Any) -> tuple[Site, ...]:
     Raises:
         UnsupportedModelError: The object holds no denoiser, or the denoiser no attention with a processor.
     """
-    return _sites_of(next(iter(denoisers_of(target).values())))
+    return sites_of(next(iter(denoisers_of(target).values())))
 
 
 def blocks_around(sites: Iterable[Site], denoiser: torch.nn.Module) -> dict[torch.nn.Module, str]:
@@ -76,29 +77,27 @@ def blocks_around(sites: Iterable[Site], denoiser: torch.nn.Module) -> dict[torc
     return {denoiser.get_submodule(name): name for name in names}
 
 
-def _sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
+def sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
+    """List the attention sites of a denoiser in execution order; raise UnsupportedModelError where there are none."""
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # a compiled module lists the sites of what it compiled
     family = family_of(denoiser)
     if family.refusal is not None:
         raise UnsupportedModelError(f"{type(denoiser).__name__} cannot be controlled: {family.refusal}.")
-    attentions = [(n, m) for m, n in named_below(denoiser).items() if _is_attention(m)]
+    # Read off the modules' own tables: of most modules, which have no processor, `getattr` would make an error.
+    processed = {n: m for m, n in named_below(denoiser).items() if "processor" in vars(m) or "processor" in m._modules}
+    attentions = [(n, m) for n, m in processed.items() if callable(m.processor) and _queries(m)]
     kinds = {n: kind for n, m in attentions if (kind := kind_of(family, denoiser, n, m))}
     found = [(n, m) for n, m in attentions if n in kinds]
     if not found:
         raise UnsupportedModelError(_nothing(denoiser))
-    order = {n: i for i, (n, _) in enumerate(found)}
-    found.sort(key=lambda item: _execution_key(item[0], order[item[0]]))
-    if (first := family.first) is not None:
-        found.sort(key=lambda item: re.search(first, item[0]) is None)
+    order = [_execution_key(n, i, family.first) for i, (n, _) in enumerate(found)]
     sites: list[Site] = []
-    for name, module in found:
+    for _, (name, module) in sorted(zip(order, found, strict=True)):
         kind = kinds[name]
         parallel = kind == "dual" and sites and sites[-1].kind == "joint"
         depth = (sites[-1].depth if parallel else sites[-1].depth + 1) if sites else 0
-        heads = _heads(module)
-        width = _width(module)
         grid = _default_grid(family, denoiser, name) if kind in ("self", "cross") else None
-        sites.append(Site(name, kind, heads, width // heads, depth, grid, module=module))
+        sites.append(Site(name, kind, *_size(module), depth, grid, module=module))
     return tuple(sites)
 
 
@@ -117,29 +116,32 @@ def _nothing(denoiser: torch.nn.Module) -> str:
 _PROJECTION = re.compile(r"(?:^|_)(?:q|qkv|query)(?:_|$)")
 
 
-def _is_attention(module: torch.nn.Module) -> bool:
-    # Read off the module's own tables: of most modules, which have no processor, `getattr` would make an error.
-    processor = vars(module).get("processor", module._modules.get("processor"))
-    return callable(processor) and any(_PROJECTION.search(n) for n, _ in module.named_children())
+def _queries(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """List the projections of a module that make queries, by name."""
+    return [(n, m) for n, m in module.named_children() if _PROJECTION.search(n)]
 
 
-def _heads(module: torch.nn.Module) -> int:
+def _size(module: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of heads, and the channels of each."""
     names = ("heads", "num_heads", "n_heads", "num_attention_heads")
     heads: Any = next((h for n in names if (h := getattr(module, n, None))), 1)
-    return int(heads)
-
-
-def _width(module: torch.nn.Module) -> int:
     inner: Any = getattr(module, "inner_dim", None)
-    if inner is None:
-        queries = [(n, m) for n, m in module.named_children() if _PROJECTION.search(n)]
-        width = getattr(queries[0][1], "out_features", None) if queries else None
-        inner = width // 3 if width is not None and "qkv" in queries[0][0] and "mlp" not in queries[0][0] else width
-    return _heads(module) if inner is None else int(inner)
+    if inner is None and (queries := _queries(module)):
+        name, projection = queries[0]
+        inner = getattr(projection, "out_features", None)
+        inner = inner // 3 if inner is not None and "qkv" in name and "mlp" not in name else inner
+    return int(heads), 1 if inner is None else int(inner) // int(heads)
 
 
-def _execution_key(name: str, registered: int) -> tuple[Any, ...]:
-    """Order sites as they run: UNets register their mid block last, Latte its temporal blocks after the spatial."""
+def _execution_key(name: str, registered: int, first: str | None) -> tuple[Any, ...]:
+    """Order sites as they run: UNets register their mid block last, Latte its temporal blocks after the spatial.
+
+    Args:
+        name: Name of the site.
+        registered: Its place among the sites as the modules are registered.
+        first: Pattern of the sites that run before all others.
+    """
+    late = first is not None and re.search(first, name) is None
     parts = name.split(".")
     if parts[0] in _UNET_STAGES:
         stage = _UNET_STAGES.index(parts[0])
@@ -151,10 +153,10 @@ def _execution_key(name: str, registered: int) -> tuple[Any, ...]:
         layer = numbers[0] if numbers else 0
         # In one layer of a video UNet the spatial attention runs before the temporal one.
         temporal = any(p in ("temp_attentions", "motion_modules") for p in parts)
-        return (stage, block, layer, temporal, registered)
+        return (late, stage, block, layer, temporal, registered)
     if parts[0] in ("transformer_blocks", "temporal_transformer_blocks") and len(parts) > 1:
-        return (0, int(parts[1]), int(parts[0].startswith("temporal")), 0, registered)
-    return (0 if parts[0] != "single_transformer_blocks" else 1, registered, 0, 0, registered)
+        return (late, 0, int(parts[1]), int(parts[0].startswith("temporal")), 0, registered)
+    return (late, 0 if parts[0] != "single_transformer_blocks" else 1, registered, 0, 0, registered)
 
 
 def image_level_grid(grid: Grid, tokens: int) -> Grid | None:

@@ -17,7 +17,7 @@ from attnctl.core.hosts.running import PipelineCall, call_arguments
 from attnctl.core.hosts.scheduler import call_time, noise_time, step_of
 from attnctl.errors import ConfigError
 
-__all__ = ["fill_in_time", "guidance_rescale", "guidance_scale", "run_length", "safe_scale", "uses_guidance"]
+__all__ = ["fill_in_time", "guidance_rescale", "guidance_scale", "safe_scale", "uses_guidance"]
 
 
 def uses_guidance(pipe: Any) -> bool | None:
@@ -86,12 +86,6 @@ def _takes_argument(pipeline: Any, name: str) -> bool:
     return name not in attributes and any(isinstance(node, ast.Name) and node.id == name for node in inside)
 
 
-def run_length(pipe: Any, timesteps: Any) -> int:
-    """Return the number of steps of a run; image-to-image pipelines run only the end of the scheduler's list."""
-    steps = vars(pipe).get("_num_timesteps")
-    return min(int(steps), len(timesteps)) if steps else len(timesteps)
-
-
 def fill_in_time(state: CallState, scheduler: Any, call: PipelineCall, *, seen: bool, level: bool) -> None:
     """Fill in the length of a run, and where the call that is under way stands in it.
 
@@ -106,7 +100,8 @@ def fill_in_time(state: CallState, scheduler: Any, call: PipelineCall, *, seen: 
     if timesteps is None or not len(timesteps):
         return
     if state.steps is None:
-        state.steps = run_length(call.pipe, timesteps)
+        steps = vars(call.pipe).get("_num_timesteps")  # image to image runs the end of the scheduler's list alone
+        state.steps = min(int(steps), len(timesteps)) if steps else len(timesteps)
         if not seen:
             state.step = step_of(scheduler, state.steps, time_of(state.bound), call.values.get("timesteps"))
     if level:

@@ -52,6 +52,7 @@ def attn_processors(target: Any, *controls: Control, layout: Layout = "auto") ->
     for c in controls:
         _refuse_run(c, type(model).__name__)
     watched = resolve(model, controls)
+    watched.make_wrappers()
     _check_parts(watched)
     made: dict[str, Any] = {}
     wrappers = {site.name: _wrappers(watched, site.name) for site in watched.sites}

@@ -8,7 +8,7 @@ import torch
 
 from attnctl.core.hosts.arguments import Rows
 
-__all__ = ["added", "combine", "difference", "scaled"]
+__all__ = ["combine", "difference", "with_share"]
 
 
 def difference(c: Any, p: Any) -> Any:
@@ -19,16 +19,11 @@ def difference(c: Any, p: Any) -> Any:
     return c.to(wide) - p.to(wide)
 
 
-def scaled(delta: Any, weight: float) -> Any:
-    """Multiply a difference by a guidance weight."""
-    return [scaled(d, weight) for d in delta] if isinstance(delta, list) else delta * weight
-
-
-def added(a: Any, b: Any) -> Any:
-    """Add two differences; None counts as zero."""
-    if a is None:
-        return b
-    return [added(x, y) for x, y in zip(a, b, strict=True)] if isinstance(a, list) else a + b
+def with_share(total: Any, delta: Any, weight: float) -> Any:
+    """Compute total + weight * delta, for tensors or lists of tensors; a total of None counts as zero."""
+    if isinstance(delta, list):
+        return [with_share(*pair, weight) for pair in zip(total or [None] * len(delta), delta, strict=True)]
+    return delta * weight if total is None else total + delta * weight
 
 
 def combine(pred: Any, delta: Any, rows: Rows, rescale_safe: float | None) -> Any:

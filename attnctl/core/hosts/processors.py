@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from attnctl.core.call import AttnCall
+from attnctl.core.call import AttnCall, SiteHook
 from attnctl.core.control import Control
+from attnctl.core.hosts.intercept import Intercept
 from attnctl.core.hosts.linear import is_linear, run_linear
 from attnctl.core.hosts.tokens import sequences
 from attnctl.core.hosts.user_kernel import native, set_backend
-from attnctl.core.intercept import Intercept, SiteHook
 from attnctl.core.sites import Site
 from attnctl.errors import ConflictError, UnsupportedModelError
 
@@ -146,10 +146,10 @@ def _make_controlled(cls: Any) -> type:
         link: SiteHook | None = self._attnctl
         if link is None or link.wrappers is None:
             return cls.__call__(self, attn, *args, **kwargs)
-        if link.reader is None or torch.compiler.is_compiling():
-            return run(self, link, attn, *args, **kwargs)
-        with link.reader.describing(link, attn):
-            return run(self, link, attn, *args, **kwargs)
+        if link.reader is not None and not torch.compiler.is_compiling():
+            with link.reader.describing(link, attn):
+                return run(self, link, attn, *args, **kwargs)
+        return run(self, link, attn, *args, **kwargs)
 
     def run(self: Any, link: SiteHook, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden, encoder = sequences(names, args, kwargs)
@@ -179,7 +179,11 @@ def attach_processor(site: Site, link: SiteHook) -> Any:
         UnsupportedModelError: The processor computes attention where it cannot be intercepted.
     """
     module: Any = site.module
-    _refuse_fixed(site)
+    if _is_controlled(module.processor) and getattr(module.processor._attnctl, "reader", None) is not None:
+        raise ConflictError(
+            f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
+            "model's own processors with set_attn_processor before attaching a control."
+        )
     original = module.processor = _release_processor(module.processor)
     inner = _interceptable(site, original)
     if isinstance(inner, torch.nn.Module):
@@ -248,15 +252,6 @@ def _release_processor(processor: Any) -> Any:
     return original
 
 
-def _refuse_fixed(site: Site) -> None:
-    module: Any = site.module
-    if _is_controlled(module.processor) and getattr(module.processor._attnctl, "reader", None) is not None:
-        raise ConflictError(
-            f"{site.name} carries a processor made by attnctl.attn_processors, which perturbs every pass: restore the "
-            "model's own processors with set_attn_processor before attaching a control."
-        )
-
-
 @contextlib.contextmanager
 def _native_backend(processor: Any, native: Any) -> Iterator[None]:
     """Have diffusers' dispatcher call SDPA, where it can be seen, whatever backend is set."""
@@ -284,6 +279,18 @@ _NATIVE: dict[int, tuple[int, Any]] = {}
 """By the id of a processor: how many calls are inside of it, and the backend that the first of them met."""
 
 
+_SIBLINGS = {
+    "AttnProcessor": "AttnProcessor2_0",
+    "SlicedAttnProcessor": "AttnProcessor2_0",
+    "XFormersAttnProcessor": "AttnProcessor2_0",
+    "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
+    "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
+    "XFormersAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
+    "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
+}
+"""Processors that do not call SDPA, and what computes the same and does."""
+
+
 def _interceptable(site: Any, processor: Any) -> Any:
     """Return a processor that calls SDPA and computes the same as this one."""
     from diffusers.models import attention_processor as ap
@@ -294,22 +301,13 @@ def _interceptable(site: Any, processor: Any) -> Any:
             f"{site.name} holds the control {processor.describe()} in place of a processor; set_attn_processor takes "
             "anything. Restore the model's own processors: model.set_default_attn_processor(), or load it again."
         )
-    siblings = {
-        "AttnProcessor": "AttnProcessor2_0",
-        "SlicedAttnProcessor": "AttnProcessor2_0",
-        "XFormersAttnProcessor": "AttnProcessor2_0",
-        "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "XFormersAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-        "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
-    }
-    if name in siblings:
+    if name in _SIBLINGS:
         if not getattr(site.module, "scale_qk", True):
             raise UnsupportedModelError(
                 f"{site.name} does not scale its logits (scale_qk=False), which only {name} honours, and {name} "
                 "does not call scaled_dot_product_attention: its attention cannot be intercepted."
             )
-        return getattr(ap, siblings[name])()
+        return getattr(ap, _SIBLINGS[name])()
     if name == "IPAdapterAttnProcessor":
         new = ap.IPAdapterAttnProcessor2_0(
             processor.hidden_size, processor.cross_attention_dim, processor.num_tokens, processor.scale

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from attnctl.core.sites import Selector, Site, select
 from attnctl.errors import SiteError
 
-__all__ = ["Default"]
+__all__ = ["Default", "published_in", "unpublished"]
+
+_UNCOUNTED = ("temporal", "dual")  # attention over frames, and the second one of a block: no publication counts them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Default:
 
     def fits(self, sites: Sequence[Site], kinds: Sequence[str]) -> bool:
         """Tell whether it holds for a model of this size."""
-        return self.blocks is None or sum(s.kind in kinds for s in sites) == self.blocks
+        counted = [s for s in sites if s.kind in kinds and s.kind not in _UNCOUNTED]
+        return self.blocks is None or len(counted) == self.blocks
 
     def of(self, sites: Sequence[Site], kinds: Sequence[str], what: str) -> tuple[Site, ...]:
         """Choose the sites of a model, among those of some kinds.
@@ -42,6 +46,7 @@ class Default:
         Raises:
             SiteError: The selector matches none, or the model does not expose the size of its latents.
         """
+        kinds = [kind for kind in kinds if kind not in _UNCOUNTED]
         blocks = tuple(s for s in sites if s.kind in kinds)
         if self.sites is not None:
             blocks = select(sites, self.sites, kinds=kinds, what=what)
@@ -65,6 +70,35 @@ class Default:
         if self.sites == "mid":
             return "mid block"
         return ", ".join(map(str, self.sites)) if isinstance(self.sites, (list, tuple)) else str(self.sites)
+
+
+def published_in(cls: Any, family: Any, sites: Sequence[Site] = ()) -> Default | None:
+    """Find the published sites of a control in a family: its own, else those of the nearest of its bases.
+
+    Args:
+        cls: The class of the control.
+        family: The family.
+        sites: The sites of a model: what holds for models of another size alone is left out.
+    """
+    for c in cls.__mro__:
+        for default in (vars(c).get("published", {}).get(family.name), family.published.get(c.__name__)):
+            if default is not None and (not sites or default.fits(sites, cls.kinds)):
+                found: Default = default
+                return found
+    return None
+
+
+def unpublished(what: str, kinds: Sequence[str], family: str, sites: Sequence[Site]) -> SiteError:
+    """Say that no publication names sites of a control, and which it could act on."""
+    names = [s.name for s in sites if s.kind in kinds]
+    if not names:
+        found = ", ".join(sorted({s.kind for s in sites}))
+        return SiteError(f"{what} acts on {', '.join(kinds)} attention; this {family} model has {found} only.")
+    shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else []))
+    return SiteError(
+        f"{what} has no default sites: no publication names any for {family} models, so `sites` must be given. "
+        f"Candidates: {shown}. `attnctl.find_sites(pipe)` lists them all."
+    )
 
 
 def _at_reduction(sites: Sequence[Site], blocks: tuple[Site, ...], reduction: int, what: str) -> tuple[Site, ...]:

@@ -77,7 +77,7 @@ class RowLayout:
         call, self.calls = self.calls, self.calls + 1
         if "skip_layers" in bound and bound["skip_layers"] is not None:
             return Rows(total, slice(0, 0), role="extra")  # SD3's own skip-layer guidance: not ours to guide
-        shown = family.layout(denoiser, bound) if self.layout == "auto" else None
+        shown = family.layout(denoiser, bound) if family.layout is not None and self.layout == "auto" else None
         self._shown = shown is not None
         if shown is not None and (call == 0 or self.pipe is None):
             if shown == "extra":
@@ -121,22 +121,15 @@ class RowLayout:
 
     def warn_bare(self, rows: Rows) -> None:
         """Warn once that the rows of a bare model are all guided as prompt rows, where they may be halves."""
-        if (
-            self.pipe is None
-            and self.layout == "auto"
-            and not self._shown
-            and rows.role != "extra"
-            and rows.total % 2 == 0
-        ):
-            warn_once = not self._warned
+        shown = self.layout != "auto" or self._shown or rows.role == "extra" or rows.total % 2
+        if not shown and not self._warned:
             self._warned = True
-            if warn_once:
-                warnings.warn(
-                    f"attnctl: a bare model tells nothing of its {rows.total} rows; each is guided as a prompt row. "
-                    'Pass control(..., layout="uncond_first") if the first half is the negative prompt, or '
-                    'layout="cond" to confirm.',
-                    stacklevel=3,
-                )
+            warnings.warn(
+                f"attnctl: a bare model tells nothing of its {rows.total} rows; each is guided as a prompt row. "
+                'Pass control(..., layout="uncond_first") if the first half is the negative prompt, or '
+                'layout="cond" to confirm.',
+                stacklevel=3,
+            )
 
     def _first_rows(self, bound: Mapping[str, Any], total: int, cond_first: bool) -> Rows:
         if self.layout in ("cond", "sequential"):

@@ -85,7 +85,8 @@ def _watched(original: type) -> type:
             watch.listener.claim()
         result = cls.set_timesteps(self, *args, **kwargs)
         if watch is not None:
-            watch.begin(self)
+            watch.current = self
+            watch.listener.on_set_timesteps(seen=True)
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,11 +169,6 @@ class SchedulerWatch:
         begun, self.current = self.current is not None, scheduler
         if begun:  # nobody has noticed the set_timesteps of the new one
             self.listener.on_set_timesteps(seen=False)
-
-    def begin(self, scheduler: Any) -> None:
-        """Note that a watched scheduler begins a run."""
-        self.current = scheduler
-        self.listener.on_set_timesteps(seen=True)
 
     def release(self) -> None:
         """Give all schedulers their own classes back."""

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.arguments import bind_call, row_count, time_of
-from attnctl.core.hosts.pipelines import run_length, uses_guidance
+from attnctl.core.call import SiteHook
+from attnctl.core.hosts.arguments import bind_call, row_count
+from attnctl.core.hosts.pipelines import fill_in_time, uses_guidance
 from attnctl.core.hosts.rows import Layout, RowLayout
-from attnctl.core.hosts.running import Owner, calling_pipeline
-from attnctl.core.hosts.scheduler import step_of
-from attnctl.core.intercept import SiteHook
+from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.errors import UnsupportedModelError
 
@@ -83,16 +82,12 @@ class CallOnStack:
         self._owner.claim(type(module).__name__)
         w, bound = self.watched, bind_call(module, args, kwargs)
         w.state.begin_call(module, w.family, bound)
-        call = calling_pipeline(module)
-        pipe = None if call is None else call.pipe
-        w.state.options = {} if call is None else call.values
+        call = calling_pipeline(module) or PipelineCall(None)
+        pipe = call.pipe
+        w.state.options = call.values
         w.state.rows = self._read_rows(pipe, module, bound)
         w.state.step, w.state.steps = 0, None
-        scheduler = getattr(pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and len(timesteps):
-            w.state.steps = run_length(pipe, timesteps)
-            w.state.step = step_of(scheduler, w.state.steps, time_of(bound), w.state.options.get("timesteps"))
+        fill_in_time(w.state, getattr(pipe, "scheduler", None), call, seen=False, level=False)
         if w.state.step == 0:
             w.shared.clear()
         self._under_way = kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,7 +15,17 @@ from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 
-__all__ = ["CallTokens", "Parts", "grid_of", "image_in", "parts_in", "parts_of", "placed_on_image", "sequences"]
+__all__ = [
+    "PLAIN",
+    "CallTokens",
+    "Parts",
+    "grid_of",
+    "image_in",
+    "parts_in",
+    "parts_of",
+    "placed_on_image",
+    "sequences",
+]
 
 
 class CallTokens:
@@ -24,7 +35,7 @@ class CallTokens:
     """
 
     def __init__(self, denoiser: torch.nn.Module, family: Family, bound: Bound) -> None:
-        self._read: Callable[[], Grid | None] | None = lambda: family.grid(denoiser, bound)
+        self._read: Callable[[], Grid | None] | None = functools.partial(family.grid, denoiser, bound)
         self._grid: Grid | None = None
         self.counts: Tokens | None = None
         if not bound:
@@ -51,18 +62,21 @@ Parts: TypeAlias = tuple[slice | None, slice | None, slice | None, bool]
 carries nothing else with sizes that it does not know (Mochi cuts its text)."""
 
 
-def parts_in(
-    image: slice | None = None, text: slice | None = None, keys: slice | None = None, acts: bool = True
-) -> Parts:
-    """Say where image and text are in one attention.
+PLAIN: Parts = (None, None, None, True)
+"""No other tokens are there, or nothing tells."""
+_PASSED: Parts = (None, None, None, False)
+"""It concerns neither this image nor its text."""
+
+
+def parts_in(image: slice | None = None, text: slice | None = None, keys: slice | None = None) -> Parts:
+    """Say where image and text are in an attention on which controls act.
 
     Args:
         image: The image's rows among the queries, where others are there too; None where none are, or nothing tells.
         text: The text among the keys, likewise.
         keys: The image among the keys of a call whose queries are the image's alone, and whose keys are not.
-        acts: Whether controls act on the call; they leave alone what concerns neither this image nor its text.
     """
-    return image, text, keys, acts
+    return image, text, keys, True
 
 
 def sequences(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -105,10 +119,10 @@ def parts_of(
         second: The second sequence that it was called with, or None in a packed sequence.
     """
     h, e, kind = _count(hidden), _count(second), site.kind
-    if family is not None and site.module is not None:
+    if family is not None and family.calls is not None and site.module is not None:
         calls = family.calls(site.name, site.module)
         if index < len(calls) and calls[index] != kind:
-            return parts_in(acts=False)
+            return _PASSED
     if kind == "joint" and family is not None and family.text is not None:
         return _joint(family.text, counts, queries, keys, index, h, e)
     if kind == "cross" and counts is not None and counts.led and keys > counts.led:
@@ -118,7 +132,7 @@ def parts_of(
             return parts_in(image=slice(0, h))
         if counts is not None and counts.image < counts.stream == queries:
             return parts_in(image=slice(counts.before, counts.before + counts.image))
-    return parts_in()
+    return PLAIN
 
 
 def _joint(
@@ -129,18 +143,18 @@ def _joint(
     if e is not None and not turned and h is not None and (counts is None or counts.stream != h):
         counts = Tokens(h)
     if counts is None or h is None:
-        return parts_in()
+        return PLAIN
     both = h + (e or 0)
     if queries == keys:
         # Mochi cuts each row's text to its valid length, which a graph does not know: no other length is unknown there.
         if guard_or_true(queries == both) or (e is not None and not turned and h < queries < both):
-            return _placed(text, counts, queries) if counts.stream <= queries else parts_in()
-        return parts_in(acts=False)  # a segment of the sequence that is attended by itself: the text's
+            return _placed(text, counts, queries) if counts.stream <= queries else PLAIN
+        return _PASSED  # a segment of the sequence that is attended by itself: the text's
     if keys > queries and queries in (counts.stream, h) and (keys in (both, e) or (e is None and h == queries)):
         counts = counts if queries == counts.stream else Tokens(queries, text=counts.text)
         placed = _placed(text, counts, keys)
         return parts_in(slice(counts.before, counts.before + counts.image), placed[1], placed[0])
-    return parts_in(acts=index == 0 or e is None)  # image prompts are attended by themselves
+    return PLAIN if index == 0 or e is None else _PASSED  # image prompts are attended by themselves
 
 
 def _placed(text: str, counts: Tokens, n: int) -> Parts:

@@ -21,7 +21,7 @@ from attnctl.errors import BackendError, PlanError, nearest
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import repeat_heads
 from attnctl.kernels.sparse import flex, gather, triton, xformers_blocks
-from attnctl.kernels.sparse.lists import lay_out, put_back
+from attnctl.kernels.sparse.lists import LaidOut, lay_out, put_back
 from attnctl.kernels.sparse.written_out import masked, reference
 from attnctl.kernels.timing import fastest, size_class
 from attnctl.plans.blocks import BlockPlan, Blocks
@@ -51,7 +51,7 @@ class Sparse(NamedTuple):
     declines: Callable[[Tensor, Tensor, Tensor, Blocks], str]
 
 
-def _laid_out(kernel: Callable[..., Tensor]) -> Run:
+def _laid_out(kernel: Callable[[LaidOut], Tensor]) -> Run:
     """Wrap a kernel that wants every head's image tokens in that head's order, and the text beside them."""
 
     def run(
@@ -70,7 +70,7 @@ def _laid_out(kernel: Callable[..., Tensor]) -> Run:
             # Grouped heads share keys, but not orders.
             parts = [lay_out(repeat_heads(x, plan.heads), plan, group) for x in parts]
         texts = [repeat_heads(x[:, :, text], parts[1].shape[1]) for x in (k, v)]
-        return put_back(kernel(*parts, *texts, plan, group, scale, words), plan, group)
+        return put_back(kernel(LaidOut(*parts, *texts, plan, group, scale, words)), plan, group)
 
     return run
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels.checks import current, repeat_heads
-from attnctl.kernels.sparse.lists import derived
+from attnctl.kernels.sparse.lists import LaidOut, derived
 from attnctl.plans.blocks import Blocks
 
 __all__ = ["block_mask", "compiled", "declines", "eager", "missing", "run", "tile"]
@@ -50,22 +50,9 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     return ""
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    plan: Blocks,
-    group: int,
-    scale: float | None,
-    words: Tensor | None = None,
-) -> Tensor:
-    """Compute the image rows of block-sparse attention.
-
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D]; words, the text
-    keys to attend to, bool [B or 1, T] -> [B, H, N, Dv].
-    """
+def run(call: LaidOut) -> Tensor:
+    """Compute the image rows of block-sparse attention, [B, H, N, Dv]."""
+    q, k, v, k_text, v_text, plan, group, scale, words = call
     batch, heads = q.shape[:2]
     text = k_text.shape[2]
     gap, fill = _gaps(plan, text)

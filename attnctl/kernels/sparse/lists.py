@@ -20,6 +20,7 @@ from attnctl.plans.orders import permutation
 
 __all__ = [
     "Bundle",
+    "LaidOut",
     "Layout",
     "block_means",
     "block_sizes",
@@ -54,6 +55,32 @@ class Bundle(NamedTuple):
     blocks: Tensor
     tail: bool
     left: Tensor | None = None
+
+
+class LaidOut(NamedTuple):
+    """A call whose image tokens stand in each head's own order, beside its text: what most kernels are given.
+
+    Attributes:
+        q: Queries of the image [B, H, N, D].
+        k: Keys of the image [B, Hk, N, D].
+        v: Values of the image [B, Hk, N, Dv].
+        k_text: Keys of the text [B, Hk, T, D].
+        v_text: Values of the text [B, Hk, T, Dv].
+        plan: What to compute.
+        group: Part of the run.
+        scale: Factor on q k^T, 1 / sqrt(D) if None.
+        words: Text keys to attend to, bool [B or 1, T]; None for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_text: Tensor
+    v_text: Tensor
+    plan: Blocks
+    group: int
+    scale: float | None
+    words: Tensor | None = None
 
 
 class Layout(NamedTuple):

@@ -8,28 +8,19 @@ from torch import Tensor
 
 from attnctl.kernels import sdpa
 from attnctl.kernels.checks import as_bias, chunk_rows, repeat_heads, wide_dtype
-from attnctl.kernels.sparse.lists import block_means, block_sizes, derived
+from attnctl.kernels.sparse.lists import LaidOut, block_means, block_sizes, derived
 from attnctl.plans.blocks import Blocks
 
 __all__ = ["masked", "reference"]
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    plan: Blocks,
-    group: int,
-    scale: float | None,
-    words: Tensor | None = None,
-) -> Tensor:
+def reference(call: LaidOut) -> Tensor:
     """Compute the image rows with an explicit masked softmax, in float32 or wider: what the kernels are held against.
 
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D]; words, bool
-    [B or 1, T] -> [B, H, N, Dv].
+    Returns:
+        [B, H, N, Dv].
     """
+    q, k, v, k_text, v_text, plan, group, scale, words = call
     n, wide = q.shape[2], wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys, values = (x.to(wide) for x in _all_keys(k, v, k_text, v_text, plan))
@@ -42,21 +33,15 @@ def reference(
     return torch.cat(parts, 2).to(v.dtype)
 
 
-def masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    plan: Blocks,
-    group: int,
-    scale: float | None,
-    words: Tensor | None = None,
-) -> Tensor:
+def masked(call: LaidOut) -> Tensor:
     """Compute the image rows by torch's dense kernel under a mask of tokens: for so few tokens that lists do not pay.
 
-    Shapes: as for `reference`; the mask is as large as the map.
+    The mask is as large as the map.
+
+    Returns:
+        [B, H, N, Dv].
     """
+    q, k, v, k_text, v_text, plan, group, scale, words = call
     keys, values = _all_keys(k, v, k_text, v_text, plan)
     rows = torch.arange(q.shape[2], device=q.device)
     if words is not None:

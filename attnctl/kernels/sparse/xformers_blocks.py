@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnctl.kernels import xformers
 from attnctl.kernels.checks import repeat_heads
-from attnctl.kernels.sparse.lists import derived
+from attnctl.kernels.sparse.lists import LaidOut, derived
 from attnctl.plans.blocks import Blocks
 
 __all__ = ["declines", "missing", "run", "sequences"]
@@ -59,21 +59,9 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     return xformers.declines(q, k, v, None)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    plan: Blocks,
-    group: int,
-    scale: float | None,
-    words: None = None,
-) -> Tensor:
-    """Compute the image rows of block-sparse attention.
-
-    Shapes: q [B, H, N, D]; k, v [B, Hk, N, D], in each head's own order; k_text, v_text [B, Hk, T, D] -> [B, H, N, Dv].
-    """
+def run(call: LaidOut) -> Tensor:
+    """Compute the image rows of block-sparse attention where all of the text counts, [B, H, N, Dv]."""
+    q, k, v, k_text, v_text, plan, group, scale, _ = call
     batch, heads, n, width = q.shape
     keys, values = (
         torch.cat([repeat_heads(x, heads), repeat_heads(text, heads)], 2).flatten(1, 2)

@@ -101,12 +101,12 @@ def encode(pipe: Any, video: np.ndarray, batch: int = 4) -> Tensor:
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor, batch: int = 4) -> np.ndarray:
+def decode(pipe: Any, latents: Tensor) -> np.ndarray:
     """Decode latents [n, C, h, w] into uint8 frames [n, height, width, 3]."""
     parts = []
     with _steady(pipe.vae) as dtype:
         shift, scale = _moments(pipe, latents.to(dtype))
-        for z in latents.to(dtype).split(batch):
+        for z in latents.to(dtype).split(4):
             x = pipe.vae.decode(z / scale + shift, return_dict=False)[0].float()
             parts.append(((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)

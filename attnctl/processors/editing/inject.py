@@ -22,7 +22,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family, family_of
-from attnctl.core.hosts.published import Default
+from attnctl.core.hosts.published import Default, published_in
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site
@@ -115,7 +115,9 @@ class Inject(Control):
                 f"Inject takes from a row that rides beside the edit, which only transformers have; this is a "
                 f"{family.name} model. Use FateZero."
             )
-        default = self.published_in(family, sites) or Default(span=(2, 3, 3), source="the last third, as on FLUX.1")
+        default = published_in(type(self), family, sites) or Default(
+            span=(2, 3, 3), source="the last third, as on FLUX.1"
+        )
         return default.of(sites, self.kinds, "Inject")
 
     def default_source(self, family: Family) -> str | None:

@@ -71,14 +71,14 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 # Maps
 
 
-def token_softmax(maps: Tensor, temperature: float = 100.0) -> Tensor:
+def token_softmax(maps: Tensor) -> Tensor:
     """Share each image token among the text tokens: softmax(100 A) without the first and the last token.
 
     Attend-and-Excite's normalisation; it needs the map of every text token.
 
     Shapes: maps [B, T, h, w] -> [B, T, h, w], zero for the first and the last token.
     """
-    shares = (_wide(maps)[:, 1:-1] * temperature).softmax(dim=1)
+    shares = (100 * _wide(maps)[:, 1:-1]).softmax(dim=1)
     return F.pad(shares, (0, 0, 0, 0, 1, 1))
 
 

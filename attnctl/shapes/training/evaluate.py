@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["contact_sheet", "evaluate", "generate", "localisation", "main", "score", "summary", "wilson"]
 
 SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+_REPORT, _TUNE = 512, 120  # prompts of a report, and those that choose the scale
+_BATCH = 32
 
 
 def wilson(hits: int, n: int) -> tuple[float, float, float]:
@@ -83,7 +85,7 @@ def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, lis
 
 
 def localisation(
-    pipe: StableDiffusionPipeline, *, scale: float, n: int, seed: int, steps: int = 20, batch: int = 32
+    pipe: StableDiffusionPipeline, *, scale: float, n: int, seed: int, steps: int = 20
 ) -> dict[str, list[float]]:
     """Say for single-object pictures whether the noun's map peaks inside its object's box.
 
@@ -93,13 +95,13 @@ def localisation(
     """
     singles = single_prompts()
     inside: dict[str, list[float]] = {"mid": [], "up": [], "mid+up": [], "chance": []}
-    for first in range(0, n, batch):
-        prompts = [singles[(7 * (first + i)) % len(singles)] for i in range(min(batch, n - first))]
+    for first in range(0, n, _BATCH):
+        prompts = [singles[(7 * (first + i)) % len(singles)] for i in range(min(_BATCH, n - first))]
         words = tuple((parse(p).things[0].shape,) for p in prompts)
         # Early steps place nothing yet: the second half of the run.
         capture = Capture(words=words, sites=("mid", "up_blocks"), start=0.5)
         with attach(pipe, capture) as handle:
-            images = generate(pipe, prompts, scale=scale, seed=seed + first, steps=steps, batch=batch)
+            images = generate(pipe, prompts, scale=scale, seed=seed + first, steps=steps, batch=_BATCH)
             maps = handle.maps
         nouns = {name: _of_each(layer, [maps.words.index(w) for (w,) in words]) for name, layer in maps.layers.items()}
         groups = {
@@ -133,9 +135,9 @@ def _peak(layers: Iterable[Tensor]) -> tuple[int, int]:
     return divmod(place, SIZE)
 
 
-def contact_sheet(images: Sequence[np.ndarray], prompts: Sequence[str], columns: int = 8, zoom: int = 2) -> np.ndarray:
+def contact_sheet(images: Sequence[np.ndarray], prompts: Sequence[str], columns: int = 8) -> np.ndarray:
     """Lay pictures out with their prompts; a green frame means right, a red one wrong. uint8 RGB."""
-    side, text = SIZE * zoom, 26
+    side, text = 2 * SIZE, 26
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * (side + text + 6), columns * (side + 6), 3), 255, np.uint8)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -160,13 +162,11 @@ def summary(marks: dict[str, list[float]]) -> dict:
     return result
 
 
-def evaluate(
-    pipe: StableDiffusionPipeline, *, n: int = 512, tune: int = 120, steps: int = 20, scales: Sequence[float] = SCALES
-) -> dict:
+def evaluate(pipe: StableDiffusionPipeline, *, steps: int = 20) -> dict:
     """Choose the guidance scale on tuning prompts, then measure on report prompts; all shares in percent."""
-    singles = single_prompts()
+    n, tune, singles = _REPORT, _TUNE, single_prompts()
     sweep = {}
-    for scale in scales:
+    for scale in SCALES:
         one, two = [singles[i % 120] for i in range(tune)], pair_prompts(1, tune, "tuning")
         marks = [score(generate(pipe, p, scale=scale, seed=10_000, steps=steps), p)["right"] for p in (one, two)]
         sweep[scale] = [wilson(int(sum(m)), tune) for m in marks]

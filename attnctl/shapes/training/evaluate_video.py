@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_video", "generate_clips", "main", "mark", "strip", "totals"]
 
 SCALES = (2.0, 3.0, 4.0, 5.0)
+_BATCH = 4
 
 # What the pipelines are told about their videos; the text is padded no further than it has to be.
 _SIZES: dict[str, dict[str, int]] = {
@@ -50,17 +51,16 @@ def generate_clips(
     scale: float,
     seed: int,
     steps: int = 20,
-    batch: int = 4,
     **call: Any,
 ) -> list[np.ndarray]:
     """Make one video per prompt, uint8 RGB [16, 64, 64, 3] (videodit: 17 frames).
 
-    Video i has the noise of seed + i, whatever the batch; `call` goes to the pipeline.
+    Video i has the noise of seed + i, whatever stands beside it; `call` goes to the pipeline.
     """
     call = {**_SIZES[type(pipe).__name__], **call}
     videos: list[np.ndarray] = []
-    for first in range(0, len(prompts), batch):
-        part = list(prompts[first : first + batch])
+    for first in range(0, len(prompts), _BATCH):
+        part = list(prompts[first : first + _BATCH])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
         out = pipe(
             part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="np", **call
@@ -122,12 +122,12 @@ def evaluate_video(
     return result
 
 
-def strip(videos: Sequence[np.ndarray], prompts: Sequence[str], every: int = 3) -> np.ndarray:
+def strip(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     """Lay videos out, one a row, every third frame; a green bar means right, a red one wrong. uint8 RGB."""
     rows = []
     for video, prompt in zip(videos, prompts, strict=True):
         good = judge_clip(video).matches(prompt).right
-        row = np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=255) for f in video[::every]], 1)
+        row = np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=255) for f in video[::3]], 1)
         head = np.full((18, row.shape[1], 3), (40, 160, 60) if good else (210, 40, 40), np.uint8)
         cv2.putText(head, prompt, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
         rows += [head, row]

@@ -16,12 +16,17 @@ from torch import Tensor
 __all__ = ["Muon", "orthogonalise"]
 
 
-def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
+_ITERATIONS = 5
+_MOMENTUM = 0.95  # of Muon
+_BETAS = (0.9, 0.99)  # of Adam
+
+
+def orthogonalise(m: Tensor) -> Tensor:
     """Bring the singular values of matrices [n, rows, columns] near one by a Newton-Schulz iteration."""
     tall = m.shape[-2] > m.shape[-1]
     x = m.mT if tall else m
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
-    for _ in range(steps):
+    for _ in range(_ITERATIONS):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
     x = x.float()
@@ -37,13 +42,11 @@ class Muon(torch.optim.Optimizer):
         *,
         plain: Iterable[Tensor] = (),
         lr: float = 1e-3,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
     ) -> None:
         params = list(params)
         apart = {id(p) for p in plain} | {id(p) for p in params if p.ndim < 2}
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "matrix": True}
+        defaults = {"lr": lr, "momentum": _MOMENTUM, "betas": _BETAS, "weight_decay": weight_decay, "matrix": True}
         groups = [
             {"params": [p for p in params if id(p) not in apart], "matrix": True},
             {"params": [p for p in params if id(p) in apart], "matrix": False},

@@ -78,15 +78,13 @@ def finish_vae(vae: AutoencoderKL, average: dict[str, Tensor]) -> AutoencoderKL:
     return vae
 
 
-def refine_decoder(
-    out: Path, plan: Plan, vae: AutoencoderKL, *, batch: int = 8, resume: bool = False, quiet: bool = False
-) -> AutoencoderKL:
+def refine_decoder(out: Path, plan: Plan, vae: AutoencoderKL, *, resume: bool = False) -> AutoencoderKL:
     """Train the decoder on, for the encoder as it is and for latents that are slightly wrong, as generated ones are."""
     vae.requires_grad_(False)
     parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
-        x = draw_images(generator, batch)
+        x = draw_images(generator, 8)
         if torch.rand((), generator=generator) < 0.6:
             x = draw_crops(generator, x, 4)
         x = x.to(vae.device)
@@ -96,7 +94,7 @@ def refine_decoder(
         error = vae.decode(z + _ROUGHNESS * noise.to(vae.device)).sample - x
         return error.abs().mean() + 3 * error.square().mean()
 
-    average = train(parts, loss, out, plan, resume=resume, quiet=quiet)
+    average = train(parts, loss, out, plan, resume=resume)
     vae.load_state_dict(average_to_state(average), strict=False)
     return vae.requires_grad_(False).eval()
 

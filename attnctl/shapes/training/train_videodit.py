@@ -87,12 +87,12 @@ def train_video_vae(
 
 
 @torch.no_grad()
-def _standardise(vae: AutoencoderKLWan, n: int = 24) -> AutoencoderKLWan:
-    """Write the mean and the spread of every latent channel, over `n` clips, into the autoencoder's settings."""
+def _standardise(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Write the mean and the spread of every latent channel, over 24 clips, into the autoencoder's settings."""
     rng = np.random.default_rng(1)
     device = next(vae.parameters()).device
     latents = []
-    for _ in range(n):
+    for _ in range(24):
         frames = render_clip(sample_clip(rng, frames=videodit.DIT_FRAMES), videodit.DIT_FRAMES)
         latents.append(vae.encode(to_tensor(frames).transpose(0, 1)[None].to(device)).latent_dist.mean.float())
     z = torch.cat(latents)

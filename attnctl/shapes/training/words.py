@@ -34,13 +34,15 @@ def motion_code(motion: Motion) -> tuple[float, float, float, float]:
     return float(x), float(y), speed, float(motion.direction == "still")
 
 
+_RATE = 3e-3
+
+
 def teach_motion(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     *,
     steps: int = 600,
     batch: int = 64,
-    rate: float = 3e-3,
     seed: int = 0,
 ) -> float:
     """Train the text encoder in place and return the last loss, a mean square."""
@@ -57,7 +59,7 @@ def teach_motion(
     axes = torch.linalg.qr(torch.randn(width, 4, generator=generator)).Q.T * _LENGTH
     codes = torch.tensor([motion_code(motion) for motion in motions]) @ axes
     before = copy.deepcopy(text_encoder).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(text_encoder.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(text_encoder.parameters(), lr=_RATE)
     loss = torch.zeros(())
     for step in range(steps):
         m = torch.randint(len(motions), (batch,), generator=generator)
@@ -67,7 +69,7 @@ def teach_motion(
         loss = (text_encoder(ids[m, k])[0] - target).square().mean()
         loss = loss + (text_encoder(plain[k])[0] - known).square().mean()
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
+            group["lr"] = _RATE * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

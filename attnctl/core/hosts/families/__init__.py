@@ -42,8 +42,7 @@ def family_of(denoiser: torch.nn.Module) -> Family:
 
 def kind_of(family: Family, denoiser: torch.nn.Module, name: str, module: torch.nn.Module) -> str:
     """Name the kind of attention at one site, one of `core.sites.KINDS`, or "" where the module is no site."""
-    special = family.kind_at(denoiser, name)
-    if special is not None:
+    if family.kind_at is not None and (special := family.kind_at(denoiser, name)) is not None:
         return special
     for pattern, kind in family.kinds:
         if re.search(pattern, name):

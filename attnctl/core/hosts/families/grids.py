@@ -16,10 +16,10 @@ from attnctl.core.sites import Grid
 __all__: list[str] = []
 
 
-def patch(model: torch.nn.Module, default: int = 1) -> tuple[int, int]:
+def patch(model: torch.nn.Module) -> tuple[int, int]:
     """Return the patch size (time, space) from a model's config."""
     config: Any = model.config
-    size = getattr(config, "patch_size", default)
+    size = getattr(config, "patch_size", 1)
     if isinstance(size, (tuple, list)):  # (time, height, width)
         return int(size[0]), int(size[-1])
     return int(getattr(config, "patch_size_t", None) or 1), int(size)

@@ -54,13 +54,14 @@ class Family:
         classes: Class names of the denoisers; compared by name so that no model is imported.
         kinds: Pairs (pattern, kind): the first pattern found in a site's name decides its kind. An empty kind means
             that the module is no site.
-        kind_at: Gives the kind of a site where its name alone does not tell it, else None.
+        kind_at: Gives the kind of a site where its name alone does not tell it, else None; no function where
+            all names do.
         text: Where text tokens lie in a joint sequence.
         grid: Gives frames, rows and columns of the token grid from the arguments of a denoiser call.
         tokens: Counts the tokens of a call, or gives None where rows differ in them; no function means that the image's
             are the product of the grid, and the text's are the rest.
         calls: Gives the kind of each attention that one module computes, in their order, from the site's name and its
-            module; () where it computes one.
+            module; () where it computes one; no function where all compute one.
         first: Pattern of the sites that run before all others although they are registered later.
         unet: Whether the sites lie in down, mid and up stages of halving resolution.
         all_frames: Whether its self or joint attention runs over the tokens of all frames, frame by frame.
@@ -68,7 +69,8 @@ class Family:
         cond_first: Whether its pipelines batch the prompt before the negative prompt.
         from_prompt: Whether its pipelines count guidance from the prompt, c + s (c - u), and not from u + s (c - u).
         layout: Gives the layout of a call's rows where its arguments show it: "cond" (no negative rows), "cond_first",
-            or "extra" for a call that fills a cache of reference images and predicts nothing.
+            or "extra" for a call that fills a cache of reference images and predicts nothing; no function where no
+            argument does.
         shared: Arguments of its calls that all rows share, whatever their first axis.
         row_axis: The axis of the rows in arguments where that is not the first.
         published: Published sites by the kind of control that acts there, named by its class: "Guidance" for the
@@ -81,18 +83,18 @@ class Family:
     name: str
     classes: tuple[str, ...]
     kinds: tuple[tuple[str, str], ...]
-    kind_at: Callable[[torch.nn.Module, str], str | None] = lambda model, name: None
+    kind_at: Callable[[torch.nn.Module, str], str | None] | None = None
     text: Literal["first", "last"] | None = None
     grid: Callable[[torch.nn.Module, Bound], Grid | None] = lambda model, bound: None
     tokens: Callable[[torch.nn.Module, Bound], Tokens | None] | None = None
-    calls: Callable[[str, torch.nn.Module], tuple[str, ...]] = lambda name, module: ()
+    calls: Callable[[str, torch.nn.Module], tuple[str, ...]] | None = None
     first: str | None = None
     unet: bool = False
     all_frames: bool = False
     frames_first: bool = False
     cond_first: bool = False
     from_prompt: bool = False
-    layout: Callable[[torch.nn.Module, Bound], Layout | None] = lambda model, bound: None
+    layout: Callable[[torch.nn.Module, Bound], Layout | None] | None = None
     shared: frozenset[str] = frozenset()
     row_axis: Mapping[str, int] = field(default_factory=dict)
     published: Mapping[str, Default] = field(default_factory=dict)
