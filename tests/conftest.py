@@ -46,13 +46,14 @@ def unplugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def controls_of_this_test_alone() -> Iterator[None]:
     """Forget the controls that a test defines, so that no other test meets them."""
-    import attnctl.processors  # noqa: F401  # the package's own stay, whichever test needs them first
     from attnctl.core import registry
 
     before = dict(registry.CONTROLS)
     yield
+    # The package's own stay: their modules are imported once, whichever test needs them first.
+    own = {name: cls for name, cls in registry.CONTROLS.items() if registry.HOMES.get(name) == cls.__module__}
     registry.CONTROLS.clear()
-    registry.CONTROLS.update(before)
+    registry.CONTROLS.update(before | own)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ import torch
 
 from attnctl.app.cli import main
 from attnctl.app.ui.knobs import control_of, knobs_of
-from attnctl.core import registry
 from attnctl.core.hosts.families import FAMILIES
 from attnctl.core.hosts.published import Default, published_in
 from attnctl.core.registry import Conflict, declared, knob
@@ -42,15 +41,6 @@ class {name}(Control):
     def wrapper(self, sites):
         return lambda call, proceed: proceed(call.with_(q=call.q * self.factor))
 """
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    controls()  # all modules of the package are imported once: what a test adds is what comes after
-    before = dict(registry.CONTROLS)
-    yield
-    registry.CONTROLS.clear()
-    registry.CONTROLS.update(before)
 
 
 def package(folder: Path, name: str, source: str, points: str) -> None:
