@@ -51,7 +51,7 @@ TIMES = {
     "PAG": "a step under PAG",
     "switched off": "a step under PAG that is switched off",
     "Capture": "a step under Capture",
-    "import": "importing attnctl after torch, diffusers and transformers",
+    "import": "importing attnctl and PAG after torch, diffusers and transformers",
 }
 ENDED = "whole runs, exceptions and KeyboardInterrupt in every step, with the handle lost"
 

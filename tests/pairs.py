@@ -335,10 +335,7 @@ def hosts_of(names: tuple[str, str]) -> list[str]:
 
 
 def commute(first: Any, second: Any) -> bool:
-    """Tell whether two controls that may act together give the same result in either order.
-
-    All do but two that move the latents, of which the second starts where the first has moved them.
-    """
+    """Tell whether two controls give the same result in either order: all do but two that both move the latents."""
     return not (first.moves_latents and second.moves_latents)
 
 
