@@ -70,7 +70,8 @@ def _laid_out(kernel: Callable[[LaidOut], Tensor]) -> Run:
             # Grouped heads share keys, but not orders.
             parts = [lay_out(repeat_heads(x, plan.heads), plan, group) for x in parts]
         texts = [repeat_heads(x[:, :, text], parts[1].shape[1]) for x in (k, v)]
-        return put_back(kernel(LaidOut(*parts, *texts, plan, group, scale, words)), plan, group)
+        call = LaidOut(parts[0], parts[1], parts[2], texts[0], texts[1], plan, group, scale, words)
+        return put_back(kernel(call), plan, group)
 
     return run
 
