@@ -21,7 +21,7 @@ __all__ = ["Generate"]
 _DEFAULT_MODEL = "shapes:text2image"
 
 
-_ELSEWHERE = {"Capture", "FateZero", "FlowEdit", "Inject", "LatentGuidance"}  # of other commands, and a base
+_ELSEWHERE = {"Capture", "FateZero", "FlowEdit", "IdentityBank", "Inject", "LatentGuidance"}  # other commands', parts
 CONTROLS = ", ".join(sorted(homes().keys() - _ELSEWHERE, key=str.lower))  # --help imports none of them
 _CONTROL_HELP = (
     "A method with options, such as 'PAG(scale=3.0, sites=\"mid\")'; several act together. `attnctl controls` says "
