@@ -274,6 +274,84 @@ def test_masks_that_are_refused(masks: Path) -> None:
         find_masks(masks)
 
 
+def test_what_lies_beside_the_pictures(classes: Path, masks: Path) -> None:
+    (classes / "flat" / "._0.png").write_bytes(b"what macOS leaves")
+    (classes / ".cache").mkdir()
+    assert not find_classes(classes).left_out
+    (classes / "flat" / "notes.txt").write_text("")
+    picture("flat", 1).save(classes / "loose.PNG")
+    picture("flat", 1).save(classes / "flat" / "a b\u00e9 \u5149.PNG")
+    split = find_classes(classes)
+    assert [p.name for p in split.left_out] == ["loose.PNG", "notes.txt"]
+    assert "2 other files are left out" in split.describe()
+    assert len(split.train) + len(split.test) == 49
+    (classes / "flat" / "gone.png").symlink_to(classes / "nowhere.png")
+    with pytest.raises(ConfigError, match=r"gone\.png is a link to a file that does not exist"):
+        find_classes(classes)
+    (classes / "flat" / "gone.png").unlink()
+    (classes / "flat" / "link.jpeg").symlink_to(classes / "flat" / "1.png")
+    more = find_classes(classes)
+    assert len(more.train) + len(more.test) == 50
+    (classes / "flat" / "old").mkdir()
+    picture("flat", 1).save(classes / "flat" / "old" / "9.png")
+    with pytest.raises(ConfigError, match=r"old/9\.png lies in a folder below"):
+        find_classes(classes)
+    (masks / "images" / ".hidden").mkdir()
+    (masks / "masks" / "._3.png").write_bytes(b"what macOS leaves")
+    (masks / "images" / "notes.txt").write_text("")
+    assert [p.name for p in find_masks(masks).left_out] == ["notes.txt"]
+    Image.open(masks / "masks" / "3.png").save(masks / "masks" / "3.tif")
+    with pytest.raises(ConfigError, match=r"3\.tif and 3\.png have one name"):
+        find_masks(masks)
+    (masks / "masks" / "3.tif").unlink()
+    first = Image.open(masks / "masks" / "3.png")
+    (masks / "masks" / "3.png").unlink()
+    first.save(masks / "masks" / "3.gif", save_all=True, append_images=[Image.new("L", first.size, 1)])
+    with pytest.raises(ConfigError, match=r"3\.gif is animated"):
+        find_masks(masks)
+
+
+def test_accents_in_two_spellings_are_one_name(classes: Path, masks: Path) -> None:
+    (classes.parent / "parts").mkdir()
+    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        for kind in (name, "flat"):
+            folder = classes.parent / "parts" / part / kind
+            folder.mkdir(parents=True)
+            picture("flat", 0).save(folder / "0.png")
+    assert find_classes(classes.parent / "parts").classes == ("caf\u00e9", "flat")
+    (classes / "caf\u00e9").mkdir()
+    (classes / "cafe\u0301").mkdir()
+    for name in ("caf\u00e9", "cafe\u0301"):
+        picture("flat", 0).save(classes / name / "0.png")
+    with pytest.raises(ConfigError, match="accents in two spellings"):
+        find_classes(classes)
+    (masks / "images" / "3.png").rename(masks / "images" / "\u00e9.png")
+    (masks / "masks" / "3.png").rename(masks / "masks" / "e\u0301.png")
+    assert len(find_masks(masks).train) + len(find_masks(masks).test) == 10
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    import signal
+
+    from attnctl.pipelines.vision.runs import save_checkpoint
+    from attnctl.plans.writing import WriteError
+
+    model = torch.nn.Linear(200, 200)
+    optimizer = torch.optim.SGD(model.parameters())
+    save_checkpoint(tmp_path, model, None, optimizer, {"epoch": 1})
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, before[1]))
+        with pytest.raises(WriteError, match=r"The checkpoint cannot be written.*The last one is kept"):
+            save_checkpoint(tmp_path, model, None, optimizer, {"epoch": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text()) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_values_that_are_refused(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="epochs=0"):
         Recipe(epochs=0)

@@ -12,22 +12,26 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from attnctl.errors import AttnctlError
 from attnctl.plans.reading import Expected, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FileExists", "WriteError", "check_free", "lock", "publish", "recover"]
+__all__ = ["FileExists", "WriteError", "check_free", "lock", "publish", "recover", "save_tensors"]
 
 _PREFIX = ".attnctl-"  # of journals; their endings say how far the writing is
 _NEW, _DRAFTING, _PLACING, _DONE = ".new", ".drafting", ".placing", ".done"
@@ -44,6 +48,20 @@ class WriteError(AttnctlError):
 
 
 _JOURNAL = Expected("the journal of files that are being written", WriteError, 4 << 20)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises: OSError where it cannot be written, which the library calls by another name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def check_free(paths: Sequence[str | Path], *, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,18 +42,22 @@ class Split:
         task: "classify" or "segment".
         classes: Names, in the order of their numbers.
         train, test: Pairs of a picture and its class number, or its mask.
+        left_out: Visible files beside the pictures that are none by their names.
     """
 
     task: Task
     classes: tuple[str, ...]
     train: tuple[tuple[Path, Any], ...]
     test: tuple[tuple[Path, Any], ...]
+    left_out: tuple[Path, ...] = ()
 
     def describe(self) -> str:
         """Say how many pictures there are, and of which classes."""
         names = ", ".join(self.classes[:12]) + (", ..." if len(self.classes) > 12 else "")
+        rest = f"; {len(self.left_out)} other files are left out, such as {self.left_out[0]}" if self.left_out else ""
         return (
             f"{len(self.train)} pictures to train on, {len(self.test)} to test on; {len(self.classes)} classes: {names}"
+            f"{rest}"
         )
 
 
@@ -64,7 +69,7 @@ def find_classes(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
     """
     root = _folder(data)
     for part in (root, root / "train"):
-        if {p.name for p in part.glob("*/") if p.is_dir()} == {"images", "masks"}:
+        if part.is_dir() and {p.name for p in _visible(part) if p.is_dir()} == {"images", "masks"}:
             raise ConfigError(
                 f"{part} holds images and masks, and no folder per class: train on them with `attnctl segment`."
             )
@@ -91,7 +96,11 @@ def find_classes(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
             train[name] = [files[i] for i in sorted(order[count:])]
     classes = tuple(train)
     pairs = [tuple((f, n) for n, c in enumerate(classes) for f in part[c]) for part in (train, test)]
-    return Split(task="classify", classes=classes, train=pairs[0], test=pairs[1])
+    folders = {f.parent for pair in pairs for f, _ in pair}
+    return Split(
+        task="classify", classes=classes, train=pairs[0], test=pairs[1],
+        left_out=_others({root, *(f.parent for f in folders), *folders}),
+    )  # fmt: skip
 
 
 def find_masks(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
@@ -135,7 +144,9 @@ def find_masks(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
                     f"{' in ' + names.name if names.is_file() else ' in the masks to train on'}; {IGNORED} counts for "
                     "nothing. List every class in classes.txt, or mend the mask."
                 )
-    return Split(task="segment", classes=tuple(classes), train=tuple(parts[0]), test=tuple(parts[1]))
+    folders = {f.parent for part in parts for pair in part for f in pair}
+    left_out = tuple(p for p in _others({root, *(f.parent for f in folders), *folders}) if p != names)
+    return Split(task="segment", classes=tuple(classes), train=tuple(parts[0]), test=tuple(parts[1]), left_out=left_out)
 
 
 def check_pictures(files: Sequence[Path]) -> None:
@@ -208,6 +219,8 @@ class Masks(Dataset[tuple[Tensor, Tensor]]):
 def read_mask(path: Path) -> np.ndarray[Any, Any]:
     """Read class numbers [y, x]. Raises: ConfigError for a mask of several channels or of more than 8 bits."""
     with _opened(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ConfigError(f"{path} is animated ({image.n_frames} frames). Save the frame that you mean.")  # type: ignore[attr-defined]
         if image.mode not in ("L", "P", "1"):
             raise ConfigError(
                 f"{path} has mode {image.mode}; expected one channel of class numbers (8-bit grey, or a palette)."
@@ -298,15 +311,46 @@ def _other(root: Path) -> Path:
     return found[0]
 
 
+def _visible(folder: Path) -> list[Path]:
+    """List what lies in a folder but for hidden files, such as those that macOS puts beside pictures."""
+    return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
+
+
+def _others(folders: set[Path]) -> tuple[Path, ...]:
+    """List the visible files of folders that are no pictures by their names, and pictures beside folders of classes."""
+    files = (p for folder in sorted(folders) for p in _visible(folder) if not p.is_dir())
+    held = {p.parent for p in folders}
+    return tuple(p for p in files if p.suffix.lower() not in SUFFIXES or p.parent in held)
+
+
 def _pictures(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=natural)
+    """List the pictures of a folder. Raises: ConfigError for links to nothing, and pictures in folders below."""
+    found = []
+    for path in _visible(folder):
+        if path.is_dir():
+            if inside := next((p for p in _visible(path) if p.suffix.lower() in SUFFIXES), None):
+                raise ConfigError(
+                    f"{inside} lies in a folder below {folder}: pictures are looked for in {folder} alone."
+                )
+        elif path.suffix.lower() in SUFFIXES:
+            if not path.exists():
+                raise ConfigError(f"{path} is a link to a file that does not exist. Mend it, or take it out.")
+            found.append(path)
+    return found
+
+
+def _name(text: str) -> str:
+    """Return one spelling of a name whose accents may be written in two ways, as systems do."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:
-    folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural)
+    folders = [p for p in _visible(root) if p.is_dir()]
     if len(folders) < 2:
         raise ConfigError(f"{root} has {len(folders)} class folders; expected at least two, each with pictures.")
-    found = {p.name: _pictures(p) for p in folders}
+    found = {_name(p.name): _pictures(p) for p in folders}
+    if len(found) < len(folders):
+        raise ConfigError(f"{root} has two folders of the same name, with accents in two spellings. Merge them.")
     for name, files in found.items():
         if not files:
             raise ConfigError(f"{root / name} has no pictures ({', '.join(SUFFIXES)}).")
@@ -317,13 +361,18 @@ def _with_masks(root: Path) -> list[tuple[Path, Path]]:
     for name in ("images", "masks"):
         if not (root / name).is_dir():
             raise ConfigError(f"{root} has no folder {name}; expected images and masks with files of the same names.")
-    masks = {p.stem: p for p in _pictures(root / "masks")}
     images = _pictures(root / "images")
+    masks: dict[str, Path] = {}
+    for files, known in ((_pictures(root / "masks"), masks), (images, {})):
+        for path in files:
+            if (name := _name(path.stem)) in known:
+                raise ConfigError(f"{path} and {known[name].name} have one name: which mask belongs to which picture?")
+            known[name] = path
     if not images:
         raise ConfigError(f"{root / 'images'} has no pictures ({', '.join(SUFFIXES)}).")
     for image in images:
-        if image.stem not in masks:
+        if _name(image.stem) not in masks:
             raise ConfigError(
                 f"{image} has no mask {root / 'masks' / image.stem}.png.{nearest(image.stem, list(masks))}"
             )
-    return [(image, masks[image.stem]) for image in images]
+    return [(image, masks[_name(image.stem)]) for image in images]

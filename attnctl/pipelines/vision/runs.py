@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attnctl.errors import ConfigError, nearest
@@ -152,22 +151,22 @@ def save_checkpoint(
 
     Raises: WriteError where the disk is full.
     """
-    from attnctl.plans.writing import WriteError
+    from attnctl.plans.writing import WriteError, save_tensors
 
     fresh, old, final = out / "checkpoint.new", out / "checkpoint.old", out / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
-        save_file(_plain(model.state_dict()), fresh / "weights.safetensors")
+        save_tensors(_plain(model.state_dict()), fresh / "weights.safetensors")
         if average is not None:
-            save_file(_plain(average.state_dict()), fresh / "average.safetensors")
+            save_tensors(_plain(average.state_dict()), fresh / "average.safetensors")
         moments: dict[str, Tensor] = {}
         n = 0
         for group in optimizer.param_groups:
             for p in group["params"]:
                 moments |= {f"{n}:{k}": torch.as_tensor(v) for k, v in optimizer.state[p].items()}
                 n += 1
-        save_file(_plain(moments), fresh / "optimizer.safetensors")
+        save_tensors(_plain(moments), fresh / "optimizer.safetensors")
         (fresh / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, Proceed
@@ -30,6 +30,7 @@ from attnctl.errors import AttnctlError, ConfigError
 from attnctl.kernels import columns
 from attnctl.kernels.maps import softmax_map
 from attnctl.plans.folders import OwnFolder
+from attnctl.plans.writing import save_tensors
 from attnctl.processors.editing.fusion import Keys, gather_frames, take_queries
 
 __all__ = [
@@ -83,7 +84,7 @@ class SourceStore:
         if self._folder is not None:
             path = self._folder.path / f"{step}-{site}.safetensors"
             try:
-                save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+                save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
             except OSError as error:
                 self.close()
                 raise MemoryBudgetError(f"Writing the source's attention to disk failed: {error}.") from None
