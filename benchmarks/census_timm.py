@@ -119,13 +119,36 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
+def _write(path: Path, rows: list[dict[str, Any]], count: int, part: bool) -> None:
+    """Write rows and their counts; where a part was judged, the other rows of the file stay as they are."""
+    shown = ("name", "model", "classes", "read", "swap", "sites", "places", "whole")
+    kept = [{k: r.get(k) for k in shown} for r in rows]
+    before = json.loads(path.read_text()) if part and path.exists() else None
+    if before is not None and before["timm"] == timm.__version__:
+        fresh = {r["name"]: r for r in kept}
+        kept = [fresh.pop(r["name"], r) for r in before["rows"]] + list(fresh.values())
+        count = before["models"]
+    read = [r for r in kept if not r["read"]]
+    result = {
+        "timm": timm.__version__,
+        "models": count,
+        "attention": len(kept),
+        "read": len(read),
+        "whole": sum(bool(r["whole"]) for r in read),
+        "swapped": sum(not r["swap"] for r in kept),
+        "rows": kept,
+    }
+    path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    print(f"{path.name}: {len(kept)} models with attention, {len(read)} read, {result['swapped']} swapped")
+
+
 def main() -> None:
     """Judge the models, print the counts, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="*", default=[], help="timm's files to take names from, all if none")
     parser.add_argument("--each", action="store_true", help="run every name, not one of each kind")
     parser.add_argument("--first", action="store_true", help="only the first name of each file")
-    parser.add_argument("--json", type=Path, help="write every row to this file")
+    parser.add_argument("--json", type=Path, help="write every row to this file; with --modules, its other rows stay")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     own = [m for m in timm.list_modules() if _may_attend(m)]
@@ -162,17 +185,7 @@ def main() -> None:
         for classes, n in counts.most_common(40):
             print(f"  {n:4} {classes}")
     if args.json:
-        shown = ("name", "model", "classes", "read", "swap", "sites", "places", "whole")
-        result = {
-            "timm": timm.__version__,
-            "models": len(names),
-            "attention": len(rows),
-            "read": len(read),
-            "whole": sum(bool(r.get("whole")) for r in read),
-            "swapped": sum(not r["swap"] for r in rows),
-            "rows": [{k: r.get(k) for k in shown} for r in rows],
-        }
-        args.json.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        _write(args.json, rows, len(names), part=bool(args.modules))
 
 
 if __name__ == "__main__":

@@ -207,6 +207,19 @@ def test_a_block_of_sigmoid_attention() -> None:
         close(block(x["x"]), y["y"])
 
 
+@pytest.mark.parametrize("kind", ["sparsifiner", "vsa", "ssa", "local_linear", "tic", "reversed"])
+def test_forms_export_for_any_number_of_images(kind: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 1}).eval()
+    attnctl.swap(model, kind)
+    x = torch.rand(3, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},), strict=False)
+    with torch.no_grad():
+        close(program.module()(x), model(x))
+        close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
 def test_limits_of_forms_without_a_release() -> None:
     torch.manual_seed(0)
     q, k, v, x = *(torch.randn(2, 2, 65, 8) for _ in range(3)), torch.randn(2, 65, 16)
