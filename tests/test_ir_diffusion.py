@@ -123,6 +123,8 @@ def test_only_pictures_with_subjects_change(name: str) -> None:
         ({"boxes": (((0.5, 0, 0.5, 1),),)}, "is empty"),
         ({"boxes": (((0, 0, 1.5, 1),),)}, "0 to 1"),
         ({"boxes": ((LEFT,), (LEFT, RIGHT))}, "an entry per subject"),
+        ({"boxes": ((LEFT, LEFT), (RIGHT, None))}, "nothing to keep apart"),
+        ({"boxes": ((LEFT,),)}, "nothing to keep apart"),
         ({"boxes": THREE, "references": (0,)}, "1 references were given for 2"),
         ({"boxes": THREE, "references": (1, 0)}, "of which boxes says no place"),
         ({"boxes": ((LEFT, RIGHT),), "references": (0, 0)}, "says no place"),

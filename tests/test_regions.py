@@ -208,6 +208,9 @@ def _latents(pipe: Any) -> tuple[int, int, int]:
         (lambda: Regions(prompts=("a",), areas=(torch.zeros(4, 4),)), "mask is empty"),
         (lambda: Regions(prompts=("a",), areas=(torch.full((4, 4), 255.0),)), "0 to 1"),
         (lambda: Regions(prompts=("a",), areas=(torch.ones(5),)), r"\[height, width\]"),
+        (lambda: Regions(prompts=("a",), areas=((0, 0, 1),)), "a box has four"),
+        (lambda: Regions(prompts=("a",), areas=((1, 0, 0, 1),)), "left before right"),
+        (lambda: Regions(prompts=("a",), areas=((math.nan, 0, 1, 1),)), "0 to 1"),
         (lambda: Regions(prompts=("a",), areas=(None,)), "is no area"),
         (lambda: Regions(prompts=("a",), areas=([[1], [1, 0]],)), "is no area"),
         (lambda: Regions(prompts=("a",), areas=(torch.ones(4, 4, device="meta"),)), "on meta"),
@@ -219,6 +222,37 @@ def _latents(pipe: Any) -> tuple[int, int, int]:
 def test_what_is_no_region_is_refused(make: Callable[[], Regions], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+@pytest.mark.parametrize("embeds", [torch.randn(1, 7, 8), torch.randn(3, 77, 32)])
+def test_embeddings_of_another_model_or_batch_are_refused(sd: Any, embeds: Tensor) -> None:
+    pipe, call = sd
+    given = {f"{name}prompt_embeds": pipe.encode_prompt([BASE], "cpu", 1, False)[0] for name in ("", "negative_")}
+    regions = Regions(embeds=({"prompt_embeds": embeds},), areas=HALVES[:1], stop=1.0)
+    with pytest.raises(ConfigError, match="does not take the embeddings that were given for a region's prompt"):
+        run(pipe, call | {"prompt": None} | given, regions)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (2000, 3)])
+def test_masks_of_every_size_and_overlapping_areas(sd: Any, size: tuple[int, int]) -> None:
+    pipe, call = sd
+    whole = run(pipe, call | {"prompt": BASE}, Regions(prompts=(LEFT,), areas=((0, 0, 1, 1),), stop=1.0))
+    for areas in ((torch.ones(size),), (torch.ones(size), (0, 0, 1, 1))):
+        out = run(pipe, call | {"prompt": BASE}, Regions(prompts=(LEFT,) * len(areas), areas=areas, stop=1.0))
+        assert far(out, whole) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_batches_of_several_pictures_per_prompt(sd: Any, scale: float) -> None:
+    pipe, call = sd
+    noise = torch.randn(4, 4, 16, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    texts = {"prompt": ["a cat", f"{BASE}, {RIGHT}"], "negative_prompt": ["", "ugly"]}
+    regions = Regions(prompts=(LEFT, " ".join([RIGHT] * 40)), areas=HALVES, stop=1.0)  # the second is cut at its end
+    out = run(pipe, call | texts, regions, num_images_per_prompt=2, latents=noise, guidance_scale=scale)
+    for i, row in enumerate(noise):
+        one = {name: given[i // 2] for name, given in texts.items()}
+        alone = run(pipe, call | one, regions, latents=row[None], guidance_scale=scale)
+        assert far(out[i : i + 1], alone) < 1e-12
 
 
 def test_masks_come_from_files_and_pictures(sd: Any, tmp_path: Path) -> None:

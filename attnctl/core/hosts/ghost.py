@@ -151,6 +151,11 @@ def _refused(pipe: Any, arguments: Mapping[str, Any], error: Exception, what: st
             f"{name} has no text encoder to encode {what} with (it was deleted, or not loaded). Encode it while the "
             f"encoder is there: {remedy}."
         )
+    if arguments.get("prompt") is None:
+        return ConfigError(
+            f"{name} does not take the embeddings that were given for {what} ({type(error).__name__}: {error}). Give "
+            "them as it makes them, in the shapes of the call's own, or by the names of the denoiser's arguments."
+        )
     return ConfigError(f"{name} could not encode {what} ({type(error).__name__}: {error}): {remedy}.")
 
 

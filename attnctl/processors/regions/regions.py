@@ -194,6 +194,11 @@ def _area(area: Any, what: str) -> Area:
         ) from error
     if mask.is_meta or mask.is_complex():
         raise ConfigError(f"{what}: a mask of {mask.dtype} on {mask.device} was given; expected numbers from 0 to 1.")
+    if mask.ndim == 1:
+        raise ConfigError(
+            f"{what}: {len(mask)} numbers were given; a box has four (left, top, right, bottom), in fractions of the "
+            "picture, and a mask is [height, width]."
+        )
     if mask.ndim != 2 or min(mask.shape) < 1:
         raise ConfigError(f"{what}: a mask of shape {tuple(mask.shape)} was given; expected [height, width].")
     mask = mask.to("cpu", torch.float32, copy=True)  # the caller's own may change

@@ -116,6 +116,12 @@ class IRDiffusion(ShareAttention):
         given = self.references if isinstance(self.references, (list, tuple)) else (self.references,)
         references = tuple(whole(unboxed(r), "IRDiffusion: references", 0, of="pictures") for r in given)
         object.__setattr__(self, "references", references)
+        placed = [[box for box in picture if box is not None] for picture in self.boxes]
+        if not references and all(len(set(boxes)) < 2 for boxes in placed):
+            raise ConfigError(
+                "IRDiffusion: no picture has two subjects in different boxes, so that there is nothing to keep apart: "
+                "give each subject a box of its own, or references."
+            )
         subjects = len(self.boxes[0])
         if references and len(references) != subjects:
             raise ConfigError(
