@@ -147,22 +147,21 @@ def test_negative_rows_stay_and_guidance_adds_up(sd: Any) -> None:
 # Joint attention
 
 
-@pytest.mark.parametrize(("base", "isolation"), [(0.3, "none"), (0.0, "all"), (0.2, "alternate")])
-def test_joint_attention_equals_one_sequence_under_a_dense_mask(mmdit: Any, base: float, isolation: str) -> None:
-    pipe, areas = mmdit, ((0.0, 0.0, 0.5, 0.7), (0.4, 0.0, 1.0, 0.7))
-    texts = ("a red circle on gray", "a blue square on gray", "a red circle and a blue square on gray")
-    left, right, whole = ([pipe.encode_prompt(t, t, t, max_sequence_length=0)[i] for i in (0, 2)] for t in texts)
-    n = [x[0].shape[1] for x in (whole, left, right)]
-    edges = np.cumsum([0, *n])
+AREAS = ((0.0, 0.0, 0.5, 0.7), (0.4, 0.0, 1.0, 0.7))
+TEXTS = ("a red circle on gray", "a blue square on gray", "a red circle and a blue square on gray")
+
+
+def one_sequence(pipe: Any, base: float, isolation: str) -> tuple[Replace, dict[str, Tensor]]:
+    """Return what attends to image, base text and regions' texts under a dense mask, and the texts' embeddings."""
+    left, right, whole = ([pipe.encode_prompt(t, t, t, max_sequence_length=0)[i] for i in (0, 2)] for t in TEXTS)
+    edges = np.cumsum([0, *(x[0].shape[1] for x in (whole, left, right))])
     order = {s.name: i for i, s in enumerate(attnctl.find_sites(pipe)) if s.kind == "joint"}
 
     def dense(c: AttnCall, proceed: Proceed) -> Tensor:
-        assert c.image is not None
-        assert c.grid is not None
-        image, total = c.image, c.k.shape[2]
-        assert image.start == 0  # the text stands behind the image in this host
-        tokens = image.stop
-        inside = torch.stack([box_on_grid(a, *c.grid[1:]).flatten() >= 0.5 for a in areas])
+        total, grid = c.k.shape[2], c.grid
+        tokens = total - int(edges[-1])  # the text stands behind the image in this host
+        assert grid is not None
+        inside = torch.stack([box_on_grid(a, *grid[1:]).flatten() >= 0.5 for a in AREAS])
         bias = torch.full((total, total), -math.inf, dtype=torch.float64)
         place = [slice(tokens + edges[i], tokens + edges[i + 1]) for i in range(3)]
         bias[place[0], place[0]] = bias[place[0], :tokens] = 0
@@ -176,17 +175,41 @@ def test_joint_attention_equals_one_sequence_under_a_dense_mask(mmdit: Any, base
             bias[place[r + 1], place[r + 1]] = 0
             bias[place[r + 1], :tokens] = torch.where(inside[r], 0.0, -math.inf).double()[None]
             bias[:tokens, place[r + 1]] = torch.where(inside[r], 0.0, -math.inf).double()[:, None]
-        return F.scaled_dot_product_attention(c.q, c.k, c.v, bias)
+        return F.scaled_dot_product_attention(
+            c.q, c.k, c.v, bias[total - c.q.shape[2] :]
+        )  # or the text's queries alone
 
+    embeds = {"prompt_embeds": torch.cat([whole[0], left[0], right[0]], 1), "pooled_prompt_embeds": whole[1]}
+    return Replace(sites="joint", function=dense), embeds
+
+
+def joint_call(pipe: Any) -> dict[str, Any]:
     noise = torch.randn(1, *_latents(pipe), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": noise, "output_type": "latent"}
-    joined = torch.cat([whole[0], left[0], right[0]], 1)
-    with attnctl.control(pipe, Replace(sites="joint", function=dense)):
-        expected = pipe(prompt_embeds=joined, pooled_prompt_embeds=whole[1], **call).images
-    regions = Regions(prompts=texts[:2], areas=areas, base=base, isolation=isolation, stop=1.0)  # type: ignore[arg-type]
-    with attnctl.control(pipe, regions):
-        out = pipe(texts[2], max_sequence_length=0, **call).images
+    return {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": noise, "output_type": "latent"}
+
+
+@pytest.mark.parametrize(("base", "isolation"), [(0.3, "none"), (0.0, "all"), (0.2, "alternate")])
+def test_joint_attention_equals_one_sequence_under_a_dense_mask(mmdit: Any, base: float, isolation: Any) -> None:
+    dense, embeds = one_sequence(mmdit, base, isolation)
+    with attnctl.control(mmdit, dense):
+        expected = mmdit(**embeds, **joint_call(mmdit)).images
+    regions = Regions(prompts=TEXTS[:2], areas=AREAS, base=base, isolation=isolation, stop=1.0)
+    with attnctl.control(mmdit, regions):
+        out = mmdit(TEXTS[2], max_sequence_length=0, **joint_call(mmdit)).images
     assert far(out, expected) < 1e-10
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_guidance_beside_regions_in_joint_attention(mmdit: Any, place: int) -> None:
+    name = [s.name for s in attnctl.find_sites(mmdit) if s.kind == "joint"][place]
+    regions = Regions(prompts=TEXTS[:2], areas=AREAS, stop=1.0)
+    outs = []
+    for controls in ((regions,), (PAG(sites=[name], scale=2.0), regions), (regions, PAG(sites=[name], scale=2.0))):
+        with attnctl.control(mmdit, *controls):
+            outs.append(mmdit(TEXTS[2], max_sequence_length=0, **joint_call(mmdit)).images)
+    assert torch.equal(outs[1], outs[2])
+    assert outs[1].isfinite().all()
+    assert far(outs[1], outs[0]) > 1e-3
 
 
 def _latents(pipe: Any) -> tuple[int, int, int]:
@@ -285,6 +308,22 @@ def test_a_region_without_a_token_is_refused(mmdit: Any) -> None:
     call = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 1.0}
     with pytest.raises(ConfigError, match=r"areas\[1\] covers half of no image token"):
         run(mmdit, call, Regions(prompts=("a", "b"), areas=(HALVES[0], (0.0, 0.0, 0.01, 0.01))))
+
+
+def test_an_error_behind_the_first_site_is_the_one_that_is_seen(mmdit: Any) -> None:
+    def broken(c: AttnCall, proceed: Proceed) -> Tensor:
+        raise UnsupportedModelError("a word of its own")
+
+    last = [s.name for s in attnctl.find_sites(mmdit) if s.kind == "joint"][-1]
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    regions = Regions(prompts=TEXTS[:2], areas=AREAS, stop=1.0)
+    hooks = len(mmdit.transformer._forward_hooks)
+    with (
+        attnctl.control(mmdit, Replace(sites=last, function=broken), regions),
+        pytest.raises(UnsupportedModelError, match="a word of its own"),
+    ):
+        mmdit(TEXTS[2], max_sequence_length=0, **call)
+    assert len(mmdit.transformer._forward_hooks) == hooks
 
 
 def test_masks_are_compared_shown_and_of_the_controls_own() -> None:

@@ -59,6 +59,7 @@ class Beside:
         self._lock = Lockstep(body, next(iter(denoiser.parameters())).device)
         # Torch calls this hook when the denoiser's forward raises, too.
         self._hook = denoiser.register_forward_hook(self._ended, always_call=True)
+        passes.listening.append(self._hook)  # removed when the call is over, or the control is taken off
 
     def arrive(self, key: Key, answer: Tensor | None) -> AttnCall:
         """Let the second call go on to the same attention as the first, and return that.
@@ -97,11 +98,14 @@ class Beside:
         return item
 
     def _ended(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
-        self.close()
+        self._end()  # the hook stays: torch walks through the hooks, and would raise an error of its own
 
     def close(self) -> None:
         """End the second call where it stands. Closing twice does nothing."""
         self._hook.remove()
+        self._end()
+
+    def _end(self) -> None:
         self._vars = None
         self._lock.close()
 

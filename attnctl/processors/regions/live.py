@@ -153,7 +153,10 @@ class LiveRegions(LiveControl):
         first, part = chosen
         key = call.site.name, call.index - first
         if call.site.kind == "joint" and has_text_stream(call):
-            if text_keys(call).start == text_keys(call).stop:  # blocks behind the last that sees the text
+            image, text = image_queries(call), text_keys(call)
+            if text.start == text.stop:  # blocks behind the last that sees the text
+                return proceed(call)
+            if call.q.shape[2] == call.k.shape[2] - (image.stop - image.start):  # PAG asks for all but the image
                 return proceed(call)
             return _put(call, proceed(call), self._joint(key, part), image_queries(part))
         return self._crossed(key, call, part, proceed)
