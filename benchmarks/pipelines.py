@@ -1,8 +1,8 @@
 """Whole, unmodified pipelines of diffusers under control: `python benchmarks/pipelines.py`.
 
-Each pipeline of tests/zoo_host_pipelines.py and tests/zoo_variants.py (tiny random weights) runs three steps plain,
-under PAG at all self and joint attention of the image (SLG where there is none), and under Capture where text is
-attended to. For each run:
+Each pipeline of tests/zoo_host_pipelines.py, zoo_variants.py and zoo_encoded.py (tiny random weights) runs three
+steps plain, under PAG at all self and joint attention of the image (NAG where there is none), and under Capture where
+text is attended to. For each run:
 
 acts        what comes out is finite and differs (Capture: the same, and maps were recorded)
 refused     attnctl said in words why not
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import conftest  # noqa: E402, F401  (first: offline, quiet, one thread)
 import torch  # noqa: E402
+import zoo_encoded as encoded  # noqa: E402
 import zoo_host_pipelines as hosts  # noqa: E402
 import zoo_variants as variants  # noqa: E402
 from contract import snapshot  # noqa: E402
@@ -35,9 +36,9 @@ from attnctl.core.hosts.families import family_of  # noqa: E402
 from attnctl.core.hosts.listing import denoisers_of  # noqa: E402
 from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.errors import AttnctlError  # noqa: E402
-from attnctl.processors import PAG, SLG, Capture, Control  # noqa: E402
+from attnctl.processors import NAG, PAG, Capture, Control  # noqa: E402
 
-NAMES = hosts.NAMES + variants.NAMES
+NAMES = hosts.NAMES + variants.NAMES + encoded.NAMES
 RESULT = Path(__file__).parent / "results" / "pipelines.json"
 
 
@@ -45,13 +46,13 @@ def controls_of(pipe: Any) -> list[Control]:
     """Choose what guides a pipeline, and what records its words."""
     kinds = {s.kind for s in attnctl.find_sites(pipe)}
     own = [kind for kind in ("self", "joint") if kind in kinds]
-    guidance: Control = PAG(scale=2.0, sites=own) if own else SLG(scale=2.0, sites="cross")
+    guidance: Control = PAG(scale=2.0, sites=own) if own else NAG()
     return [guidance, *([Capture(words=(1,))] if kinds & {"cross", "joint"} else [])]
 
 
 def measured(name: str) -> dict[str, Any]:
     """Run one pipeline plain and under each control."""
-    pipe, kwargs = (hosts if name in hosts.NAMES else variants).build(name)
+    pipe, kwargs = next(m for m in (hosts, variants, encoded) if name in m.NAMES).build(name)
     result: dict[str, Any] = {"pipeline": type(pipe).__name__, "controls": {}}
     plain = hosts.run(pipe, kwargs)
     try:

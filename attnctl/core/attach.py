@@ -215,7 +215,7 @@ class DenoiserHandle(Handle):
                 own = self._call.pipe is self._pipe
                 w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
             samples = getattr(w.state.prompts and prompt_call(self._call.values), "samples", None)
-            w.state.rows = self._rows.read(w.module, w.family, bound, samples)
+            w.state.rows = self._rows.read(w.module, w.family, bound, samples, self._call.values.get("latent_rows"))
             if w.branches and self._pipe is None:
                 self._rows.warn_bare(w.state.rows)
             changed = w.begin_pass(self._replay)

@@ -268,7 +268,7 @@ class SiteHook:
     """
 
     def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
-        self.site = site
+        self.site = self.named = site
         self.state = state
         self.kernel: Callable[..., torch.Tensor] = attention
         self.open = backend == "auto"
@@ -278,8 +278,8 @@ class SiteHook:
         self.wrappers: tuple[Wrapper, ...] | None = None
         self.reached = self.split = False
         """Whether a controlled pass came by; whether processes share the sequence, so that tokens are not known."""
-        self.idle = False
-        """Whether the site of an unlisted model has turned out to be of a kind that no control acts on."""
+        self.shown: dict[int, tuple[Site, bool]] = {}
+        """What the first call has shown of each attention of an unlisted model's module, and whether controls act."""
         self.seen: tuple[int, slice | None, slice | None] | None = None
         """Query tokens, image range and text range of the first intercepted call."""
         self.block_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None

@@ -28,6 +28,7 @@ from attnctl.core.hosts.arguments import Rows, as_given, own_containers, row_cou
 from attnctl.core.hosts.caches import check_reached, check_rows_kept, own_context, replay_refusal
 from attnctl.core.hosts.checkpointing import Checkpointing
 from attnctl.core.hosts.families import Family, family_of
+from attnctl.core.hosts.kinds import chosen_sites
 from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import sites_of
 from attnctl.core.hosts.modules import named_below, overridden
@@ -377,9 +378,8 @@ def resolve(
     shared: dict[Any, Any] | None = None,
 ) -> ControlledDenoiser:
     """Find out everything about a denoiser before anything is touched."""
-    family = family_of(module)
-    sites = sites_of(module)
-    resolved = {i: c.resolve(sites, family) for i, c in enumerate(controls)}
+    family, sites = family_of(module), sites_of(module)
+    resolved = chosen_sites(controls, sites, family)
     check_conflicts(controls, resolved)
     w = ControlledDenoiser(
         module, family, sites, resolved, pipe, latents or StepLatents(pipe), {} if shared is None else shared

@@ -25,6 +25,7 @@ __all__ = [
     "main_input",
     "main_name",
     "own_containers",
+    "row_alone",
     "row_count",
     "shared_like_rows",
     "take_rows",
@@ -34,7 +35,7 @@ __all__ = [
 # Arguments that all rows share even when their first axis happens to be as long as the batch.
 SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_emb", "rope_interpolation_scale", "return_dict"})
 # Arguments that are Python lists with one entry a row.
-ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens"})
+ROW_LISTS = frozenset({"x", "cap_feats", "img_shapes", "txt_seq_lens", "shape_list"})
 _MAIN = ("sample", "hidden_states", "x", "vision_tokens", "input_ids")
 
 
@@ -46,8 +47,9 @@ class Rows:
         total: Rows of the call.
         cond: Rows with the prompt; empty where the whole call is the negative one.
         uncond: Rows with the negative prompt in the same call, or None.
-        role: "all" (every row carries the prompt), "both" (half of the rows are negative), "uncond" (the call is the
-            negative half of a sequential pair) or "extra" (a call that guidance must leave alone).
+        role: "all" (every row carries the prompt), "both" (half of the rows are negative), "thirds" (a third carries
+            the prompt, beside rows with a picture alone and with neither), "uncond" (the call is the negative half of a
+            sequential pair) or "extra" (a call that guidance must leave alone).
     """
 
     total: int
@@ -60,6 +62,13 @@ class Rows:
         """Count the rows that carry the prompt."""
         return len(range(self.total)[self.cond])
 
+    @property
+    def groups(self) -> tuple[slice, ...]:
+        """Return the rows of each condition, in the order of the batch."""
+        count = {"both": 2, "thirds": 3}.get(self.role, 1)
+        size = self.total // count
+        return tuple(slice(i * size, (i + 1) * size) for i in range(count))
+
     @classmethod
     def all(cls, total: int) -> Rows:
         """Treat every row as a prompt row."""
@@ -70,6 +79,11 @@ class Rows:
         """Treat one half as negative rows and the other, by default the second, as prompt rows."""
         first, second = slice(0, total // 2), slice(total // 2, total)
         return cls(total, first, second, "both") if cond_first else cls(total, second, first, "both")
+
+    @classmethod
+    def thirds(cls, total: int, prompt: int) -> Rows:
+        """Treat one third as prompt rows, the others as rows without its words."""
+        return cls(total, slice(prompt * total // 3, (prompt + 1) * total // 3), None, "thirds")
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -178,17 +192,23 @@ def take_rows(
         return value
 
     shared = SHARED if family is None else SHARED | family.shared
+    listed = any(isinstance(bound.get(name), (list, tuple)) for name in _MAIN)  # then all that has rows is a list
     taken = {}
     for name, value in bound.items():
         if name in shared:
             taken[name] = value
         elif family is not None and name in family.row_axis and isinstance(value, torch.Tensor):
             taken[name] = value.movedim(family.row_axis[name], 0)[rows].movedim(0, family.row_axis[name])
-        elif name in ROW_LISTS and isinstance(value, (list, tuple)):
+        elif (listed or name in ROW_LISTS) and isinstance(value, (list, tuple)):
             taken[name] = value[rows] if len(value) == total else value
         else:
             taken[name] = cut(value)
-    return taken
+    return taken if family is None else taken | family.cut(bound, rows)
+
+
+def row_alone(q: torch.Tensor, rows: Rows, index: int) -> int | None:
+    """Return the row of a denoiser's call that an attention call holds alone, as Mochi's do in order; else None."""
+    return index if q.shape[0] == 1 and index < rows.total and rows.total > 1 else None
 
 
 def cut_tensor(value: torch.Tensor, rows: slice, total: int, multiples: tuple[int, ...]) -> torch.Tensor:

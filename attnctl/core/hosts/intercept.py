@@ -59,19 +59,18 @@ class Intercept(TorchFunctionMode):
                 f"{self.link.site.name} drops attention weights (p = {dropout_p}): call model.eval() first."
             )
         state, queries, keys = self.link.state, query.shape[-2], key.shape[-2]
-        unseen = self.link.seen is None and not self.link.idle
-        if unseen and not self.link.split and state.family is not None and not state.family.classes:
-            # What its name says of an unlisted model's site is a hint; later calls find what the first one showed.
-            site, acts = shown_site(self.link.site, state, queries, keys, self.hidden, self.encoder)
-            self.link.site, self.link.idle = site, not acts
+        at, acts = self.index + self.passed, True
+        if not self.link.split and state.family is not None and not state.family.classes:
+            if at not in self.link.shown:
+                self.link.shown[at] = shown_site(self.link.named, state, queries, keys, self.hidden, self.encoder)
+            self.link.site, acts = self.link.shown[at]
         counts = None if state.tokens is None else state.tokens.counts
-        at = self.index + self.passed
         parts = PLAIN
         if not self.link.split:
             parts = parts_of(self.link.site, state.family, counts, queries, keys, at, self.hidden, self.encoder)
-        if self.link.idle or not parts[3]:
+        if not acts or not parts[3]:
             self.passed += 1
-            self.link.reached |= self.link.idle
+            self.link.reached |= not acts
             options: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         if is_causal:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from attnctl.core.hosts.arguments import main_input
+from attnctl.core.hosts.families import Family
 from attnctl.core.sites import Site
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import SiteError, UnsupportedModelError
 
-__all__ = ["shown_kind", "shown_site"]
+__all__ = ["chosen_sites", "shown_kind", "shown_site", "texts_of"]
 
 _TEXT = re.compile(r"encoder_hidden_states|text|txt|caption|cap_feats|prompt|context|input_ids")
 _NO_TEXT = re.compile(r"mask|_ids$|attention|length|lens|pooled|pool|projection|guidance|scale|layers|image_embeds")
@@ -64,6 +65,23 @@ def shown_kind(
     return "aux"
 
 
+def chosen_sites(controls: Sequence[Any], sites: tuple[Site, ...], family: Family) -> dict[int, tuple[Site, ...]]:
+    """Choose the sites of each control, by its place in the list.
+
+    Raises:
+        SiteError: A control finds none; of an unlisted model the error says that kinds are read off names.
+    """
+    try:
+        return {i: c.resolve(sites, family) for i, c in enumerate(controls)}
+    except SiteError as error:
+        if family.classes:
+            raise
+        raise SiteError(
+            f"{error} This model is in no table of attnctl: the kinds of its sites are guessed from their names. "
+            "`attnctl sites MODEL --probe` shows what a call computes there, and the row of the table that says so."
+        ) from None
+
+
 def shown_site(site: Site, state: Any, queries: int, keys: int, hidden: Any, encoder: Any) -> tuple[Site, bool]:
     """Return an unlisted model's site with the kind that its first call shows, and whether controls act there.
 
@@ -91,7 +109,7 @@ def shown_site(site: Site, state: Any, queries: int, keys: int, hidden: Any, enc
         warnings.warn(
             f"attnctl: {site.name} was taken for {site.kind}-attention by its name, and computes {kind} attention "
             f"({queries} queries, {keys} keys; the image has {_either(image)} tokens, the text {_either(text)}): it is "
-            "left alone. Name other sites to be rid of this warning.",
+            "left alone. Name other sites to be rid of this warning: `attnctl sites MODEL --probe` lists their kinds.",
             stacklevel=2,
         )
     return replace(site, kind=kind), acts
@@ -108,17 +126,23 @@ def _tokens(value: Any) -> int | None:
 def text_lengths(bound: Mapping[str, Any]) -> set[int]:
     """Return the lengths that the texts of a call may have, by the names of its arguments."""
     lengths: set[int] = set()
-    for name, value in bound.items():
+    for name, part in texts_of(bound):
         ids = name == "input_ids"
-        if not _TEXT.search(name) or (_NO_TEXT.search(name) and not ids):
-            continue
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        for part in parts:
-            if ids and isinstance(part, torch.Tensor) and part.ndim == 1:
-                lengths.add(int(part.shape[0]))
-            elif isinstance(part, torch.Tensor) and part.ndim >= 2:
-                lengths |= {int(part.shape[-1 if ids else -2]), int(part.shape[1] if part.ndim > 2 else part.shape[0])}
+        if ids and part.ndim == 1:
+            lengths.add(int(part.shape[0]))
+        elif part.ndim >= 2:
+            lengths |= {int(part.shape[-1 if ids else -2]), int(part.shape[1] if part.ndim > 2 else part.shape[0])}
     return lengths
+
+
+def texts_of(bound: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the texts of a call and the names of the arguments that hold them, by these names."""
+    for name, value in bound.items():
+        if not _TEXT.search(name) or (_NO_TEXT.search(name) and name != "input_ids"):
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, torch.Tensor):
+                yield name, part
 
 
 def image_lengths(denoiser: torch.nn.Module, bound: Mapping[str, Any]) -> set[int]:

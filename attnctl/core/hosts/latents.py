@@ -80,7 +80,7 @@ class StepLatents:
         bound = dict(state.bound)
         if self._moved is not None:
             name = main_name(bound)
-            latents = torch.cat([self._moved, self._moved]) if state.rows.role == "both" else self._moved
+            latents = torch.cat([self._moved] * len(state.rows.groups))
             bound[name] = self.input(latents, bound[name])
         return bound
 

@@ -122,10 +122,15 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
     explicit = modes - {"auto"}
     if len(explicit) > 1:
         raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
-    cfg = state.rows.role == "both" or uses_guidance(pipe) is True
+    cfg = len(state.rows.groups) > 1 or uses_guidance(pipe) is True
     if explicit == {"add"} or not (explicit or (cfg and guidance_rescale(pipe, state.options) > 0)):
         return None
     name = type(pipe).__name__
+    if state.rows.role == "thirds":
+        raise ConfigError(
+            f'combine="rescale_safe" needs one guidance scale, and {name} has two, for its text and for its picture. '
+            'Use combine="add", without guidance_rescale.'
+        )
     if state.options.get("use_dynamic_cfg") and guidance_rescale(pipe, state.options) == 0:
         return None  # without rescaling, d on both halves comes to the same, and no scale need be known
     if not cfg:

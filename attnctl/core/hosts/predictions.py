@@ -40,6 +40,8 @@ def combine(pred: Any, delta: Any, rows: Rows, rescale_safe: float | None) -> An
     Returns:
         The guided prediction, in the dtype of `pred`.
     """
+    if rows.role == "thirds":  # u + s (c - i) + t (i - u): what all three rows receive, the sum receives
+        return _plus(pred, torch.cat([delta] * 3))
     if isinstance(pred, (list, tuple)):
         parts = list(pred)
         share = delta if rescale_safe is None else [d / (1 - rescale_safe) for d in delta]

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from attnctl.core.hosts.arguments import Rows, main_input, row_count
+from attnctl.core.hosts.arguments import Rows, main_input, row_count, time_of
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.kinds import texts_of
 from attnctl.core.hosts.listing import unwrapped
 from attnctl.core.hosts.pipelines import uses_guidance
 from attnctl.errors import UnsupportedModelError
@@ -40,8 +41,9 @@ class RowLayout:
         """Whether the user was warned; whether the arguments of the call show its rows."""
         self._scaled: torch.Tensor | None = None
         self._first: Any = None
+        self._time: float | None = None
         self._read: Rows | None = None
-        self._known: dict[tuple[int, bool | None], bool] = {}
+        self._known: dict[tuple[int, bool | None], Rows] = {}
 
     def new_run(self) -> None:
         """Forget what was read of the last run."""
@@ -57,7 +59,12 @@ class RowLayout:
             self._scaled = sample
 
     def read(
-        self, denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any], samples: int | None = None
+        self,
+        denoiser: torch.nn.Module,
+        family: Family,
+        bound: Mapping[str, Any],
+        samples: int | None = None,
+        latents: int | None = None,
     ) -> Rows:
         """Tell the rows of a call.
 
@@ -66,6 +73,7 @@ class RowLayout:
             family: Its family.
             bound: Its arguments.
             samples: How many pictures the pipeline was asked for, where its prompts tell: as many rows are all of them.
+            latents: How many rows the pipeline's own latents have, where it has any by that name.
 
         Raises:
             UnsupportedModelError: The pipeline calls the denoiser in a way that attnctl cannot tell apart.
@@ -89,9 +97,9 @@ class RowLayout:
         if self.pipe is None:
             return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
         if call == 0:
-            self._first = main_input(bound)
+            self._first, self._time = main_input(bound), time_of(bound)
             whole = self.layout == "auto" and samples == total
-            self._read = Rows.all(total) if whole else self._first_rows(bound, total, family.cond_first)
+            self._read = Rows.all(total) if whole else self._first_rows(bound, total, family.cond_first, latents)
             return self._read
         if self._read is not None and self._read.role == "all" and self.layout != "cond":
             first = self._first
@@ -100,11 +108,21 @@ class RowLayout:
                 if self.layout == "auto":
                     self._check_pair(main_input(bound))
                 return Rows(total, slice(0, 0), slice(0, total), role="uncond")
+        if self._time is not None and time_of(bound) != self._time:
+            raise self._copied("at another time")
         raise UnsupportedModelError(
             f"{type(self.pipe).__name__} called its denoiser {call + 1} times in one step with {total} rows: this is "
             "neither a batched nor a sequential pair of negative prompt and prompt. "
-            'Pass control(..., layout="cond") if every row carries the prompt. A pipeline that steps with a copy of '
-            "its scheduler looks like this, too, and cannot be followed."
+            'Pass control(..., layout="cond") if every row carries the prompt.'
+        )
+
+    def _copied(self, how: str) -> UnsupportedModelError:
+        """Return the error for a pipeline whose steps pass the scheduler by that attnctl watches."""
+        return UnsupportedModelError(
+            f"{type(self.pipe).__name__} called its denoiser again {how} and no step of its scheduler between: it "
+            "steps with copies of pipe.scheduler, or with another one, which attnctl does not watch. Use a pipeline of "
+            "the same model that steps with its own scheduler (SkyReels V2: SkyReelsV2Pipeline in place of diffusion "
+            "forcing)."
         )
 
     def _check_pair(self, second: Any) -> None:
@@ -113,11 +131,7 @@ class RowLayout:
         if len(first) != len(second) or not all(
             a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True)
         ):
-            raise UnsupportedModelError(
-                f"{type(self.pipe).__name__} called its denoiser twice with different latents and no step of its "
-                "scheduler between: it steps with a copy of pipe.scheduler, or with another one, which attnctl does "
-                "not watch. Use a pipeline that steps with its own scheduler."
-            )
+            raise self._copied("with other latents")
 
     def warn_bare(self, rows: Rows) -> None:
         """Warn once that the rows of a bare model are all guided as prompt rows, where they may be halves."""
@@ -131,7 +145,7 @@ class RowLayout:
                 stacklevel=3,
             )
 
-    def _first_rows(self, bound: Mapping[str, Any], total: int, cond_first: bool) -> Rows:
+    def _first_rows(self, bound: Mapping[str, Any], total: int, cond_first: bool, latents: int | None) -> Rows:
         if self.layout in ("cond", "sequential"):
             return Rows.all(total)
         if self.layout == "uncond_first":
@@ -139,8 +153,32 @@ class RowLayout:
         flag = uses_guidance(self.pipe)
         key = (total, flag)
         if key not in self._known:
-            self._known[key] = flag is not False and total % 2 == 0 and self._halves_equal(bound, total)
-        return Rows.halves(total, cond_first) if self._known[key] else Rows.all(total)
+            if flag is not False and total % 2 == 0 and self._groups_equal(bound, total, 2):
+                self._known[key] = Rows.halves(total, cond_first)
+            elif flag is not False and total % 3 == 0 and latents == total // 3:
+                self._known[key] = Rows.thirds(total, 0 if cond_first else self._prompt_third(bound, total))
+            else:
+                self._known[key] = Rows.all(total)
+        return self._known[key]
+
+    def _prompt_third(self, bound: Mapping[str, Any], total: int) -> int:
+        """Find the third of the rows whose text is another than that of the other two, which are the negative prompt's.
+
+        Raises:
+            UnsupportedModelError: No text of the call tells one third from the two others.
+        """
+        texts = [x for _, x in texts_of(bound) if x.ndim > 1 and x.shape[0] == total]
+        apart = [
+            any(not torch.equal(*(x.chunk(3)[i] for i in pair)) for x in texts) for pair in ((1, 2), (0, 2), (0, 1))
+        ]
+        odd = [i for i, differ in enumerate(apart) if not differ]
+        if len(odd) != 1:
+            raise UnsupportedModelError(
+                f"{type(self.pipe).__name__} called its denoiser with three rows for each image (text and picture, "
+                "picture alone, neither), and their texts do not tell which of them carries the prompt: one must "
+                "differ from the other two. Give a negative_prompt other than the prompt."
+            )
+        return odd[0]
 
     @staticmethod
     def _told_halves(total: int) -> Rows:
@@ -150,14 +188,15 @@ class RowLayout:
             )
         return Rows.halves(total)
 
-    def _halves_equal(self, bound: Mapping[str, Any], total: int) -> bool:
+    def _groups_equal(self, bound: Mapping[str, Any], total: int, count: int) -> bool:
+        """Tell whether so many parts of a batch hold equal latents, as the conditions of one image do."""
         x = main_input(bound) if self._scaled is None else self._scaled
-        half = total // 2
+        size = total // count
         if isinstance(x, (list, tuple)):
-            one, other = _flat(x[:half]), _flat(x[half:])
-            equal = len(one) == len(other) and all(map(torch.equal, one, other))
+            one, *others = (_flat(x[i * size : (i + 1) * size]) for i in range(count))
+            equal = all(len(one) == len(other) and all(map(torch.equal, one, other)) for other in others)
         else:  # video UNets may fold frames into rows before scaling
-            equal = x.shape[0] % 2 == 0 and torch.equal(*x.chunk(2))
+            equal = x.shape[0] % count == 0 and all(torch.equal(x.chunk(count)[0], y) for y in x.chunk(count)[1:])
         # NaN is not equal to itself, and would pass for an unknown layout.
         if not equal and any(bool(part.isnan().any()) for part in _flat([x])):
             raise UnsupportedModelError(
@@ -180,7 +219,7 @@ class RowLayout:
         if rows is None or first is None or self.pipe is None or not isinstance(sample, torch.Tensor):
             return True
         ratio = len(first) / sample.shape[0]
-        expected = 2 if rows.role == "both" else 1
+        expected = len(rows.groups)
         if (ratio, expected, calls) == (0.5, 1, 2):
             return False
         if isinstance(first, torch.Tensor) and first.ndim != sample.ndim and ratio != expected:
@@ -188,14 +227,18 @@ class RowLayout:
         if ratio == expected or (self._shown and ratio in (1, 2)):  # DiT's pipeline steps both halves
             return True
         name = type(self.pipe).__name__
-        if expected == 2 and ratio == 1:
+        if expected > 1 and ratio == 1:
+            number, shown = "two", "halves of a batch hold equal latents, which looks like negative prompt and prompt"
+            if expected == 3:
+                number, shown = "three", "thirds of a batch look like one prompt and two rows without it"
             raise UnsupportedModelError(
-                f"{name}: the two halves of a batch hold equal latents, which looks like negative prompt and prompt, "
-                'but they are two images. Pass control(..., layout="cond"), or give the images different latents.'
+                f"{name}: the {number} {shown}, but they are {number} images. "
+                'Pass control(..., layout="cond"), or give the images different latents.'
             )
         raise UnsupportedModelError(
             f"{name} called its denoiser with {ratio:g} rows for each image: an unknown row layout (attnctl knows "
-            "prompt only, negative prompt then prompt in one batch, and one call for each). If the first half is the "
+            "prompt only, negative prompt then prompt in one batch, one call for each, and three rows with text and "
+            "picture, picture alone and neither). If the first half is the "
             'negative prompt, pass control(..., layout="uncond_first").'
         )
 

@@ -48,7 +48,7 @@ class PipelineCall:
 
     Attributes:
         pipe: The pipeline.
-        values: Some of its arguments and variables, by name.
+        values: Some of its arguments and variables, by name; "latent_rows" is the number of rows of its latents.
     """
 
     pipe: Any
@@ -75,6 +75,8 @@ def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:
                 pipe = caller
             if pipe is not None and caller is pipe and (values is None or code.co_name == "__call__"):
                 values = {name: local[name] for name in _READ if name in local}
+                latents = local.get("latents")
+                values["latent_rows"] = latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else None
                 if code.co_name == "__call__":
                     break
         frame = frame.f_back  # type: ignore[assignment]

@@ -26,7 +26,17 @@ from attnctl.core.hosts.pipelines import guidance_rescale, guidance_scale, uses_
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels.combining import rescaled
 
-__all__ = ["as_rows", "cfg_scale", "check_handed", "check_negative", "parts_of", "unguided", "used", "with_sum"]
+__all__ = [
+    "as_rows",
+    "cfg_scale",
+    "check_handed",
+    "check_negative",
+    "parts_of",
+    "three_rows",
+    "unguided",
+    "used",
+    "with_sum",
+]
 
 
 def cfg_scale(pipe: Any, state: CallState) -> float | None:
@@ -52,12 +62,24 @@ def unguided(what: str, pipe: Any) -> UnsupportedModelError:
     )
 
 
+def three_rows(what: str, pipe: Any) -> UnsupportedModelError:
+    """Return the error for a run that is guided by its text and by a picture, with a scale for each."""
+    return UnsupportedModelError(
+        f"{what} needs one prediction for the prompt and one for the negative prompt, but {type(pipe).__name__} puts "
+        "three together, with text and picture, with the picture alone and with neither, by two scales. Leave the "
+        "control out."
+    )
+
+
 def check_negative(what: str, pipe: Any, rows: Rows) -> None:
     """Raise where a call makes sure that there is no prediction for a negative prompt.
 
     Raises:
-        UnsupportedModelError: The rows of a bare model are not known, or the pipeline's guidance is off.
+        UnsupportedModelError: The rows of a bare model are not known, the pipeline's guidance is off, or it has two of
+            them.
     """
+    if rows.role == "thirds":
+        raise three_rows(what, pipe)
     if rows.role == "all" and pipe is None:
         raise unguided(what, pipe)
     scale = getattr(pipe, "guidance_scale", None)

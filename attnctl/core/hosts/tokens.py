@@ -124,7 +124,7 @@ def parts_of(
         if index < len(calls) and calls[index] != kind:
             return _PASSED
     if kind == "joint" and family is not None and family.text is not None:
-        return _joint(family.text, counts, queries, keys, index, h, e)
+        return _joint((counts and counts.side) or family.text, counts, queries, keys, index, h, e)
     if kind == "cross" and counts is not None and counts.led and keys > counts.led:
         return parts_in(text=slice(counts.led, keys))
     if kind == "self" and queries == keys:
@@ -148,7 +148,7 @@ def _joint(
     if queries == keys:
         # Mochi cuts each row's text to its valid length, which a graph does not know: no other length is unknown there.
         if guard_or_true(queries == both) or (e is not None and not turned and h < queries < both):
-            return _placed(text, counts, queries) if counts.stream <= queries else PLAIN
+            return _placed(text, counts, queries) if counts.stream + counts.last <= queries else PLAIN
         return _PASSED  # a segment of the sequence that is attended by itself: the text's
     if keys > queries and queries in (counts.stream, h) and (keys in (both, e) or (e is None and h == queries)):
         counts = counts if queries == counts.stream else Tokens(queries, text=counts.text)
@@ -159,10 +159,12 @@ def _joint(
 
 def _placed(text: str, counts: Tokens, n: int) -> Parts:
     """Place the parts of n tokens in which the text stands first or last."""
-    rest = n - counts.stream
+    rest = n - counts.last - counts.stream
     length = rest - counts.led if counts.text is None else min(counts.text, rest)
     start = rest if text == "first" else 0
     image = slice(start + counts.before, start + counts.before + counts.image)
+    if counts.text == 0:
+        return parts_in(image)
     if text == "first":
         return parts_in(image, slice(rest - length, rest))
     start = counts.stream + counts.led
@@ -184,7 +186,7 @@ def image_in(state: Any, n: int) -> slice | None:
         return slice(0, n)
     if n == counts.stream or family.text is None:
         return slice(counts.before, counts.before + counts.image) if n == counts.stream else slice(0, n)
-    return _placed(family.text, counts, n)[0] or slice(0, n)
+    return _placed(counts.side or family.text, counts, n)[0] or slice(0, n)
 
 
 def _count(value: Any) -> int | None:

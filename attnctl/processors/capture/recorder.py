@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, CallState, Proceed
-from attnctl.core.hosts.arguments import Rows
+from attnctl.core.hosts.arguments import Rows, row_alone
 from attnctl.core.hosts.words import Concept, RowText, given_text, prompt_words, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
@@ -74,6 +74,8 @@ class Recorder(LiveControl):
         self.labels: tuple[str, ...] = ()
         self.concepts: list[dict[str, Concept]] = []
         self._weights: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._rows_before: dict[str, list[Tensor]] = {}
+        """Maps of the rows of a call that were attended to one by one so far, by site."""
 
     # Words --------------------------------------------------------------------------------------------------
 
@@ -135,17 +137,19 @@ class Recorder(LiveControl):
             raise refusal
         return concepts
 
-    def _columns(self, n_text: int, repeat: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _columns(
+        self, concepts: Sequence[dict[str, Concept]], n_text: int, repeat: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return the weights of the words, the same for all rows or each row's own, and the tokens that have any."""
-        key = (n_text, repeat, device)
+        key = (tuple(map(id, concepts)), n_text, repeat, device)
         if key not in self._weights:
             made = []
-            for concepts in self.concepts:
+            for one in concepts:
                 w = torch.zeros(n_text, len(self.labels))
-                known = [n for n, label in enumerate(self.labels) if label in concepts]
-                w[:, known] = weights([concepts[self.labels[n]] for n in known], n_text)
+                known = [n for n, label in enumerate(self.labels) if label in one]
+                w[:, known] = weights([one[self.labels[n]] for n in known], n_text)
                 made.append(w)
-            same = all(c is self.concepts[0] for c in self.concepts)
+            same = all(c is concepts[0] for c in concepts)
             w = made[0] if same else torch.stack(made).repeat_interleave(repeat, dim=0)
             used = w.ne(0).any(-1)
             tokens = (used if same else used.any(0)).nonzero()[:, 0]  # on the CPU: the device need not be waited for
@@ -158,7 +162,9 @@ class Recorder(LiveControl):
         """Leave the call as it is, and record its maps: the attention runs first, and gives its sums if it can."""
         state = call.state
         rows, layer = self._rows(state.rows), self.layers.get(call.site.name)
-        due = rows is not None and state.phase == "base" and call.index == 0
+        alone = row_alone(call.q, state.rows, call.index)
+        first = call.index == 0 if alone is None else rows is not None and alone in range(rows.start, rows.stop)
+        due = rows is not None and state.phase == "base" and first
         # Gradient checkpointing computes an attention a second time.
         due = due and (layer is None or layer.call < state.call)
         call.wants_sums = call.wants_sums or (due and self.reads_columns)
@@ -171,6 +177,12 @@ class Recorder(LiveControl):
     def _add(self, call: AttnCall, rows: slice) -> None:
         name, state = call.site.name, call.state
         maps, grid = self._maps(call, rows)
+        if (alone := row_alone(call.q, state.rows, call.index)) is not None:
+            before = [] if alone == rows.start else self._rows_before[name]
+            self._rows_before[name] = [*before, maps]
+            if alone < rows.stop - 1:
+                return
+            maps = torch.cat(self._rows_before.pop(name))
         if "heads" not in self.capture.keep:
             maps = reduced(maps, 2, _how(self.capture)).unsqueeze(2)
         maps = maps.unflatten(-1, grid)
@@ -221,13 +233,16 @@ class Recorder(LiveControl):
 
     def _probabilities(self, call: AttnCall, rows: slice) -> tuple[Tensor, int, Grid]:
         """Compute [images * m, heads, image tokens, words], the m frames folded into rows, and the grid of one part."""
-        part, m, text = self._part(call, rows), call.folded, call.text_keys()
-        w, tokens = self._columns(text.stop - text.start, m, call.q.device)
+        alone = row_alone(call.q, call.state.rows, call.index)
+        part, m, text = self._part(call, rows), 1 if alone is not None else call.folded, call.text_keys()
+        concepts = self.concepts if alone is None else self.concepts[alone - rows.start :][:1]
+        w, tokens = self._columns(concepts, text.stop - text.start, m, call.q.device)
         return part.text_map(w, tokens), m, call.on_image()[1]
 
     def _part(self, call: AttnCall, rows: slice) -> AttnCall:
         """Return the rows and heads of a call that are recorded."""
-        part, heads = call.rows(rows), None if self.capture.heads is None else list(self.capture.heads)
+        part = call if row_alone(call.q, call.state.rows, call.index) is not None else call.rows(rows)
+        heads = None if self.capture.heads is None else list(self.capture.heads)
         if heads is None:
             return part
         groups, mask = part.q.shape[1] // part.k.shape[1], part.mask

@@ -21,6 +21,7 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.paths import PathScheduler
+from attnctl.core.hosts.sums import three_rows
 from attnctl.core.hosts.words import row_texts
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.errors import ConfigError, UnsupportedModelError
@@ -130,6 +131,8 @@ class BesideSource(LiveControl):
         self.held = None
         if state.rows.role in ("uncond", "extra"):
             return None
+        if state.rows.role == "thirds":
+            raise three_rows(self.control.describe(), passes.pipe)
         if not self.checked:
             self.check_run(passes)
             self.checked = True

@@ -22,6 +22,7 @@ from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.outputs import main_output, with_main_output
 from attnctl.core.hosts.paths import PathScheduler
+from attnctl.core.hosts.sums import three_rows
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site
@@ -121,6 +122,8 @@ class _Pairs(LiveControl):
         self.passes, state = passes, passes.state
         if state.rows.role == "extra":
             return None
+        if state.rows.role == "thirds":
+            raise three_rows(self.control.describe(), passes.pipe)
         first = state.step == 0
         if first and self.point is None:
             self._check(passes)

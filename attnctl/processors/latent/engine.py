@@ -75,7 +75,7 @@ class LatentEngine(LiveControl):
         state = passes.state
         if self.passes is None:
             self.passes = passes
-            acts = state.rows.role in ("all", "both") and self.control.acts(state)
+            acts = state.rows.role in ("all", "both", "thirds") and self.control.acts(state)
             if acts and not later_evaluation(passes.pipe.scheduler):
                 self._move(passes)
         return None if self.moved is None else passes.latents.written(state)

@@ -21,7 +21,7 @@ from attnctl.core.hosts.arguments import Rows
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import knob
 from attnctl.core.sites import Site
-from attnctl.errors import ConfigError, unboxed, whole
+from attnctl.errors import ConfigError, UnsupportedModelError, unboxed, whole
 from attnctl.processors.editing.source import check_room
 from attnctl.processors.sharing.lent import Lent, lengthened, lent_by
 from attnctl.processors.sharing.share_attention import ShareAttention
@@ -261,6 +261,11 @@ def _halves(rows: Rows) -> dict[str, slice]:
     """Return the rows of each half of a call."""
     if rows.role == "both" and rows.uncond is not None:
         return {"cond": rows.cond, "uncond": rows.uncond}
+    if rows.role == "thirds":
+        raise UnsupportedModelError(
+            "A bank keeps what prompt and negative prompt have seen, and this pipeline has three rows for a picture, "
+            "with text and picture, with the picture alone and with neither: share within one batch instead."
+        )
     return {"uncond" if rows.role == "uncond" else "cond": slice(0, rows.total)}
 
 

@@ -155,7 +155,7 @@ class IRDiffusion(ShareAttention):
     def _rows(self, tables: dict[Any, Any], call: AttnCall, part: slice) -> Tensor:
         """Return the rows of each picture in some rows, counted from the first of them: [halves * pictures, frames]."""
         rows, frames = call.state.rows, call.folded
-        halves = 2 if rows.role == "both" and part.stop - part.start == rows.total else 1
+        halves = len(rows.groups) if part.stop - part.start == rows.total else 1
         pictures = (part.stop - part.start) // halves
         if len(self.boxes) not in (1, pictures):
             raise ConfigError(
@@ -199,7 +199,7 @@ class IRDiffusion(ShareAttention):
 
     def _halves(self, call: AttnCall, table: Tensor) -> int:
         rows = call.state.rows
-        return 2 if rows.role == "both" and table.numel() == rows.total * call.folded else 1
+        return len(rows.groups) if table.numel() == rows.total * call.folded else 1
 
     def _inside(self, picture: int, grid: tuple[int, int, int]) -> Tensor:
         return _marks(self.boxes[picture if len(self.boxes) > 1 else 0], grid)

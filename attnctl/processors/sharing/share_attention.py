@@ -174,10 +174,13 @@ class ShareAttention(Control):
         if tokens is None:
             return proceed(call)
         call = call.with_(wants_sums=False)  # they would be sums over other keys than the call's own
-        if self.halves == "cond" and rows.uncond is not None and rows.role == "both":
-            plain = proceed(call.rows(rows.uncond))
-            shared = self._attend(call.rows(rows.cond), proceed, self._rows(tables, call, rows.cond), image, tokens)
-            return torch.cat([plain, shared] if rows.uncond.start == 0 else [shared, plain])
+        if self.halves == "cond" and len(rows.groups) > 1:
+            table, own = self._rows(tables, call, rows.cond), call.rows(rows.cond)
+            parts = [
+                self._attend(own, proceed, table, image, tokens) if part == rows.cond else proceed(call.rows(part))
+                for part in rows.groups
+            ]
+            return torch.cat(parts)
         return self._attend(call, proceed, self._rows(tables, call, slice(0, rows.total)), image, tokens)
 
     def image_keys(self, call: AttnCall) -> slice:
@@ -247,7 +250,7 @@ class ShareAttention(Control):
         rows, frames = call.state.rows, call.folded
         key = (rows.total, part.start, part.stop, rows.role, frames, call.q.device)
         if key not in tables:
-            halves = 2 if rows.role == "both" and part.stop - part.start == rows.total else 1
+            halves = len(rows.groups) if part.stop - part.start == rows.total else 1
             tables[key] = _row_table(self.sources, (part.stop - part.start) // halves, halves, frames).to(call.q.device)
         return tables[key]
 

@@ -221,24 +221,6 @@ def vision_shapes(model: torch.nn.Module, bound: Bound) -> Grid | None:
 # Families with an arrangement of their own ------------------------------------------------------------------------
 
 
-def listed(model: torch.nn.Module, bound: Bound) -> Grid | None:
-    """Read the grid off a list of images [C, F, H, W] (Z-Image); None where each row brings several images."""
-    if isinstance(bound["x"][0], (list, tuple)):
-        return None
-    _, f, h, w = bound["x"][0].shape
-    p = int(bound.get("patch_size") or 2)
-    return f // int(bound.get("f_patch_size") or 1), h // p, w // p
-
-
-def listed_tokens(model: torch.nn.Module, bound: Bound) -> Tokens | None:
-    """Count the tokens of Z-Image, which pads the image's part of the sequence to a multiple of 32."""
-    grid = listed(model, bound)
-    if grid is None:
-        return None
-    n = math.prod(grid)
-    return Tokens(n, after=math.ceil(n / 32) * 32 - n)
-
-
 def even_text(model: torch.nn.Module, bound: Bound) -> Tokens | None:
     """Count Lumina 2's image tokens; None where prompts of unequal length put the image at unequal places."""
     mask = bound.get("encoder_attention_mask")

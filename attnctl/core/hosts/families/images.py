@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.families import grids
+from attnctl.core.hosts.families import grids, listed
 from attnctl.core.hosts.families.row import Bound, Family, Layout
 from attnctl.core.hosts.published import Default
 
@@ -28,6 +28,17 @@ def _classes(model: torch.nn.Module, bound: Bound) -> Layout:
     labels, none = bound.get("class_labels"), config.num_embeds_ada_norm
     guided = labels is not None and len(labels) % 2 == 0 and bool((labels.chunk(2)[1] == none).all())
     return "cond_first" if guided else "cond"
+
+
+def _pictures(bound: Bound, rows: slice) -> dict[str, Any]:
+    """OmniGen counts the places of its pictures by rows, and lists the pictures of all rows in that order."""
+    sizes, latents = bound["input_image_sizes"], iter(bound["input_img_latents"])
+    of_rows = {row: [(place, next(latents)) for place in places] for row, places in sizes.items()}
+    kept = {row: found for row, found in of_rows.items() if rows.start <= row < rows.stop}
+    return {
+        "input_image_sizes": {row - rows.start: [place for place, _ in found] for row, found in kept.items()},
+        "input_img_latents": [picture for found in kept.values() for _, picture in found],
+    }
 
 
 IMAGES: tuple[Family, ...] = (
@@ -224,8 +235,8 @@ IMAGES: tuple[Family, ...] = (
             ("attention", "joint"),
         ),
         text="last",
-        grid=grids.listed,
-        tokens=grids.listed_tokens,
+        grid=listed.grid,
+        tokens=listed.tokens,
         cond_first=True,
         from_prompt=True,
     ),
@@ -279,6 +290,7 @@ IMAGES: tuple[Family, ...] = (
         grid=grids.image,
         tokens=grids.timed,
         cond_first=True,
+        cut=_pictures,
     ),
     Family(
         name="PRX",

@@ -29,8 +29,11 @@ class Tokens:
         image: Tokens of the image or video that is denoised.
         before: Tokens of something else in front of it: history, sound, a token for the time.
         after: Tokens of something else behind it: reference images, padding.
-        text: Text tokens, where the text is not all of the rest; it then touches what is counted above.
+        text: Text tokens, where the text is not all of the rest; it then touches what is counted above. 0 where it lies
+            in several parts.
         led: Tokens of something else (an image prompt) in front of the text in its own sequence.
+        side: Where the text lies in this call, in a family whose calls differ in that; None for the family's place.
+        last: Tokens of something else at the end of a joint sequence, which the image's own sequence lacks.
     """
 
     image: int
@@ -38,6 +41,8 @@ class Tokens:
     after: int = 0
     text: int | None = None
     led: int = 0
+    side: Literal["first", "last"] | None = None
+    last: int = 0
 
     @property
     def stream(self) -> int:
@@ -73,6 +78,7 @@ class Family:
             argument does.
         shared: Arguments of its calls that all rows share, whatever their first axis.
         row_axis: The axis of the rows in arguments where that is not the first.
+        cut: Gives arguments of some rows of a call, where they hold rows in a way of their own.
         published: Published sites by the kind of control that acts there, named by its class: "Guidance" for the
             perturbation of attention, "LatentGuidance" for attention to words. A control that has sites of its own in
             some families names them in its own file (`Control.published`).
@@ -97,6 +103,7 @@ class Family:
     layout: Callable[[torch.nn.Module, Bound], Layout | None] | None = None
     shared: frozenset[str] = frozenset()
     row_axis: Mapping[str, int] = field(default_factory=dict)
+    cut: Callable[[Bound, slice], dict[str, Any]] = lambda bound, rows: {}
     published: Mapping[str, Default] = field(default_factory=dict)
     refusal: str | None = None
     note: str | None = None

@@ -49,7 +49,7 @@ VIDEOS: tuple[Family, ...] = (
         grid=grids.frames_first,
         frames_first=True,
         all_frames=True,
-        published={"Guidance": Default(depth=(11, 42), source=f"{_STG}: CogVideoX block 11 of 42")},
+        published={"Guidance": Default(depth=(11, 42), source=f"{_STG}: CogVideoX block 11; of 42 in CogVideoX-5B")},
     ),
     Family(
         name="ConsisID",
@@ -75,7 +75,11 @@ VIDEOS: tuple[Family, ...] = (
         grid=grids.video,
         calls=_image_first,
         all_frames=True,
-        published={"Guidance": Default(depth=(2, 30), source=f"{_STG}: Wan 2.1 block 2 of 30, at scale 2")},
+        published={
+            "Guidance": Default(
+                depth=(2, 30), source=f"{_STG}: Wan 2.1 block 2, at scale 2; of 30 by our reading, as in the 1.3B model"
+            )
+        },
     ),
     Family(
         name="Wan VACE",
