@@ -44,6 +44,7 @@ def commands(work: Path) -> dict[str, list[str]]:
         "classify": ["classify", str(work / "classes"), "--epochs", "1", "--size", "64", "--out", str(work / "run")],
         "segment": ["segment", str(work / "masks"), "--epochs", "1", "--size", "64", "--out", str(work / "run2")],
         "predict": ["predict", str(work / "run"), str(work / "classes"), "--out", str(work / "answers")],
+        "reproduce": ["reproduce", "pag", "--toy", "--pictures", "1", "--out", str(work / "reproduced")],
         "bench": ["bench", "--only", "calls", "--quick", "--out", str(work / "bench.json")],
         "sites": ["sites"],
         "models": ["models"],

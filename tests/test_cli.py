@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,3 +321,49 @@ def test_wilson_matches_the_textbook(k: int, n: int, low: float, high: float) ->
 
 def test_tables_align() -> None:
     assert table(("name", "n"), [("a", 1), ("bcd", 100)]) == "name    n\n----  ---\na       1\nbcd   100"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo"],
+        ["generate", "--prompt", "a red circle on gray"],
+        ["maps", "--prompt", "a red circle on gray"],
+        ["calibrate", "--model", "shapes:mmdit", "--prompt", "a red circle on gray"],
+        ["hunt", "--model", "shapes:mmdit", "--pairs", "1"],
+        ["reproduce", "pag", "--toy"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("attnctl.pipelines.models.load", work)
+    (tmp_path / "file").write_text("no folder")
+    assert main([*command, "--out", str(tmp_path / "file" / "out")]) == 1
+    assert re.search(r"Nothing can be written into .*: file is no folder\. Choose another", capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_finding_out_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    from attnctl.plans.writing import WriteError, check_free
+
+    check_free([tmp_path / "new" / "deep" / "a.png"], force=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(WriteError, match="Nothing can be written into /proc/none"):
+        check_free(["/proc/none/a.png"], force=True)
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--from"])
+def test_a_folder_in_the_place_of_a_file_has_a_name(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", flag, ".", "--out", "nowhere"]) == 1
+    assert "attnctl: . is " in capsys.readouterr().err
+
+
+def test_a_control_that_cannot_be_parsed_is_said_without_a_place_in_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a red circle", "--control", "PAG("]) == 2
+    said = capsys.readouterr().err
+    assert "Cannot read the control 'PAG(' ('(' was never closed); expected a method" in said

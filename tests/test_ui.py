@@ -20,13 +20,13 @@ from attnctl.app.demo import SHEETS, Sheet
 from attnctl.app.ui import actions, video_actions
 from attnctl.app.ui.actions import Ask
 from attnctl.app.ui.knobs import about, control_of, knobs_of, preset, selector
-from attnctl.app.ui.models import Models, offered
+from attnctl.app.ui.models import Models, combiners, offered
 from attnctl.app.ui.video_actions import EditAsk
 from attnctl.data.controls import controls
 from attnctl.data.record import pixels_sha256, read
 from attnctl.data.specs import methods, parse_control
 from attnctl.errors import AttnctlError, ConfigError
-from attnctl.processors import PAG, SEG, AStar, BroadWay
+from attnctl.processors import APG, PAG, SEG, AStar, BroadWay, GuidanceInterval
 
 PROMPT = "a red circle and a blue square on gray"
 CLIP = "a red circle moving right fast on gray"
@@ -67,6 +67,10 @@ def test_knobs_make_controls() -> None:
     assert control_of("PAG", {"sites": "up.0, 6"}) == PAG(sites=("up.0", 6))
     assert control_of("SEG", {"sigma": "inf"}) == SEG()
     assert control_of("SEG", {"sigma": "2.5"}) == SEG(sigma=2.5)
+    assert control_of("APG", {"scale": ""}) == APG()
+    assert control_of("APG", {"scale": "4"}) == APG(scale=4.0)
+    assert control_of("GuidanceInterval", {"interval": "0.1, 0.7"}) == GuidanceInterval(interval=(0.1, 0.7))
+    assert control_of("BroadWay", {"motion": ""}) == BroadWay()
     assert control_of("AStar", {"concepts": "cat"}, prompt="a cat") == AStar(concepts=("cat",))
     assert [selector(text) for text in ("", None, "6", "mid", "1, up.1")] == [None, None, 6, "mid", (1, "up.1")]
 
@@ -92,6 +96,8 @@ def test_knobs_go_before_settings() -> None:
         ("PAG", {"start": 2.0}, "start=2.0 is out of range"),
         ("SEG", {"sigma": "wide"}, "sigma='wide' is not a number"),
         ("AStar", {"concepts": ""}, "Name the concepts"),
+        ("GuidanceInterval", {"interval": "0.1"}, "or a pair (start, end) of them"),
+        ("GuidanceInterval", {"interval": "early, late"}, "interval='early' is not a number"),
         ("PAG", {"scope": "some"}, "scope='some' is unknown"),
     ],
 )
@@ -105,8 +111,11 @@ def test_knobs_refuse(method: str, values: dict[str, Any], said: str) -> None:
 
 def test_models_tell_what_they_take(models: Models) -> None:
     takes = set(models.takes("shapes:mmdit"))
-    assert set(OFFERED) - {"AgentAttention"} >= takes >= {"PAG", "SoftPAG", "SEG", "AStar", "TPG", "NAG"}
-    assert {"NAG", "AgentAttention", "PAG", "AttendExcite"} <= set(models.takes("shapes:text2image"))
+    assert set(OFFERED) - {"AgentAttention", "BroadWay"} >= takes >= {"PAG", "SoftPAG", "SEG", "AStar", "TPG", "NAG"}
+    assert {"NAG", "AgentAttention", "PAG", "AttendExcite", *combiners()} <= set(models.takes("shapes:text2image"))
+    assert {"APG", "CFGZeroStar", "CFGPlusPlus"} <= set(combiners())
+    assert "BroadWay" in models.takes("shapes:video")
+    assert "EnhanceAVideo" in models.takes("shapes:videodit")
     pipe = models.get("shapes:text2image").pipe
     assert not any("attnctl" in type(p).__module__ for p in pipe.unet.attn_processors.values())
     with pytest.raises(ConfigError, match="no model 'other'"):

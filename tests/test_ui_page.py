@@ -84,11 +84,12 @@ def test_the_page_names_its_models_and_begins_a_video_as_its_card_says(page: str
     head = next(props["value"] for props in parts.values() if props.get("elem_id") == "head")
     assert "`shapes:text2image`" in head
     assert "`shapes:video`" in head
+    assert "`shapes:videodit`" in head
     (video,) = (d for d in config["dependencies"] if d["api_name"] == "video")
     begins = {parts[i]["label"]: parts[i]["value"] for i in video["inputs"] if "label" in parts[i]}
     card = json.loads((WEIGHTS / "video" / "evaluation.json").read_text(encoding="utf-8"))
     assert begins["Steps"] == 10
-    assert begins["Guidance (CFG)"] == card["scale"]
+    assert begins["Guidance"] == card["scale"]
 
 
 def test_work_is_stopped_at_its_next_step(client: Any) -> None:
@@ -208,9 +209,51 @@ def test_a_browser_clicks_and_looks(browser: Any, page: str) -> None:
     # It needs self-attention of image tokens alone, which this model has not.
     assert not tab.get_by_label("AgentAttention", exact=True).count()
 
+    assert [image.get_attribute("alt") for image in tab.locator("#image-controlled img").all()] in ([], ["Controlled"])
     tab.get_by_role("tab", name="Words").click()
     tab.get_by_label("Steps").nth(1).fill("1")
     tab.click("#words-go")
     tab.wait_for_selector("#words-steps img")
     assert not outside
     assert not failed
+
+
+def test_a_closed_window_leaves_no_work_behind(browser: Any, page: str, models: Models) -> None:
+    steps: list[float] = []
+    unet = models.get("shapes:text2image").pipe.unet
+    hook = unet.register_forward_pre_hook(lambda *_: steps.append(time.monotonic()))
+    try:
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(60_000)
+        tab.goto(page)
+        tab.get_by_label("Steps").first.fill("1000")
+        tab.click("#image-go")
+        while not steps:
+            tab.wait_for_timeout(50)
+        tab.close()
+        closed = time.monotonic()
+        while time.monotonic() - steps[-1] < 10 and time.monotonic() - closed < 60:
+            time.sleep(0.1)
+    finally:
+        hook.remove()
+    assert steps[-1] - closed < 10
+
+
+def test_on_a_phone_results_come_into_view_and_work_can_be_stopped(browser: Any, page: str) -> None:
+    phone = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    tab = phone.new_page()
+    tab.set_default_timeout(60_000)
+    tab.goto(page)
+    tab.get_by_label("Steps").first.fill("1000")
+    tab.tap("#image-go")
+    tab.wait_for_selector("#image-plain >> text=computing")
+    tab.wait_for_function("document.getElementById('image-plain').getBoundingClientRect().top < innerHeight / 2")
+    tab.tap("#stop")  # it stays in reach
+    tab.wait_for_selector("text=Stopped. Nothing was written.")
+    tab.get_by_label("Steps").first.fill("1")
+    tab.tap("#image-go")
+    tab.wait_for_selector("#image-marks table")
+    tab.wait_for_function("document.getElementById('image-plain').getBoundingClientRect().top < innerHeight / 2")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.evaluate("document.querySelector('#image-marks table').getBoundingClientRect().right") <= 390
+    phone.close()

@@ -22,8 +22,8 @@ class About:
         cite: Authors, title and number of each publication.
         group: The kind of task it is for.
         sites: Its default sites in words, where a rule chooses them and no table of families.
-        offered: Whether the page offers it for images; not where it has a tab of its own, or needs what a page cannot
-            give.
+        offered: Whether the page offers it among its methods, for models that take it; not where it has a tab of its
+            own, or needs what a page cannot give.
         needs: What it takes from the pipeline besides attention, such as "the prompt".
     """
 

@@ -74,8 +74,8 @@ def read_prompts(path: str | Path) -> tuple[PromptLine, ...]:
     kind = path.suffix.lower()
     if kind not in _READERS:
         raise PromptFileError(
-            f"{path.name} is no list of prompts by its name: expected {', '.join(_READERS)}, with one prompt per line, "
-            "one JSON object per line, or a table with a column 'prompt'."
+            f"{path.name or path} is no list of prompts by its name: expected {', '.join(_READERS)}, with one prompt "
+            "per line, one JSON object per line, or a table with a column 'prompt'."
         )
     try:
         text = read_bytes(path, _FILE).decode("utf-8-sig")

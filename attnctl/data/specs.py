@@ -75,7 +75,8 @@ def parse_control(text: str) -> Any:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"Cannot read the control {text!r} ({error}); {form}.") from None
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ConfigError(f"Cannot read the control {text!r} ({reason}); {form}.") from None
     if isinstance(node, ast.Name):
         return _make(control_named(node.id), node.id, {})
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):

@@ -84,7 +84,7 @@ def check_regular(path: Path, expected: Expected) -> os.stat_result:
         ) from None
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for check, name in _NODE_KINDS if check(status.st_mode)), "a device")
-        raise expected.error(f"{path.name} is {kind}, and no file: expected {expected.noun}. It is not read.")
+        raise expected.error(f"{path.name or path} is {kind}, and no file: expected {expected.noun}. It is not read.")
     return status
 
 

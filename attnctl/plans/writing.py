@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,16 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FileExists", "WriteError", "check_free", "lock", "publish", "recover", "save_tensors"]
+__all__ = [
+    "FileExists",
+    "WriteError",
+    "check_free",
+    "check_writable",
+    "lock",
+    "publish",
+    "recover",
+    "save_tensors",
+]
 
 _PREFIX = ".attnctl-"  # of journals; their endings say how far the writing is
 _NEW, _DRAFTING, _PLACING, _DONE = ".new", ".drafting", ".placing", ".done"
@@ -65,17 +75,40 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def check_free(paths: Sequence[str | Path], *, force: bool) -> None:
-    """Refuse early, before hours of work, when an output file is already there; what a killed run left half done goes.
+    """Refuse early, before hours of work, when an output file is already there, or its folder cannot be written.
+
+    What a killed run left half done goes.
 
     Raises:
         FileExists: A file is there and `force` is not set.
+        WriteError: A folder cannot be made or written; nothing is left in it by finding out.
     """
-    for folder in dict.fromkeys(Path(p).parent for p in paths):
+    folders = dict.fromkeys(Path(p).parent for p in paths)
+    for folder in folders:
         recover(folder)
     taken = [str(p) for p in paths if os.path.lexists(p)]
     if taken and not force:
         more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
         raise FileExists(f"{taken[0]} is already there{more}; choose another folder or pass --force.")
+    for folder in folders:
+        check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse early a folder in which nothing can be written, or which cannot be made; nothing is left in it.
+
+    Raises:
+        WriteError: It is none, or may not be written; the message says which folder and why.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        why = error.strerror or str(error) if there.is_dir() else f"{there.name} is no folder"
+        raise WriteError(f"Nothing can be written into {folder}: {why}. Choose another folder.") from None
 
 
 def publish(files: Mapping[Path, bytes], *, force: bool = False) -> None:

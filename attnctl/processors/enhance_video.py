@@ -72,7 +72,7 @@ class EnhanceAVideo(Control):
         'EnhanceAVideo(weight=4.0)'
     """
 
-    weight: float | None = knob(None, 0.0)
+    weight: float | None = knob(None, 0.0, hint="blank: published", shown=True)
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
     about: ClassVar[About] = About(
@@ -83,7 +83,6 @@ class EnhanceAVideo(Control):
         paper="arXiv 2502.07508",
         cite=("Luo et al., *Enhance-A-Video: Better Generated Video for Free*, arXiv 2502.07508",),
         group="Video",
-        offered=False,
         sites="every attention over all frames",
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attnctl.app.commands.common import Result, UsageError, say, table
 from attnctl.app.commands.pictures import check_controls, write_pictures
 from attnctl.data.files import below, slug
-from attnctl.plans.writing import FileExists, publish
+from attnctl.plans.writing import FileExists, check_writable, publish
 
 if TYPE_CHECKING:
     from attnctl.data.prompt_files import PromptLine
@@ -215,6 +215,7 @@ def make_many(asked: Any, command: str, model: str) -> Result:
             check_controls(job.call.controls, batch)
     table = "pictures" if asked.prompts is None else f"{slug(asked.prompts.stem)}-pictures"
     check_replaceable(asked.out, table)
+    check_writable(asked.out)
     say(f"{len(lines)} prompt(s), {len(jobs)} picture(s)")
     many = Batch(call, columns, jobs, batch, asked.out, table, asked.force, bool(asked.compare), asked.fps)
     return many.run(model, asked.revision, asked.device, asked.dtype)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
-from attnctl.plans.writing import FileExists
+from attnctl.plans.writing import FileExists, check_writable
 
 __all__ = ["Calibrate"]
 
@@ -78,6 +78,7 @@ class Calibrate(Common):
             raise UsageError(f"--steps is a whole number from 1 on, got {self.steps}.")
         if self.prompt and (self.out / "attnctl_blocks.json").exists() and not self.force:
             raise FileExists(f"{self.out} holds a plan already: give --force to replace it, or another --out.")
+        check_writable(self.out)
         importing()
         from attnctl.data.specs import parse_option
         from attnctl.errors import ConfigError

@@ -132,7 +132,8 @@ class Hunt(Common):
         from attnctl.plans.writing import check_free
 
         file = "blocks.json" if self.unit == "block" else "hunt_result.json"
-        check_free([self.out / file], force=self.force or self.dry_run)
+        if not self.dry_run:
+            check_free([self.out / file], force=self.force)
         try:
             plan = self._block_plan() if self.unit == "block" else self._plan()
         except ConfigError as error:

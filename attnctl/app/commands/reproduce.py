@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.plans.writing import check_writable
 
 __all__ = ["Reproduce"]
 
@@ -164,6 +165,8 @@ class _Run:
         from attnctl.pipelines.reproduce.store import Store
 
         flags, experiment = self.flags, self.experiment
+        if not flags.plan:
+            check_writable(flags.out)
         networks, names = self._networks()
         heads = heads_of(flags.heads)
         about = self._about(heads)

@@ -37,7 +37,10 @@ __all__ = [
 ]
 
 _SHAPES = (20, 3.0)  # steps and guidance of the shipped models
-_SHAPES_VIDEO = (10, 2.0)  # a video and its twin in some fifteen seconds; the guidance that its card found best
+_SHAPES_VIDEO = {  # fewer steps than on its card: a video and its twin in some fifteen seconds
+    f"{SHIPPED}video": (10, 2.0),
+    f"{SHIPPED}videodit": (20, 2.0),
+}
 _PROMPTS = (
     "a red circle and a blue square on gray",
     "a green ring and a white cross on black",
@@ -59,9 +62,9 @@ class Fields:
         self.model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
         self.prompt = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=4)
         with gr.Row():
-            self.seed = gr.Number(seed, label="Seed", precision=0, minimum=0, min_width=70)
-            self.steps = gr.Number(many, label="Steps", precision=0, minimum=1, min_width=70)
-            self.guidance = gr.Number(guidance, label="Guidance (CFG)", step=0.5, min_width=70)
+            self.seed = gr.Number(seed, label="Seed", precision=0, min_width=70)
+            self.steps = gr.Number(many, label="Steps", precision=0, min_width=70)
+            self.guidance = gr.Number(guidance, label="Guidance", step=0.5, min_width=70)
 
     @property
     def all(self) -> list[Any]:
@@ -70,9 +73,7 @@ class Fields:
 
     def settings(self, model: str) -> tuple[int | None, float | None]:
         """Return steps and guidance to begin with; None is the pipeline's own."""
-        if model == f"{SHIPPED}video":
-            return _SHAPES_VIDEO
-        return _SHAPES if model.startswith(SHIPPED) else (None, None)
+        return _SHAPES_VIDEO.get(model, _SHAPES) if model.startswith(SHIPPED) else (None, None)
 
 
 def prompts_for(model: str) -> tuple[str, ...]:
@@ -169,7 +170,8 @@ def said(action: Callable[..., Any]) -> Callable[..., Any]:
 def afterwards(event: Any, outputs: Sequence[Any], place: str) -> None:
     """Clear what a tab shows where its work fails, so that no result of an earlier request stands beside the error.
 
-    On a narrow screen, where results stand below the button, they come into view when the work is over.
+    On a narrow screen, where results stand below the button, they come into view when the work begins (the page's own
+    script) and again when it is over, since other results may have moved them.
 
     Args:
         event: What the button began.
@@ -197,13 +199,14 @@ def picture(label: str, name: str, *, height: int | None = None, pixels: bool = 
     """Make a place for a picture; its file is handed on as it is, so that it keeps its record.
 
     Args:
-        label: What stands in its corner.
+        label: What stands in its corner, and what a screen reader says.
         name: Its name in the page.
         height: Pixels that it is enlarged to; None for sheets, which are as high as they are, below their label.
         pixels: Enlarge small pictures without smoothing.
     """
     return gr.Image(
         label=label,
+        alt_text=label,
         type="filepath",
         interactive=False,
         buttons=["download", "fullscreen"],

@@ -21,7 +21,7 @@ from attnctl.errors import ConfigError, JudgeError
 
 __all__ = ["Knob", "about", "control_of", "knobs_of", "nouns", "preset", "selector"]
 
-Kind = Literal["slider", "number", "choice", "switch", "text"]
+Kind = Literal["slider", "number", "choice", "switch", "text", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,15 @@ def nouns(prompt: str) -> tuple[str, ...]:
 
 def _knob(method: str, field: Any, bounds: Bounds) -> Knob:
     name, default = field.name, field.default
+    if isinstance(default, tuple) and default:
+        return Knob(method, name, "numbers", ", ".join(f"{x:g}" for x in default), hint=bounds.hint)
     if bounds.choices:
         return Knob(method, name, "choice", default, choices=bounds.choices, hint=bounds.hint)
     if isinstance(default, bool):
         return Knob(method, name, "switch", default, hint=bounds.hint)
-    if bounds.span is not None:
+    if bounds.span is not None and default is not None:  # a slider cannot be left blank
         low, high, step = bounds.span
-        top = max(high, default if isinstance(default, (int, float)) else high)
-        return Knob(method, name, "slider", low if default is None else default, (low, top, step), hint=bounds.hint)
+        return Knob(method, name, "slider", default, (low, max(high, default), step), hint=bounds.hint)
     if isinstance(default, (int, float)) and math.isfinite(default):
         return Knob(method, name, "number", default, hint=bounds.hint)
     return Knob(method, name, "text", "" if default is None or default == () else str(default), hint=bounds.hint)
@@ -162,13 +163,17 @@ def _read(knob: Knob, value: Any) -> Any:
         return selector(value)
     if knob.field == "concepts":
         return _parts(value)
+    if knob.kind == "numbers":
+        return tuple(_number(knob, part) for part in str(value).split(","))
     if knob.kind == "text":
         return _number(knob, value)
     return int(value) if knob.kind == "slider" and isinstance(knob.default, int) else value
 
 
-def _number(knob: Knob, text: Any) -> float:
+def _number(knob: Knob, text: Any) -> float | str:
     try:
         return float(text)
     except ValueError:
+        if knob.kind == "text" and text == knob.default:
+            return str(text)  # a word, such as "auto"
         raise ConfigError(f"{knob.method}: {knob.field}={text!r} is not a number; inf is one.") from None

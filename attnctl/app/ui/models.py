@@ -10,15 +10,22 @@ from attnctl.data.specs import methods
 from attnctl.errors import AttnctlError, ConfigError, SiteError
 from attnctl.pipelines.models import SHIPPED, Loaded, load
 
-__all__ = ["Models", "offered"]
+__all__ = ["Models", "combiners", "offered"]
 
 _IMAGES: tuple[str, ...] = ("shapes:text2image", "shapes:mmdit")
 _VIDEOS: tuple[str, ...] = ("shapes:video", "shapes:videodit")
 
 
 def offered() -> tuple[str, ...]:
-    """Name the methods that the tab of images offers: all but those that say otherwise (`About.offered`)."""
+    """Name the methods that the page offers: all but those that say otherwise (`About.offered`)."""
     return tuple(m for m, cls in methods().items() if getattr(getattr(cls, "about", None), "offered", True))
+
+
+def combiners() -> tuple[str, ...]:
+    """Name those of which one alone can act: the rules that put two predictions together."""
+    from attnctl.processors.combining.combiner import Combiner
+
+    return tuple(m for m in offered() if issubclass(methods()[m], Combiner))
 
 
 class Models:

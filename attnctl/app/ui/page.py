@@ -14,10 +14,10 @@ from attnctl.app.ui.tab_maps import heads_tab, words_tab
 from attnctl.app.ui.tab_regions import regions_tab
 from attnctl.app.ui.tab_video import video_tab
 
-__all__ = ["CSS", "build", "theme"]
+__all__ = ["CSS", "SCRIPT", "build", "theme"]
 
 CSS = """
-.gradio-container { max-width: 1240px !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 .fill button, .fill .image-frame, .fill img { width: 100% !important; height: 100% !important; object-fit: contain; }
 .pixels img { image-rendering: pixelated; }
 .sheet .image-container { padding-top: 30px; }
@@ -28,7 +28,20 @@ CSS = """
 .marks th, .marks td { border-color: var(--border-color-primary) !important; padding: 4px 8px !important; }
 .marks th, .marks td:first-child { white-space: nowrap; }
 #head p { margin: 0; }
+#stop { align-self: flex-start; height: auto; }
+@media (max-width: 799px) {
+  #stop { position: fixed; right: 12px; bottom: 12px; z-index: 50; box-shadow: 0 1px 6px rgba(0, 0, 0, 0.4); }
+  .gradio-container { padding-bottom: 56px; }
+  .marks table { display: table; font-size: 12px; table-layout: auto; }
+  .marks th, .marks td, .marks td:first-child { padding: 4px !important; white-space: normal; }
+}
 """
+
+# On a narrow screen results stand below what is filled in: they come into view as soon as a tab's button is pressed.
+SCRIPT = """() => document.addEventListener('click', event => {
+  const results = event.target.closest('button.primary')?.closest('.row')?.lastElementChild
+  if (results && innerWidth < 800) results.scrollIntoView({ behavior: 'smooth' })
+})"""
 
 
 def theme() -> Any:
@@ -50,8 +63,9 @@ def build(models: Models, folder: Path) -> Any:
         folder: Where it may write.
     """
     with gr.Blocks(title="attnctl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        ready = f"Pictures by `{models.images[0]}`, videos by `{models.videos[0]}`"
-        with gr.Row(equal_height=True):
+        pictures, videos = (" or ".join(f"`{name}`" for name in names) for names in (models.images, models.videos))
+        ready = f"Pictures by {pictures}, videos by {videos}"
+        with gr.Row(equal_height=False):
             gr.Markdown(f"### attnctl\nAttention control, side by side. {ready}.", elem_id="head")
             halt = gr.Button("Stop", size="sm", scale=0, min_width=80, elem_id="stop")
         halt.click(stop, None, None, queue=False, show_progress="hidden", api_name="stop")

@@ -54,7 +54,7 @@ def serving(
         raise ConfigError(f"A port is a whole number from 1 to 65535, got {port}.")
     with contextlib.closing(OwnFolder(_FOLDER)) as own, _temporary(own.path / "uploads"):
         require_gradio()
-        from attnctl.app.ui.page import CSS, build, theme
+        from attnctl.app.ui.page import CSS, SCRIPT, build, theme
 
         made = own.path / "made"
         for part in (made, own.path / "uploads"):
@@ -71,6 +71,7 @@ def serving(
                 show_error=True,
                 theme=theme(),
                 css=CSS,
+                js=SCRIPT,
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,

@@ -1,4 +1,4 @@
-"""The tab "Video": a video plain and with more motion, and an uploaded clip or picture edited."""
+"""The tab "Video": a video plain and under chosen methods, and an uploaded clip or picture edited."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from attnctl.app.ui.inputs import (
     ticks,
     written,
 )
+from attnctl.app.ui.methods import Methods, controls_of
 from attnctl.app.ui.models import Models
 from attnctl.app.ui.video_actions import EditAsk
 from attnctl.pipelines.models import SHIPPED
-from attnctl.processors import BroadWay
 
 __all__ = ["video_tab"]
 
@@ -50,17 +50,12 @@ def _make_tab(models: Models, folder: Path) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             fields = Fields(models.videos, prompts[0])
-            motion = gr.Slider(
-                0,
-                4,
-                value=1.0,
-                step=0.1,
-                label="motion",
-                info="BroadWay; 0 changes nothing, 1 is the published setting",
-            )
-            with gr.Accordion("More", open=False):
-                more = further_controls("EnhanceAVideo(weight=4.0)")
+            methods = Methods(models, models.videos[0])
             go = gr.Button("Generate video", variant="primary", elem_id="video-go")
+            methods.lay_out_knobs()
+            with gr.Accordion("More", open=False):
+                methods.lay_out_rules()
+                more = further_controls("EnhanceAVideo(weight=4.0)")
             gr.Examples([[p] for p in prompts], [fields.prompt], label="Click an example")
         with gr.Column(scale=6, min_width=400):
             with gr.Row():
@@ -76,13 +71,15 @@ def _make_tab(models: Models, folder: Path) -> None:
     shown = [plain, controlled, frames, marks, files, report, command]
     event = go.click(
         _make(models, folder),
-        [*fields.all, motion, more],
+        [*fields.all, *methods.all, more],
         shown,
+        inputs_kwargs=methods.named,
         api_name="video",
         show_progress_on=[plain, controlled],
         **_ALONE,
     )
-    afterwards(event, shown, "video-frames")
+    afterwards(event, shown, "video-plain")
+    methods.follow(fields)
 
 
 def _make(models: Models, folder: Path) -> Callable[..., Any]:
@@ -95,14 +92,15 @@ def _make(models: Models, folder: Path) -> Callable[..., Any]:
         seed: float,
         steps: float,
         guidance: float,
-        motion: float,
+        methods: list[str],
+        rule: str,
         controls: str,
         progress: Any = gr.Progress(),  # noqa: B008
+        **values: Any,
     ) -> tuple[Any, ...]:
-        """Make a video plain and with more motion: both MP4s, frames of both, the table, files, report, commands."""
+        """Make a video plain and under control: both MP4s, frames of both, the table, files, report, commands."""
         request = ask(model, prompt, seed, steps, guidance)
-        acting = [BroadWay(motion=motion)] if motion else []
-        acting += written(controls)
+        acting = [*controls_of(methods, rule, values, model, prompt), *written(controls)]
         done = actions.compare(models, request, acting, ticks(progress, models, request, 2 if acting else 1))
         films = [video_actions.preview(folder, run.videos[0]) for _, run, _ in done.runs]
         strips = [actions.keep(folder, f"{name} {prompt}", run) for name, run, _ in done.runs]

@@ -24,6 +24,7 @@ from attnctl.errors import ConfigError
 from attnctl.pipelines.vision.charts import write_charts
 from attnctl.pipelines.vision.folders import IGNORED, Masks, Pictures, Split, check_pictures, find_classes, find_masks
 from attnctl.pipelines.vision.runs import Run, build_model, check_name, read_checkpoint, resumption, save_checkpoint
+from attnctl.plans.writing import check_writable
 
 __all__ = ["Recipe", "Trained", "train_pictures"]
 
@@ -126,6 +127,7 @@ def train_pictures(
         raise ConfigError(
             f"{out} holds a training that stopped: go on with resume (--resume), or choose another folder."
         )
+    check_writable(out)
     find = find_classes if recipe.task == "classify" else find_masks
     split = find(data, held_out=recipe.held_out, seed=recipe.seed)
     check_pictures([p for p, _ in (*split.train, *split.test)])

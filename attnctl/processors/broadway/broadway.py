@@ -71,7 +71,6 @@ class BroadWay(MotionFields):
             "Way*, arXiv 2410.06241",
         ),
         group="Video",
-        offered=False,
         sites="temporal attention of the last three decoder stages; attention over all frames in transformers",
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (

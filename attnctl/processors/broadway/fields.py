@@ -38,7 +38,7 @@ class MotionFields(Control, abstract=True):
     beta: Beta = knob(1.5, kind="free", values="0 or more; a course of them; these by selector", shown=True, hash=False)
     tau: int | Literal["auto"] = knob("auto", values="'auto', or whole, 0 or more (bins)", shown=True)
     stop: float = 0.2
-    motion: float | None = knob(None, 0.0, 10.0, span=(0.0, 4.0, 0.1), shown=True)
+    motion: float | None = knob(None, 0.0, 10.0, hint="blank: alpha and beta; 1: published", shown=True)
     reference: str | None = None
     interpolation: Interpolation = knob("nearest", options=Interpolation)
     head_match: HeadMatch = knob("group_mean", options=HeadMatch)

@@ -56,7 +56,6 @@ class APG(Combiner):
             "arXiv 2410.02416",
         ),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
 
     def needs_steps(self) -> bool:

@@ -78,7 +78,6 @@ class CFGPlusPlus(Combiner):
             "arXiv 2406.08070",
         ),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict(

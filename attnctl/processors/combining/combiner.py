@@ -121,7 +121,7 @@ class Combiner(Combining, abstract=True):
             clean images and "eps" for the noise that they stand for. Linear rules are the same in all of them.
     """
 
-    scale: float | None = knob(None, -math.inf, span=(1.0, 15.0, 0.5), hint="blank: the pipeline's", shown=True)
+    scale: float | None = knob(None, -math.inf, hint="blank: the pipeline's", shown=True)
     space: Space = knob("model", options=Space)
 
     conflicts: ClassVar[tuple[Conflict, ...]] = (

@@ -38,7 +38,7 @@ class FDG(Combiner):
         'FDG(scales=(8.0, 3.0))'
     """
 
-    scales: tuple[float, ...] = knob((10.0, 5.0), kind="free", values="two numbers or more")
+    scales: tuple[float, ...] = knob((10.0, 5.0), kind="free", values="two numbers or more", shown=True)
     parallel: tuple[float, ...] | None = knob(None, kind="free", values="None, or as many numbers")
 
     about: ClassVar[About] = About(
@@ -51,7 +51,6 @@ class FDG(Combiner):
             "arXiv 2506.19713",
         ),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
 
     def __post_init__(self) -> None:

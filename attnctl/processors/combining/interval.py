@@ -48,7 +48,6 @@ class GuidanceInterval(Combining):
             "Diffusion Models*, arXiv 2404.07724",
         ),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict("GuidanceInterval", "model", "both say when the run is guided: give one interval"),

@@ -41,7 +41,6 @@ class MaG(Combiner):
         goal="guide without burnt colours",
         paper="diffusers' `MagnitudeAwareGuidance`",
         sites="no attention, but the model's predictions",
-        offered=False,
     )
 
     def rule(self, u: Tensor, c: Tensor, moment: Moment) -> Tensor:

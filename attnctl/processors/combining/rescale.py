@@ -48,7 +48,6 @@ class Rescale(Combining):
         paper="arXiv 2305.08891",
         cite=("Lin et al., *Common Diffusion Noise Schedules and Sample Steps are Flawed*, arXiv 2305.08891",),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict("Rescale", "model", "both rescale the same sum: give one phi"),

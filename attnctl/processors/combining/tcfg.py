@@ -35,7 +35,6 @@ class TCFG(Combiner):
         paper="arXiv 2503.18137",
         cite=("Kwon et al., *TCFG: Tangential Damping Classifier-free Guidance*, arXiv 2503.18137",),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
 
     def rule(self, u: Tensor, c: Tensor, moment: Moment) -> Tensor:

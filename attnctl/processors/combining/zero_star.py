@@ -48,7 +48,6 @@ class CFGZeroStar(Combiner):
             "Fan et al., *CFG-Zero\\*: Improved Classifier-Free Guidance for Flow Matching Models*, arXiv 2503.18886",
         ),
         sites="no attention, but the model's predictions",
-        offered=False,
     )
 
     def needs_steps(self) -> bool:
