@@ -29,10 +29,10 @@ def naive_attention(call: AttnCall) -> Tensor:
     return logits.softmax(-1).nan_to_num(0) @ v
 
 
-def naive_guidance(p: Tensor, n: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+def naive_guidance(p: Tensor, n: Tensor, scale: float, tau: float, alpha: float, norm: int = 1) -> Tensor:
     """Compute eq. 7 to 9 of arXiv 2505.21179 for z+ and z- [B, H, N, D]."""
     z = p + scale * (p - n)
-    ratio = z.abs().sum((1, 3), keepdim=True) / p.abs().sum((1, 3), keepdim=True)
+    ratio = ((z.abs() ** norm).sum((1, 3), keepdim=True) / (p.abs() ** norm).sum((1, 3), keepdim=True)) ** (1 / norm)
     z = torch.where(ratio > tau, z * tau / ratio, z)
     return alpha * z + (1 - alpha) * p
 
@@ -48,7 +48,7 @@ def doubled(inputs: Any, negative: Any) -> Any:
     return inputs
 
 
-def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting: float) -> Tensor:
+def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting: Any) -> Tensor:
     """Run a model with NAG at all sites of one kind, the negative prompt in rows of its own."""
 
     def guided(call: AttnCall, proceed: Proceed) -> Tensor:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unplugged")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDED = {"pag_sd15": "pag.png", "pag_sdxl": "pag.png", "softpag_sd35": "softpag.png", "softpag_flux": "softpag.png"}
 GUIDED |= {"astar_sd15": "astar.png", "attend_excite_sd15": "attend_excite.png", "slg_sd35": "slg.png"}
-GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png"}
+GUIDED |= {"seg_sdxl": "seg.png", "tpg_sdxl": "tpg.png", "auto_guidance_sdxl": "auto_guidance.png"}
 NO_PASS = {
     "nag_sdxl": "nag.png",
     "regions_flux": "regions.png",

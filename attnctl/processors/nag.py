@@ -6,8 +6,9 @@
     z = z min(r, tau) / r, r = |z|_1 / |z+|_1   bring the norm back, per token, over all heads
     z = alpha z + (1 - alpha) z+            blend
 
-z+ and z- are outputs of attention before its last projection, of the image's queries; the text's stay as they are. The
-authors' code counts the scale as S = s + 1. Where z- comes from, `attnctl.processors.negative.live` tells.
+The norm is L1 in the paper and in the authors' later files, L2 in their first file for FLUX (`norm=2`). z+ and z- are
+outputs of attention before its last projection, of the image's queries; the text's stay as they are. The authors' code
+counts the scale as S = s + 1. Where z- comes from, `attnctl.processors.negative.live` tells.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -33,7 +34,7 @@ __all__ = ["NAG", "normalized_guidance"]
 
 
 def normalized_guidance(
-    positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float
+    positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float, norm: int = 1
 ) -> torch.Tensor:
     """Extrapolate away from the negative attention output, bounded in norm (arXiv 2505.21179, eq. 7 to 9).
 
@@ -43,6 +44,7 @@ def normalized_guidance(
         scale: Extrapolation s.
         tau: Bound of the norm ratio, 1 or more.
         alpha: Blend, 0 to 1.
+        norm: Norm that r compares, 1 or 2.
 
     Returns:
         z [B, H, N, D], computed in float32 (float64 stays), norms over heads and channels of each token.
@@ -50,7 +52,8 @@ def normalized_guidance(
     wide = wide_dtype(positive.dtype)
     p, n = positive.to(wide), negative.to(wide)
     z = p + scale * (p - n)
-    ratio = z.abs().sum((1, 3), keepdim=True) / p.abs().sum((1, 3), keepdim=True).clamp_min(1e-12)
+    over, under = (torch.linalg.vector_norm(x, norm, (1, 3), keepdim=True) for x in (z, p))
+    ratio = over / under.clamp_min(1e-12)
     z = z * ratio.clamp_max(tau) / ratio.clamp_min(1e-12)
     return (alpha * z + (1 - alpha) * p).to(positive.dtype)
 
@@ -66,6 +69,8 @@ class NAG(Control):
         negative_prompt: What to keep away from; None for the negative prompt of the pipeline's call.
         negative_embeds: Embeddings of it by the names of the pipeline's arguments for the prompt's ("prompt_embeds"),
             or of the denoiser's ("encoder_hidden_states"); None to encode the text.
+        norm: Norm of z that tau bounds, over all heads and channels of a token: 1 as in the paper and the authors'
+            later files, 2 as in their first file for FLUX.
         form: How joint attention gets the negative prompt: "stream" (its text beside the prompt's), "rows" (a whole
             row of its own), "auto" (stream where the image can be cut off).
     """
@@ -75,6 +80,7 @@ class NAG(Control):
     alpha: float = knob(0.5, 0.0, 1.0, shown=True)
     negative_prompt: str | None = knob(None, values="text, or None", hint="blank: the call's")
     negative_embeds: Mapping[str, Any] | None = knob(None, values="tensors by name", compare=False, repr=False)
+    norm: Literal[1, 2] = knob(1, options=Literal[1, 2])
     form: Form = knob("auto", options=Form)
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
@@ -143,7 +149,7 @@ class NAG(Control):
 
     def guide(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Compute z of z+ and z-, [B, H, N, D]."""
-        return normalized_guidance(positive, negative, self.scale, self.tau, self.alpha)
+        return normalized_guidance(positive, negative, self.scale, self.tau, self.alpha, self.norm)
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveNegative:
         return LiveNegative(self, sites, denoiser)
