@@ -112,8 +112,13 @@ def controls(target: float, who: Subject, steps: int) -> dict[str, Any]:
         made["windows"] = Neighborhood(window=who.window)
     found: dict[str, Any] = {n: SparseAttention(s, kernel="masked") for n, s in made.items()}
     oracle = _Oracle(Online(density=target, every=1, **few), kernel="masked")
+    share_of_plan = executed(plan, dense, steps)
     paro = PARO(plan, dense_steps=dense, kernel="masked")
-    return {"PARO": (paro, executed(plan, dense, steps)), "oracle": oracle, **found}
+    if who.name == "mmdit":  # what it costs to round the same plan's numbers
+        for bits in (8, 4):
+            rounded = PARO(plan, dense_steps=dense, kernel=f"simulated_int{bits}")
+            found[f"PARO, weights and values in {bits} bits"] = rounded, share_of_plan
+    return {"PARO": (paro, share_of_plan), "oracle": oracle, **found}
 
 
 def measure_quality(

@@ -122,6 +122,24 @@ def test_samples_have_blocks_of_their_own(n: int, bq: int, bk: int, text: int, f
         assert max(float((a.grad - b.grad).abs().max()) for a, b in zip(inputs, theirs, strict=True)) <= 1e-4  # type: ignore[operator]
 
 
+def test_tokens_on_both_sides_of_the_image_are_dense() -> None:
+    """Pictures that are given stand behind the image and text before it (FLUX Kontext): one softmax over all."""
+    n, image = 48, slice(5, 53)
+    q, k, v = rand(2, 4, 60, 16), rand(2, 2, 60, 16, seed=1), rand(2, 2, 60, 24, seed=2)
+    keep = choices.keep_density(torch.rand(2, 4, 6, 3, generator=torch.Generator().manual_seed(3)), 0.4, by_row=True)
+    words = torch.rand(2, 12, generator=torch.Generator().manual_seed(4)) < 0.6
+    for shown in (None, words):
+        for rest in (False, True):
+            blocks = Blocks(
+                keep=keep.view(1, 8, 6, 3), block_q=8, block_k=16, order=(0,) * 8, grid=None, n_image=n, n_text=12,
+                rest=rest,
+            )  # fmt: skip
+            want = written_out(q, k, v, keep, 8, 16, image, rest, shown)
+            for backend in ("gather", "masked", "reference"):
+                out = block_sparse(q, k, v, blocks, image=image, words=shown, backend=backend)
+                assert (out - want).abs().max() <= 1e-5, backend
+
+
 def written_out(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bq: int, bk: int, image: slice, rest: bool, words: Tensor | None
 ) -> Tensor:

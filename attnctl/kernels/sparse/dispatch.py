@@ -22,6 +22,7 @@ from attnctl.kernels import sdpa
 from attnctl.kernels.checks import repeat_heads
 from attnctl.kernels.sparse import flex, gather, triton, xformers_blocks
 from attnctl.kernels.sparse.lists import LaidOut, lay_out, put_back
+from attnctl.kernels.sparse.simulated import simulated
 from attnctl.kernels.sparse.written_out import masked, reference
 from attnctl.kernels.timing import fastest, size_class
 from attnctl.plans.blocks import BlockPlan, Blocks
@@ -30,11 +31,15 @@ __all__ = [
     "SPARSE",
     "Sparse",
     "block_sparse",
+    "check_fit",
     "check_sparse",
     "choose_sparse",
     "probe_sparse",
     "reference",
+    "refusal",
+    "shown_keys",
     "sparse_backends",
+    "tokens_behind",
 ]
 
 Call = tuple[Tensor, Tensor, Tensor, Blocks, int, slice, float | None, Tensor | None]
@@ -121,10 +126,12 @@ SPARSE: dict[str, Sparse] = {
     "xformers": Sparse(
         _without_padding(_laid_out(xformers_blocks.run)), xformers_blocks.missing, xformers_blocks.declines
     ),
+    "simulated_int8": Sparse(_laid_out(simulated), _anywhere, _any_call),
+    "simulated_int4": Sparse(_laid_out(partial(simulated, weights=4)), _anywhere, _any_call),
     "masked": Sparse(_laid_out(masked), _anywhere, _any_call),
     "reference": Sparse(_laid_out(reference), _anywhere, _any_call),
 }
-"""Kernels by name; `auto` never takes one that rounds to 8 bits."""
+"""Kernels by name. `auto` takes none that rounds to 8 bits; `simulated_...` show what rounding costs, and are slow."""
 
 _ON_CUDA = ("flex", "triton")
 _FAILED: dict[Hashable, str] = {}  # kernels that raised in a real call, and why: they are not tried there again
@@ -151,7 +158,7 @@ def block_sparse(
         v: Values [B, Hk, N, Dv].
         plan: What to compute; with B H heads, each sample has blocks of its own.
         group: Part of the run.
-        image: Where the image tokens lie; None for where the plan says.
+        image: Where the image tokens lie; None for where the plan says. All others count as text.
         scale: Factor on q k^T, 1 / sqrt(D) if None.
         words: Text keys to attend to, bool [B or 1, T]; None for all.
         backend: A name of `SPARSE`, or "auto" for `choose_sparse`'s choice.
@@ -165,27 +172,46 @@ def block_sparse(
     """
     if len(q) > 1 and plan.heads == len(q) * q.shape[1]:
         return _each_sample(q, k, v, plan, group, image, scale, words, backend)
-    if q.shape[1] != plan.heads:
-        raise PlanError(f"The plan is for {plan.heads} heads; this attention has {q.shape[1]}.")
-    if q.shape[2] != k.shape[2]:
-        raise PlanError(f"A plan is for self-attention; {q.shape[2]} queries and {k.shape[2]} keys were given.")
-    if not 0 <= group < plan.groups:
-        raise PlanError(f"Step group {group} was asked for; the plan has {plan.groups}.")
+    check_fit(q, k, plan, group)
+    if image is not None and (behind := tokens_behind(image, q.shape[2])):
+        moved = (x.roll(behind, 2) for x in (q, k, v))
+        place, shown = slice(image.start + behind, q.shape[2]), None if words is None else words.roll(behind, 1)
+        out = block_sparse(*moved, plan, group=group, image=place, scale=scale, words=shown, backend=backend)
+        return out.roll(-behind, 2)
     n = q.shape[2]
     image = plan.span(n) if image is None else image
     text = slice(0, image.start) if image.start else slice(image.stop, n)
     plan = plan.sized(image.stop - image.start)
     rows = _image_rows((q, k, v, plan, group, image, scale, words), backend)
-    shown = (
-        None if words is None else F.pad(words, (0, n - words.shape[1]) if image.start else (image.stop, 0), value=True)
-    )
-    mask = None if shown is None else shown[:, None, None]
+    mask = shown_keys(words, n, image)
     if rows is None:
         return sdpa.run(q, k, v, mask, scale)
     if text.stop == text.start:
         return rows
     texts = sdpa.run(q[:, :, text], k, v, mask, scale)
     return torch.cat([texts, rows] if image.start else [rows, texts], 2)
+
+
+def check_fit(q: Tensor, k: Tensor, plan: Blocks, group: int) -> None:
+    """Raise PlanError unless a plan is for these heads, for self-attention, and has this part of the run."""
+    if q.shape[1] != plan.heads:
+        raise PlanError(f"The plan is for {plan.heads} heads; this attention has {q.shape[1]}.")
+    if q.shape[2] != k.shape[2]:
+        raise PlanError(f"A plan is for self-attention; {q.shape[2]} queries and {k.shape[2]} keys were given.")
+    if not 0 <= group < plan.groups:
+        raise PlanError(f"Step group {group} was asked for; the plan has {plan.groups}.")
+
+
+def tokens_behind(image: slice, tokens: int) -> int:
+    """Count the tokens behind an image that others stand in front of: kernels want all of these on one side."""
+    return tokens - image.stop if image.start else 0
+
+
+def shown_keys(words: Tensor | None, n: int, image: slice) -> Tensor | None:
+    """Return which of a sequence's n keys are attended to, bool [B or 1, 1, 1, n]; None for all."""
+    if words is None:
+        return None
+    return F.pad(words, (0, n - words.shape[1]) if image.start else (image.stop, 0), value=True)[:, None, None]
 
 
 def _each_sample(
@@ -259,10 +285,10 @@ def choose_sparse(
             return "gather"
         if tracing:
             return _dense("torch.compile is tracing, and a kernel cannot be tried meanwhile")
-        able = [name for name in _ON_CUDA if not _refusal(name, q, k, v, plan) and (name, *_kind(q, k)) not in _FAILED]
+        able = [name for name in _ON_CUDA if not refusal(name, q, k, v, plan) and (name, *_kind(q, k)) not in _FAILED]
         if not able:
             failed = {n: _FAILED.get((n, *_kind(q, k))) for n in _ON_CUDA}
-            reasons = (f"{n}: {why or _refusal(n, q, k, v, plan)}" for n, why in failed.items())
+            reasons = (f"{n}: {why or refusal(n, q, k, v, plan)}" for n, why in failed.items())
             return _dense("; ".join(reasons))
         image = plan.span(q.shape[2]) if image is None else image
         sized = plan.sized(image.stop - image.start)
@@ -270,9 +296,9 @@ def choose_sparse(
         b, heads, tokens, width = q.shape
         kind = "sparse", q.device, q.dtype, b, heads, width, size_class(tokens), plan.block_q, plan.block_k, *able
         return fastest(kind, calls, q.device)
-    reason = SPARSE[backend].declines(q, k, v, plan) if tracing else _refusal(backend, q, k, v, plan)
+    reason = SPARSE[backend].declines(q, k, v, plan) if tracing else refusal(backend, q, k, v, plan)
     if reason:
-        others = [name for name in SPARSE if not tracing and not _refusal(name, q, k, v, plan)]
+        others = [name for name in SPARSE if not tracing and not refusal(name, q, k, v, plan)]
         raise BackendError(
             f"backend={backend!r} was given with a plan, but it cannot run this call: {reason}. Kernels that can: "
             f"{', '.join(map(repr, others)) or repr('gather')}. Or leave the choice to 'auto'."
@@ -301,7 +327,8 @@ def _kind(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
     return q.device, q.dtype, q.shape, k.shape[1]
 
 
-def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
+def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
+    """Return why a kernel does not run a call, or ""."""
     kernel = SPARSE[name]
     reason = kernel.missing(q.device.type) or kernel.declines(q, k, v, plan)
     if reason or kernel.missing is _anywhere:  # what runs anywhere is torch itself, and needs no trial

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.kernels import sdpa
-from attnctl.kernels.checks import Memory, as_bias
+from attnctl.kernels.checks import Memory, as_bias, wide_dtype
 from attnctl.kernels.sparse.lists import Bundle, block_means, block_sizes, bundles, layout, ratio
 from attnctl.plans.blocks import Blocks
 
-__all__ = ["run"]
+__all__ = ["attend_with_sums", "run", "run_with_sums"]
 
 _CACHE_BYTES = 1 << 20
 _MOST_ROWS = 4
@@ -40,10 +40,37 @@ def run(
     scale: float | None,
     words: Tensor | None = None,
 ) -> Tensor:
-    """Compute the image rows of block-sparse attention.
+    """Compute the image rows of block-sparse attention; see `run_with_sums`."""
+    return run_with_sums(q, k, v, plan, group, image, scale, words, sums=False)[0]
 
-    Shapes: q [B, H, N, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv], in the model's order; image: the n tokens of the grid,
-    the others are text; words, the text keys to attend to, bool [B or 1, T] -> [B, H, n, Dv].
+
+def run_with_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Blocks,
+    group: int,
+    image: slice,
+    scale: float | None,
+    words: Tensor | None = None,
+    *,
+    sums: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the image rows of block-sparse attention, all tensors in the model's own order.
+
+    Args:
+        q: Queries [B, H, N, D].
+        k: Keys [B, Hk, N, D].
+        v: Values [B, Hk, N, Dv].
+        plan: What to compute; means of blocks that are left out count where it says so.
+        group: Part of the run.
+        image: Where the n tokens of the grid lie; the others are text.
+        scale: Factor on q k^T, 1 / sqrt(D) if None.
+        words: Text keys to attend to, bool [B or 1, T]; None for all.
+        sums: Whether to return the log of every query's sum of exponentials, over all that counts.
+
+    Returns:
+        [B, H, n, Dv], and the sums in float32 (float64 for float64), [B, H, n], without gradients, or None.
     """
     batch, heads = q.shape[:2]
     shared = heads // k.shape[1]
@@ -52,6 +79,7 @@ def run(
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     memory = None if differentiable else Memory()
     out = None if differentiable else v.new_empty((batch, heads, n, v.shape[-1]))
+    logs = q.new_empty((batch, heads, n), dtype=wide_dtype(q.dtype)) if sums else None
     found = []
     orders = layout(plan, group, q.device)
     for h in range(heads):
@@ -68,12 +96,15 @@ def run(
                 (block_means(keys, plan.block_k), block_means(values, plan.block_k)) if plan.rest else None,
             )  # fmt: skip
             queries = _laid_out("queries", q[b, h, image], there, memory)
-            results = _compute(queries, head, work, times * plan.block_q, scale, memory)
+            own = None if logs is None else logs.new_empty(n)
+            results = _compute(queries, head, work, times * plan.block_q, scale, memory, own)
+            if logs is not None and own is not None:
+                logs[b, h] = own.index_select(0, back)
             if out is None:
                 found.append(results.index_select(0, back))
             else:
                 torch.index_select(results, 0, back, out=out[b, h])
-    return torch.stack(found).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out
+    return torch.stack(found).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out, logs
 
 
 class _Head(NamedTuple):
@@ -138,9 +169,15 @@ def _laid_out(name: str, x: Tensor, order: Tensor | None, memory: Memory | None)
 
 
 def _compute(
-    queries: Tensor, head: _Head, work: tuple[Bundle, ...], height: int, scale: float | None, memory: Memory | None
+    queries: Tensor,
+    head: _Head,
+    work: tuple[Bundle, ...],
+    height: int,
+    scale: float | None,
+    memory: Memory | None,
+    sums: Tensor | None,
 ) -> Tensor:
-    """Compute one head's attention, in the order of its queries, [n, Dv]."""
+    """Compute one head's attention, in the order of its queries, [n, Dv]; write the sums' logs into `sums` [n]."""
     n = queries.shape[0]
     out = None if memory is None else memory.take("results", (n, head.values.shape[-1]), head.values)
     found, at = [], 0
@@ -165,13 +202,30 @@ def _compute(
         ]
         for i, part in enumerate(some):
             keys, values = (copy.of(columns[i], len(part), None if left is None else left[i]) for copy in copies)
-            result = sdpa.run(part, keys, values, mask, scale)
+            if sums is None:
+                result = sdpa.run(part, keys, values, mask, scale)
+            else:
+                result, logs = attend_with_sums(part, keys, values, mask, scale)
+                first = at + i * together * height
+                sums[first : first + logs.numel()] = logs.flatten()
             if out is None:
                 found.append(result.flatten(0, 2))
             else:
                 done[i].copy_(result)
         at = stop
     return torch.cat(found) if out is None else out
+
+
+def attend_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and the log of each query's sum of exponentials, written out where the kernel keeps it."""
+    result, logs = sdpa.with_sums(q, k, v, mask=mask, scale=scale)
+    if logs is None:
+        wide = wide_dtype(q.dtype)
+        logits = q.detach().to(wide) @ k.detach().to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        logs = (logits if mask is None else logits + mask).logsumexp(-1)
+    return result, logs
 
 
 class _Copies:

@@ -11,7 +11,7 @@ from attnctl.kernels.checks import as_bias, chunk_rows, repeat_heads, wide_dtype
 from attnctl.kernels.sparse.lists import LaidOut, block_means, block_sizes, derived
 from attnctl.plans.blocks import Blocks
 
-__all__ = ["masked", "reference"]
+__all__ = ["all_keys", "bias_of", "masked", "reference"]
 
 
 def reference(call: LaidOut) -> Tensor:
@@ -23,13 +23,13 @@ def reference(call: LaidOut) -> Tensor:
     q, k, v, k_text, v_text, plan, group, scale, words = call
     n, wide = q.shape[2], wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys, values = (x.to(wide) for x in _all_keys(k, v, k_text, v_text, plan))
+    keys, values = (x.to(wide) for x in all_keys(k, v, k_text, v_text, plan))
     keys, parts = keys.transpose(-2, -1), []
     step = chunk_rows(q.shape[0], q.shape[1], keys.shape[-1], q.device)
     for first in range(0, n, step):
         rows = torch.arange(first, min(first + step, n), device=q.device)
         logits = (q[..., rows, :].to(wide) * scale) @ keys
-        parts.append((logits + _bias(plan, group, rows, k_text.shape[2], words, logits)).softmax(-1) @ values)
+        parts.append((logits + bias_of(plan, group, rows, k_text.shape[2], words, logits)).softmax(-1) @ values)
     return torch.cat(parts, 2).to(v.dtype)
 
 
@@ -42,25 +42,25 @@ def masked(call: LaidOut) -> Tensor:
         [B, H, N, Dv].
     """
     q, k, v, k_text, v_text, plan, group, scale, words = call
-    keys, values = _all_keys(k, v, k_text, v_text, plan)
+    keys, values = all_keys(k, v, k_text, v_text, plan)
     rows = torch.arange(q.shape[2], device=q.device)
     if words is not None:
-        return sdpa.run(q, keys, values, _bias(plan, group, rows, k_text.shape[2], words, q), scale)
+        return sdpa.run(q, keys, values, bias_of(plan, group, rows, k_text.shape[2], words, q), scale)
     bias = derived(
         plan, group, ("masked", k_text.shape[2], q.dtype, q.device),
-        lambda: _bias(plan, group, rows, k_text.shape[2], None, q.detach()),
+        lambda: bias_of(plan, group, rows, k_text.shape[2], None, q.detach()),
     )  # fmt: skip
     return sdpa.run(q, keys, values, bias, scale)
 
 
-def _all_keys(k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor, plan: Blocks) -> tuple[Tensor, Tensor]:
+def all_keys(k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor, plan: Blocks) -> tuple[Tensor, Tensor]:
     """Return the keys and values of text, of the image and, where they count, of its blocks' means, [B, H, all, D]."""
     means = [block_means(x, plan.block_k) for x in (k, v)] if plan.rest else [k[:, :, :0], v[:, :, :0]]
     found = [torch.cat(parts, 2) for parts in ((k_text, k, means[0]), (v_text, v, means[1]))]
     return repeat_heads(found[0], plan.heads), repeat_heads(found[1], plan.heads)
 
 
-def _bias(plan: Blocks, group: int, rows: Tensor, text: int, words: Tensor | None, like: Tensor) -> Tensor:
+def bias_of(plan: Blocks, group: int, rows: Tensor, text: int, words: Tensor | None, like: Tensor) -> Tensor:
     """Return what is added to the logits of some image rows, [B or 1, H, rows, all keys]."""
     n = plan.n_image or rows.numel()
     kept = plan.keep[group].to(like.device)[:, rows // plan.block_q]
