@@ -266,13 +266,13 @@ def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(2, 60, 16, 16)
     q, k, v = qkv(2, 60)
     assert choose_sparse(q, k, v, plan) == "gather"
-    monkeypatch.setattr(sparse, "_refusal", lambda name, *call: "" if name != "flex" else "no compiler")
+    monkeypatch.setattr(sparse, "refusal", lambda name, *call: "" if name != "flex" else "no compiler")
 
     class OnCuda:
         device, dtype, shape = torch.device("cuda"), q.dtype, q.shape
 
     assert choose_sparse(OnCuda(), k, v, plan) == "triton"  # type: ignore[arg-type]
-    monkeypatch.setattr(sparse, "_refusal", lambda name, *call: "" if name.startswith("triton_") else "no")
+    monkeypatch.setattr(sparse, "refusal", lambda name, *call: "" if name.startswith("triton_") else "no")
     monkeypatch.setattr(sparse, "_WARNED", set())
     with pytest.warns(UserWarning, match=r"attention under a plan is dense \(flex: no; triton: no\)") as seen:
         assert [choose_sparse(OnCuda(), k, v, plan) for _ in range(3)] == ["dense"] * 3  # type: ignore[arg-type]
