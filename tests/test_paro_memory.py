@@ -147,7 +147,7 @@ def test_a_kernel_that_fails_is_followed_by_the_next(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sparse, "_FAILED", {})
     monkeypatch.setattr(sparse, "_WARNED", set())
-    monkeypatch.setattr(sparse, "_refusal", lambda name, *call: "")
+    monkeypatch.setattr(sparse, "refusal", lambda name, *call: "")
     monkeypatch.setattr(sparse, "fastest", lambda kind, kernels, device: next(iter(kernels)))
     monkeypatch.setitem(SPARSE, "flex", SPARSE["flex"]._replace(run=failing))
     monkeypatch.setitem(SPARSE, "triton", SPARSE["triton"]._replace(run=right))
