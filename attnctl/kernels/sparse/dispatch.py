@@ -221,17 +221,15 @@ def _each_sample(
     """Compute samples that have blocks of their own: as heads of one sample, or one by one where their words differ."""
     heads = q.shape[1]
     if words is None or len(words) == 1:
-        folded = [x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v)]
-        out = block_sparse(
-            folded[0], folded[1], folded[2], plan, group=group, image=image, scale=scale, words=words, backend=backend
-        )
+        a, b, c = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+        out = block_sparse(a, b, c, plan, group=group, image=image, scale=scale, words=words, backend=backend)
         return out.view(*q.shape[:3], v.shape[-1])
     rows = []
-    for b in range(len(q)):
-        one, own = slice(b, b + 1), slice(b * heads, (b + 1) * heads)
-        if ("sample", b) not in plan.cache:
-            plan.cache["sample", b] = replace(plan, keep=plan.keep[:, own], order=plan.order[own])
-        some = plan.cache["sample", b]
+    for i in range(len(q)):
+        one, own = slice(i, i + 1), slice(i * heads, (i + 1) * heads)
+        if ("sample", i) not in plan.cache:
+            plan.cache["sample", i] = replace(plan, keep=plan.keep[:, own], order=plan.order[own])
+        some = plan.cache["sample", i]
         rows.append(
             block_sparse(
                 q[one], k[one], v[one], some, group=group, image=image, scale=scale, words=words[one], backend=backend
