@@ -18,7 +18,7 @@ from naive_nag import doubled, naive_guidance, naive_nag
 from safetensors.torch import load_file
 
 import attnctl
-from attnctl.core.hosts.ghost import text_arguments
+from attnctl.core.hosts.ghost import negative_arguments, text_arguments
 from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.processors import NAG, PAG, SoftPAG
 from attnctl.processors.nag import normalized_guidance
@@ -223,6 +223,17 @@ def test_embeddings_in_place_of_texts(pipe: Any) -> None:
         assert torch.equal(latents(bare, None, **positive), expected)
     with attnctl.control(bare, NAG(negative_prompt="blue square")), pytest.raises(ConfigError, match="pass embeddings"):
         latents(bare, None, **positive)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
+def test_a_negative_prompt_for_a_further_encoder_alone(name: str) -> None:
+    pipe, _ = zoo_pipelines.build(name)
+    made = negative_arguments(pipe, {"prompt": ["a cat", "a dog"], "negative_prompt_2": "birds"})
+    assert made["prompt"] == ["", ""]
+    assert made["prompt_2"] == ["birds", "birds"]
+    made = negative_arguments(pipe, {"prompt_embeds": torch.zeros(1, 7, 8), "negative_prompt_2": "birds"})
+    assert made["prompt"] == ""
+    assert made["prompt_embeds"] is None
 
 
 def test_two_calls_take_the_negative_prompt_to_the_prompts_call_alone() -> None:

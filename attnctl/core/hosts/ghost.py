@@ -68,6 +68,8 @@ def negative_arguments(
         chosen = encoded or given
     if not chosen:
         raise ConfigError(_NONE)
+    if embeds is None and "prompt" in prompts and not any(n == "prompt" or "embeds" in n for n in chosen):
+        chosen["prompt"] = ""  # a negative prompt for another encoder alone: pipelines take the first one's as empty
     count = _prompts(own)
     if count is not None:
         chosen = {n: _repeated(v, count, embeds is not None) for n, v in chosen.items()}
