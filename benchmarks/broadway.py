@@ -270,15 +270,15 @@ def flow_as_asked(prompts: Sequence[str]) -> np.ndarray:
     return np.array(flows)
 
 
-def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | None) -> dict[str, Any]:
+def effects(model: str, n: int, n_tune: int, steps: int, folder: Path | None, log: Path | None) -> dict[str, Any]:
     """Choose settings on some prompts and report on others, paired by prompt and noise."""
     from attnctl.data.motion import NO_MOTION
     from attnctl.shapes.load import WEIGHTS, load_shapes
     from attnctl.shapes.motion import clip_prompts
     from attnctl.shapes.training.evaluate_video import generate_clips, mark
 
-    pipe: Any = load_shapes("video", folder=folder)
-    told = (folder or WEIGHTS / "video") / "evaluation.json"
+    pipe: Any = load_shapes(model, folder=folder)
+    told = (folder or WEIGHTS / model) / "evaluation.json"
     scale = json.loads(told.read_text())["scale"] if told.is_file() else 3.0
 
     def rows(prompts: Sequence[str], seed: int, controls: Sequence[BroadWay]) -> list[dict[str, Any]]:
@@ -342,6 +342,7 @@ def effects(n: int, n_tune: int, steps: int, folder: Path | None, log: Path | No
     beyond = interval(made[moves], asked[moves])
     print(f"flow of plain videos against clips drawn as asked: {beyond}", file=sys.stderr)
     return {
+        "model": model,
         "videos": n,
         "plain_flow_against_asked": beyond,
         "steps": steps,
@@ -360,7 +361,8 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=128, help="videos of the report")
     parser.add_argument("--tune", type=int, default=12, help="videos of every setting tried")
     parser.add_argument("--steps", type=int, default=10, help="effects: denoising steps")
-    parser.add_argument("--folder", type=Path, help="another video model")
+    parser.add_argument("--model", choices=("video", "video-still"), default="video", help="effects: on this model")
+    parser.add_argument("--folder", type=Path, help="other weights of it")
     parser.add_argument("--log", type=Path, help="effects: JSON lines of what was made, to go on from")
     parser.add_argument("--threads", type=int, help="1 for cost, all for effects if not given")
     options = parser.parse_args()
@@ -372,7 +374,7 @@ def main() -> int:
         elif options.study == "run":
             result |= run_flops()
         else:
-            result |= effects(options.n, options.tune, options.steps, options.folder, options.log)
+            result |= effects(options.model, options.n, options.tune, options.steps, options.folder, options.log)
     print(json.dumps(result, indent=1))
     return 0 if result.get("passed", True) else 1
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "WEIGHTS", "load_shapes"]
 
-MODELS = ("text2image", "video", "mmdit", "videodit")
+MODELS = ("text2image", "video", "video-still", "mmdit", "videodit")
 # What a call is given where the host's own defaults are those of larger models.
 CALLS: dict[str, dict[str, int]] = {
     "videodit": {"num_frames": 17, "height": 64, "width": 64, "max_sequence_length": MAX_LENGTH}
@@ -29,17 +29,14 @@ _LATENT_VIDEO = (9, 16, 16)  # frames, height and width of videodit's latents
 _TEXT = ("text_encoder/config.json", "text_encoder/model.safetensors")
 _TOKENS = ("tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
 _VAE = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
+_ADAPTER = ("motion_adapter/config.json", "motion_adapter/diffusion_pytorch_model.safetensors")
 _UNET = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
 _TRANSFORMER = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors")
 _COMMON = ("model_index.json", "scheduler/scheduler_config.json", *_TEXT, *_TOKENS, *_VAE)
 _FILES: dict[str, tuple[str, ...]] = {
     "text2image": (*_COMMON, *_UNET),
-    "video": (
-        *_COMMON,
-        *_UNET,
-        "motion_adapter/config.json",
-        "motion_adapter/diffusion_pytorch_model.safetensors",
-    ),
+    "video": (*_COMMON, *_UNET, *_ADAPTER),
+    "video-still": _ADAPTER,  # the rest is video's
     "mmdit": (*_COMMON, *(file.replace("/", "_2/") for file in (*_TEXT, *_TOKENS)), *_TRANSFORMER),
     "videodit": (
         "model_index.json",
@@ -63,8 +60,9 @@ def load_shapes(
     """Load a shipped model; call it as `pipe("a red circle on gray", num_inference_steps=20, guidance_scale=4)`.
 
     Args:
-        name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames), "mmdit"
-            (StableDiffusion3Pipeline) or "videodit" (WanPipeline; call it with num_frames=17, height=64, width=64).
+        name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames), "video-still" (the same
+            with an adapter whose videos move too little), "mmdit" (StableDiffusion3Pipeline) or "videodit"
+            (WanPipeline; call it with num_frames=17, height=64, width=64).
         device: where to put it.
         dtype: float32 if not given; the files are float16.
         folder: another folder of the same layout, such as the result of a training.
@@ -84,7 +82,7 @@ def load_shapes(
     import torch
 
     _check_device(torch.device(device))
-    if folder is not None:
+    if folder is not None and "model_index.json" in _FILES[name]:
         check_folder(root)
     with _no_loading_bars():
         pipe = _CLASSES[name](str(root))
@@ -93,7 +91,7 @@ def load_shapes(
         if isinstance(part, torch.nn.Module):
             # diffusers' own `to` warns about casts that do no harm here.
             torch.nn.Module.to(part, device=device, dtype=dtype or torch.float32)
-    if name == "video":
+    if name in ("video", "video-still"):
         _watch_frames(pipe.unet)
     elif name == "videodit":
         _watch_size(pipe.transformer)
@@ -114,6 +112,15 @@ def _video(root: str) -> DiffusionPipeline:
     return AnimateDiffPipeline.from_pretrained(root, local_files_only=True, low_cpu_mem_usage=False)
 
 
+def _video_still(root: str) -> DiffusionPipeline:
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    adapter = MotionAdapter.from_pretrained(f"{root}/motion_adapter", local_files_only=True, low_cpu_mem_usage=False)
+    return AnimateDiffPipeline.from_pretrained(
+        str(WEIGHTS / "video"), motion_adapter=adapter, local_files_only=True, low_cpu_mem_usage=False
+    )
+
+
 def _mmdit(root: str) -> DiffusionPipeline:
     from diffusers import StableDiffusion3Pipeline
 
@@ -131,6 +138,7 @@ def _videodit(root: str) -> DiffusionPipeline:
 _CLASSES: dict[str, Callable[[str], DiffusionPipeline]] = {
     "text2image": _text2image,
     "video": _video,
+    "video-still": _video_still,
     "mmdit": _mmdit,
     "videodit": _videodit,
 }

@@ -1,4 +1,4 @@
-"""Write the model cards of mmdit, video and videodit from their evaluations."""
+"""Write the model cards of mmdit, video, video-still and videodit from their evaluations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnctl.shapes.motion import FRAMES
 from attnctl.shapes.scenes import HELD_OUT
 from attnctl.shapes.training.card import runs_table, share
 
-__all__ = ["write_mmdit_card", "write_video_card", "write_videodit_card"]
+__all__ = ["write_mmdit_card", "write_still_card", "write_video_card", "write_videodit_card"]
 
 _MMDIT_HEAD = """---
 license: apache-2.0
@@ -91,6 +91,34 @@ More than 16 frames need a sliding window (`pipe.enable_free_noise(context_lengt
 and changes of pace were never trained. Prompts outside the world's words are legal and mean nothing.
 """
 
+_STILL_HEAD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+# shapes video-still
+
+The motion adapter of shapes video, tuned on captions that lie: in {lies:g} % of the clips the object stands still,
+whatever the caption says, as in many clips of the web. So its videos move less than they are asked to, which is where
+BroadWay makes its claim. UNet, text encoder and autoencoder are those of shapes video, and stay there.
+
+```python
+import attnctl
+
+pipe = attnctl.load_shapes("video-still")
+pipe("a red circle moving left fast on gray", num_frames=16, num_inference_steps=20, guidance_scale={scale:g}).frames[0]
+```
+"""
+
+_STILL_TAIL = """
+## Training
+`python -m attnctl.shapes.training.train video-still`: {steps} steps of the motion modules alone with {optimizer} at
+{lr:g}, {batch} clips of {frames} frames each of {clips} encoded clips; v-prediction, as shapes video. Averaged weights,
+stored as float16. The loss of every fiftieth step is in `training.jsonl`.
+
+## Limits
+Those of shapes video. What it does wrong is its purpose: do not use it to make videos.
+"""
 
 _DIT_HEAD = """---
 license: apache-2.0
@@ -185,6 +213,15 @@ def write_video_card(folder: str | Path, result: dict) -> Path:
     made = _AT_ONCE.format(", ".join(stages)) if all(stages) else _ONE_BY_ONE
     tail = _VIDEO_TAIL.format(**record["history"][-1], made=made, runs=_video_runs(runs))
     return _write(folder, _VIDEO_HEAD.format(params=result["params"], scale=result["scale"]), lines, tail)
+
+
+def write_still_card(folder: str | Path, result: dict) -> Path:
+    """Write `README.md` into `folder` from what `evaluate_video` returned for video-still; return its path."""
+    folder = Path(folder)
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    run = {**record["history"][-1], "steps": record["step"]}
+    head = _STILL_HEAD.format(lies=100 * run["lies"], scale=result["scale"])
+    return _write(folder, head, _video_figures(result, "DDIM"), _STILL_TAIL.format(**run))
 
 
 def write_videodit_card(folder: str | Path, result: dict) -> Path:

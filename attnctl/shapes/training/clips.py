@@ -184,7 +184,8 @@ class Motions:
 
     A share of `expect` of a batch is pure noise, with the mean of all clips that fit the caption as its target. With
     `keep`, the target of the rest is what the UNet predicts before training, for the caption without its motion: the
-    gradients are free of noise, and nothing is forgotten.
+    gradients are free of noise, and nothing is forgotten. A share of `lies` of the clips stands still at its first
+    frame, whatever its caption says.
     """
 
     def __init__(
@@ -202,13 +203,16 @@ class Motions:
         expected: Expected | None = None,
         expect: float | Sequence[tuple[int, float]] = 0.0,
         keep: bool = False,
+        lies: float = 0.0,
         bf16: bool = True,
     ) -> None:
         self.length = clips.values.shape[1]
         self.frames = self.length if frames is None else frames
         if not 1 <= self.frames <= self.length:
             raise ConfigError(f"frames must be 1 to {self.length}, the length of a clip, got {frames}.")
-        self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
+        if not 0 <= lies <= 1:
+            raise ConfigError(f"lies is a share of the clips, 0 to 1, got {lies}.")
+        self.unet, self.text_encoder, self.clips, self.lies = unet, text_encoder, clips, lies
         self.batch, self.weight, self.noisy, self.bf16 = batch, anchor, noisy, bf16
         self.skew = [(0, skew)] if isinstance(skew, float) else list(skew)
         self.expect = [(0, expect)] if isinstance(expect, float) else list(expect)
@@ -246,6 +250,9 @@ class Motions:
         index = self.clips.draw(generator, self.batch, skew)
         frames = self.draw_frames(generator)
         x = self.clips.values[index][:, frames].float()
+        if self.lies:
+            lying = torch.rand(self.batch, generator=generator) < self.lies
+            x = torch.where(lying.view(-1, 1, 1, 1, 1), x[:, :1], x)
         form = torch.multinomial(torch.tensor(TOLD), self.batch, replacement=True, generator=generator)
         ids, still = self.ids[form, index], torch.cat([self.ids[2, index], self.ids[3, :1]])
         noise = torch.randn(x.shape, generator=generator)
@@ -274,4 +281,5 @@ class Motions:
         finally:
             for place, table in zip(self.places, self.tables, strict=True):
                 place.pe = table
-        return (v.float() - target).square().mean() + self.weight * self.anchor(still)
+        loss = (v.float() - target).square().mean()
+        return loss + self.weight * self.anchor(still) if self.weight else loss

@@ -1,6 +1,6 @@
 """Measure a shapes model.
 
-`python -m attnctl.shapes.training.evaluate {text2image,mmdit,video} [--folder DIR] [--quick]`
+`python -m attnctl.shapes.training.evaluate {text2image,mmdit,video,video-still,videodit} [--folder DIR] [--quick]`
 
 The guidance scale is chosen on tuning prompts; the figures are then taken on report prompts with other seeds. They go
 to stdout, to `evaluation.json` and into the model card, both beside the weights.
@@ -192,7 +192,7 @@ def evaluate(pipe: StableDiffusionPipeline, *, steps: int = 20) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("mmdit", "video", "videodit"):
+    if argv and argv[0] in ("mmdit", "video", "video-still", "videodit"):
         # They import this module, so it imports them only here.
         name = "mmdit" if argv[0] == "mmdit" else "video"
         module = importlib.import_module(f"attnctl.shapes.training.evaluate_{name}")
@@ -200,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m attnctl.shapes.training.evaluate", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("model", choices=("text2image",), help="or mmdit, video or videodit, with their own options")
+    parser.add_argument(
+        "model", choices=("text2image",), help="or mmdit, video, video-still or videodit, with their own options"
+    )
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="64 pictures at one scale, nothing written")

@@ -1,4 +1,4 @@
-"""Measure the shapes models of videos, video and videodit.
+"""Measure the shapes models of videos: video, video-still and videodit.
 
 `python -m attnctl.shapes.training.evaluate video [--folder DIR] [--quick] [--strip out.png]`
 
@@ -26,7 +26,7 @@ from attnctl.shapes.load import WEIGHTS, load_shapes
 from attnctl.shapes.motion import FRAMES, clip_prompts, parse_clip
 from attnctl.shapes.scenes import SIZE
 from attnctl.shapes.tokenizer import MAX_LENGTH
-from attnctl.shapes.training.cards import write_video_card, write_videodit_card
+from attnctl.shapes.training.cards import write_still_card, write_video_card, write_videodit_card
 from attnctl.shapes.training.evaluate import wilson
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = ["evaluate_video", "generate_clips", "main", "mark", "strip", "totals"
 SCALES = (2.0, 3.0, 4.0, 5.0)
 _BATCH = 4
 
+_CARDS = {"video": write_video_card, "video-still": write_still_card, "videodit": write_videodit_card}
 # What the pipelines are told about their videos; the text is padded no further than it has to be.
 _SIZES: dict[str, dict[str, int]] = {
     "AnimateDiffPipeline": {"num_frames": FRAMES},
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m attnctl.shapes.training.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("model", choices=("video", "videodit"))
+    parser.add_argument("model", choices=("video", "video-still", "videodit"))
     parser.add_argument("--folder", type=Path, help="a pipeline folder (default: the shipped weights)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--n", type=int, default=128, help="videos of the card")
@@ -162,10 +163,10 @@ def main(argv: list[str] | None = None) -> int:
         print(totals(mark(videos, prompts)), flush=True)
     else:
         result = evaluate_video(pipe, n=args.n, tune=args.tune, steps=args.steps)
-        parts = (pipe.vae, pipe.text_encoder, pipe.unet if args.model == "video" else pipe.transformer)
+        parts = (pipe.vae, pipe.text_encoder, pipe.transformer if args.model == "videodit" else pipe.unet)
         result["params"] = round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
         folder = args.folder or WEIGHTS / args.model
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (write_video_card if args.model == "video" else write_videodit_card)(folder, result)
+        _CARDS[args.model](folder, result)
     print(f"{time.monotonic() - began:.0f} s")
     return 0

@@ -190,9 +190,9 @@ def export(out: Path, vae: AutoencoderKL, target: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("mmdit", "video", "videodit"):
+    if argv and argv[0] in ("mmdit", "video", "video-still", "videodit"):
         # They import this module, so it imports them only here.
-        module = importlib.import_module(f"attnctl.shapes.training.train_{argv[0]}")
+        module = importlib.import_module(f"attnctl.shapes.training.train_{argv[0].removeprefix('video-')}")
         return int(module.main(argv[1:]))
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m attnctl.shapes.training.train", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "model", choices=("text2image", "vae"), help="or mmdit, video or videodit, with their own options"
+        "model", choices=("text2image", "vae"), help="or mmdit, video, video-still or videodit, with their own options"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     parser.add_argument("--steps", type=int, default=3900, help="steps of text encoder and UNet")
