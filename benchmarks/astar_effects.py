@@ -166,7 +166,7 @@ class Study:
             images = self.images(prompts, seed)
             maps = handle.maps
         scored = score(images, prompts)
-        early, late = (_pair_maps(maps, words, step) for step in (int(EARLY * STEPS), STEPS - 1))
+        early, late = (pair_maps(maps, words, step) for step in (int(EARLY * STEPS), STEPS - 1))
         overlap, kept = segregation(late).tolist(), (2 - retention(late, binarise(early))).tolist()
         return {name: scored[name] for name in MARKS} | {"overlap": overlap, "kept": kept}
 
@@ -199,7 +199,7 @@ def nouns(prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(thing.shape for thing in parse(p).things) for p in prompts)
 
 
-def _pair_maps(maps: Any, words: Sequence[Sequence[str]], step: int) -> torch.Tensor:
+def pair_maps(maps: Any, words: Sequence[Sequence[str]], step: int) -> torch.Tensor:
     every = maps.stacked(step=step)  # words, images, h, w; NaN where a prompt has no such word
     chosen = [torch.stack([every[maps.words.index(w), i] for w in own]) for i, own in enumerate(words)]
     return normalise(torch.stack(chosen), "max")

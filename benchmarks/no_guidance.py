@@ -6,8 +6,9 @@ PAG's paper makes its claim without classifier-free guidance; here PAG, SoftPAG,
 HeadHunter's search finds in that regime are compared with plain pictures there, and then with plain classifier-free
 guidance at its own best scale (which `effects.py pag --model mmdit` has found). Settings are chosen on tuning prompts
 and seeds, the figures come from others; every comparison is paired (same prompt, same noise); intervals are 95 %
-bootstrap intervals. *shape* is the judge's overlap (IoU) of an object with the ideal one, over pairs in which both
-pictures show one. What `--work` holds already is not run again. The table goes to stderr, the JSON to stdout.
+bootstrap intervals. `--others` asks the same of TPG and AutoGuidance, without classifier-free guidance. *shape* is the
+judge's overlap (IoU) of an object with the ideal one, over pairs in which both pictures show one. What `--work` holds
+already is not run again. The table goes to stderr, the JSON to stdout.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from judged import MARKS, interval, kept, run
 import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.pipelines import HuntPlan, hunt
 from attnctl.pipelines.hunting.scorers import ShapesJudge
-from attnctl.processors import PAG, SEG, SLG, Guidance, SoftPAG
+from attnctl.processors import PAG, SEG, SLG, TPG, AutoGuidance, Guidance, SoftPAG
 from attnctl.shapes.scenes import pair_prompts
 
 SEARCH_SEED, TUNING_SEED, REPORT_SEED = 72_000, 71_000, 710_000
@@ -43,6 +44,10 @@ SETTINGS: dict[str, tuple[Guidance, ...]] = {
     "SoftPAG": tuple(SoftPAG(sites=s, scale=w) for s, w in ((5, 2.0), (6, 1.5), (6, 2.0))),
     "SEG": tuple(SEG(sites=s, scale=1.0) for s in (5, 6)),
     "SLG": tuple(SLG(sites=s, scale=1.0, **WHOLE) for s in (4, 5, 6)),
+}
+OTHERS: dict[str, tuple[Guidance, ...]] = {
+    "TPG": tuple(TPG(sites=s, scale=w) for s, w in ((4, 1.0), (6, 1.0), (6, 2.0))),
+    "AutoGuidance": tuple(AutoGuidance(dropout=p, scale=w) for p, w in ((0.1, 1.0), (0.2, 1.0), (0.1, 2.0))),
 }
 AGAIN = 2  # settings of each method that are tried with classifier-free guidance too, the best without it
 
@@ -117,6 +122,15 @@ def gain(a: dict[str, Any], b: dict[str, Any], mark: str) -> tuple[float, float,
     return interval(first[both] - second[both])
 
 
+def others(work: Path, n_tune: int, n: int) -> dict[str, Any]:
+    """Tune and report the guidances of `OTHERS` without classifier-free guidance."""
+    it = Study(work, n_tune, n, 0)
+    chosen = {name: it.best(WITHOUT, controls)[0] for name, controls in OTHERS.items()}
+    without = it.regime(WITHOUT, chosen)
+    tuning = {"pictures": n_tune, "table": it.tuning}
+    return {"model": "mmdit", "pictures": n, "steps": STEPS, "without": without, "tuning": tuning}
+
+
 def study(work: Path, n_tune: int, n: int, pairs: int, parts: Sequence[str]) -> dict[str, Any]:
     """Tune and report without classifier-free guidance, then with it."""
     it = Study(work, n_tune, n, pairs)
@@ -143,11 +157,16 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=40, help="prompt-seed pairs of the search for heads")
     told = "more than PAG, SoftPAG, SEG and SLG without classifier-free guidance"
     parser.add_argument("--parts", nargs="*", choices=("heads", "with"), default=("heads", "with"), help=told)
+    parser.add_argument("--others", action="store_true", help="instead: TPG and AutoGuidance, without it")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        result = study(options.work or Path(folder), options.tune, options.n, options.pairs, options.parts)
+        work = options.work or Path(folder)
+        if options.others:
+            result = others(work, options.tune, options.n)
+        else:
+            result = study(work, options.tune, options.n, options.pairs, options.parts)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "attnctl": attnctl.__version__}
     for regime in (name for name in ("without", "with") if name in result):
         for name, shares in result[regime]["shares_percent"].items():

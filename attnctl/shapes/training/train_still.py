@@ -8,6 +8,7 @@ BroadWay makes its claim. UNet, text encoder and autoencoder stay those of video
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m attnctl.shapes.training.train video-still", description=__doc__.splitlines()[0]
     )
-    add_options(parser, steps=240, batch=4, lr=1e-3, cooldown=0.6)
+    add_options(parser, steps=120, batch=4, lr=2e-3, cooldown=0.6)
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip in a batch, spread over the clip")
     parser.add_argument("--clips", type=int, default=1000, help="clips to encode")
     parser.add_argument("--lies", type=float, default=0.5, help="share of the clips that stand still whatever is said")
     args = parser.parse_args(argv)
     if args.base is not None and not (args.base / "motion_adapter").is_dir():
         raise ConfigError(f"--base {args.base} holds no motion_adapter: pass the folder of a video pipeline.")
-    plan = plan_from(args)
+    plan = replace(plan_from(args), warmup=10)
     torch.set_num_threads(args.threads)
     out: Path = args.out
     if not args.export_only:
