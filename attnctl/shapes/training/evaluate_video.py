@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--n", type=int, default=128, help="videos of the card")
     parser.add_argument("--tune", type=int, default=27, help="videos for each guidance scale")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales to choose from")
     parser.add_argument("--quick", action="store_true", help="18 videos at one scale, nothing written")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale of --quick and --strip")
     parser.add_argument("--strip", type=Path, help="also write nine videos, one a row (PNG)")
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         videos = generate_clips(pipe, prompts, scale=args.scale, seed=7, steps=args.steps)
         print(totals(mark(videos, prompts)), flush=True)
     else:
-        result = evaluate_video(pipe, n=args.n, tune=args.tune, steps=args.steps)
+        result = evaluate_video(pipe, n=args.n, tune=args.tune, steps=args.steps, scales=args.scales)
         parts = (pipe.vae, pipe.text_encoder, pipe.transformer if args.model == "videodit" else pipe.unet)
         result["params"] = round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1)
         folder = args.folder or WEIGHTS / args.model
