@@ -35,7 +35,9 @@ class Methods:
         self.chosen = gr.CheckboxGroup(
             [m for m in takes if m not in combiners()], value=chosen, label="Methods (several act together)"
         )
-        self._first, self._groups, self.knobs = model, {}, {}
+        self._first = model
+        self._groups: dict[str, Any] = {}
+        self.knobs: dict[Knob, Any] = {}
 
     def lay_out_knobs(self) -> None:
         """Make a group of knobs for each method, seen while it is chosen."""

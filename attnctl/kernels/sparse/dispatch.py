@@ -174,9 +174,9 @@ def block_sparse(
         return _each_sample(q, k, v, plan, group, image, scale, words, backend)
     check_fit(q, k, plan, group)
     if image is not None and (behind := tokens_behind(image, q.shape[2])):
-        moved = (x.roll(behind, 2) for x in (q, k, v))
+        a, b, c = (x.roll(behind, 2) for x in (q, k, v))
         place, shown = slice(image.start + behind, q.shape[2]), None if words is None else words.roll(behind, 1)
-        out = block_sparse(*moved, plan, group=group, image=place, scale=scale, words=shown, backend=backend)
+        out = block_sparse(a, b, c, plan, group=group, image=place, scale=scale, words=shown, backend=backend)
         return out.roll(-behind, 2)
     n = q.shape[2]
     image = plan.span(n) if image is None else image

@@ -59,10 +59,10 @@ def block_sparse_with_sums(
         raise BackendError(f"backend={backend!r} was given; kernels that return sums: {', '.join(_WITH_SUMS)}.")
     check_fit(q, k, plan, group)
     if image is not None and (behind := tokens_behind(image, q.shape[2])):
-        moved = (x.roll(behind, 2) for x in (q, k, v))
+        a, b, c = (x.roll(behind, 2) for x in (q, k, v))
         place, shown = slice(image.start + behind, q.shape[2]), None if words is None else words.roll(behind, 1)
         out, logs = block_sparse_with_sums(
-            *moved, plan, group=group, image=place, scale=scale, words=shown, backend=backend
+            a, b, c, plan, group=group, image=place, scale=scale, words=shown, backend=backend
         )
         return out.roll(-behind, 2), logs.roll(-behind, 2)
     n = q.shape[2]
@@ -78,9 +78,9 @@ def block_sparse_with_sums(
     if text.stop == text.start:
         return rows, sums
     mask = shown_keys(words, n, image)
-    groups = (repeat_heads(x, q.shape[1]) for x in (k, v))
+    keys, values = (repeat_heads(x, q.shape[1]) for x in (k, v))
     texts, logs = gather.attend_with_sums(
-        q[:, :, text], *groups, None if mask is None else as_bias(mask, q.dtype), scale
+        q[:, :, text], keys, values, None if mask is None else as_bias(mask, q.dtype), scale
     )
     ordered = ((texts, rows), (logs, sums)) if image.start else ((rows, texts), (sums, logs))
     return torch.cat(ordered[0], 2), torch.cat(ordered[1], 2)

@@ -217,7 +217,7 @@ def invert(
             attach(pipe, _Record(edit=dataclasses.replace(edit, inversion=None), inversion=inversion), layout="cond"),
         ):
             # Pipelines do not say whether they keep the batch of what they are given: one prompt a frame.
-            noise = pipe(
+            last = pipe(
                 prompt=[text] * n,
                 latents=x,
                 num_inference_steps=steps,
@@ -232,7 +232,7 @@ def invert(
     except BaseException:
         inversion.close()
         raise
-    inversion.latents.append(noise)
+    inversion.latents.append(last)
     return inversion
 
 

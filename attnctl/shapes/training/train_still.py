@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _trainable(folder: Path | None) -> AnimateDiffPipeline:
+def _trainable(folder: Path | None) -> Any:
     """Load a video pipeline of which nothing but the motion modules is trained."""
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -117,4 +117,4 @@ def _trainable(folder: Path | None) -> AnimateDiffPipeline:
     pipe.unet.set_attn_processor(AttnProcessor())
     for name, parameter in pipe.unet.named_parameters():
         parameter.requires_grad_(".motion_modules." in name)
-    return pipe  # type: ignore[no-any-return]
+    return pipe
