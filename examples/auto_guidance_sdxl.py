@@ -12,8 +12,8 @@ from _run import PROMPT, SCALE, arguments, compare, model, prompt_of
 
 from attnctl.processors import AutoGuidance
 
-dropout = {"type": float, "default": 0.2, "help": "share of the outputs of attention that is dropped"}
-args = arguments(__doc__, prompt=PROMPT, scale=SCALE | {"default": 1.0}, dropout=dropout)
+dropout = {"type": float, "default": 0.5, "help": "share of the outputs of attention that is dropped"}
+args = arguments(__doc__, prompt=PROMPT, scale=SCALE | {"default": 4.0}, dropout=dropout)
 repository = "stabilityai/stable-diffusion-xl-base-1.0"
 pipe = model(args, "text2image", "StableDiffusionXLPipeline", repository, variant="fp16")
 prompt = prompt_of(args, "a market at dusk, crowded, lanterns")

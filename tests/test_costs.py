@@ -17,7 +17,7 @@ from attnctl.data.controls import controls
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:attnctl")]
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
-CALLS = {"none": 0.0, "1 per step": 1.0, "1 per region and run": 1 / pairs.STEPS}
+CALLS = {"none": 0.0, "1 per step": 1.0, "1 per step, of the reference": 1.0, "1 per region and run": 1 / pairs.STEPS}
 FIRST = {"BroadWay": "motion", "EnhanceAVideo": "crossed", "Inject": "flowing", "FlowEdit": "flowing"}
 
 
