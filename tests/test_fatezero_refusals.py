@@ -199,7 +199,7 @@ def test_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("No space left on device")
 
     store = SourceStore("qk", "disk", tmp_path)
-    monkeypatch.setattr("attnctl.processors.editing.source.save_file", full)
+    monkeypatch.setattr("attnctl.processors.editing.source.save_tensors", full)
     with pytest.raises(MemoryBudgetError, match="No space left"):
         store.put(0, "site", {"q": torch.zeros(2)})
     assert not list(tmp_path.iterdir())
