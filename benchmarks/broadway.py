@@ -78,11 +78,9 @@ CANDIDATES: tuple[tuple[BroadWay, ...], ...] = (
     *((BroadWay(alpha=0.0, beta=4.0), BroadWay(**_STEADY, stop=stop)) for stop in (0.6, 1.0)),
 )  # fmt: skip
 
-# For a model that moves too little: what moved most of them, and for how long.
-FOR_STILL: tuple[tuple[BroadWay, ...], ...] = tuple(
-    (BroadWay(alpha=0.0, beta=beta, start=start, stop=stop),)
-    for beta, start, stop in ((2.0, 0.0, 0.2), (4.0, 0.0, 0.2), (3.0, 0.1, 0.3), (2.0, 0.0, 0.4))
-)
+# For a model that moves too little: gain, start and stop of what moved most of them.
+_GAINS = ((2.0, 0.0, 0.2), (4.0, 0.0, 0.2), (3.0, 0.1, 0.3), (2.0, 0.0, 0.4))
+FOR_STILL = tuple((BroadWay(alpha=0.0, beta=b, start=first, stop=last),) for b, first, last in _GAINS)
 
 
 def official(

@@ -179,11 +179,11 @@ def motion() -> Host:
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
         "SparseAttention": SparseAttention(POOLED, sites="down_blocks.0.attentions"),
         "Regions": Regions(prompts=("cat",), areas=((0, 0, 0.5, 1),), stop=1.0),
+        "ReferenceOnly": ReferenceOnly(reference=torch.ones(4, 16, 12)),
     }
-    changed = {"BroadWay": {"alpha": 0.2}}
     call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
     call |= {name: [call[name]] * 2 for name in ("prompt", "negative_prompt")}
-    return _host("UNet with motion", pipe, call, first, changed, "mid")
+    return _host("UNet with motion", pipe, call, first, {"BroadWay": {"alpha": 0.2}}, "mid")
 
 
 @functools.cache

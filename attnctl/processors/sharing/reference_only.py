@@ -60,6 +60,7 @@ class ReferenceOnly(ShareAttention):
         does="lets pictures look at a reference picture",
         page="share_attention",
         goal="make pictures of a batch agree",
+        paper="the ControlNet extension's `reference-only`",
         group="Sharing",
         offered=False,
         sites="every self- and joint attention",
