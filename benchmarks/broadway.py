@@ -251,7 +251,7 @@ def flow_of(item: tuple[Any, dict[str, Any]]) -> float:
 
 
 def right_of(item: tuple[Any, dict[str, Any]]) -> tuple[float, float]:
-    """Return what the right videos, and then those of the right direction, have gained."""
+    """Return what right videos, and those of the right direction, have gained."""
     return item[1]["right_points"][0], item[1]["direction_points"][0]
 
 
@@ -286,10 +286,9 @@ def choices(table: Sequence[tuple[Sequence[BroadWay], dict[str, Any]]]) -> dict[
     moved = [(c, r) for c, r in aimed if r["flow_ratio_moving"][0] >= MORE_MOTION]
     chosen, _ = min(moved or [max(aimed or table, key=flow_of)], key=warp_of)
     gentle = [(c, r) for c, r in aimed if warp_of((c, r)) <= WARP_LIMIT]
-    runs = {"more motion": chosen}
+    runs = {"more motion": chosen, "self-guidance alone": (BroadWay(beta=1.0, energy_floor=False),)}
     if gentle:
         runs["gentle motion"] = max(gentle, key=flow_of)[0]
-    runs["self-guidance alone"] = (BroadWay(beta=1.0, energy_floor=False),)
     return runs
 
 
