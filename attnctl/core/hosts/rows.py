@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from attnctl.core.hosts.arguments import Rows, main_input, row_count, time_of
+from attnctl.core.hosts.arguments import Rows, given_time, main_input, row_count, time_of
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.kinds import texts_of
 from attnctl.core.hosts.listing import unwrapped
@@ -41,7 +41,7 @@ class RowLayout:
         """Whether the user was warned; whether the arguments of the call show its rows."""
         self._scaled: torch.Tensor | None = None
         self._first: Any = None
-        self._time: float | None = None
+        self._time: Any = None
         self._read: Rows | None = None
         self._known: dict[tuple[int, bool | None], Rows] = {}
 
@@ -97,7 +97,7 @@ class RowLayout:
         if self.pipe is None:
             return self._told_halves(total) if self.layout == "uncond_first" else Rows.all(total)
         if call == 0:
-            self._first, self._time = main_input(bound), time_of(bound)
+            self._first, self._time = main_input(bound), given_time(bound)  # read only for an error: reading waits
             whole = self.layout == "auto" and samples == total
             self._read = Rows.all(total) if whole else self._first_rows(bound, total, family.cond_first, latents)
             return self._read
@@ -108,7 +108,7 @@ class RowLayout:
                 if self.layout == "auto":
                     self._check_pair(main_input(bound))
                 return Rows(total, slice(0, 0), slice(0, total), role="uncond")
-        if self._time is not None and time_of(bound) != self._time:
+        if time_of({"timestep": self._time}) != time_of(bound):
             raise self._copied("at another time")
         raise UnsupportedModelError(
             f"{type(self.pipe).__name__} called its denoiser {call + 1} times in one step with {total} rows: this is "
