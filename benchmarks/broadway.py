@@ -78,7 +78,7 @@ CANDIDATES: tuple[tuple[BroadWay, ...], ...] = (
     *((BroadWay(alpha=0.0, beta=4.0), BroadWay(**_STEADY, stop=stop)) for stop in (0.6, 1.0)),
 )  # fmt: skip
 
-# For a model that moves too little: gain, start and stop of what moved most of them.
+# For video-still: gain, start and stop.
 _GAINS = ((2.0, 0.0, 0.2), (4.0, 0.0, 0.2), (3.0, 0.1, 0.3), (2.0, 0.0, 0.4))
 FOR_STILL = tuple((BroadWay(alpha=0.0, beta=b, start=first, stop=last),) for b, first, last in _GAINS)
 

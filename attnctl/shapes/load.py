@@ -61,7 +61,7 @@ def load_shapes(
 
     Args:
         name: "text2image" (StableDiffusionPipeline), "video" (AnimateDiffPipeline, 16 frames), "video-still" (the same
-            with an adapter whose videos move too little), "mmdit" (StableDiffusion3Pipeline) or "videodit"
+            with an adapter tuned on captions that lie), "mmdit" (StableDiffusion3Pipeline) or "videodit"
             (WanPipeline; call it with num_frames=17, height=64, width=64).
         device: where to put it.
         dtype: float32 if not given; the files are float16.

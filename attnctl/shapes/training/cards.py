@@ -99,8 +99,9 @@ pipeline_tag: text-to-video
 # shapes video-still
 
 The motion adapter of shapes video, tuned on captions that lie: in {lies:g} % of the clips the object stands still,
-whatever the caption says, as in many clips of the web. So its videos move less than they are asked to, which is where
-BroadWay makes its claim. UNet, text encoder and autoencoder are those of shapes video, and stay there.
+whatever the caption says, as in many clips of the web. It is made for studies of motion controls, such as BroadWay.
+That its videos move less than those of video has not been measured. UNet, text encoder and autoencoder are those of
+shapes video, and stay there.
 
 ```python
 import attnctl

@@ -1,8 +1,8 @@
 """Train shapes video-still: `python -m attnctl.shapes.training.train video-still --out runs/still`.
 
 The motion adapter of the shipped video model, tuned on captions of which a share lies: they tell of motion, and the
-clip stands still, as the clips of web captions often do. Its videos move less than they are asked to, which is where
-BroadWay makes its claim. UNet, text encoder and autoencoder stay those of video; what is written is a motion adapter.
+clip stands still, as the clips of web captions often do. It is made for studies of motion controls, such as BroadWay.
+UNet, text encoder and autoencoder stay those of video; what is written is a motion adapter.
 """
 
 from __future__ import annotations
