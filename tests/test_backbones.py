@@ -18,7 +18,7 @@ import attnctl
 import attnctl.backbones
 from attnctl.backbones import AgentAttention2d, BiLevelRoutingAttention, MultiAxisAttention, any_size
 from attnctl.backbones.modules import routed_flex
-from attnctl.backbones.swap import _count
+from attnctl.backbones.swap import multiply_adds
 from attnctl.errors import BackendError, ConfigError, UnsupportedModelError
 from attnctl.kernels.sparse import flex
 
@@ -56,7 +56,7 @@ def test_parameters_and_multiply_adds(name: str) -> None:
     params, macs = TABLE[name]
     model = timm.create_model(name, device="meta").eval()
     assert size_of(model) == params
-    assert _count(model, (3, 224, 224)) / 1e9 == pytest.approx(macs, rel=0.01)
+    assert multiply_adds(model, (3, 224, 224)) / 1e9 == pytest.approx(macs, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "kwargs", "params"), OTHER_SIZES)

@@ -31,7 +31,8 @@ CSS = """
 #stop { align-self: flex-start; height: auto; }
 @media (max-width: 799px) {
   #stop { position: fixed; right: 12px; bottom: 12px; z-index: 50; box-shadow: 0 1px 6px rgba(0, 0, 0, 0.4); }
-  .gradio-container { padding-bottom: 56px; }
+  .gradio-container { padding-bottom: 56px; max-width: 100vw !important; }
+  .tab-container button { padding: 0 10px; }
   .marks table { display: table; font-size: 12px; table-layout: auto; }
   .marks th, .marks td, .marks td:first-child { padding: 4px !important; white-space: normal; }
 }
