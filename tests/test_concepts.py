@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,9 +320,12 @@ def test_what_concepts_cannot_go_through_is_refused() -> None:
     model, _ = zoo.build("sd3")
     with pytest.raises(ConfigError, match="control the pipeline"):
         attnctl.control(model, Capture(concepts=NAMES))
-    for name in ("sd", "wan", "pixart"):
+    for name in ("hunyuanvideo", "lumina2"):
+        model, _ = zoo.build(name)
         with pytest.raises(UnsupportedModelError, match="have none that is known"):
-            attnctl.control(pipes.build(name)[0], Capture(concepts=NAMES))
+            concept_sites(attnctl.find_sites(model), None, attnctl.core.hosts.families.family_of(model))
+    with pytest.raises(UnsupportedModelError, match="no encode_prompt"):
+        embed_concepts(SimpleNamespace(unet=model), NAMES)
     pipe, kwargs = pipes.build("flux")
     with pytest.raises(SiteError, match="Capture of concepts"):
         attnctl.control(pipe, Capture(concepts=NAMES, sites="single_transformer_blocks"))

@@ -20,7 +20,8 @@ from attnctl.core.live import LiveControl
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
 from attnctl.errors import SiteError
-from attnctl.processors.capture.concepts import CONCEPT_SITES, ConceptRecorder, concept_path, concept_sites
+from attnctl.processors.capture.concept_keys import KeyConceptRecorder
+from attnctl.processors.capture.concepts import CONCEPT_SITES, StreamConceptRecorder, concept_path, concept_sites
 from attnctl.processors.capture.fields import CaptureFields
 from attnctl.processors.capture.points import PointRecorder
 from attnctl.processors.capture.recorder import Recorder
@@ -39,12 +40,13 @@ class Capture(CaptureFields):
         points: Places of the image instead of words: pairs (x, y) in shares of width and height from the top left,
             each from 0 to 1, or (x, y, frame) of a video. Recorded is what the token there attends to: every token of
             the image (self- and joint attention), or its own place in every frame (temporal attention).
-        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX, Qwen-Image, CogVideoX).
-            Recorded is how much each place of the image is like each of them: shares of these concepts, which sum to 1,
-            so that what else is in the image, such as the background, wants a concept of its own (ConceptAttention,
-            arXiv 2502.04320).
+        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX, Qwen-Image, CogVideoX,
+            and wherever cross-attention reads the text). Recorded is how much each place of the image is like each of
+            them: shares of these concepts, which sum to 1, so that what else is in the image, such as the background,
+            wants a concept of its own (ConceptAttention, arXiv 2502.04320).
         sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
-            temporal ones; None for all self- and joint attention. With concepts: joint blocks; None for the paper's.
+            temporal ones; None for all self- and joint attention. With concepts: joint blocks, None for the
+            paper's; or cross-attention, None for all of it.
         reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept;
             "ema" for the mean over heads and layers and a running one over the steps, which forgets by `decay`.
         decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
@@ -127,7 +129,9 @@ class Capture(CaptureFields):
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
         if self.concepts is not None:
             chosen = concept_sites(find_sites(denoiser), self.sites, family_of(denoiser))
-            return ConceptRecorder(self, sites, chosen, pipe, denoiser)
+            if chosen[0].kind == "cross":
+                return KeyConceptRecorder(self, chosen, pipe, denoiser)
+            return StreamConceptRecorder(self, sites, chosen, pipe, denoiser)
         if self.points is not None:
             return PointRecorder(self, sites, pipe)
         return (RefiningRecorder if self.refine else Recorder)(self, sites, pipe)

@@ -8,7 +8,8 @@ by the text's weights and modulation, and reads image and concepts; nothing read
     map = softmax over concepts of <o_x, o_c>                 o_x: the image's own attention outputs, heads joined
 
 No block is written again here: the model's own block runs once more, on the concepts in place of the text and a single
-image token in place of the image, whose keys and values in the attention are those of the real image.
+image token in place of the image, whose keys and values in the attention are those of the real image. Models whose text
+has no stream, because cross-attention reads it, have no o_c: `concept_keys` says what their maps are.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from attnctl.processors.capture.recorder import Recorder
 __all__ = [
     "CONCEPT_SITES",
     "ConceptRecorder",
+    "StreamConceptRecorder",
     "concept_outputs",
     "concept_path",
     "concept_shares",
@@ -80,17 +82,23 @@ def concept_shares(image: Tensor, concepts: Tensor) -> Tensor:
 
 
 def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Family) -> tuple[Site, ...]:
-    """Choose the double blocks whose maps are recorded; the published ones where no selector is given.
+    """Choose the double blocks whose maps are recorded, or cross-attention where the text has no stream.
+
+    Where no selector is given: the published blocks, or every cross-attention.
 
     Raises:
-        UnsupportedModelError: The family keeps no text stream that is known here.
-        SiteError: The selector matches no double block.
+        UnsupportedModelError: The family keeps no text stream that is known here, and has no cross-attention.
+        SiteError: The selector matches none.
     """
     published, stream = CONCEPT_SITES.get(family.name), text_stream(family)
     if published is None or stream is None:
+        if any(s.kind == "cross" for s in sites) and not any(s.kind == "joint" for s in sites):
+            wanted = "cross" if selector is None else selector
+            return select(sites, wanted, kinds=("cross",), what="Capture of concepts")
         raise UnsupportedModelError(
             "Capture: concepts follow the text stream of a transformer's joint blocks, as in SD3, FLUX, Qwen-Image and "
-            f"CogVideoX; {family.name} models have none that is known here. Use words=..., which every family takes."
+            f"CogVideoX, or are read by cross-attention; {family.name} models have none that is known here. Use "
+            "words=..., which every family takes."
         )
     double = tuple(s for s in sites if s.kind == "joint" and stream.has(s.module))
     if selector is not None:
@@ -99,9 +107,10 @@ def concept_sites(sites: Sequence[Site], selector: Selector | None, family: Fami
 
 
 def concept_path(sites: Sequence[Site], chosen: Sequence[Site], family: Family) -> tuple[Site, ...]:
-    """Return the blocks that concepts go through to reach the last of the chosen ones."""
+    """Return the blocks that concepts go through to reach the last of the chosen ones; cross-attention as it is."""
     stream = text_stream(family)
-    assert stream is not None
+    if stream is None or chosen[0].kind == "cross":
+        return tuple(chosen)
     return tuple(s for s in sites if s.kind == "joint" and stream.has(s.module) and s.depth <= chosen[-1].depth)
 
 
@@ -119,8 +128,15 @@ def embed_concepts(pipe: Any, concepts: Sequence[str]) -> tuple[Tensor, tuple[Co
         ConfigError: A concept has no token, or too many.
         UnsupportedModelError: The pipeline's tokenizers or text encoders are not known.
     """
-    told = inspect.signature(type(pipe).encode_prompt).parameters
+    encode = getattr(type(pipe), "encode_prompt", None)
+    if encode is None:
+        raise UnsupportedModelError(
+            f"Capture: {type(pipe).__name__} has no encode_prompt(), by which a concept is encoded. Use words=..., "
+            "which every family takes."
+        )
+    told = inspect.signature(encode).parameters
     options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in told}
+    options |= {"num_images_per_prompt": 1} if "num_images_per_prompt" in told else {}
     options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in told else {}
     watch = EncoderWatch(pipe)
     with watch.listening():
@@ -156,18 +172,14 @@ class ConceptRecorder(Recorder):
 
     Args:
         capture: What to record.
-        path: The double blocks that the concepts go through.
-        sites: Those of them to record.
+        sites: Where.
         pipe: The pipeline, whose text encoders embed the concepts.
-        denoiser: The denoiser.
     """
 
     of: Of = "concepts"
     reads_columns = False
 
-    def __init__(
-        self, capture: CaptureFields, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
-    ) -> None:
+    def __init__(self, capture: CaptureFields, sites: Sequence[Site], pipe: Any) -> None:
         if pipe is None:
             raise ConfigError(
                 "Capture: concepts are embedded by the pipeline's text encoders: control the pipeline, not the bare "
@@ -175,13 +187,38 @@ class ConceptRecorder(Recorder):
             )
         super().__init__(capture, sites, pipe)
         assert capture.concepts is not None
+        self.embedded, self.own = embed_concepts(pipe, capture.concepts)
+
+    def _find(self, state: CallState, count: int) -> None:
+        """Name the concepts, the same for each row."""
+        self.labels = tuple(concept.word for concept in self.own)
+        self.concepts = [{concept.word: concept for concept in self.own}] * count
+        self.prompts = ("",) * count
+        if state.prompts is not None and len(state.prompts.prompts) * state.prompts.images == count:
+            self.prompts = tuple(text for text in state.prompts.prompts for _ in range(state.prompts.images))
+
+
+class StreamConceptRecorder(ConceptRecorder):
+    """Takes concepts through the double blocks of a denoiser, beside its text.
+
+    Args:
+        capture: What to record.
+        path: The double blocks that the concepts go through.
+        sites: Those of them to record.
+        pipe: The pipeline, whose text encoders embed the concepts.
+        denoiser: The denoiser.
+    """
+
+    def __init__(
+        self, capture: CaptureFields, path: Sequence[Site], sites: Sequence[Site], pipe: Any, denoiser: torch.nn.Module
+    ) -> None:
+        super().__init__(capture, sites, pipe)
         self.denoiser: Any = denoiser
         self.recorded = {site.name for site in sites}
         self.blocks: dict[str, Any] = {s.name: denoiser.get_submodule(s.name.rpartition(".")[0]) for s in path}
         stream = text_stream(family_of(denoiser))
         assert stream is not None
         self.stream = stream
-        self.embedded, self.own = embed_concepts(pipe, capture.concepts)
 
     def before_call(self, passes: LiveDenoiser) -> None:
         """Note where to run the concepts' blocks; refuse what they cannot run in."""
@@ -197,14 +234,6 @@ class ConceptRecorder(Recorder):
             )
         self._passes = passes
         super().before_call(passes)
-
-    def _find(self, state: CallState, count: int) -> None:
-        """Name the concepts, the same for each row."""
-        self.labels = tuple(concept.word for concept in self.own)
-        self.concepts = [{concept.word: concept for concept in self.own}] * count
-        self.prompts = ("",) * count
-        if state.prompts is not None and len(state.prompts.prompts) * state.prompts.images == count:
-            self.prompts = tuple(text for text in state.prompts.prompts for _ in range(state.prompts.images))
 
     def wrap(self, call: AttnCall, proceed: Proceed) -> Tensor:
         """Leave the call as it is, take the concepts through its block, and record their maps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from attnctl.core.call import AttnCall
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels.text_swap import swapped, swapped_mask
 
-__all__ = ["NegativeKeys", "attend_beside", "has_text_stream", "image_queries", "same_keys", "text_keys"]
+__all__ = ["NegativeKeys", "TimeProbe", "attend_beside", "has_text_stream", "image_queries", "same_keys", "text_keys"]
 
 
 def text_keys(call: AttnCall) -> slice:
@@ -78,6 +79,43 @@ class NegativeKeys:
             part.mask, mask, at=at, text=self.text, seen=self.seen, keys=part.k.shape[2], queries=queries
         )
         return part.with_(q=part.q[:, :, queries], k=k, v=v, mask=mask)
+
+
+class TimeProbe:
+    """Sees by the prompt's own keys whether those of a text move with the time.
+
+    Attributes:
+        timeless: Whether they stay the same from step to step; None until a second call of the denoiser has shown it.
+    """
+
+    def __init__(self) -> None:
+        self.timeless: bool | None = None
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forget the keys of the last run; what they have shown stays known."""
+        self._seen: dict[Any, tuple[int, Tensor]] = {}
+        self._proven: set[Any] = set()
+
+    def moved(self, key: Any, part: AttnCall) -> bool:
+        """Tell whether keys that were recorded in an earlier call are out of date, as of now.
+
+        Args:
+            key: The attention call's name.
+            part: The prompt's rows of it.
+        """
+        if self.timeless is not None or part.k.is_meta or torch.compiler.is_compiling():
+            return False
+        call, keys = self._seen.setdefault(key, (part.state.call, part.k[:, :, :4].detach().clone()))
+        if call == part.state.call:
+            return False
+        if not torch.equal(keys, part.k[:, :, :4]):
+            self.timeless, self._seen = False, {}
+            return True
+        self._proven.add(key)
+        if self._proven >= set(self._seen):
+            self.timeless, self._seen = True, {}
+        return False
 
 
 def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.processors.negative.beside import Beside, Key, check_beside
 from attnctl.processors.negative.keys import (
     NegativeKeys,
+    TimeProbe,
     attend_beside,
     has_text_stream,
     image_queries,
@@ -93,8 +94,7 @@ class LiveNegative(LiveControl):
         self.control, self.sites, self.denoiser = control, sites, denoiser
         self.text, self.embeds = control.negative_prompt, control.negative_embeds
         self.family = family_of(denoiser)
-        self.timeless: bool | None = None
-        """Whether the keys stay the same from step to step; None until a second call has shown it."""
+        self.time = TimeProbe()
         self.recordings = 0
         """Calls of the denoiser that have recorded keys since the control was attached."""
         self._passes: LiveDenoiser
@@ -108,8 +108,7 @@ class LiveNegative(LiveControl):
         self._close()
         self.keys: dict[Key, NegativeKeys] = {}
         self._comparison = TextComparison()
-        self._probes: dict[Key, tuple[int, Tensor]] = {}
-        self._proven: set[Key] = set()
+        self.time.begin_run()
         self._text_at: dict[str, int] = {}
         self._kwargs: dict[str, Any] | None = None
         self._idle = self._batched = False
@@ -138,7 +137,7 @@ class LiveNegative(LiveControl):
             self._warn_equal()
             return
         self._kwargs = positive | own_containers(negative)
-        if self.timeless is False:
+        if self.time.timeless is False:
             self.keys.clear()  # they move with the time: each call records its own
         if compiled_below(self.denoiser):
             # What follows runs inside of a graph, which cannot wait for a second call, nor compare keys.
@@ -205,7 +204,8 @@ class LiveNegative(LiveControl):
             )  # a perturbed pass, of the prompt's rows alone, takes what this one saw
             self.keys[key] = NegativeKeys.of(call.rows(state.rows.uncond))
         elif state.phase == "base":
-            self._check_time(key, own)
+            if self.time.moved(key, own):
+                self.keys = {}
             if key not in self.keys:
                 self._record()
         keys = self.keys.get(key)
@@ -257,20 +257,6 @@ class LiveNegative(LiveControl):
         self.keys = recorded
         self.recordings += 1
 
-    def _check_time(self, key: Key, part: AttnCall) -> None:
-        """See by the prompt's own keys whether those of a text move with the time; if so, forget what was recorded."""
-        if self.timeless is not None or part.k.is_meta or torch.compiler.is_compiling():
-            return
-        call, probe = self._probes.setdefault(key, (part.state.call, part.k[:, :, :4].detach().clone()))
-        if call == part.state.call:
-            return
-        if not torch.equal(probe, part.k[:, :, :4]):
-            self.timeless, self.keys, self._probes = False, {}, {}
-            return
-        self._proven.add(key)
-        if self._proven >= set(self._probes):
-            self.timeless, self._probes = True, {}
-
     # Joint attention in lockstep ------------------------------------------------------------------------------
 
     def _joint(self, key: Key, call: AttnCall, part: AttnCall, proceed: Proceed) -> Tensor:
@@ -320,7 +306,7 @@ class LiveNegative(LiveControl):
             how = "the negative rows of the same batch"
         elif self.recordings:
             calls = f"{self.recordings} call{'s' if self.recordings > 1 else ''} of the denoiser"
-            how = f"keys, recorded by {calls}" + (" (they move with the time)" if self.timeless is False else "")
+            how = f"keys, recorded by {calls}" + (" (they move with the time)" if self.time.timeless is False else "")
         elif self.lockstep is not None:
             how = f"a call in lockstep, form {self.lockstep!r}"
         return (

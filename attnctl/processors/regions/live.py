@@ -95,7 +95,8 @@ class RegionText(LiveNegative):
     def keys_at(self, key: Key, part: AttnCall) -> NegativeKeys | None:
         """Return the text's keys at a cross-attention; None where the attention is to something else."""
         if part.state.phase == "base":
-            self._check_time(key, part)
+            if self.time.moved(key, part):
+                self.keys = {}
             if key not in self.keys:
                 self._record()
         keys = self.keys.get(key)
