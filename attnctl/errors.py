@@ -6,6 +6,7 @@ hold: scalars of numpy and torch count as numbers, and are returned as Python's 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import numbers
@@ -23,6 +24,7 @@ __all__ = [
     "PlanError",
     "SiteError",
     "UnsupportedModelError",
+    "check_fields",
     "check_short",
     "choice",
     "missing_package",
@@ -188,6 +190,14 @@ def check_short(value: Any, what: str) -> None:
     """Raise ConfigError for a range of more numbers than anything has, before somebody makes a list of it."""
     if isinstance(value, range) and len(value[: _MOST_NUMBERS + 1]) > _MOST_NUMBERS:
         raise ConfigError(f"{what}={value!r:.60} is out of range: give at most {_MOST_NUMBERS} numbers.")
+
+
+def check_fields(cls: Any, names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is no argument of a dataclass."""
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{cls.__name__} has no field {name!r}. It has {', '.join(known)}.{nearest(name, known)}")
 
 
 def choice(value: Any, what: str, options: Sequence[Any]) -> Any:

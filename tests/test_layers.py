@@ -27,7 +27,7 @@ LAYERS = (
     ("app",),
 )
 FRONT = {"__init__", "__main__"}  # the face of the package may name everything, and nothing names it
-CORE_LINES = 2292  # no more than now; 2,200 are wanted
+CORE_LINES = 2199  # no more than now, which can be read in an hour
 FILE_LINES = 400
 FUNCTION_LINES = 60
 

@@ -122,6 +122,9 @@ def test_entry_points_bring_mixers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     points[:] = [EntryPoint("gone", "no_such_module:Gone", "attnctl.mixers")]
     with pytest.raises(ConfigError, match=r"kind='gone' was given.*no_such_module.*cannot be imported"):
         attnctl.swap(vit(), "gone")
+    points[:] = [EntryPoint("gone", "json:dumps", "attnctl.mixers")]
+    with pytest.raises(ConfigError, match=r"kind='gone' was given.*names <function dumps.*no subclass of Mixer"):
+        attnctl.swap(vit(), "gone")
 
 
 def test_a_swapped_place_is_refused_until_it_is_taken_back() -> None:

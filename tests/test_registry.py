@@ -216,6 +216,36 @@ def test_an_entry_point_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.
     assert parse_control("PAG") == PAG()
 
 
+HALF = """
+from dataclasses import dataclass
+from attnctl.processors import Control
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Control):
+    factors: list = []
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "reason"),
+    [
+        ("Dumps", "from json import dumps as Dumps", "names <function dumps.*which is no subclass of Control"),
+        ("Three", "Three = 3", "names 3, which is no subclass of Control"),
+        ("Leaves", "import sys; sys.exit(3)", r"cannot be imported \(SystemExit: 3\)"),
+        ("Half", HALF, r"cannot be imported \(ValueError: mutable default"),
+    ],
+)
+def test_an_entry_point_without_a_control_is_named_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, reason: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package(tmp_path, f"empty_{name.lower()}", source, f"{name} = empty_{name.lower()}:{name}")
+    package(tmp_path, f"whole_{name.lower()}", OWN.format(name=f"Whole{name}"), f"W = whole_{name.lower()}:Whole{name}")
+    with pytest.raises(ConfigError, match=f"Unknown method {name!r}.*entry point {name} = .*{reason}"):
+        parse_control(name)
+    assert parse_control(f"Whole{name}(factor=3.0)").factor == 3.0
+
+
 @pytest.mark.parametrize("module", [None, 3, ["x"]])
 def test_a_record_without_a_module_says_what_to_do(module: Any) -> None:
     data = {"method": "Gone", "scale": 1.0} | ({} if module is None else {"module": module})

@@ -6,35 +6,34 @@ because accelerate's offloading silently deletes the latter.
 
 One step of a run, in order:
 
-    scheduler.scale_model_input   on_scale: the latents and their scaling are noted
-    denoiser, pre-hook            _before: what this call is (step, timestep, rows, prompts), then `begin_pass`
+    scheduler.scale_model_input   the run (`hosts.run`) notes the latents and their scaling
+    denoiser, pre-hook            _before: the run tells what this call is (step, rows, words), then `begin_pass`
     denoiser.forward              the base pass
     denoiser, post-hook           _after: `end_pass` guides the prediction
-    scheduler.step                on_step: controls may move the latents; the step is counted
-                                  on_stepped: controls may change the latents that come out
+    scheduler.step                end_step: controls may move the latents; the step is counted
+                                  stepped: controls may change the latents that come out
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle
-from attnctl.core.hosts.arguments import as_given, bind_call
+from attnctl.core.hosts.arguments import as_given
 from attnctl.core.hosts.hook import Hook
-from attnctl.core.hosts.latents import StepLatents
 from attnctl.core.hosts.listing import denoisers_of
 from attnctl.core.hosts.outputs import latents_of, with_latents
-from attnctl.core.hosts.pipelines import fill_in_time
-from attnctl.core.hosts.prompt import PromptWatch, prompt_call
-from attnctl.core.hosts.rows import Layout, RowLayout
-from attnctl.core.hosts.running import Owner, PipelineCall, calling_pipeline, check_in_place, warn_of_idle
-from attnctl.core.hosts.scheduler import SchedulerWatch
+from attnctl.core.hosts.prompt import PromptWatch
+from attnctl.core.hosts.rows import Layout
+from attnctl.core.hosts.run import PipelineRun
+from attnctl.core.hosts.running import warn_of_idle
+from attnctl.core.live import LiveControl
 from attnctl.core.passes import PENDING, ControlledDenoiser, resolve
 from attnctl.core.report import report
 from attnctl.errors import ConfigError, ConflictError
@@ -46,26 +45,20 @@ class DenoiserHandle(Handle):
     """Controls attached to a pipeline or to a bare denoiser."""
 
     def __init__(self, target: Any, controls: Sequence[Control], *, backend: str, layout: Layout, replay: bool) -> None:
-        modules = denoisers_of(target).values()
-        super().__init__(list(modules), controls, backend=backend, layout=layout)
+        modules = list(denoisers_of(target).values())
+        super().__init__(modules, controls, backend=backend, layout=layout)
         self._pipe = None if isinstance(target, torch.nn.Module) else target
         self._replay = replay
-        self._scheduler = SchedulerWatch(self._pipe, self)
-        self._call = PipelineCall(self._pipe)
-        self._owner = Owner(list(modules))
         self._lock = threading.RLock()
-        self._seen = self._told = False
-        """Whether the beginning of the run was seen; whether what never acted in it was told."""
-        self._ends, self._fresh = True, False
-        """Whether the scheduler's last call ended a step; whether no denoiser was called yet in the run that began."""
-        self._acted: set[int] = set()
-        self._rows = RowLayout(self._pipe, layout)
-        self._latents = StepLatents(self._pipe)
+        self._run = PipelineRun(self._pipe, modules, layout, self)
         self._shared: dict[Any, Any] = {}
-        self._resolve = functools.partial(
-            resolve, backend=backend, pipe=self._pipe, latents=self._latents, shared=self._shared
-        )
+        self._acted: set[int] = set()
+        self._told = self._fresh = False
+        """Whether what never acted in the run was told; whether no denoiser was called yet in it."""
         self._watched = [self._resolve(m, controls) for m in modules]
+
+    def _resolve(self, module: torch.nn.Module, controls: Sequence[Control]) -> ControlledDenoiser:
+        return resolve(module, controls, self.backend, self._pipe, self._run.latents, self._shared)
 
     # Installing -----------------------------------------------------------------------------------------------
 
@@ -79,14 +72,17 @@ class DenoiserHandle(Handle):
             undo(w.module.register_forward_hook(after, with_kwargs=True).remove)
             undo(w.base.clear)  # with the wrappers goes what they hold, though the handle may be kept
             undo(w.stop)
-        self._scheduler.follow()
-        undo(self._scheduler.release)
+        self._level = any(isinstance(c, Guidance) and c.adaptive for c in self.controls)
+        lives = [live for w in self._watched for _, live in w.live]
+        self._run.hears_noise = any(type(live).noise_added is not LiveControl.noise_added for live in lives)
+        self._run.scheduler.follow()
+        undo(self._run.scheduler.release)
         if self._pipe is not None and any(c.needs_prompt() for c in self.controls):
             self.prompts = self.prompts or PromptWatch(self._pipe)
             undo(self.prompts.attach().detach)
 
     def _exchange(self, controls: tuple[Control, ...]) -> None:
-        if self._owner.at_work():
+        if self._run.owner.at_work():
             raise ConflictError(
                 "A run of the model is under way: set fields between runs, before the pipeline is called or after it "
                 "has returned. start, stop and adaptive change what a control does along a run."
@@ -109,49 +105,33 @@ class DenoiserHandle(Handle):
     def detach(self, *, pause: bool = False) -> None:
         with self._lock:  # a hook that runs in another thread ends first
             super().detach()
-            self._latents.end_step()
+            self._run.latents.end_step()
             if not pause:  # between the calls of one run, what they share stays
                 self._shared.clear()
-            self._owner.release()
+            self._run.owner.release()
 
-    # What the scheduler reports -------------------------------------------------------------------------------
+    # What the run reports ---------------------------------------------------------------------------------------
 
-    def claim(self) -> None:
-        """Refuse a run beside one of another thread, and one on a denoiser that is under control no more."""
-        if self.enabled:
-            self._owner.claim(type(self._pipe).__name__)
-            check_in_place(self._pipe, [w.module for w in self._watched])
-
-    def on_set_timesteps(self, *, seen: bool) -> None:
+    def begin_run(self) -> None:
         """Begin a run."""
-        self._rows.new_run()
-        self._begin_run()
-        self._seen = seen
+        self._shared.clear()
+        self._acted, self._told = set(), False
+        self._fresh = True
+        for w in self._watched:
+            w.state.step, w.state.steps, w.state.timestep = 0, None, None
 
-    def on_scale(self, sample: torch.Tensor, scale: Callable[[Any], Any]) -> None:
-        """Note the latents that the pipeline scales."""
-        self._rows.scaled(sample)
-        self._latents.note(sample, scale)
-
-    def on_step(self, sample: Any, prediction: Any) -> Any:
-        """End a step, with the latents that the controls have made of the pipeline's."""
-        self._latents.prediction = prediction
-        self._ends = not self.enabled or self._rows.check_step(sample)
-        if not self._ends:
-            return sample
-        if self.enabled:
-            check_in_place(self._pipe, [w.module for w in self._watched])
+    def end_step(self, sample: Any) -> Any:
+        """End a step; return the latents that the controls have made of the pipeline's."""
         self._shared.pop(PENDING, None)
         for w in self._watched:
             w.state.step += 1
             for _, live in w.live:
                 sample = live.stepping(sample) if isinstance(sample, torch.Tensor) else sample
-        self._latents.end_step()
         return sample
 
-    def on_stepped(self, result: Any, drew: bool) -> Any:
+    def stepped(self, result: Any, drew: bool) -> Any:
         """Give the latents that a step returned to the controls that change them."""
-        if not self.enabled or not self._ends:
+        if not self.enabled:
             return result
         for w in self._watched:
             for c, live in w.live:
@@ -168,33 +148,26 @@ class DenoiserHandle(Handle):
         """Warn of the controls that no step of the run has reached."""
         steps = next((w.state.steps for w in self._watched if w.state.steps is not None), 0)
         idle = [c for i, c in enumerate(self.controls) if i not in self._acted and not c.is_off()]
-        self._owner.release()
+        self._run.owner.release()
         if idle and not self._told:
             warn_of_idle(idle, steps)
         self._told = True
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
-        self._owner.claim(type(self._watched[0].module).__name__)
+        self._run.owner.claim(type(self._watched[0].module).__name__)
         if step == 0:
-            self._begin_run()
+            self._run.latents.end_step()
+            self.begin_run()
         for w in self._watched:
             w.state.step, w.state.steps, w.state.timestep = step, steps, timestep
         self._shared.pop(PENDING, None)
-        self._rows.calls = 0
-
-    def _begin_run(self) -> None:
-        self._latents.end_step()
-        self._shared.clear()
-        self._acted, self._told = set(), False
-        self._fresh = True
-        for w in self._watched:
-            w.state.step, w.state.steps, w.state.timestep = 0, None, None
+        self._run.rows.calls = 0
 
     # What the denoiser's hooks do -----------------------------------------------------------------------------
 
     def _before(self, w: ControlledDenoiser, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._enabled:
-            self._owner.claim(type(w.module).__name__, loop=self._pipe is None)
+            self._run.owner.claim(type(w.module).__name__, loop=self._pipe is None)
         if w.running:  # a further pass of our own
             return None
         with self._lock:
@@ -202,25 +175,18 @@ class DenoiserHandle(Handle):
             if not self.enabled:
                 return None
             w.processors.heal()
-            bound, w.positional = bind_call(w.module, args, kwargs), len(args)
-            w.state.begin_call(w.module, w.family, bound)
-            self._follow(w)
-            self._time(w)
+            if self._pipe is None and w.state.steps is None:
+                self._check_steps()
+            self._run.describe(w, args, kwargs, self.prompts, level=self._level)
             if self._fresh:  # not before: Wan Animate sets timesteps once more after its last segment
                 for each in self._watched:
                     each.begin_run()
                 self._fresh = False
-            if self.prompts is not None:
-                self.prompts.close()
-                own = self._call.pipe is self._pipe
-                w.state.prompts = self.prompts.call if own else prompt_call(self._call.values)
-            samples = getattr(w.state.prompts and prompt_call(self._call.values), "samples", None)
-            w.state.rows = self._rows.read(w.module, w.family, bound, samples, self._call.values.get("latent_rows"))
             if w.branches and self._pipe is None:
-                self._rows.warn_bare(w.state.rows)
+                self._run.rows.warn_bare(w.state.rows)
             changed = w.begin_pass(self._replay)
             if w.state.rows.role not in ("uncond", "extra"):
-                self._acted |= {i for i, c in enumerate(self.controls) if c.acts(w.state)}
+                self._acted |= {i for i, c in enumerate(self.controls) if i not in self._acted and c.acts(w.state)}
             return None if changed is None else as_given(w.module, changed, w.positional)
 
     def _after(self, w: ControlledDenoiser, _: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -232,34 +198,15 @@ class DenoiserHandle(Handle):
             if last:
                 self._end_run()
             elif self._pipe is None and w.state.steps is None:
-                self._owner.release()  # calls of a bare model do not depend on each other
+                self._run.owner.release()  # calls of a bare model do not depend on each other
             return guided
 
-    def _follow(self, w: ControlledDenoiser) -> None:
-        """Go by the pipeline whose call is under way, where pipelines share the denoiser; watch its scheduler."""
-        if callable(self._pipe):
-            self._call = calling_pipeline(w.module) or PipelineCall(self._pipe)
-        pipe = self._call.pipe
-        w.state.options = self._call.values
-        if pipe is not self._rows.pipe:
-            self._rows.pipe = self._latents.pipe = self._scheduler.pipe = pipe
-            for each in self._watched:
-                each.pipe = pipe
-        former = self._scheduler.current
-        self._scheduler.follow()
-        # The first latents of a run whose beginning was not seen are scaled already.
-        self._latents.unseen |= former is not self._scheduler.current
-
-    def _time(self, w: ControlledDenoiser) -> None:
-        """Fill in the length of the run, the step where its beginning was not seen, and the timestep."""
-        if self._pipe is not None:
-            adaptive = any(isinstance(c, Guidance) and c.adaptive for c in self.controls)
-            fill_in_time(w.state, self._scheduler.current, self._call, seen=self._seen, level=adaptive)
-            return
-        needy = [c for c in self.controls if c.needs_steps()]
-        if w.state.steps is None and needy:
+    def _check_steps(self) -> None:
+        """Raise for a control that depends on the step of a bare model's run, which nobody has told."""
+        needy = next((c for c in self.controls if c.needs_steps()), None)
+        if needy is not None:
             raise ConfigError(
-                f"{needy[0].describe()} depends on the step, which a bare model call does not tell. Call "
+                f"{needy.describe()} depends on the step, which a bare model call does not tell. Call "
                 "handle.set_step(i, n) before each call, or pass the pipeline to control()."
             )
 

@@ -18,7 +18,6 @@ import torch
 from attnctl.core.hosts.arguments import Rows
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import linear_attention
-from attnctl.core.hosts.listing import stage_grid
 from attnctl.core.hosts.prompt import PromptCall
 from attnctl.core.hosts.tokens import CallTokens, Parts, grid_of, placed_on_image
 from attnctl.core.sites import Grid, Site
@@ -157,10 +156,7 @@ class AttnCall:
 
     @property
     def grid(self) -> Grid | None:
-        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown.
-
-        A UNet's site has the grid of its stage alone: as many tokens as another stage has may be merged ones.
-        """
+        """Return frames, rows and columns of the image tokens that this call attends over, or None if unknown."""
         n = self.q.shape[-2] if self.image is None else self.image.stop - self.image.start
         return grid_of(self.state, self.site.name, n)
 
@@ -211,22 +207,20 @@ class AttnCall:
 
     def on_image(self) -> tuple[slice, Grid]:
         """Return the query tokens that lie on the image, and how they lie on it."""
-        if self.image is None and self.site.kind == "joint":
-            raise UnsupportedModelError(
-                f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
-            )
+        self._check_told(self.image)
         image = slice(0, self.q.shape[-2]) if self.image is None else self.image
         return placed_on_image(self.state, self.site.name, image, self.grid)
 
     def text_keys(self) -> slice:
         """Return the places of the text among the keys of a cross- or joint attention."""
-        if self.site.kind != "joint":
-            return self.text or slice(0, self.k.shape[-2])
-        if self.text is None or self.image is None:
+        self._check_told(self.text)
+        return self.text or slice(0, self.k.shape[-2])
+
+    def _check_told(self, part: slice | None) -> None:
+        if part is None and self.site.kind == "joint":
             raise UnsupportedModelError(
                 f"{self.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
             )
-        return self.text
 
     def text_map(self, weights: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Compute how much image tokens attend to weighted text tokens: softmax(q k^T scale + mask) @ weights.
@@ -270,11 +264,9 @@ class SiteHook:
     def __init__(self, site: Site, state: CallState, backend: str = "auto") -> None:
         self.site = self.named = site
         self.state = state
-        self.kernel: Callable[..., torch.Tensor] = attention
         self.open = backend == "auto"
         """Whether the attention that the user set for the model may run; a backend of the session's own goes first."""
-        if not self.open:
-            self.kernel = functools.partial(attention, backend=backend)
+        self.kernel = attention if self.open else functools.partial(attention, backend=backend)
         self.wrappers: tuple[Wrapper, ...] | None = None
         self.reached = self.split = False
         """Whether a controlled pass came by; whether processes share the sequence, so that tokens are not known."""
@@ -294,16 +286,6 @@ class SiteHook:
     def observed(self) -> bool:
         """Tell whether all wrappers only look at the call."""
         return all(getattr(getattr(w, "__self__", None), "observes", False) for w in self.wrappers or ())
-
-    def seen_site(self) -> Site:
-        """Return the site with what the calls so far have shown of its tokens."""
-        if self.seen is None:
-            return self.site
-        n, image, text = self.seen
-        grid, family = self.state.last_grid, self.state.family
-        if grid is not None and family is not None and family.unet:
-            grid = stage_grid(self.state.denoiser, self.site.name, grid, n)
-        return replace(self.site, grid=grid or self.site.grid, image=image, text=text)
 
     def hear(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the transformer block around the site was called with: a hook of the block."""

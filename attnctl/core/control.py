@@ -157,12 +157,9 @@ class Control:
 
     def describe(self) -> str:
         """Name the control with the fields that differ from their defaults."""
-        shown = []
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                shown.append(f"{f.name}={value!r}")
-        return f"{self._label}({', '.join(shown)})"
+        values = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        shown = ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
+        return f"{self._label}({shown})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, get_args
 
 import torch
@@ -17,10 +16,11 @@ import torch
 from attnctl.core.control import Control, Guidance
 from attnctl.core.hosts.hook import check_hookable, hooked_by
 from attnctl.core.hosts.rows import Layout
+from attnctl.core.hosts.tokens import seen_site
 from attnctl.core.live import LiveControl
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.core.sites import Site
-from attnctl.errors import ConfigError, ConflictError, NeverApplied, nearest, unboxed
+from attnctl.errors import ConfigError, ConflictError, NeverApplied, check_fields, choice, number, whole
 from attnctl.kernels.dispatch import check_backend
 
 __all__ = ["Handle", "check_controls", "handle_of"]
@@ -40,8 +40,7 @@ class Handle:
     def __init__(
         self, modules: Sequence[torch.nn.Module], controls: Sequence[Control], *, backend: str, layout: Layout
     ) -> None:
-        if layout not in get_args(Layout):
-            raise ConfigError(f"layout={layout!r} is unknown. Choose one of {', '.join(get_args(Layout))}.")
+        choice(layout, "layout", get_args(Layout))
         check_controls(controls)
         for module in modules:
             check_hookable(module)
@@ -84,7 +83,8 @@ class Handle:
             ConflictError: The handle is detached, a run is under way, or the controls cannot act together.
         """
         place = _place_in(self.controls, control)
-        changed = _with_fields(self.controls[place], fields)
+        check_fields(type(self.controls[place]), fields)
+        changed = dataclasses.replace(self.controls[place], **fields)
         if not self._attached:
             raise ConflictError("This handle is detached: call attnctl.control(...) with the fields that you want.")
         self._exchange((*self.controls[:place], changed, *self.controls[place + 1 :]))
@@ -118,19 +118,15 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def set_step(self, step: int, steps: int, timestep: float | None = None) -> None:
         """Set the step of a hand-written loop: step i of n, and the timestep (1000 = noise) where weights adapt."""
-        step, steps, timestep = unboxed(step), unboxed(steps), unboxed(timestep)
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (step, steps))
-        if not whole or not 0 <= step < steps:
-            raise ConfigError(
-                f"set_step({step!r}, {steps!r}): give step i of n as whole numbers, the step from 0 to n - 1."
-            )
+        given = f"set_step({step!r}, {steps!r}):"
+        steps = whole(steps, f"{given} steps", 1)
+        step = whole(step, f"{given} step", 0, steps - 1)
+        timestep = None if timestep is None else number(timestep, f"{given} timestep")
         self._at_step(step, steps, timestep)
 
     def _at_step(self, step: int, steps: int, timestep: float | None) -> None:
@@ -141,7 +137,7 @@ class Handle:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Return the sites under control, with grids and token ranges once a call has shown them."""
-        return tuple(link.seen_site() for w in self._watched for link in w.links.values())
+        return tuple(seen_site(link) for w in self._watched for link in w.links.values())
 
     @property
     def passes(self) -> int:
@@ -231,14 +227,3 @@ def _place_in(controls: Sequence[Control], control: Control | int) -> int:
         return places[0]
     shown = ", ".join(f"{i}: {c.describe()}" for i, c in enumerate(controls))
     raise ConfigError(f"{control!r:.120} is {'several' if places else 'none'} of the attached controls ({shown}).")
-
-
-def _with_fields(control: Control, fields: dict[str, Any]) -> Control:
-    """Return a control with some of its fields replaced, checked as when it is made."""
-    known = [f.name for f in dataclasses.fields(control) if f.init]
-    for name in fields:
-        if name not in known:
-            raise ConfigError(
-                f"{type(control).__name__} has no field {name!r}. It has {', '.join(known)}.{nearest(name, known)}"
-            )
-    return dataclasses.replace(control, **fields)

@@ -14,6 +14,7 @@ Whatever runs the denoiser or its blocks once more does so inside `during`, whic
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,14 +77,13 @@ class ControlledDenoiser:
     """Step and value of the last c - p of each branch that later steps reuse, by the branch's key."""
     weights: list[tuple[Guidance, Branch, float]] = field(default_factory=list)
     prefix: Prefix | None = None
-    checkpointing: Checkpointing | None = None
     forwards: dict[torch.nn.Module, Any] = field(default_factory=dict)
     """Forwards that the current pass replaces."""
     passes: int = 0
     listeners: list[tuple[Control, torch.nn.Module, SiteHook]] = field(default_factory=list)
     """Blocks whose input a control wants to see, with the link that it goes to."""
     listening: list[Any] = field(default_factory=list)
-    """Handles of the hooks that the current call put on them."""
+    """Handles of what the current call has put on the model, removed when it is over."""
     began: set[Any] = field(default_factory=set)
     """Branches that have run in this run."""
     processors: Processors = field(init=False)
@@ -118,7 +118,7 @@ class ControlledDenoiser:
         if self.state.rows.role == "extra":  # the pipeline's own guidance: nothing acts in it
             return changed
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
-            self.checkpointing = Checkpointing(self.module, self.snapshot)
+            self.listening.append(Checkpointing(self.module, self.snapshot))
         for name, wrappers in self.base.items():
             link = self.links[name]
             link.wrappers = tuple(wrap for c, wrap in wrappers if c.in_window(self.state)) or None
@@ -236,9 +236,6 @@ class ControlledDenoiser:
         self.state.scratch = {}
         if self.prefix is not None:
             self.prefix.release()
-        if self.checkpointing is not None:
-            self.checkpointing.release()
-            self.checkpointing = None
         self.weights = []
 
     # Further passes -------------------------------------------------------------------------------------------
@@ -269,19 +266,20 @@ class ControlledDenoiser:
     def _run(
         self,
         phase: str,
-        context: str,
+        context: str | None,
         kwargs: dict[str, Any],
         wrappers: Mapping[str, tuple[Wrapper, ...] | None],
         forwards: dict[torch.nn.Module, Any] | None = None,
     ) -> tuple[Any, bool]:
-        """Run a further pass inside `during`; return its prediction, and whether a cache of its own was on."""
+        """Run a further pass inside `during`, with caches in a `context` of its own; tell whether one was on, too."""
         self.running = True
         self.state.begin_call(self.module, self.family, kwargs)
         self.state.phase, self.state.rows = phase, Rows.all(row_count(kwargs))
         for name, link in self.links.items():
             link.wrappers, link.reached = wrappers.get(name), False
         self.forwards = forwards or {}
-        with own_context(self.module, context) as cached, overridden(self.forwards):
+        own = contextlib.nullcontext(False) if context is None else own_context(self.module, context)
+        with own as cached, overridden(self.forwards):
             args, named = as_given(self.module, kwargs, self.positional)
             return main_output(self.module.forward(*args, **named)), cached
 
@@ -293,16 +291,18 @@ class ControlledDenoiser:
         with self.during():
             if branch.begin is not None:
                 branch.begin(state)
-            blocks = {m: _noting(make(m, m.forward), m, replaced) for m, make in branch.blocks.items()}
+            made = {m: make(m, m.forward) for m, make in branch.blocks.items()}
+            blocks = {m: functools.partial(_noted, replaced, m, forward) for m, forward in made.items()}
             # What acts on the base pass acts on this one too, inside of the perturbation.
             wrappers = {name: link.wrappers for name, link in self.links.items()}
             touched = [site.name for site in branch.sites]
             if branch.perturb is not None:
                 wrappers |= {name: (branch.perturb, *(wrappers[name] or ())) for name in touched}
             kwargs = take_rows(state.bound, rows.cond, rows.total, frames, self.family)
-            context = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
+            name = f"attnctl_{[b.key for _, b in self.branches].index(branch.key)}"
             while True:  # modules ahead of the first perturbed one give what the base pass has computed
                 stubs = {} if self.prefix is None else self.prefix.stubs(rows)
+                context = None if stubs else name  # caches are hooks of diffusers, under which nothing is replayed
                 output, cached = self._run(str(branch.key), context, kwargs, wrappers, stubs | blocks)
                 if self.prefix is None or self.prefix.prove(output):
                     break
@@ -359,14 +359,10 @@ def _end_pass(module: torch.nn.Module, args: Any, output: Any) -> None:
     raise PassEnded
 
 
-def _noting(forward: Callable[..., Any], module: torch.nn.Module, seen: set[torch.nn.Module]) -> Callable[..., Any]:
-    """Note that a replaced forward was called."""
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        seen.add(module)
-        return forward(*args, **kwargs)
-
-    return noted
+def _noted(seen: set[torch.nn.Module], module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a replaced forward, and note that it was called."""
+    seen.add(module)
+    return forward(*args, **kwargs)
 
 
 def resolve(

@@ -56,11 +56,11 @@ class Prefix:
         self._reached = False
         self._calls = {}
         if self.chosen is None:
-            for module, name in named_below(self.denoiser).items():
-                if module is self.denoiser:
-                    continue
-                self._handles.append(module.register_forward_pre_hook(self._enter))
-                self._handles.append(module.register_forward_hook(self._learn(name)))
+            self._names = named_below(self.denoiser)
+            for module in self._names:
+                if module is not self.denoiser:
+                    self._handles.append(module.register_forward_pre_hook(self._enter))
+                    self._handles.append(module.register_forward_hook(self._learn))
         else:
             for module in self.chosen:
                 self._handles.append(module.register_forward_hook(self._keep))
@@ -93,21 +93,20 @@ class Prefix:
             for output in self.store.values():
                 for leaf in leaves(output):
                     leaf.settle()
-            thin(self.store, self._names, named_below(self.denoiser)[module])
+            thin(self.store, self._names, self._names[module])
 
-    def _learn(self, name: str) -> Callable[..., None]:
-        def finished(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if self.paused or self._reached or is_not_by_rows(name) or next(module.parameters(), None) is None:
-                return
-            # A finished parent stands for its children.
-            for child in named_below(module):
-                self.store.pop(child, None)
-            for earlier in self.store.values():
-                for leaf in leaves(earlier):
-                    leaf.loosen()
-            self.store[module], self._names[module] = mapped(output, Leaf), name
-
-        return finished
+    def _learn(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self.paused or self._reached or is_not_by_rows(self._names[module]):
+            return
+        if next(module.parameters(), None) is None:
+            return
+        # A finished parent stands for its children.
+        for child in named_below(module):
+            self.store.pop(child, None)
+        for earlier in self.store.values():
+            for leaf in leaves(earlier):
+                leaf.loosen()
+        self.store[module] = mapped(output, Leaf)
 
     def _keep(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self.paused:

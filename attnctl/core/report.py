@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from attnctl.core.handle import Handle
 from attnctl.core.hosts.caches import replay_refusal
+from attnctl.core.hosts.tokens import seen_site
 from attnctl.core.hosts.user_kernel import set_backends
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.kernels import backends
@@ -45,7 +46,7 @@ def _control(handle: Handle, w: ControlledDenoiser, index: int) -> Iterator[str]
     if source:
         yield f"    default sites from {source}"
     for site in w.resolved[index]:
-        now = w.links[site.name].seen_site()
+        now = seen_site(w.links[site.name])
         grid = "x".join(map(str, now.grid)) if now.grid else "not known before the first call"
         yield f"    {now.name}: {now.kind}, depth {now.depth}, {now.heads} heads x {now.head_dim}, grid {grid}"
 

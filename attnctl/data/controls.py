@@ -8,7 +8,9 @@ the entry points of other packages (group `attnctl.controls`) when a name is unk
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import entry_points
+from types import ModuleType
 
 from attnctl.core.registry import CONTROLS, HOMES, declared
 from attnctl.errors import ConfigError, nearest
@@ -70,18 +72,36 @@ def control_named(name: str, module: str | None = None) -> type:
     return CONTROLS[name]
 
 
-def load_entry_points(group: str = GROUP) -> None:
+def load_entry_points(group: str = GROUP, base: type | None = None) -> None:
     """Import the controls of other packages that are installed, or what they offer in another group.
 
+    Args:
+        group: The group of entry points.
+        base: The class of which each must name a subclass, or a module that defines some; controls by default.
+
     Raises:
-        ConfigError: One of them cannot be imported.
+        ConfigError: Some of them cannot be imported, or name something else; the others are imported all the same.
     """
+    from attnctl.core.control import Control
+
+    base, broken = base or Control, []
     for point in entry_points(group=group):
+        package = point.dist.name if point.dist else "that brings it"
+        before = set(CONTROLS)
         try:
-            point.load()
-        except Exception as error:
-            package = point.dist.name if point.dist else "that brings it"
-            raise ConfigError(
-                f"The entry point {point.name} = {point.value!r} of the group {group} cannot be imported "
-                f"({type(error).__name__}: {error}). Mend or remove the package {package}."
-            ) from error
+            loaded = point.load()
+        except (Exception, SystemExit) as error:
+            for name in set(CONTROLS) - before:
+                if CONTROLS[name].__module__ not in sys.modules:  # its file has failed, perhaps amid the class
+                    del CONTROLS[name]
+            reason = f"cannot be imported ({type(error).__name__}: {error})"
+        else:
+            if isinstance(loaded, ModuleType) or (isinstance(loaded, type) and issubclass(loaded, base)):
+                continue
+            reason = f"names {loaded!r:.60}, which is no subclass of {base.__name__}"
+        broken.append(
+            f"The entry point {point.name} = {point.value!r} of the group {group} {reason}. Mend or remove the package "
+            f"{package}."
+        )
+    if broken:
+        raise ConfigError(" ".join(broken))

@@ -21,7 +21,7 @@ from typing import Any
 
 from attnctl.core.registry import CONTROLS
 from attnctl.data.controls import control_named, controls
-from attnctl.errors import AttnctlError, ConfigError, check_short, nearest, unboxed
+from attnctl.errors import AttnctlError, ConfigError, check_fields, check_short, nearest, unboxed
 
 __all__ = ["control_from_dict", "control_to_dict", "methods", "parse_control", "parse_controls", "parse_option"]
 
@@ -145,10 +145,7 @@ def _is_plain(cls: type) -> bool:
 
 
 def _make(cls: type, name: str, values: Mapping[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{name} has no field {key!r}; it has {', '.join(known)}." + nearest(key, known))
+    check_fields(cls, values)
     missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and _is_needed(f)]
     if missing:
         form = ", ".join(f"{field}=..." for field in missing)

@@ -136,7 +136,7 @@ def find_mixer(kind: str | type[Mixer]) -> type[Mixer]:
     broken = ""
     if kind not in MIXERS:
         try:
-            load_entry_points("attnctl.mixers")
+            load_entry_points("attnctl.mixers", Mixer)
         except ConfigError as error:
             broken = f" {error}"
     if kind not in MIXERS:

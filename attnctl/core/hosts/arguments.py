@@ -92,10 +92,11 @@ def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     arguments: dict[str, Any] = {}
     for name, value in list(signature.bind_partial(denoiser, *args, **kwargs).arguments.items())[1:]:
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(own_containers(value))
+            arguments.update(value)
         else:
-            arguments[name] = own_containers(value)
-    return arguments
+            arguments[name] = value
+    own: dict[str, Any] = own_containers(arguments)
+    return own
 
 
 @functools.cache
@@ -122,10 +123,13 @@ def own_containers(value: Any) -> Any:
     Hosts empty containers that they are handed (lists of residuals are popped one by one): each pass needs its own.
     """
     if type(value) is dict:
-        return {k: own_containers(v) for k, v in value.items()}
+        return {k: own_containers(v) if isinstance(v, _CONTAINERS) else v for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(own_containers(v) for v in value)
+        return type(value)([own_containers(v) if isinstance(v, _CONTAINERS) else v for v in value])
     return copy.copy(value) if isinstance(value, (list, dict)) else value
+
+
+_CONTAINERS = (list, tuple, dict)
 
 
 def main_input(bound: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnctl.core.hosts.modules import named_below
+from attnctl.core.hosts.modules import modules_below
 from attnctl.errors import NeverApplied, UnsupportedModelError
 
 __all__ = [
@@ -71,8 +71,11 @@ def hooks_of(module: torch.nn.Module) -> Mapping[str, Any]:
 
 def hooks_below(module: torch.nn.Module) -> list[tuple[str, Any]]:
     """List diffusers' hooks on a module and on all modules below it, each with its name."""
-    hooked = (m for m in named_below(module) if "_diffusers_hook" in vars(m))
-    return [item for m in hooked for item in hooks_of(m).items()]
+    return _hooks_on(modules_below(module))
+
+
+def _hooks_on(modules: Iterable[torch.nn.Module]) -> list[tuple[str, Any]]:
+    return [item for m in modules if "_diffusers_hook" in vars(m) for item in hooks_of(m).items()]
 
 
 @contextlib.contextmanager
@@ -82,7 +85,7 @@ def saved_weights(denoiser: torch.nn.Module) -> Iterator[None]:
     Layerwise casting (8-bit storage) and group offloading change the data of a weight as soon as its layer has run.
     Autograd saves a weight by reference: backward would find it in another type or on another device.
     """
-    modules = [(module, hooks_of(module)) for module in named_below(denoiser) if hooks_of(module)]
+    modules = [(module, hooks_of(module)) for module in modules_below(denoiser) if hooks_of(module)]
     casts = [(module, hooks["layerwise_casting"]) for module, hooks in modules if "layerwise_casting" in hooks]
     storage = [cast.storage_dtype for _, cast in casts]
 
@@ -137,8 +140,9 @@ def replay_refusal(denoiser: torch.nn.Module) -> str | None:
         return "inference mode keeps no version counters"
     if torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False):
         return "gradient checkpointing runs modules twice"
-    if any(module._compiled_call_impl is not None for module in named_below(denoiser)):
+    modules = modules_below(denoiser)
+    if any(module._compiled_call_impl is not None for module in modules):
         return "compiled blocks cannot be watched"
-    if hooks_below(denoiser):
+    if _hooks_on(modules):
         return "diffusers hooks (caches, group offloading) need every block to run"
     return None

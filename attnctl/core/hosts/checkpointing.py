@@ -32,7 +32,7 @@ class Checkpointing:
         for module, function in self._held:
             vars(module)["_gradient_checkpointing_func"] = _snapshoting(function, snapshot)
 
-    def release(self) -> None:
+    def remove(self) -> None:
         """Give the modules their own functions back."""
         for module, function in self._held:
             vars(module)["_gradient_checkpointing_func"] = function

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["compiled_below", "named_below", "overridden"]
+__all__ = ["compiled_below", "modules_below", "named_below", "overridden"]
 
 _MISSING = object()
 
@@ -16,8 +16,7 @@ _MISSING = object()
 def named_below(root: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """List a module and all modules below it, each with its first name, in the order of torch's `named_modules`.
 
-    A guided step looks through all of them several times: for caches, compiled blocks and other hooks. The recursion of
-    torch's own function costs more than what is looked at.
+    The recursion of torch's own function costs more than what is looked at.
     """
     names: dict[torch.nn.Module, str] = {}
     pending: list[tuple[str, torch.nn.Module]] = [("", root)]
@@ -32,9 +31,20 @@ def named_below(root: torch.nn.Module) -> dict[torch.nn.Module, str]:
     return names
 
 
+def modules_below(root: torch.nn.Module) -> list[torch.nn.Module]:
+    """List a module and all modules below it, level by level: a guided step looks through them, and needs no names."""
+    modules, seen = [root], {root}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return modules
+
+
 def compiled_below(root: torch.nn.Module) -> bool:
     """Tell whether a module or one below it is compiled."""
-    return any(module._compiled_call_impl is not None for module in named_below(root))
+    return any(module._compiled_call_impl is not None for module in modules_below(root))
 
 
 @contextlib.contextmanager

@@ -87,9 +87,10 @@ class Processors:
 
     def heal(self) -> None:
         """Put the hooks back where another tool has replaced a controlled processor."""
+        if all(vars(_processor(link)).get("_attnctl") is link for link in self.links.values()):
+            return
         for name, link in self._needed().items():
-            module: Any = link.site.module
-            if vars(module.processor).get("_attnctl") is link:
+            if vars(_processor(link)).get("_attnctl") is link:
                 continue
             self._check_split(link)
             self._made.append(attach_processor(link.site, link))

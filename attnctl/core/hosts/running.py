@@ -18,7 +18,7 @@ import torch
 from attnctl.core.hosts.listing import DENOISERS, denoisers_of, unwrapped
 from attnctl.errors import ConflictError, UnsupportedModelError
 
-__all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "check_in_place", "warn_of_idle"]
+__all__ = ["Owner", "PipelineCall", "call_arguments", "calling_pipeline", "warn_of_idle"]
 
 # What is read off a call: its own names for the texts, the steps and the guidance.
 _READ = (
@@ -58,7 +58,10 @@ class PipelineCall:
 def _holds(pipe: Any, denoiser: torch.nn.Module) -> bool:
     """Tell whether a pipeline runs a denoiser, wrapped or compiled perhaps."""
     parts = getattr(pipe, "__dict__", {})
-    return any(isinstance(m := parts.get(n), torch.nn.Module) and unwrapped(m) is denoiser for n in DENOISERS)
+    return any(
+        isinstance(m := parts.get(n), torch.nn.Module) and (m is denoiser or unwrapped(m) is denoiser)
+        for n in DENOISERS
+    )
 
 
 def calling_pipeline(denoiser: torch.nn.Module) -> PipelineCall | None:
@@ -133,8 +136,7 @@ class Owner:
         if loop:  # nobody has told of steps: the call of the model is all there is
             self._code, self._named = torch.nn.Module._call_impl.__code__, True
         else:
-            frame = self._runner()
-            self._code, self._named = getattr(frame, "f_code", None), self._runs(frame)
+            self._code, self._named = self._runner()
 
     def release(self) -> None:
         """Let the denoiser go: the run is over."""
@@ -154,38 +156,45 @@ class Owner:
         caller = None if frame is None or not frame.f_code.co_argcount else frame.f_locals.get("self")
         return caller is not None and any(caller is m or _holds(caller, m) for m in self._denoisers)
 
-    def _runner(self) -> Any:
-        """Return the frame of the call of a pipeline, else of the function that calls the denoiser."""
+    def _runner(self) -> tuple[Any, bool]:
+        """Find the call of a pipeline, else the function that calls the denoiser; tell whether it runs one by name."""
         frame, nearest = sys._getframe(1), None
         while frame is not None:
             if not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
                 nearest = frame if nearest is None else nearest
                 if frame.f_code.co_name == "__call__" and self._runs(frame):
-                    return frame
+                    return frame.f_code, True
             frame = frame.f_back  # type: ignore[assignment]
-        return nearest
+        return (None, False) if nearest is None else (nearest.f_code, self._runs(nearest))
 
+    def check_in_place(self, pipe: Any) -> None:
+        """Raise if a pipeline runs another denoiser than the ones that it was given.
 
-def check_in_place(pipe: Any, modules: list[torch.nn.Module]) -> None:
-    """Raise if a pipeline runs another denoiser than the ones under control.
+        Raises:
+            ConflictError: The user gave it another.
+            UnsupportedModelError: The denoiser was compiled as a whole meanwhile.
+        """
+        if pipe is None or self._unchanged(pipe):
+            return
+        for name, module in denoisers_of(pipe).items():
+            if all(unwrapped(module) is not other for other in self._denoisers):
+                raise ConflictError(
+                    f"pipe.{name} was replaced while under control: the controls are on the "
+                    f"{type(self._denoisers[0]).__name__} that it was before. Detach the handle, and call "
+                    "attnctl.control on the pipeline again."
+                )
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise UnsupportedModelError(
+                    f"pipe.{name} was compiled as a whole while under control, so that hooks on it are compiled too. "
+                    f"Compile its blocks instead: pipe.{name}.compile_repeated_blocks(fullgraph=True)."
+                )
 
-    Raises:
-        ConflictError: The user gave it another.
-        UnsupportedModelError: The denoiser was compiled as a whole meanwhile.
-    """
-    if pipe is None:
-        return
-    for name, module in denoisers_of(pipe).items():
-        if all(unwrapped(module) is not other for other in modules):
-            raise ConflictError(
-                f"pipe.{name} was replaced while under control: the controls are on the {type(modules[0]).__name__} "
-                "that it was before. Detach the handle, and call attnctl.control on the pipeline again."
-            )
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                f"pipe.{name} was compiled as a whole while under control, so that hooks on it are compiled too. "
-                f"Compile its blocks instead: pipe.{name}.compile_repeated_blocks(fullgraph=True)."
-            )
+    def _unchanged(self, pipe: Any) -> bool:
+        """Tell at a glance that a pipeline holds just these denoisers, unwrapped and not compiled."""
+        parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+        return [*map(id, parts)] == [*map(id, self._denoisers)] and all(
+            part._compiled_call_impl is None for part in parts
+        )
 
 
 def warn_of_idle(controls: Sequence[Any], steps: int) -> None:
@@ -201,4 +210,4 @@ def warn_of_idle(controls: Sequence[Any], steps: int) -> None:
         else:
             cause = f"It acts from start={c.start:g} to before stop={c.stop:g}; {begin}. Run more steps, or "
             cause += "widen the window."
-        warnings.warn(f"attnctl: {c.describe()} acted at no step of this run. {cause}", stacklevel=6)
+        warnings.warn(f"attnctl: {c.describe()} acted at no step of this run. {cause}", stacklevel=7)

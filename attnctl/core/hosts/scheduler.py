@@ -40,7 +40,13 @@ def later_evaluation(scheduler: Any) -> bool:
 
 
 class Listener(Protocol):
-    """What a watched scheduler reports to."""
+    """What a watched scheduler reports to.
+
+    Attributes:
+        hears_noise: Whether it needs to know if a step draws random numbers, which takes time to find out.
+    """
+
+    hears_noise: bool
 
     def claim(self) -> None:
         """A run is about to begin: refuse it, or let it."""
@@ -98,6 +104,8 @@ def _watched(original: type) -> type:
             kwargs = kwargs | {"sample": watch.listener.on_step(kwargs["sample"], prediction)}
         elif len(args) > place:
             args = (*args[:place], watch.listener.on_step(args[place], prediction), *args[place + 1 :])
+        if not watch.listener.hears_noise:
+            return watch.listener.on_stepped(cls.step(self, *args, **kwargs), False)
         result, drew = noting_noise(functools.partial(cls.step, self, *args, **kwargs), kwargs.get("generator"))
         return watch.listener.on_stepped(result, drew)
 

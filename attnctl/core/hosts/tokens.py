@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "parts_in",
     "parts_of",
     "placed_on_image",
+    "seen_site",
     "sequences",
 ]
 
@@ -216,6 +218,18 @@ def grid_of(state: Any, site: str, n: int) -> Grid | None:
         return None if level is None else (1, *level[1:])  # UNets fold frames into the batch
     frames, h, w = grid
     return next((g for g in ((frames, h, w), (1, h, w)) if g[0] * h * w == n), None)
+
+
+def seen_site(link: Any) -> Site:
+    """Return the site of a hook with what the calls so far have shown of its tokens."""
+    site: Site = link.site
+    if link.seen is None:
+        return site
+    n, image, text = link.seen
+    grid, family = link.state.last_grid, link.state.family
+    if grid is not None and family is not None and family.unet:
+        grid = stage_grid(link.state.denoiser, site.name, grid, n)
+    return replace(site, grid=grid or site.grid, image=image, text=text)
 
 
 def placed_on_image(state: Any, site: str, image: slice, grid: Grid | None) -> tuple[slice, Grid]:

@@ -153,7 +153,7 @@ def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[
             yield
     finally:
         if again is not None:
-            again.release()
+            again.remove()
         for module, name, value in reversed(held):
             if value is _MISSING:
                 vars(module).pop(name, None)
