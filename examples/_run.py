@@ -11,18 +11,23 @@ import torch
 
 import attnctl
 
-__all__ = ["PROMPT", "SCALE", "arguments", "compare", "draw", "model", "prompt_of", "save_gif"]
+__all__ = ["PROMPT", "SCALE", "STEPS", "arguments", "compare", "draw", "model", "prompt_of", "save_gif"]
 
 PROMPT = {"help": "what to draw"}
 SCALE = {"type": float, "default": 3.0, "help": "guidance weight"}
+STEPS = {"type": int, "help": "denoising steps"}
 
 
-def arguments(about: str, *, shapes: str = "use the shipped model", seed: bool = True, **options: Any) -> Any:
-    """Read --shapes, the options of the example by name (what argparse takes), --seed and --out."""
+def arguments(
+    about: str, *, shapes: str = "use the shipped model", steps: Any = STEPS, seed: bool = True, **options: Any
+) -> Any:
+    """Read --shapes, the options of the example by name (what argparse takes), --steps, --seed and --out."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", action="store_true", help=shapes)
     for name, option in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
+    if steps is not None:
+        parser.add_argument("--steps", **steps)
     if seed:
         parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -53,7 +58,9 @@ def prompt_of(args: Any, prompt: str, shapes: str = "a red circle and a blue squ
 
 
 def draw(args: Any, pipe: Any, prompt: str, **call: Any) -> Any:
-    """Generate an image from the same noise every time."""
+    """Generate an image from the same noise every time, in --steps or the example's own number of steps."""
+    if args.steps:
+        call["num_inference_steps"] = args.steps
     return pipe(prompt, **call, generator=torch.Generator("cpu").manual_seed(args.seed)).images[0]
 
 

@@ -63,7 +63,7 @@ for number, part in enumerate(result.rounds, 1):
 def draw() -> Image.Image:
     """Generate from the same noise every time."""
     generator = torch.Generator("cpu").manual_seed(0)
-    return pipe(prompt, num_inference_steps=20, guidance_scale=3.0, generator=generator, **call).images[0]
+    return pipe(prompt, num_inference_steps=args.steps or 20, guidance_scale=3.0, generator=generator, **call).images[0]
 
 
 plain = draw()

@@ -27,7 +27,8 @@ texts = args.prompts or (shapes if args.shapes else ["a gray cat", "a brown dog"
 def batch() -> list:
     """Generate the references and the picture in one call, from the same noise every time."""
     noise = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(len(texts))]
-    return pipe(texts, num_inference_steps=30, guidance_scale=3.0 if args.shapes else 5.0, generator=noise).images
+    call = {"num_inference_steps": args.steps or 30, "guidance_scale": 3.0 if args.shapes else 5.0}
+    return pipe(texts, **call, generator=noise).images
 
 
 plain = batch()

@@ -15,8 +15,7 @@ import attnctl
 from attnctl.processors import PAG
 
 shapes, show = "use the shipped video model", {"help": "what to show"}
-steps = {"type": int, "help": "denoising steps"}
-args = arguments(__doc__, shapes=shapes, prompt=show, scale=SCALE | {"default": 2.0}, steps=steps)
+args = arguments(__doc__, shapes=shapes, prompt=show, scale=SCALE | {"default": 2.0})
 pipe = model(args, "video", "WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype="bfloat16")
 prompt = prompt_of(args, "a paper boat drifts down a stream", "a red circle moving right on gray")
 if args.shapes:

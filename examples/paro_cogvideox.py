@@ -22,7 +22,6 @@ args = arguments(
     prompt={"help": "what to calibrate on and to show"},
     check={"help": "another prompt, to compare dense and sparse on"},
     density=share,
-    steps={"type": int, "help": "denoising steps"},
 )
 pipe = model(args, "mmdit", "CogVideoXPipeline", "THUDM/CogVideoX-5b", dtype="bfloat16", cpu=True)
 prompt = prompt_of(args, "a panda plays the guitar in a bamboo forest")

@@ -30,7 +30,7 @@ channels, side = pipe.unet.config.in_channels, pipe.unet.config.sample_size
 noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(args.seed))
 latents = noise.repeat(2, 1, 1, 1).to(pipe.device, pipe.unet.dtype)
 with attnctl.control(pipe, PromptToPrompt(source=source, target=target)) as handle:
-    call = {"latents": latents, "guidance_scale": scale, "num_inference_steps": steps}
+    call = {"latents": latents, "guidance_scale": scale, "num_inference_steps": args.steps or steps}
     image, edited = pipe([source, target], **call).images
     print(handle.report())
 

@@ -21,7 +21,7 @@ from attnctl.shapes.scenes import render, sample
 
 image = {"help": "a picture"}
 expression = {"action": "append", "help": "what to look for; several times for several"}
-args = arguments(__doc__, image=image, expression=expression)
+args = arguments(__doc__, steps=None, image=image, expression=expression)
 pipe = model(args, "mmdit", "FluxImg2ImgPipeline", "black-forest-labs/FLUX.1-schnell", dtype="bfloat16")
 if args.shapes:
     scene = sample(np.random.default_rng(args.seed + 1), 2)

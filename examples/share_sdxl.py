@@ -38,7 +38,8 @@ texts = args.prompts or (shapes if args.shapes else [f"a toy {x}, macro photo" f
 def batch(prompts: list[str]) -> list:
     """Generate all prompts in one call, from the same noise every time."""
     noise = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(len(prompts))]
-    return pipe(prompts, num_inference_steps=30, guidance_scale=3.0 if args.shapes else 5.0, generator=noise).images
+    call = {"num_inference_steps": args.steps or 30, "guidance_scale": 3.0 if args.shapes else 5.0}
+    return pipe(prompts, **call, generator=noise).images
 
 
 plain = batch(texts)

@@ -20,7 +20,6 @@ args = arguments(
     seed=False,
     prompt={"help": "what to show"},
     density={"type": float, "default": 0.4, "help": "share of the blocks to compute between two choices"},
-    steps={"type": int, "help": "denoising steps"},
 )
 pipe = model(args, "mmdit", "FluxPipeline", "black-forest-labs/FLUX.1-dev", dtype="bfloat16", cpu=True)
 if args.shapes:

@@ -25,11 +25,14 @@ parser.add_argument("--shapes", action="store_true", help="the small form")
 parser.add_argument("--encoder", default="biformer_micro", help="a timm name whose stages have strides 4 to 32")
 parser.add_argument("--decoder", default="unet")
 parser.add_argument("--swap", help="a kind of attnctl.swap for the encoder")
+parser.add_argument("--epochs", type=int)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("out"))
 args = parser.parse_args()
 
 small = {"n_train": 320, "n_test": 16, "epochs": 3} if args.shapes else {}
+if args.epochs:
+    small["epochs"] = args.epochs
 options = {"num_agents": 4} if args.swap == "agent" else {}
 done = segment(args.encoder, args.decoder, swap=args.swap, swap_options=options, seed=args.seed, out=args.out, **small)
 if args.swap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -32,6 +33,18 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_sessionstart() -> None:
+    """Import the tests without the garbage collector: a million objects are made, of which few are garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector run again, and leave aside what was imported, which it would look through each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -765,6 +765,52 @@ def build(
     return model.to(dtype).eval(), cast(inputs, dtype)
 
 
+_TWO_LEVELS = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+_SHALLOW: dict[str, dict[str, Any]] = {
+    "sd15": _TWO_LEVELS,
+    "sd2": _TWO_LEVELS | {"attention_head_dim": (2, 4)},
+    "sdxl": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+    },
+    "animatediff": _TWO_LEVELS,
+    "svd": {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal",),
+        "up_block_types": ("CrossAttnUpBlockSpatioTemporal",),
+    },
+    "unet3d": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock3D",),
+        "up_block_types": ("CrossAttnUpBlock3D",),
+    },
+    "flux": {"num_layers": 1, "num_single_layers": 2},
+    "flux2": {"num_layers": 1, "num_single_layers": 2},
+    "auraflow": {"num_mmdit_layers": 1, "num_single_dit_layers": 2},
+    "hunyuanvideo": {"num_layers": 1, "num_single_layers": 2},
+    "zimage": {"n_layers": 2},  # behind a refiner
+    "lumina2": {"num_layers": 2},
+}
+_DEEP = frozenset({"hunyuandit"})  # no fewer layers have a skip connection
+
+
+def shallow(name: str, layers: int = 3) -> dict[str, Any]:
+    """Return constructor arguments with no more layers than a test needs that perturbs two sites and leaves one plain.
+
+    Args:
+        name: One of EVERY; those of HOSTS keep their layers.
+        layers: Layers of a model with blocks of one kind; 2 where one perturbed site is enough.
+    """
+    return {} if name in HOSTS or name in _DEEP else _SHALLOW.get(name, {"num_layers": layers})
+
+
 def tiny(name: str, batch: int = 2, seed: int = 0) -> Tiny:
     """Tell of what a model of HOSTS is made, and which token grid and text its call means."""
     return HOSTS[name].draw(Draw(batch, seed, FRAMES))
