@@ -40,13 +40,14 @@ from zoo_loop import IMAGE_INPUTS, Loop  # noqa: E402
 
 import attnctl  # noqa: E402
 from attnctl.core.call import AttnCall, Proceed  # noqa: E402
+from attnctl.core.hosts.arguments import row_count, take_rows  # noqa: E402
 from attnctl.core.hosts.families import family_of  # noqa: E402
 from attnctl.core.sites import Site  # noqa: E402
 from attnctl.data.controls import controls  # noqa: E402
 from attnctl.data.coverage import STORED, Cell  # noqa: E402
 from attnctl.data.provenance import versions  # noqa: E402
 from attnctl.errors import AttnctlError, NeverApplied  # noqa: E402
-from attnctl.plans import BlockPlan  # noqa: E402
+from attnctl.plans import BlockPlan, Online  # noqa: E402
 from attnctl.processors import PAG, Capture, Guidance  # noqa: E402
 from attnctl.processors.combining.combiner import Combining  # noqa: E402
 
@@ -123,13 +124,33 @@ def blocks(cls: Any, model: Model) -> Any:
     return cls(plan=plan, sites=site.name)
 
 
+def region(cls: Any, model: Model) -> Any:
+    """Give the left half a text of its own."""
+    text = other_texts(model.inputs, TEXT_INPUTS) or {}
+    if model.layout != "cond":
+        total = row_count(model.inputs)
+        text = take_rows(text, slice(total // 2, total), total, family=family_of(model.module))
+    return cls(embeds=(text,), areas=((0, 0, 0.5, 1),), stop=1.0, sites=_names(model, cls, "cross", "joint"))
+
+
+def isolated(cls: Any, model: Model) -> Any:
+    """Keep the halves of each of two pictures apart."""
+    boxes = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+    return cls(boxes=(boxes, boxes), sites=_names(model, cls, "self", "joint"))
+
+
+def chosen(cls: Any, model: Model) -> Any:
+    """Choose half of the blocks by pooled queries and keys, in the first step."""
+    return cls(Online(density=0.5, by="pooled", block=8), sites=_names(model, cls, "self", "joint"))
+
+
 def _names(model: Model, cls: Any, *kinds: str) -> list[str]:
     names = [s.name for s in model.sites(*kinds) if s.kind in cls.kinds]
     return names or ["*"]  # nothing to name: the control says so itself
 
 
 # These share attention between prompts: each row is one.
-SEVERAL = ("Consistent", "MasaCtrl", "ShareAttention", "StyleAligned")
+SEVERAL = ("Consistent", "IRDiffusion", "MasaCtrl", "ShareAttention", "StyleAligned")
 SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "AStar": words,
     "AttendExcite": words,
@@ -139,12 +160,17 @@ SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "EnhanceAVideo": lambda cls, model: cls(weight=40.0),
     "NAG": lambda cls, m: cls(negative_embeds=other_texts(m.inputs, TEXT_INPUTS) if m.layout == "cond" else None),
     "PARO": blocks,
+    "Regions": region,
+    "SparseAttention": chosen,
     **dict.fromkeys(SEVERAL, lambda cls, model: cls(start=0.0)),
+    "IRDiffusion": isolated,
     "Consistent": lambda cls, model: cls(chance=1.0, late_chance=1.0),
 }
-# Edits of a prompt need a pipeline's words, and sums of predictions its negative prompt: pipelines run them in tests.
+# Edits of a prompt need a pipeline's words, sums of predictions its negative prompt, references its autoencoder:
+# pipelines run them in tests.
 SUMS = {name for name, cls in controls("attnctl").items() if issubclass(cls, Combining)}
-OF_PIPELINES = frozenset({"FateZero", "PromptToPrompt"}) | SUMS
+EDITS = {"FateZero", "FlowEdit", "Inject", "PromptToPrompt", "ReferenceOnly"}
+OF_PIPELINES = frozenset(EDITS) | SUMS
 
 
 def settings(name: str, cls: Any, model: Model) -> Any:
