@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def promises(*, quick: bool) -> dict[str, Any]:
     """Hold what is promised of threads, waits, launches and memory, with the code of the tests."""
     ends = test_roads_threads.trials(20 if quick else 200)
     families = zoo.NAMES[:1] if quick else (*zoo.NAMES, "pipelines")
-    waits = {name: _waits(name) for name in families}
+    waits = {name: _waits(name) for name in _shown(families, "waits of")}
     passes = {
         f"{what}, {name}": n
         for name, shape in test_launches.SHAPES.items()
@@ -205,7 +206,7 @@ def promises(*, quick: bool) -> dict[str, Any]:
     }
     cases = itertools.product(test_launches.SHAPES.values(), test_launches.LOOKS)
     looks = [test_launches.launched_by_calibration(shape, look) for shape, look in cases]
-    held = {name: _held(name) for name in (zoo.NAMES[:1] if quick else zoo.NAMES)}
+    held = {name: _held(name) for name in _shown(zoo.NAMES[:1] if quick else zoo.NAMES, "outputs held by")}
     most = max(passes, key=lambda what: passes[what])
     return {
         "threads": ends,
@@ -218,6 +219,14 @@ def promises(*, quick: bool) -> dict[str, Any]:
         "block_outputs_held": max(held.values()),
         "block_outputs_held_by": held,
     }
+
+
+def _shown(names: Iterable[str], what: str) -> Iterator[str]:
+    """Give the names one after the other, and print each with its seconds when the next is asked for."""
+    for name in names:
+        began = time.perf_counter()
+        yield name
+        print(f"{what} {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def _waits(family: str) -> list[str]:

@@ -70,7 +70,7 @@ def controls(model: nn.Module, inputs: Any) -> Iterator[tuple[str, Callable[[], 
     yield "Capture", lambda: Capture(words=(1, 2))
     yield "Capture, heads", lambda: Capture(words=(1,), heads=(0, 1), keep=("heads",))
     yield "Capture, points", lambda: Capture(points=((0.5, 0.5), (0.1, 0.9)))
-    plan = plan_for(model, inputs, density=0.5)
+    plan = plan_for(model, inputs, density=0.5, block_q=16, block_k=16)  # as few launches as reach every line
     yield "PARO", lambda: PARO(plan, kernel="gather")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,11 +16,8 @@ from contract import Through, assert_clean, snapshot
 from diffusers.models import attention_processor as ap
 
 import attnctl
-from attnctl.errors import (
-    ConflictError,
-    UnsupportedModelError,
-)
-from attnctl.processors import PAG, SEG
+from attnctl.errors import AttnctlError, ConflictError, SiteError, UnsupportedModelError
+from attnctl.processors import PAG, SEG, Capture
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -141,3 +139,54 @@ def test_dropout_in_attention_is_refused() -> None:
         zoo.call(model, inputs)
     module.processor = held
     assert_clean(before, model)
+
+
+# Denoisers of diffusers that leave no place for a control, or none for what was asked -------------------------------
+
+
+@pytest.mark.parametrize("name", ["anyflow_far", "kandinsky6_sr"])
+@pytest.mark.parametrize("control", [PAG(sites="*self*", scope="all"), SEG(sites="*attn1*"), Capture(words=(1,))])
+def test_attention_that_hides_is_named(name: str, control: Any) -> None:
+    """Only flex_attention computes it."""
+    model, inputs = zoo.build(name)
+    before = snapshot(model)
+    said = r"flex_attention|no attention|has no|no site|matches no|out of reach|never reached|cannot be"
+    with pytest.raises(AttnctlError, match=said) as refused, attnctl.control(model, control, layout="cond"):
+        zoo.call(model, inputs)
+    assert len(str(refused.value)) > 40
+    assert_clean(before, model)
+
+
+@pytest.mark.parametrize(("name", "at"), [("ltx2", "audio_attn1"), ("kandinsky6", "audio_dec_block")])
+@pytest.mark.parametrize("scope", ["image", "image_block", "all"])
+def test_sound_is_no_place_for_guidance_of_images(name: str, at: str, scope: Any) -> None:
+    model, _ = zoo.build(name)
+    site = next(s for s in attnctl.find_sites(model) if at in s.name and s.kind == "audio")
+    for sites in (site.name, f"*{at}*", (site.name,)):
+        with pytest.raises(SiteError, match="audio"):
+            attnctl.control(model, PAG(sites=sites, scope=scope))
+    assert attnctl.handle_of(model) is None
+
+
+@pytest.mark.parametrize("name", ["sana_wm_refiner", "prior"])
+def test_maps_are_refused_where_no_grid_is_known(name: str) -> None:
+    model, inputs = zoo.build(name)
+    before = snapshot(model)
+    for control in (Capture(words=(1,)), Capture(points=((0.5, 0.5),)), SEG(sigma=2.0, sites="self")):
+        refused = pytest.raises(AttnctlError, match=r"lie|grid|no .*attention|no site|has no|kind|no image")
+        with refused, attnctl.control(model, control, layout="cond"):
+            zoo.call(model, inputs)
+        assert_clean(before, model)
+
+
+def test_two_denoisers_of_different_families_are_controlled_each_by_its_own() -> None:
+    """Or refused in words: what one of them lacks is named with it."""
+    one, other = zoo.build("sd15")[0], zoo.build("flux")[0]
+    pipe = SimpleNamespace(unet=one, transformer=other, components={"unet": one, "transformer": other})
+    before = [snapshot(m) for m in (one, other)]
+    with pytest.raises(AttnctlError) as refused:
+        attnctl.control(pipe, PAG(sites="mid"))
+    assert "no attention site matches 'mid'" in str(refused.value)
+    assert "This is said of FluxTransformer2DModel, one of 2 denoisers" in str(refused.value)
+    for model, state in zip((one, other), before, strict=True):
+        assert_clean(state, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -143,6 +144,35 @@ def test_rows_of_pictures_and_lists_of_lists_are_guided_by_the_definition(name: 
     assert torch.equal(module.run(pipe, kwargs), plain)
     by_hand(next(iter(denoisers_of(other).values())), guidance, groups, prompt)
     assert distance(guided, module.run(other, same)) < 1e-5 < distance(guided, plain)
+
+
+@pytest.mark.parametrize("schedule", [None, (2.0, 5.0, 3.0)])
+def test_two_denoisers_are_guided_as_one(schedule: Any) -> None:
+    """Ideogram 4 has one for the prompt and one for no prompt; its scale may change with the step."""
+    call = {} if schedule is None else {"guidance_scale": None, "guidance_schedule": schedule}
+    (pipe, kwargs), (other, same) = encoded.build("ideogram4"), encoded.build("ideogram4")
+    sites = [s.name for s in attnctl.find_sites(pipe.transformer) if s.kind == "joint"]
+    guidance = PAG(scale=2.0, sites=sites[len(sites) // 2])
+    twin, delta = copy.deepcopy(other.transformer), []
+    chosen = guidance.resolve(attnctl.find_sites(twin), family_of(twin))
+    wrap = guidance.branch(chosen, twin).perturb
+    assert wrap is not None
+    attnctl.control(twin, Replace(sites=[s.name for s in chosen], function=wrap), layout="cond")
+
+    def prompt(module: Any, args: Any, given: Any, output: Any) -> Any:
+        delta.append(2.0 * (output[0] - twin(*args, **copy.deepcopy(given))[0]))
+        return (output[0] + delta[-1],)
+
+    other.transformer.register_forward_hook(prompt, with_kwargs=True)
+    without = other.unconditional_transformer
+    without.register_forward_hook(lambda module, args, output: (output[0] + delta[-1][:, -output[0].shape[1] :],))
+    plain, by_hand_ = encoded.run(pipe, kwargs | call), encoded.run(other, same | call)
+    for combine in ("add", "rescale_safe"):
+        with attnctl.control(pipe, dataclasses.replace(guidance, combine=combine)):
+            assert distance(encoded.run(pipe, kwargs | call), by_hand_) < 1e-5 < distance(plain, by_hand_)
+    with attnctl.control(pipe, APG(eta=1.0, norm=0.0, momentum=0.0)):  # the sum that the pipeline makes by itself
+        assert distance(encoded.run(pipe, kwargs | call), plain) < 1e-5
+    assert torch.equal(encoded.run(pipe, kwargs | call), plain)
 
 
 def test_three_rows_whose_texts_are_equal_are_refused() -> None:

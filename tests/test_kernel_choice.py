@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from torch import Tensor
 from attnctl import kernels
 from attnctl.errors import BackendError
 from attnctl.kernels import dispatch, timing
+from attnctl.kernels.sparse import triton
+from attnctl.plans import BlockPlan
 
 torch.set_num_threads(1)
 
@@ -77,3 +82,42 @@ def test_probes_are_made_on_the_device_of_the_call(monkeypatch: pytest.MonkeyPat
     with pytest.raises(BackendError):
         kernels.choose(q, k, v, None, "math")
     assert set(asked) == {"meta"}
+
+
+@pytest.mark.parametrize("card", ["cuda:1", "cuda:3", "cpu"])
+def test_kernels_are_chosen_timed_and_launched_on_the_device_of_the_tensors(
+    card: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which need not be that of the tensors, nor of its make."""
+    runtime = pytest.importorskip("triton.runtime")
+    at: list[str] = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        at.append(str(device))
+        yield
+        at.pop()
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, other: float(at[-1].rpartition(":")[2])  # noqa: E731
+
+    archs = {"cuda:0": 80, "cuda:1": 90, "cuda:3": 89}
+    active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=archs[at[-1]]))
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(runtime.driver, "_active", active, raising=False)
+    device, launched = torch.device(card), []
+    there = card if card != "cpu" else "cuda:0"
+    assert triton._launched(lambda num_stages: launched.append((at[-1], num_stages)), device, 3) is None
+    assert launched == [(there, 3)]
+    assert triton._architecture(device) == archs[there]
+    keep = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    plan = BlockPlan.from_mask(keep, 128, n_image=256)
+    tall = 128 if archs[there] == 90 else 64
+    assert triton.tiles(plan, torch.float16, device) == (tall, 64)
+    if card != "cpu":
+        assert timing.milliseconds(lambda: None, device) == float(card[-1])
+    assert at == ["cuda:0"]

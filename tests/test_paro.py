@@ -33,17 +33,27 @@ def shapes_of(model: nn.Module, inputs: Any) -> dict[str, AttnCall]:
     return {c.site.name: c for c in through.seen if c.site.name in names}
 
 
-def plan_for(model: nn.Module, inputs: Any, *, density: float, groups: int = 1, orders: bool = True) -> ModelPlan:
+def plan_for(
+    model: nn.Module, inputs: Any, *, density: float, groups: int = 1, orders: bool = True, block_q: int = 8,
+    block_k: int = 4,
+) -> ModelPlan:  # fmt: skip
     g = torch.Generator().manual_seed(0)
     plans = {}
     for name, call in shapes_of(model, inputs).items():
         image = call.image or slice(0, call.q.shape[2])
         n, heads = image.stop - image.start, call.q.shape[1]
-        keep = torch.rand(groups, heads, -(-n // 8), -(-n // 4), generator=g) < density
+        keep = torch.rand(groups, heads, -(-n // block_q), -(-n // block_k), generator=g) < density
         keep[..., 0] = True
         order = [h % 6 for h in range(heads)] if orders and call.grid else None
         plans[name] = BlockPlan.from_mask(
-            keep, 4, order, call.q.shape[2] - n, block_q=8, grid=call.grid, n_image=n, text_first=image.start > 0
+            keep,
+            block_k,
+            order,
+            call.q.shape[2] - n,
+            block_q=block_q,
+            grid=call.grid,
+            n_image=n,
+            text_first=image.start > 0,
         )
     return ModelPlan(plans=plans)
 

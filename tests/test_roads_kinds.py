@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 import zoo_pipelines as pipes
+from contract import distance, perturbed
 from torch import Tensor, nn
 
 import attnctl
@@ -252,7 +253,8 @@ def test_counts_give_no_unlisted_model_a_wrong_kind(monkeypatch: pytest.MonkeyPa
     assert right >= 290
 
 
-def test_gligen_grounding_is_left_alone() -> None:
+def gated() -> nn.Module:
+    """Build a small UNet with grounding."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 32),
@@ -265,6 +267,11 @@ def test_gligen_grounding_is_left_alone() -> None:
         norm_num_groups=8,
     )
     filled(unet)
+    return unet
+
+
+def test_gligen_grounding_is_left_alone() -> None:
+    unet = gated()
     sites = attnctl.find_sites(unet)
     assert {s.kind for s in sites if "fuser" in s.name} == {"aux"}
     chosen = PAG().resolve(sites, attnctl.core.hosts.families.family_of(unet))
@@ -273,6 +280,41 @@ def test_gligen_grounding_is_left_alone() -> None:
         PAG(sites=next(s.name for s in sites if "fuser" in s.name)).resolve(
             sites, attnctl.core.hosts.families.family_of(unet)
         )
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("control", [PAG(scale=2.0), SEG(scale=2.0, sigma=2.0), SoftPAG(scale=2.0, u=0.6)])
+def test_grounding_that_ends_within_a_run_changes_no_guidance(beta: float, control: Any) -> None:
+    """As in GLIGEN's pipelines: from a share `beta` of the steps on the grounding layers do not run."""
+    unet = gated().double()
+    fusers = [m for name, m in unet.named_modules() if name.endswith(".fuser")]
+    x, text = R(1, 4, 8, 8, dtype=torch.float64), R(1, 5, 32, dtype=torch.float64)
+    grounding = {
+        "boxes": torch.rand(1, 3, 4, dtype=torch.float64),
+        "positive_embeddings": text[:, :3],
+        "masks": torch.ones(1, 3, dtype=torch.float64),
+    }
+
+    def inputs(step: int) -> dict[str, Any]:
+        for fuser in fusers:
+            fuser.enabled = step < 4 * beta
+        given = {"gligen": dict(grounding)}  # which the model takes apart
+        return {
+            "sample": x,
+            "timestep": 900 - 200 * step,
+            "encoder_hidden_states": text,
+            "cross_attention_kwargs": given,
+        }
+
+    plain = [zoo.call(unet, inputs(i)) for i in range(4)]
+    wanted = [c + 2.0 * (c - perturbed(unet, control, inputs(i))) for i, c in enumerate(plain)]
+    with warnings.catch_warnings(), attnctl.control(unet, control, layout="cond") as handle:
+        warnings.simplefilter("error")
+        for i, want in enumerate(wanted):
+            handle.set_step(i, 4)
+            assert distance(zoo.call(unet, inputs(i)), want) <= 1e-12
+    assert handle.passes == 4
+    assert (wanted[0] - plain[0]).abs().max() > 1e-3
 
 
 # Merged tokens ------------------------------------------------------------------------------------------------

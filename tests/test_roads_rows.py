@@ -13,7 +13,7 @@ import zoo_pipelines as pipes
 from torch import Tensor
 
 import attnctl
-from attnctl.errors import ConfigError
+from attnctl.errors import AttnctlError, ConfigError
 from attnctl.processors import AStar, Capture, EnhanceAVideo, PromptToPrompt, SoftPAG
 
 R = torch.randn
@@ -26,14 +26,28 @@ def _seeded() -> Any:
         yield
 
 
-def test_free_noise_says_one_prompt_for_several_frames() -> None:
+@pytest.mark.parametrize("prompt", ["a cat", {0: "a cat", 1: "a dog"}])
+def test_free_noise_says_one_prompt_for_several_frames(prompt: Any) -> None:
+    """One prompt is encoded for each frame; prompts that change over the frames are refused in words."""
     pipe, kwargs = pipes.build("animatediff")
     vars(pipe)["motion_adapter"] = SimpleNamespace(config=SimpleNamespace(motion_max_seq_length=32))
     pipe.enable_free_noise(context_length=2, context_stride=1)
-    with attnctl.control(pipe, Capture(words=("cat",))) as handle:
-        pipes.run(pipe, kwargs, num_inference_steps=1)
-        assert handle.maps.prompts == ("a cat",)
-        assert handle.maps["cat"].isfinite().all()
+    call = {**kwargs, "prompt": prompt, "num_inference_steps": 2}
+    plain = pipes.run(pipe, call)
+    for control in (Capture(words=("cat",)), AStar(concepts=("a", "cat"), step_size=5.0)):
+        with attnctl.control(pipe, control) as handle:
+            if isinstance(prompt, dict):
+                with pytest.raises(AttnctlError, match="prompt"):
+                    pipes.run(pipe, call)
+                continue
+            out = pipes.run(pipe, call)
+            if isinstance(control, Capture):
+                assert handle.maps.prompts == ("a cat",)
+                assert handle.maps["cat"].isfinite().all()
+                assert torch.equal(out, plain)
+            else:
+                assert out.isfinite().all()
+                assert not torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("control", [Capture(words=(1, 2)), AStar(concepts=(1, 2), sites="blocks.1.attn2")])

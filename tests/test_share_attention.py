@@ -40,11 +40,11 @@ CASES: dict[str, ShareAttention] = {
 
 
 def attend(control: ShareAttention, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-    """Run one attention under a control; `more`: kind, image, rows, mask."""
+    """Run one attention under a control; `more`: kind, image, text, keys, rows, mask."""
     site = Site("site", more.get("kind", "self"), q.shape[1], q.shape[3], 0)
     state = CallState(step=more.get("step", 0), steps=10, rows=more.get("rows", Rows.halves(q.shape[0])))
     link: Any = SimpleNamespace(site=site, state=state, kernel=attention)
-    tokens = parts_in(image=more.get("image"))
+    tokens = parts_in(image=more.get("image"), text=more.get("text"), keys=more.get("keys"))
     call = AttnCall(q, k, v, more.get("mask"), None, link, 0, tokens, attention)
     wrap = control.wrapper((site,))
     assert wrap is not None
@@ -87,6 +87,29 @@ def test_joint_attention_shares_the_image_alone_under_its_mask() -> None:
         logits = logits + torch.cat([mask[i, 0, 0], mask[j, 0, 0, image] - 0.5])
         expected = logits.softmax(-1) @ torch.cat([v[i], v[j][:, image]], 1)
         assert (out[i] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+@pytest.mark.parametrize("way", ["append", "replace", "statistics"])
+def test_keys_of_the_text_are_not_shared_where_the_image_asks_alone(start: int, way: str) -> None:
+    """Among the keys the image stands behind the text, in front of it, or between (PRX, Nucleus-Image, ...)."""
+    q, k, v = inputs(2, n=6, keys=11)
+    at = slice(start, start + 6)
+    text = slice(0, start) if start else slice(6, 11)
+    more: dict[str, Any] = {"kind": "joint", "image": slice(0, 6), "text": text, "keys": at, "rows": Rows.all(2)}
+    ways = {"append": ShareAttention(), "replace": ShareAttention(take="replace"), "statistics": StyleAligned()}
+    out = attend(ways[way], q, k, v, **more)
+    own, first = (q[1:], k[1:].clone(), v[1:].clone()), (q[:1], k[:1], v[:1])
+    if way == "statistics":
+        own = match_statistics(own[0], first[0]), own[1], own[2]
+        own[1][:, :, at] = match_statistics(own[1][:, :, at], first[1][:, :, at])
+    if way == "replace":
+        own[1][:, :, at], own[2][:, :, at] = first[1][:, :, at], first[2][:, :, at]
+        want = F.scaled_dot_product_attention(*own)
+    else:
+        keys, values = (torch.cat([x, y[:, :, at]], 2) for x, y in zip(own[1:], first[1:], strict=True))
+        want = F.scaled_dot_product_attention(own[0], keys, values)
+    assert (out[1:] - want).abs().max() < 1e-12
 
 
 def test_boolean_masks_stay_boolean_or_take_the_bias() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,3 +89,15 @@ def test_the_wheel_alone_makes_a_controlled_picture(wheel: Path, tmp_path: Path)
     assert Path(told["file"]).is_relative_to(own)
     assert told == told | {"changed": True, "restored": True, "size": [64, 64], "typed": True, "env": 0}
     assert "attnctl" in done.stdout
+
+
+def test_the_oldest_versions_that_are_promised_are_measured() -> None:
+    """What pip may install beside the package has run its tests there (benchmarks/host_matrix.py)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    hosts = json.loads((ROOT / "benchmarks" / "results" / "host_matrix.json").read_text(encoding="utf-8"))["hosts"]
+    for name in ("torch", "diffusers", "transformers", "timm"):
+        floors = set(re.findall(rf'"{name}>=([\d.]+)"', text))
+        assert len(floors) == 1, (name, floors)
+        (floor,) = floors
+        measured = [h for h in hosts.values() if h["ok"] and f"{h['versions'][name]}.".startswith(f"{floor}.")]
+        assert measured, f"{name} {floor} is promised; no host of that version passed all of its tests"

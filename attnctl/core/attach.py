@@ -27,7 +27,7 @@ from attnctl.core.control import Control, Guidance
 from attnctl.core.handle import Handle
 from attnctl.core.hosts.arguments import as_given
 from attnctl.core.hosts.hook import Hook
-from attnctl.core.hosts.listing import denoisers_of
+from attnctl.core.hosts.listing import denoisers_of, naming_denoisers
 from attnctl.core.hosts.outputs import latents_of, with_latents
 from attnctl.core.hosts.prompt import PromptWatch
 from attnctl.core.hosts.rows import Layout
@@ -55,7 +55,7 @@ class DenoiserHandle(Handle):
         self._acted: set[int] = set()
         self._told = self._fresh = False
         """Whether what never acted in the run was told; whether no denoiser was called yet in it."""
-        self._watched = [self._resolve(m, controls) for m in modules]
+        self._watched = [naming_denoisers(self._resolve, len(modules))(m, controls) for m in modules]
 
     def _resolve(self, module: torch.nn.Module, controls: Sequence[Control]) -> ControlledDenoiser:
         return resolve(module, controls, self.backend, self._pipe, self._run.latents, self._shared)
@@ -89,7 +89,7 @@ class DenoiserHandle(Handle):
             )
         with self._lock:
             former = self.controls, self._watched, self.prompts
-            watched = [self._resolve(w.module, controls) for w in self._watched]
+            watched = [naming_denoisers(self._resolve, len(self._watched))(w.module, controls) for w in self._watched]
             for new, old in zip(watched, self._watched, strict=True):
                 _take_over(new, old)
             self._undo.close()

@@ -107,7 +107,7 @@ class AttnCall:
         state: The denoiser call that it belongs to.
         image: Image tokens among the queries, or None where there are no others or the family has no rule.
         text: Text tokens among the keys of a joint sequence, or None.
-        keys: Image tokens among the keys where the queries are the image's alone and the keys are not; else None.
+        keys: Image tokens among the keys where these are other tokens than the queries; else None.
         index: 0 for the first attention of the processor; IP-Adapters compute a second one.
         kernel: What computes the plain attention.
         hidden: What the processor was called with, before its projections; None where it is no tensor.

@@ -26,11 +26,13 @@ from attnctl.core.control import Guidance
 from attnctl.core.guidance import Branch
 from attnctl.core.hosts.families import Family
 from attnctl.core.hosts.linear import is_linear
+from attnctl.core.hosts.tokens import has_outer_keys
 from attnctl.core.registry import knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About, Preset
 from attnctl.errors import ConfigError, PlanError, SiteError, UnsupportedModelError
 from attnctl.kernels import perturb
+from attnctl.kernels.checks import part_of
 from attnctl.plans import HeadSet
 
 __all__ = ["PAG", "Heads", "Scope", "SoftPAG", "Target"]
@@ -214,6 +216,14 @@ def _branch(
         ) -> torch.Tensor:
             return proceed(call.with_(q=q, k=k, v=v, mask=mask, scale=scale))
 
+        at, keys = _scope_at(label, call, scope), call.keys
+        if has_outer_keys(call) and at != "all":  # only the image's rows change, as where they ask alone
+            assert call.image is not None
+            image, out = call.image, proceed(call)
+            moved = towards_target(_image_alone(call, image), proceed)
+            return torch.cat([out[:, :, : image.start], moved, out[:, :, image.stop :]], 2)
+        if has_outer_keys(call):  # every row has a key of its own behind the others
+            keys = slice(call.k.shape[2] - call.q.shape[2], call.k.shape[2])
         return perturb(
             call.q,
             call.k,
@@ -221,9 +231,9 @@ def _branch(
             target=target,
             u=u,
             heads=heads.get(call.site.name),
-            scope=_scope_at(label, call, scope),
+            scope=at,
             image=call.image,
-            keys=call.keys,
+            keys=keys,
             mask=call.mask,
             scale=call.scale,
             plain=plain,
@@ -231,6 +241,12 @@ def _branch(
 
     selected = tuple((s.name, heads.get(s.name)) for s in sites)
     return Branch(("attention", target, u, scope, selected), sites, towards_target)
+
+
+def _image_alone(call: AttnCall, image: slice) -> AttnCall:
+    """Return a call in which the image asks alone, of all keys."""
+    mask = part_of(call.mask, call.q, call.k, image, slice(None))
+    return call.with_(q=call.q[:, :, image], mask=mask, image=slice(0, image.stop - image.start), sums=None)
 
 
 def _scope_at(label: str, call: AttnCall, scope: Scope) -> str:

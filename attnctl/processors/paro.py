@@ -134,8 +134,8 @@ class PARO(Control):
             plan = plans[call.site.name]
             if call.keys is not None:
                 raise UnsupportedModelError(
-                    f"PARO: {call.site.name} attends from image tokens alone to image and text, which no plan "
-                    "describes. Choose other sites."
+                    f"PARO: {call.site.name} attends from image tokens alone to image and text, or to reference images "
+                    "too, which no plan describes. Choose other sites."
                 )
             if call.q.shape[2] != call.k.shape[2]:
                 return proceed(call)  # a perturbation that computes the text rows alone, which are dense anyway

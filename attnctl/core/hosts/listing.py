@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
 from attnctl.core.hosts.families import Family, family_of, kind_of
 from attnctl.core.hosts.modules import named_below
 from attnctl.core.sites import Grid, Site
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import SiteError, UnsupportedModelError
 
 __all__ = [
     "DENOISERS",
@@ -20,11 +20,14 @@ __all__ = [
     "find_sites",
     "halve",
     "image_level_grid",
+    "naming_denoisers",
     "sites_of",
     "stage_grid",
     "unet_halvings",
     "unwrapped",
 ]
+
+Found = TypeVar("Found")
 
 _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 
@@ -32,6 +35,23 @@ _UNET_STAGES = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder", "prior_prior")
 """Names of the parts of a pipeline that may be its denoisers."""
 _PERHAPS = ("prior", "decoder", "prior_prior")  # in some pipelines they decode images or read text
+
+
+def naming_denoisers(found: Callable[..., Found], number: int) -> Callable[..., Found]:
+    """Have a function that looks into one of several denoisers say whose sites are not as a control asks."""
+
+    def named(module: torch.nn.Module, *rest: Any) -> Found:
+        try:
+            return found(module, *rest)
+        except SiteError as error:
+            if number == 1:
+                raise
+            raise SiteError(
+                f"{error} This is said of {type(module).__name__}, one of {number} denoisers of the pipeline: control "
+                "each by itself, attnctl.control(pipe.transformer, ...), or name sites of both."
+            ) from None
+
+    return named
 
 
 def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:

@@ -42,6 +42,9 @@ def guidance_scale(pipe: Any, denoiser: torch.nn.Module, options: Mapping[str, A
         options: Arguments and variables of the pipeline's call.
     """
     scale = next((options[name] for name in _SCALES if options.get(name) is not None), None)
+    schedule, step = options.get("guidance_schedule"), options.get("i")
+    if schedule is not None and isinstance(step, int):  # Ideogram 4 sets its attribute behind both predictions
+        scale = float(schedule[step])
     if scale is None:
         scale = _setting(pipe, "guidance_scale", options)
         if denoiser is getattr(pipe, "transformer_2", None):  # Wan 2.2 may guide its second half otherwise
@@ -122,7 +125,7 @@ def safe_scale(modes: set[str], pipe: Any, state: CallState) -> float | None:
     explicit = modes - {"auto"}
     if len(explicit) > 1:
         raise ConfigError(f"Controls ask for different ways to combine: {sorted(explicit)}. Use one.")
-    cfg = len(state.rows.groups) > 1 or uses_guidance(pipe) is True
+    cfg = len(state.rows.groups) > 1 or uses_guidance(pipe) is True or hasattr(pipe, "unconditional_transformer")
     if explicit == {"add"} or not (explicit or (cfg and guidance_rescale(pipe, state.options) > 0)):
         return None
     name = type(pipe).__name__

@@ -35,6 +35,8 @@ _READ = (
     "current_guidance_scale",
     "true_cfg_scale",
     "guidance_rescale",
+    "guidance_schedule",
+    "i",
 )
 
 

@@ -21,7 +21,9 @@ __all__ = [
     "CallTokens",
     "Parts",
     "grid_of",
+    "has_outer_keys",
     "image_in",
+    "image_keys",
     "parts_in",
     "parts_of",
     "placed_on_image",
@@ -76,9 +78,23 @@ def parts_in(image: slice | None = None, text: slice | None = None, keys: slice 
     Args:
         image: The image's rows among the queries, where others are there too; None where none are, or nothing tells.
         text: The text among the keys, likewise.
-        keys: The image among the keys of a call whose queries are the image's alone, and whose keys are not.
+        keys: The image among the keys of a call whose keys are other tokens than its queries.
     """
     return image, text, keys, True
+
+
+def image_keys(call: Any) -> slice:
+    """Return the places of the image among the keys of a call; `call.image` has those among the queries."""
+    if call.keys is not None:
+        return call.keys  # type: ignore[no-any-return]
+    return slice(0, call.k.shape[-2]) if call.image is None else call.image
+
+
+def has_outer_keys(call: Any) -> bool:
+    """Tell whether keys of pictures that were read before stand in front of a sequence whose text asks too."""
+    if call.keys is None or call.image is None or call.text is None:
+        return False
+    return bool(0 <= call.text.start - (call.keys.start - call.image.start) < call.q.shape[-2])
 
 
 def sequences(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -147,6 +163,8 @@ def _joint(
     if counts is None or h is None:
         return PLAIN
     both = h + (e or 0)
+    if counts.led and queries == both and keys == both + counts.led:  # keys of references, read before, lead
+        return parts_in(_placed(text, replace(counts, led=0), queries)[0], *_placed(text, counts, keys)[1::-1])
     if queries == keys:
         # Mochi cuts each row's text to its valid length, which a graph does not know: no other length is unknown there.
         if guard_or_true(queries == both) or (e is not None and not turned and h < queries < both):

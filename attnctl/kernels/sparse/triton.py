@@ -78,10 +78,10 @@ def declines(q: Tensor, k: Tensor, v: Tensor, plan: Blocks) -> str:
     return ""
 
 
-def tiles(plan: Blocks, dtype: torch.dtype) -> tuple[int, int]:
-    """Return how many queries and keys one step of the kernel takes; both divide the plan's blocks."""
+def tiles(plan: Blocks, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Return how many queries and keys one step of the kernel takes on a device; both divide the plan's blocks."""
     # Without tensor cores, and before Hopper's, the sums of 128 queries do not fit into the registers.
-    tall = dtype != torch.float32 and _architecture() in (*_WARP_GROUPS, _NO_CARD)
+    tall = dtype != torch.float32 and _architecture(device) in (*_WARP_GROUPS, _NO_CARD)
     return min(plan.block_q, _TILE_Q if tall else 64), min(plan.block_k, _TILE_K)
 
 
@@ -166,9 +166,9 @@ def run_with_sums(
     tensors = queries, k, v, out
     logs = q.new_empty((batch, heads, n), dtype=torch.float32) if sums else None
     align = _alignment(tensors)
-    tile_q, tile_k = tiles(plan, q.dtype)
+    tile_q, tile_k = tiles(plan, q.dtype, q.device)
     padded = [max(_LEAST, 1 << (w - 1).bit_length()) for w in widths]
-    arch = _architecture()
+    arch = _architecture(q.device)
     # Before Hopper, sums as wide as the tile is tall would make each warp hold all of the queries, and spill.
     split = arch not in _WARP_GROUPS and padded[1] >= 2 * _TILE_K
     steps = plan.block_q // tile_q
@@ -216,14 +216,15 @@ def _launched(launch: Callable[..., Any], device: torch.device, stages: int) -> 
     return why
 
 
-def _architecture() -> int:
-    """Return the current card's compute capability as one number, 0 where there is none or programs are interpreted."""
+def _architecture(device: torch.device) -> int:
+    """Return a card's compute capability as one number, 0 where there is none or programs are interpreted."""
     if interpreted() or not _installed():
         return _NO_CARD
     from triton.runtime import driver
 
     try:
-        return int(driver.active.get_current_target().arch)
+        with current(device):
+            return int(driver.active.get_current_target().arch)
     except RuntimeError:
         return _NO_CARD
 
@@ -249,7 +250,7 @@ def quantised(q: Tensor, k: Tensor, plan: Blocks, group: int, image: slice) -> t
     off: it shifts all logits of a query alike, and with it goes what makes the keys' channels so uneven.
     """
     heads = q.shape[1]
-    tile_q, tile_k = tiles(plan, q.dtype)
+    tile_q, tile_k = tiles(plan, q.dtype, q.device)
     k = repeat_heads(k, heads)
     k = k.float() - k.float().mean(2, keepdim=True)
     text = slice(0, image.start) if image.start else slice(image.stop, k.shape[2])

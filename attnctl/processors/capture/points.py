@@ -8,6 +8,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState
 from attnctl.core.hosts.linear import linear_attention
 from attnctl.core.hosts.listing import halve, unet_halvings
+from attnctl.core.hosts.tokens import image_keys
 from attnctl.core.hosts.words import Concept
 from attnctl.core.sites import Grid
 from attnctl.data.maps import Of
@@ -69,7 +70,10 @@ class PointRecorder(Recorder):
             maps = linear_rows(part.q, part.k, places)
         else:
             maps = query_rows(part.q, part.k, places, mask=part.mask, scale=call.scale)
-        maps = maps[..., tokens].unflatten(0, (-1, m)).permute(0, 3, 2, 1, 4)  # [b, P, H, m, N]
+        start = tokens.start + image_keys(call).start - (call.image.start if call.image is not None else 0)
+        maps = (
+            maps[..., start : start + tokens.stop - tokens.start].unflatten(0, (-1, m)).permute(0, 3, 2, 1, 4)
+        )  # [b, P, H, m, N]
         if len(self.points[0]) == 3 and frames == 1:
             own = [self._frame(call, point, m) for point in self.points]
             maps = torch.stack([maps[:, n, :, frame] for n, frame in enumerate(own)], 1).unsqueeze(3)

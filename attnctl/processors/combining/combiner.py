@@ -26,7 +26,7 @@ from attnctl.core.call import CallState
 from attnctl.core.control import Control
 from attnctl.core.hosts.arguments import Rows, main_input, time_of
 from attnctl.core.hosts.families import Family
-from attnctl.core.hosts.outputs import main_output, with_main_output
+from attnctl.core.hosts.outputs import fitted, main_output, with_main_output
 from attnctl.core.hosts.spaces import Space, Way, way_to
 from attnctl.core.hosts.sums import (
     as_rows,
@@ -48,6 +48,7 @@ __all__ = ["Combiner", "Combining", "LiveSum", "Moment"]
 
 _PARTS = "controls that put predictions together"
 _STATE = "memory of rules"
+_FIRST = "the prompt's prediction, until the negative prompt's"
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class LiveSum(LiveControl):
 
     def begin_run(self) -> None:
         self.memory: dict[Any, Any] = {}
-        self.first: tuple[Tensor, Any] | None = None
-        """c and what is added to it, from the prompt's call to the negative prompt's."""
+        self.waits = False
+        """Whether the prompt was predicted in this step, and the negative prompt not yet."""
         self.summed: tuple[LiveDenoiser, Tensor, Tensor, Tensor] | None = None
         """The denoiser, u, c and the sum of the step."""
         self.guided = self.checked = False
@@ -178,15 +179,18 @@ class LiveSum(LiveControl):
         if all(part.control.leaves(passes.state) for part in parts):
             return None
         if rows.role == "all":
-            self.first = as_rows(pred), delta
+            self.waits = True
+            passes.shared[_FIRST] = self, as_rows(pred), delta
             return output
         if rows.role == "uncond":
-            if self.first is None:
+            if _FIRST not in passes.shared:
                 raise UnsupportedModelError(
                     f"{self.control.describe()}: the negative prompt was predicted before the prompt, which no known "
                     "pipeline does."
                 )
-            (c, delta), u, self.first = self.first, as_rows(pred), None
+            u = as_rows(pred)
+            first, c, delta = passes.shared.pop(_FIRST)  # of another denoiser in Ideogram 4, with its text in front
+            first.waits, c, delta = False, fitted(c, u), fitted(delta, u)
         else:
             u, c = parts_of(as_rows(pred), rows)
         for part in parts:
@@ -239,7 +243,7 @@ class LiveSum(LiveControl):
 
     def stepping(self, latents: Tensor) -> Tensor:
         """Check that the pipeline uses the sum, on the first step of a run."""
-        single, self.first = self.first is not None, None
+        single, self.waits = self.waits, False
         if single and not self.guided:
             raise unguided(self.control.describe(), self.pipe)
         if self.summed is not None and not self.checked:

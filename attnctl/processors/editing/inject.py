@@ -23,6 +23,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family, family_of
 from attnctl.core.hosts.published import Default, published_in
+from attnctl.core.hosts.tokens import image_keys
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site
@@ -150,7 +151,7 @@ class _Injecting(BesideSource):
             x = getattr(call, part)
             source = self.whole[part] if alone else x[:1]
             at = slice(0, 1) if alone else slice(self.edit, self.edit + 1)
-            image = call.image
+            image = None if call.image is None else call.image if part == "q" else image_keys(call)
             if image is not None and (self.control.tokens == "image" or source.shape[2] != x.shape[2]):
                 row = x[at].clone()
                 row[:, :, image] = source[:, :, image]

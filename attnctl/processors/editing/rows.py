@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.core.call import AttnCall, Proceed, is_last
+from attnctl.core.hosts.tokens import image_keys
 from attnctl.core.sites import Grid, Site
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels.checks import wide_dtype
@@ -192,19 +193,17 @@ class RowFusion:
         fusion = Fusion(self.selves, how, follow, self.mask_at(call), mass, fresh)
         mask = mask_part(_four(call.mask), rows=at)
         own = PairAttention(call, call.q[at, :, image], call.k[at], mask_part(mask, queries=image))
-        places = _places(text.start < image.start, n, keys - n), Tokens(image, text)
+        first = text.start < image_keys(call).start
+        places = _places(first, n, keys - n), Tokens(image_keys(call), text)
         fused = fuse_image(self._source(call, kept), own, places, call.v[at], fusion)
         if not (is_last(proceed) and call.own_kernel):  # others may need whole calls
             out = proceed(call).clone()
             out[at, :, image] = fused.to(out.dtype)
             return out
-        # Text queries keep the edit's own attention: they carry the target's words.
-        words = call.with_(
-            q=call.q[at, :, text], k=call.k[at], v=call.v[at], mask=mask_part(mask, queries=text)
-        ).plain()
-        row = torch.cat(
-            [words, fused.to(words.dtype)] if text.start < image.start else [fused.to(words.dtype), words], 2
-        )
+        row = fused.to(call.v.dtype)
+        if call.keys is None:  # text queries keep the edit's own attention: they carry the target's words
+            asked = call.with_(q=call.q[at, :, text], k=call.k[at], v=call.v[at], mask=mask_part(mask, queries=text))
+            row = torch.cat([asked.plain(), row] if first else [row, asked.plain()], 2)
         rest = functools.partial(_rows, call)
         before = [proceed(rest(slice(0, edit)))] if edit else []
         behind = call.q.shape[0] > edit + 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import AttnCall
+from attnctl.core.hosts.tokens import has_outer_keys
 from attnctl.errors import UnsupportedModelError
 from attnctl.kernels.text_swap import swapped, swapped_mask
 
@@ -27,6 +28,11 @@ def text_keys(call: AttnCall) -> slice:
         raise UnsupportedModelError(
             f"{call.site.name}: nothing tells image from text tokens in this call, whose attention is joint, so that "
             "no other text can take the prompt's place. Choose other sites (sites=...)."
+        )
+    if has_outer_keys(call):
+        raise UnsupportedModelError(
+            f"{call.site.name} attends to keys of reference images too: what another text is worth beside them is not "
+            "known. Take the references out, or this control."
         )
     return call.text
 

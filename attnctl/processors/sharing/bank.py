@@ -190,7 +190,7 @@ class LiveBank(LiveControl):
             if (site.name, half) not in self.sizes:
                 self._tell(call, image, half, len(ids) * frames, steps)
             if tokens is not None:
-                lent = lent_by(call.rows(cut), image, tokens)
+                lent = lent_by(call.rows(cut), tokens)
                 mask = None if lent.mask is None else _of_pictures(lent.mask, ids, frames)
                 k, v = (_of_pictures(x, ids, frames) for x in (lent.k, lent.v))
                 bank.put(step, site.name, half, Lent(k, v, mask))

@@ -36,19 +36,18 @@ class Lent(NamedTuple):
         return Lent(self.k[:, :, at], self.v[:, :, at], None if self.mask is None else self.mask[..., at])
 
 
-def lent_by(call: AttnCall, image: slice, tokens: Tensor) -> Lent:
+def lent_by(call: AttnCall, tokens: Tensor) -> Lent:
     """Read keys, values and their mask as an image token sees them.
 
     Args:
         call: The call.
-        image: Its image tokens.
         tokens: The keys that are lent [M].
     """
-    mask = None
+    mask, asking = None, 0 if call.image is None else call.image.start
     if call.mask is not None:
         mask = check_mask(call.mask, (*call.q.shape[:3], call.k.shape[2]))
         mask = mask.expand(*mask.shape[:3], call.k.shape[2])
-        mask = mask if mask.shape[2] == 1 else mask[:, :, image.start : image.start + 1]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, asking : asking + 1]
         mask = as_bias(mask[..., tokens], call.q.dtype)
     return Lent(call.k[:, :, tokens], call.v[:, :, tokens], mask)
 

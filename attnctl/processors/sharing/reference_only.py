@@ -171,7 +171,7 @@ class LiveReference(LiveControl):
         if call.index == 0:
             image = self.control.image_keys(call)
             tokens = torch.arange(image.start, image.stop, device=call.k.device)
-            self.lent[call.site.name] = lent_by(call, image, tokens)
+            self.lent[call.site.name] = lent_by(call, tokens)
         return proceed(call)
 
     def _spread(self, rows: Rows) -> Tensor:

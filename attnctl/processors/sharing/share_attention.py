@@ -24,6 +24,7 @@ from torch import Tensor
 from attnctl.core.call import AttnCall, CallState, Proceed, Wrapper
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import Family
+from attnctl.core.hosts.tokens import has_outer_keys, image_keys
 from attnctl.core.registry import Conflict, knob
 from attnctl.core.sites import Site, select
 from attnctl.data.about import About
@@ -184,25 +185,31 @@ class ShareAttention(Control):
         return self._attend(call, proceed, self._rows(tables, call, slice(0, rows.total)), image, tokens)
 
     def image_keys(self, call: AttnCall) -> slice:
-        """Return the places of the image among the tokens of a call.
+        """Return the places of the image among the keys of a call.
 
         Raises:
-            UnsupportedModelError: Nothing tells, in attention that is joint with text.
+            UnsupportedModelError: Nothing tells, in attention that is joint with text; or keys of references are there.
         """
+        if has_outer_keys(call):
+            raise UnsupportedModelError(
+                f"{self._label}: {call.site.name} attends to keys of reference images too, which pictures of a batch "
+                "cannot share. Take the references out."
+            )
         if call.site.kind == "joint" and call.image is None:
             raise UnsupportedModelError(
                 f"{self._label}: the image's tokens at {call.site.name} are not known, whose attention is joint with "
                 "text. Choose other sites."
             )
-        return slice(0, call.k.shape[2]) if call.image is None else call.image
+        return image_keys(call)
 
     def _attend(self, call: AttnCall, proceed: Proceed, table: Tensor, image: slice, tokens: Tensor) -> Tensor:
+        places = {"q": image if call.image is None else call.image, "k": image, "v": image}
         for part in self.adain:
-            x = getattr(call, part)
-            call = call.with_(**{part: _put(x, image, match_statistics(x[:, :, image], x[table[:, 0]][:, :, image]))})
+            x, at = getattr(call, part), places[part]
+            call = call.with_(**{part: _put(x, at, match_statistics(x[:, :, at], x[table[:, 0]][:, :, at]))})
         if self.take == "replace":
-            taken = {part: getattr(call, part) for part in self.parts}
-            return proceed(call.with_(**{p: _put(x, image, x[table[:, 0]][:, :, image]) for p, x in taken.items()}))
+            taken = {part: (getattr(call, part), places[part]) for part in self.parts}
+            return proceed(call.with_(**{p: _put(x, at, x[table[:, 0]][:, :, at]) for p, (x, at) in taken.items()}))
         return proceed(self._appended(call, table, tokens))
 
     def _appended(self, call: AttnCall, table: Tensor, tokens: Tensor) -> AttnCall:

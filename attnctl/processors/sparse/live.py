@@ -109,6 +109,9 @@ class LiveSparse(LiveControl):
         if torch.compiler.is_compiling() and not isinstance(self.select, (Neighborhood, SlidingTile)):
             self._warn_traced()
             return proceed(call)
+        if call.keys is not None:
+            self.warned.dense("keys are other tokens than queries there: the text's too, or reference images")
+            return proceed(call)
         if call.q.shape[2] != call.k.shape[2]:
             return proceed(call)  # a perturbation that computes the text rows alone, which are dense anyway
         image = call.image or slice(0, call.q.shape[2])

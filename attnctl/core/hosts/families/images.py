@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from attnctl.core.hosts.families import grids, listed
-from attnctl.core.hosts.families.row import Bound, Family, Layout
+from attnctl.core.hosts.families.row import Bound, Family, Layout, Tokens
 from attnctl.core.hosts.published import Default
 
 __all__ = ["CROSS", "IMAGES"]
@@ -20,6 +21,13 @@ def _caching(model: torch.nn.Module, bound: Bound) -> Layout | None:
     """GLM-Image runs its reference images through the denoiser first, to keep their keys."""
     layers: Any = getattr(bound.get("kv_caches"), "caches", None)
     return "extra" if layers and layers[0].mode == "write" else None
+
+
+def _kept(model: torch.nn.Module, bound: Bound) -> Tokens:
+    """Count GLM-Image's tokens: keys of its references stand in front of a call that reads them."""
+    layers: Any = getattr(bound.get("kv_caches"), "caches", None)
+    reads = bool(layers) and layers[0].mode == "read" and bool(layers[0].k_caches)
+    return Tokens(math.prod(grids.image(model, bound)), led=layers[0].k_caches[0].shape[1] if reads else 0)
 
 
 def _classes(model: torch.nn.Module, bound: Bound) -> Layout:
@@ -198,8 +206,9 @@ IMAGES: tuple[Family, ...] = (
         kinds=(("attn1", "joint"),),
         text="first",
         grid=grids.image,
+        tokens=_kept,
         layout=_caching,
-        note="calls that read the keys of reference images are refused",
+        note="negative prompts (NAG), regions and sharing are refused beside reference images",
     ),
     Family(
         name="Qwen-Image",

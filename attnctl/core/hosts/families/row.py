@@ -31,7 +31,7 @@ class Tokens:
         after: Tokens of something else behind it: reference images, padding.
         text: Text tokens, where the text is not all of the rest; it then touches what is counted above. 0 where it lies
             in several parts.
-        led: Tokens of something else (an image prompt) in front of the text in its own sequence.
+        led: Tokens of something else (an image prompt, keys of references) in front of the text in its own sequence.
         side: Where the text lies in this call, in a family whose calls differ in that; None for the family's place.
         last: Tokens of something else at the end of a joint sequence, which the image's own sequence lacks.
     """
