@@ -133,6 +133,7 @@ def block_plan(heads: int, tokens: int, text: int = 0, first: bool = False, seed
 def unet() -> Host:
     """Stable Diffusion with two prompts, a source and its edit, from one noise."""
     pipe, _ = pipes.build("sd")
+    pipe.register_modules(unet=zoo.build("sd15", 1, **zoo.shallow("sd15"))[0])
     noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     words = {"source": SOURCE, "target": TARGET}
     fate = FateZero(**words, blend_words=["bear"], blend_threshold=0.6, self_replace=0.7)
@@ -319,8 +320,7 @@ def meet(pipe: Any, controls: tuple[Control, Control]) -> bool:
     if rule is None or rule.where == "model":
         return rule is not None
     sites = attnctl.find_sites(pipe)
-    family = family_of(pipes.denoiser(pipe))
-    names = [{s.name for s in c.resolve(sites, family)} for c in controls]
+    names = [{s.name for s in c.resolve(sites, family_of(pipes.denoiser(pipe)))} for c in controls]
     if rule.where == "block":
         names = [{n.rpartition(".")[0] for n in part} for part in names]
     return bool(names[0] & names[1])

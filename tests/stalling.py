@@ -48,6 +48,8 @@ from attnctl.processors import (
 
 STEPS = 3
 NEAR = 1e-4
+# With fewer layers; on sd15's third level AgentAttention is refused, since it is smaller than a cell.
+FEWER = ("sd15", "sd3", "flux", "lumina2")
 
 
 def controls(model: nn.Module, inputs: Any) -> Iterator[tuple[str, Callable[[], Control]]]:
@@ -162,9 +164,10 @@ def main() -> int:
     if name == "pipelines":
         zoo.FRAMES = 8  # long enough for a band of frequencies
         return pipeline_main(sys.argv[2:])
-    model, inputs = zoo.build(name)
+    config = zoo.shallow(name) if name in FEWER else {}
+    model, inputs = zoo.build(name, **config)
     makers = dict(controls(model, inputs))
-    card, given = pretend_cuda.move_module(zoo.build(name)[0]), pretend_cuda.moved(inputs)
+    card, given = pretend_cuda.move_module(zoo.build(name, **config)[0]), pretend_cuda.moved(inputs)
     for what, make in makers.items():
         try:
             wanted, _ = outputs(model, inputs, make())

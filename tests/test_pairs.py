@@ -78,11 +78,11 @@ def test_refused_pairs_meet_only_where_the_rule_says() -> None:
     """Rules of a site or a block leave alone what shares none."""
     made = pairs.unet()
     first = made.first
-    apart = (dataclasses.replace(first["PARO"], sites="up.2"), first["AgentAttention"])
-    with pytest.raises(ConflictError, match=r"at up_blocks\.2"):
+    apart = (dataclasses.replace(first["PARO"], sites="up.1"), first["AgentAttention"])
+    with pytest.raises(ConflictError, match=r"at up_blocks\.1"):
         attnctl.control(made.pipe, *apart)
     assert any(rule.where == "block" for rule in TPG.conflicts)
-    apart = (dataclasses.replace(first["TPG"], sites="down.1"), first["PARO"])
+    apart = (dataclasses.replace(first["TPG"], sites="mid"), first["PARO"])
     assert made.run(*apart).isfinite().all()
 
 

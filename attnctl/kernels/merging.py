@@ -116,7 +116,7 @@ def match_tokens(
     if choice is None:
         src, dst = _first_split(h, w, sy, sx, metric.device)
     else:
-        src, dst = _split(h, w, sy, sx, choice.to(metric.device))
+        src, dst = _split(h, w, sy, sx, choice.to(metric.device, non_blocking=True))
     # The destination that a token resembles most does not depend on the token's own length, so only few are normalised;
     # and all tokens are compared, since leaving the destinations out would copy the others.
     unit = F.normalize(metric.index_select(1, dst), dim=-1)
