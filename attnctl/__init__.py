@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnctl.data.controls import provide
 from attnctl.data.quiet import hush_xformers
-from attnctl.errors import missing_package
+from attnctl.errors import ConfigError, missing_package, shown
 
 if TYPE_CHECKING:
     from attnctl.backbones.swap import swap, swap_report, unswap
@@ -90,6 +90,8 @@ def control(
         >>> with control(pipe, PAG(scale=3.0)):  # doctest: +SKIP
         ...     image = pipe("an astronaut").images[0]
     """
+    if not isinstance(replay, bool):
+        raise ConfigError(f"replay={shown(replay)} was given; expected True or False.")
     if _is_backbone(pipe):
         from attnctl.backbones.look.capture import BackboneHandle
 

@@ -30,6 +30,8 @@ __all__ = [
     "missing_package",
     "nearest",
     "number",
+    "require",
+    "shown",
     "unboxed",
     "whole",
     "window",
@@ -97,6 +99,21 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Name the closest candidates to a misspelt name, ready to be put in an error message."""
     close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.3) if isinstance(name, str) else ()
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def require(ok: bool, error: type[AttnctlError], message: str) -> None:
+    """Raise error(message) unless ok."""
+    if not ok:
+        raise error(message)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Write what was given into an error, on one line and cut short: a class by its name, a long object by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = value.describe() if hasattr(value, "describe") else " ".join(repr(value).split())
+    long = len(text) > most and not isinstance(value, (str, list, tuple, dict))
+    return f"a {type(value).__name__}" if long else text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def unboxed(value: Any) -> Any:

@@ -235,7 +235,7 @@ def test_both_kinds_of_handle_refuse_and_answer_alike(model: str) -> None:
             handle.set_step(3, 3)
         handle.set_step(0, 3)
         assert handle.passes == handle.guidance_forwards == 0
-        with pytest.raises(ConfigError, match="is not a Capture that this handle has attached"):
+        with pytest.raises(ConfigError, match="none of the attached controls"):
             handle.result(Capture(words=(2,)))
     assert_clean(before, target)
     with pytest.raises(ConflictError, match="detached"):

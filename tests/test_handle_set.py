@@ -38,7 +38,7 @@ def test_equals_a_fresh_attachment(sd: tuple[Any, dict[str, Any]]) -> None:
                 next(iter(handle.result(words).layers.values())), next(iter(maps.layers.values()))
             )  # what another control has recorded stays
             now = pipes.run(pipe, kwargs)
-            with pytest.raises(ConfigError, match="not a PAG that this handle"):
+            with pytest.raises(ConfigError, match=r"PAG\(sites=.*is none of the attached controls"):
                 handle.result(first)
             handle.detach()
             with attnctl.control(pipe, control):

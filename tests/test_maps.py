@@ -333,8 +333,10 @@ def test_several_captures_are_read_one_by_one() -> None:
         assert len(handle.result(uncond).layers) == 1
         with pytest.raises(ConfigError, match=r"there are 2\. Use handle.result"):
             _ = handle.maps
-        with pytest.raises(ConfigError, match="is not a Capture that this handle has attached"):
-            handle.result(Capture(words=("cat",)))
+        assert torch.equal(handle.result(0).get_map("cat"), handle.result(cond).get_map("cat"))
+        assert handle.result(Capture(words=("cat",))).words == ("cat",)  # equal to the one that is attached
+        with pytest.raises(ConfigError, match="none of the attached controls"):
+            handle.result(Capture(words=("dog",)))
 
 
 def test_embeddings_with_the_prompt_told() -> None:

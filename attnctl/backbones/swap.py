@@ -24,8 +24,9 @@ from attnctl.backbones.find_grids import dry_run, grids_of, image_size, modules_
 from attnctl.backbones.hosts import Host, put
 from attnctl.backbones.look.frames import frame_of, prefix_of
 from attnctl.backbones.mixers import Mixer, find_mixer
+from attnctl.backbones.modules.attend import check_model
 from attnctl.backbones.places import PLACES, SWAPPABLE, build_host, is_sequence
-from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest
+from attnctl.errors import ConfigError, ConflictError, SiteError, UnsupportedModelError, nearest, shown
 
 __all__ = ["SwapReport", "multiply_adds", "swap", "swap_report", "unswap"]
 
@@ -101,7 +102,9 @@ def swap(
     that do not exist, ConflictError for blocks that are swapped already, UnsupportedModelError for a model without
     such attention.
     """
+    check_model(model)
     mixer = find_mixer(kind)
+    _check_grid(grid)
     _check_options(mixer, options)
     places = _places(model)
     chosen = _choose(list(places), blocks)
@@ -138,6 +141,7 @@ def swap(
 
 def swap_report(model: nn.Module) -> SwapReport:
     """Return the report of the last swap. Raises: ConfigError for a model that was not swapped."""
+    check_model(model)
     stack = model.__dict__.get(_RECORD)
     if not stack:
         raise ConfigError(
@@ -162,6 +166,13 @@ def unswap(model: nn.Module) -> nn.Module:
     if not model.__dict__[_RECORD]:
         del model.__dict__[_RECORD]
     return model
+
+
+def _check_grid(grid: Any) -> None:
+    """Raise ConfigError unless a grid is None or a pair of counts."""
+    pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+    if grid is not None and not (pair and all(isinstance(n, int) and n >= 1 for n in grid)):
+        raise ConfigError(f"grid={shown(grid)} was given; expected (height, width) in tokens, such as (14, 14).")
 
 
 def _check_options(mixer: type[Mixer], options: dict[str, Any]) -> None:
@@ -224,7 +235,7 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
             raise SiteError(f"blocks chose none of the {len(names)} places: {', '.join(names[:4])}, ...")
         return chosen
     kept: set[str] = set()
-    for item in [blocks] if isinstance(blocks, (int, str)) else list(blocks):
+    for item in [blocks] if isinstance(blocks, str) or not isinstance(blocks, Iterable) else list(blocks):
         if isinstance(item, str):
             hits = fnmatch.filter(names, item) or [n for n in names if n.startswith(item + ".")]
         elif isinstance(item, int) and not isinstance(item, bool) and -len(names) <= item < len(names):

@@ -20,10 +20,10 @@ from attnctl.core.hosts.tokens import seen_site
 from attnctl.core.live import LiveControl
 from attnctl.core.passes import ControlledDenoiser
 from attnctl.core.sites import Site
-from attnctl.errors import ConfigError, ConflictError, NeverApplied, check_fields, choice, number, whole
+from attnctl.errors import ConfigError, ConflictError, NeverApplied, check_fields, choice, number, require, shown, whole
 from attnctl.kernels.dispatch import check_backend
 
-__all__ = ["Handle", "check_controls", "handle_of"]
+__all__ = ["Handle", "check_controls", "handle_of", "place_in"]
 
 
 class Handle:
@@ -56,6 +56,7 @@ class Handle:
 
     def attach(self) -> Handle:
         """Install the controls; undo everything if any part fails."""
+        require(not self._attached, ConflictError, "This handle is attached already: handle.detach() comes first.")
         try:
             self._install()
             self._attached = True
@@ -82,11 +83,10 @@ class Handle:
             ConfigError: There is no such control or field, or its value is out of range.
             ConflictError: The handle is detached, a run is under way, or the controls cannot act together.
         """
-        place = _place_in(self.controls, control)
+        place = place_in(self.controls, control)
         check_fields(type(self.controls[place]), fields)
         changed = dataclasses.replace(self.controls[place], **fields)
-        if not self._attached:
-            raise ConflictError("This handle is detached: call attnctl.control(...) with the fields that you want.")
+        require(self._attached, ConflictError, "This handle is detached: attnctl.control(...) attaches again.")
         self._exchange((*self.controls[:place], changed, *self.controls[place + 1 :]))
         return changed
 
@@ -111,11 +111,12 @@ class Handle:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        if value and not self._attached:
-            raise ConflictError("This handle is detached: call attnctl.control(...) again instead of enabling it.")
-        self._enabled = bool(value)
+        require(isinstance(value, bool), ConfigError, f"enabled={shown(value)} was given; expected True or False.")
+        require(self._attached or not value, ConflictError, "This handle is detached: call attnctl.control(...).")
+        self._enabled = value
 
     def __enter__(self) -> Handle:
+        require(self._attached, ConflictError, "This handle is detached: write `with attnctl.control(...):`.")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -165,16 +166,16 @@ class Handle:
             )
         return self.result(recording[0])
 
-    def result(self, control: Control) -> Any:
-        """Return what one of the controls recorded in the last run: ask the control.
+    def result(self, control: Control | int) -> Any:
+        """Return what one of the controls, or the one at a place in the list, recorded in the last run.
 
         Raises:
             ConfigError: It is not one of the controls that were attached, or it records nothing.
             NeverApplied: Nothing was recorded yet.
         """
+        control = self.controls[place_in(self.controls, control)]
         parts = self._live(control)
-        if not parts:
-            raise ConfigError(f"{control!r} is not a {type(control).__name__} that this handle has attached.")
+        require(bool(parts), ConfigError, f"{control.describe()} records nothing. A Capture beside it would.")
         # Denoisers that take turns record a part each; the first puts the parts together.
         return parts[0].result(parts)
 
@@ -192,8 +193,7 @@ class Handle:
                 if g is guidance and branch.key in w.memory:
                     return w.memory[branch.key][1]
         raise NeverApplied(
-            f"{guidance.describe()}: no difference is stored. Use every > 1 and run at least one step before you read "
-            "it."
+            f"{shown(guidance)}: no difference is stored. Use every > 1 and run at least one step before you read it."
         )
 
     def report(self) -> str:
@@ -213,17 +213,17 @@ def check_controls(controls: Sequence[Any]) -> None:
         raise ConfigError("control() was given no control. Pass one, for example attnctl.processors.PAG(scale=3.0).")
     for c in controls:
         if not isinstance(c, Control):
-            raise ConfigError(
-                f"{c!r} is not a control. Pass instances from attnctl.processors, for example PAG(scale=3.0)."
-            )
+            instances = "Pass instances from attnctl.processors, for example PAG(scale=3.0)."
+            several = "Pass the controls one by one: control(pipe, *controls)."
+            raise ConfigError(f"{shown(c)} is not a control. {several if isinstance(c, (list, tuple)) else instances}")
 
 
-def _place_in(controls: Sequence[Control], control: Control | int) -> int:
+def place_in(controls: Sequence[Control], control: Control | int) -> int:
     """Find a control in a list: the same object, else the only equal one, else by its place."""
     if isinstance(control, int) and not isinstance(control, bool) and -len(controls) <= control < len(controls):
         return control % len(controls)
     places = [i for i, c in enumerate(controls) if c is control] or [i for i, c in enumerate(controls) if c == control]
     if len(places) == 1:
         return places[0]
-    shown = ", ".join(f"{i}: {c.describe()}" for i, c in enumerate(controls))
-    raise ConfigError(f"{control!r:.120} is {'several' if places else 'none'} of the attached controls ({shown}).")
+    attached = ", ".join(f"{i}: {c.describe()}" for i, c in enumerate(controls))
+    raise ConfigError(f"{shown(control)} is {'several' if places else 'none'} of the attached controls ({attached}).")

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from attnctl.errors import SiteError, nearest, unboxed
+from attnctl.errors import SiteError, nearest, shown, unboxed
 
 __all__ = ["KINDS", "Grid", "Selector", "Site", "plain_selector", "select"]
 
@@ -104,7 +104,7 @@ def _match(sites: Sequence[Site], part: Any, what: str) -> tuple[list[Site], boo
     depths = max(s.depth for s in sites) + 1
     part = unboxed(part)
     if isinstance(part, bool) or not isinstance(part, (str, int, range, slice)):
-        raise SiteError(f"{what}: a selector is a name, a glob, a depth, a range or a list of these; got {part!r}.")
+        raise SiteError(f"{what}: a selector is a name, glob, depth or range, or a list of these; got {shown(part)}.")
     if isinstance(part, int):
         index = part + depths if part < 0 else part
         matched = [s for s in sites if s.depth == index]

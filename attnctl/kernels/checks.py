@@ -50,6 +50,11 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     Shapes: q [B, H, Nq, D]; k [B, Hk, Nk, D]; v [B, Hk, Nk, Dv]; Hk divides H.
     Raises: ConfigError naming the shapes that were given and those that were expected.
     """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        given = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ConfigError(f"{given} were given; expected torch tensors, which torch.from_numpy makes of arrays.")
+    if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
+        raise ConfigError(f"q {q.dtype}, k {k.dtype}, v {v.dtype} were given; expected floating point numbers.")
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ConfigError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} were given; expected four "
@@ -72,6 +77,8 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
 
 def check_mask(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     """Return a mask with four dimensions, or raise ConfigError unless it broadcasts to `full`."""
+    if not isinstance(mask, Tensor):
+        raise ConfigError(f"mask {type(mask).__name__} was given; expected a torch tensor, boolean or additive.")
     mask4 = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
     if mask4.dim() != 4 or any(have not in (1, want) for have, want in zip(mask4.shape, full, strict=True)):
         raise ConfigError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnctl.errors import BackendError, ConfigError, nearest
+from attnctl.errors import BackendError, ConfigError, nearest, shown
 from attnctl.kernels import math, sdpa, xformers
 from attnctl.kernels.checks import check_call
 from attnctl.kernels.sparse.dispatch import block_sparse
@@ -72,6 +72,8 @@ def attention(
         unknown backend, a forced backend that cannot run this call, or a plan together with a mask.
     """
     mask = check_call(q, k, v, mask)
+    if isinstance(scale, (str, list, tuple)):
+        raise ConfigError(f"scale={shown(scale)} was given; expected a number, or None for 1 / sqrt(D).")
     if plan is not None:
         if not isinstance(plan, BlockPlan):
             raise ConfigError(f"plan={type(plan).__name__} was given; expected an attnctl.plans.BlockPlan.")
@@ -111,9 +113,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
             return "sdpa"
         calls = {n: partial(_KERNELS[n].run, q, k, v, mask, None) for n in ("sdpa", "xformers")}
         return fastest(kind, calls, q.device)
-    if backend not in _KERNELS:
+    if not isinstance(backend, str) or backend not in _KERNELS:
         raise BackendError(
-            f"backend={backend!r} was given; expected 'auto' or one of {', '.join(map(repr, _KERNELS))}."
+            f"backend={shown(backend)} was given; expected 'auto' or one of {', '.join(map(repr, _KERNELS))}."
             + nearest(backend, _KERNELS)
         )
     reason = _KERNELS[backend].declines(q, k, v, mask)
@@ -151,8 +153,8 @@ def check_backend(backend: str, weight: Tensor) -> None:
     stored = weight.is_meta or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     # Weights that are offloaded, in 8 bits or packed tell nothing of q: the first call does, in the kernel itself.
     available = backends() if stored else backends(weight.device.type, weight.dtype)
-    if backend not in available:
-        raise BackendError(f"backend={backend!r} is unknown. Choose auto or one of {', '.join(available)}.")
+    if not isinstance(backend, str) or backend not in available:
+        raise BackendError(f"backend={shown(backend)} is unknown. Choose auto or one of {', '.join(available)}.")
     if not stored and not available[backend].available:
         runs = ", ".join(name for name, b in available.items() if b.available)
         raise BackendError(f"backend={backend!r} cannot run here: {available[backend].reason}. These can: {runs}.")

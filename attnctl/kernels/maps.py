@@ -70,6 +70,8 @@ def columns(
     """
     mask = check_call(q, k, k, mask)
     batch, heads, n_query, width = q.shape
+    if not isinstance(weights, Tensor):
+        raise ConfigError(f"weights {type(weights).__name__} were given; expected a tensor, one row per key.")
     if weights.dim() not in (2, 3) or weights.shape[-2] != k.shape[2] or weights.shape[-1] == 0:
         raise ConfigError(
             f"weights {tuple(weights.shape)} were given for {k.shape[2]} keys; expected one row a key and one column a "

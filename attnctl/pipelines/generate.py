@@ -17,10 +17,10 @@ from attnctl.data.provenance import hardware, versions
 from attnctl.data.quiet import counting_steps, without_bar
 from attnctl.data.record import Record, pixels_sha256
 from attnctl.data.specs import control_to_dict
-from attnctl.errors import ConfigError, UnsupportedModelError, nearest
+from attnctl.errors import ConfigError, UnsupportedModelError
 from attnctl.pipelines.bounds import check_pixels_asked, check_wholes
 from attnctl.pipelines.models import Loaded
-from attnctl.pipelines.refusals import explained
+from attnctl.pipelines.refusals import check_arguments, explained
 
 __all__ = ["INFINITE", "Call", "Sampled", "fitted", "makes_videos", "sample", "scheduler_config", "settings_of"]
 
@@ -200,9 +200,7 @@ def _options(loaded: Loaded, call: Call) -> tuple[dict[str, Any], dict[str, Any]
         if name in given or name in _OURS:
             raise ConfigError(f"The option {name!r} is set by attnctl itself.")
     options |= call.options
-    for name in options:
-        if name not in signature:
-            raise ConfigError(f"{type(pipe).__name__} takes no {name!r}." + nearest(name, signature))
+    check_arguments(pipe, options)
     if "generator" not in signature:
         raise UnsupportedModelError(f"{type(pipe).__name__} takes no generator, so no run of it can be repeated.")
     settings = {

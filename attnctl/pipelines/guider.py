@@ -19,6 +19,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from attnctl.core.attach import DenoiserHandle
 from attnctl.core.control import Control
 from attnctl.data.specs import control_from_dict, control_to_dict
+from attnctl.errors import ConfigError, shown
 
 __all__ = ["ControlGuider"]
 
@@ -66,6 +67,8 @@ class ControlGuider(ClassifierFreeGuidance):
         enabled: bool = True,
     ) -> None:
         super().__init__(guidance_scale, guidance_rescale, False, start, stop, enabled)
+        if isinstance(controls, (str, type)) or not isinstance(controls, Sequence):
+            raise ConfigError(f"controls={shown(controls)} was given; expected a list of controls, such as [PAG()].")
         self.controls = tuple(c if isinstance(c, Control) else control_from_dict(c) for c in controls)
         # super() registered its own arguments; the config is what this class takes, as JSON.
         self.register_to_config(

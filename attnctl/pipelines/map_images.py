@@ -6,9 +6,11 @@ still has to ask the prompt what it shows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,7 +18,7 @@ from attnctl.core.attach import attach
 from attnctl.data.maps import WordMaps
 from attnctl.data.picture_files import upright
 from attnctl.data.quiet import without_bar
-from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.errors import ConfigError, UnsupportedModelError, shown
 from attnctl.pipelines.bounds import check_whole
 from attnctl.processors.capture.capture import Capture
 
@@ -62,6 +64,7 @@ def image_maps(
     if isinstance(strength, bool) or not 1 / _STEPS <= strength <= 1:
         raise ConfigError(f"strength={strength!r} is the noise level: give a number from {1 / _STEPS} to 1.")
     check_whole("draws", draws, ConfigError)
+    _check_image(image)
     if capture is None:
         capture = Capture()
     if "steps" in capture.keep or capture.start > 0 or capture.stop < 1:
@@ -88,6 +91,14 @@ def image_maps(
     layers = {name: layer.mean(0, keepdim=True) for name, layer in maps.layers.items()}
     about = {**maps.about, "strength": strength, "draws": draws, "seed": seed}
     return replace(maps, layers=layers, prompts=maps.prompts[:1], tokens=maps.tokens[:1], about=about)
+
+
+def _check_image(image: Any) -> None:
+    """Raise ConfigError for what image-to-image pipelines cannot read."""
+    one = image[0] if isinstance(image, (list, tuple)) and image else image
+    if not isinstance(one, (Image.Image, torch.Tensor, np.ndarray)):
+        opened = " Open the file first: PIL.Image.open(path)." if isinstance(one, (str, os.PathLike)) else ""
+        raise ConfigError(f"image={shown(image)} was given; expected a PIL image, or a tensor [1, 3, h, w].{opened}")
 
 
 def _stop(host: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

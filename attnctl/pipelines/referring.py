@@ -29,7 +29,7 @@ from attnctl.data.map_points import peak_part, points_in
 from attnctl.data.map_regions import boxes
 from attnctl.data.maps import WordMaps, otsu, resized
 from attnctl.data.segments import Referred
-from attnctl.errors import ConfigError, number
+from attnctl.errors import ConfigError, number, shown
 from attnctl.kernels.sinks import find_sinks, without_sinks
 from attnctl.pipelines.map_images import image_maps
 from attnctl.processors.capture.tokens import TokenCapture
@@ -109,6 +109,8 @@ def refer(
     Raises:
         ConfigError: An expression is stop words alone, or is cut off with its magnets; a value is out of range.
     """
+    if not isinstance(expressions, Sequence):
+        raise ConfigError(f"expressions={shown(expressions)} was given; expected a text, or a list of texts.")
     asked = (expressions,) if isinstance(expressions, str) else tuple(expressions)
     images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
     if not asked or not images:

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from attnctl.errors import AttnctlError, ConfigError
+from attnctl.errors import AttnctlError, ConfigError, UnsupportedModelError, nearest, shown
 
-__all__ = ["explained"]
+__all__ = ["check_arguments", "check_pipeline", "check_prompts", "explained"]
 
 _SMALLER = (
     "take a smaller size, fewer pictures per call (batch), or float16; or offload the model (docs/howto/offload.md)"
 )
 _OF_OPTIONS = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError)
+
+
+def check_pipeline(pipe: Any, what: str) -> None:
+    """Raise UnsupportedModelError for what is no whole pipeline, which a job runs by itself."""
+    import torch
+
+    if isinstance(pipe, (type, torch.nn.Module)) or not callable(pipe):
+        raise UnsupportedModelError(f"{shown(pipe)} was given; {what} needs a whole pipeline, loaded.")
+
+
+def check_arguments(pipe: Any, names: Collection[str]) -> None:
+    """Raise ConfigError for an argument that a pipeline does not name: some swallow any, and leave it out."""
+    signature = inspect.signature(type(pipe).__call__).parameters
+    for name in names:
+        if name not in signature:
+            raise ConfigError(f"{type(pipe).__name__} takes no {name!r}." + nearest(name, signature))
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raise ConfigError unless prompts are a list of texts, or of arguments of a pipeline."""
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not many or not prompts or not all(isinstance(p, (str, Mapping)) for p in prompts):
+        raise ConfigError(f"prompts={shown(prompts)} was given; expected a list of at least one prompt, each a text.")
 
 
 @contextlib.contextmanager

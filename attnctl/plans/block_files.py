@@ -87,7 +87,7 @@ def read_masks(
         PlanError: A file is missing, damaged, hostile or of another schema.
     """
     check_unsealed(_EXPECTED)
-    folder = Path(path_or_repo)
+    folder = hub.local(path_or_repo, "a block plan")
     if not folder.is_dir():
         folder = hub.find(str(path_or_repo), (JSON, _MASKS), "a block plan", revision)
     data = read_json(folder / JSON, _EXPECTED, kind="blocks", schema=SCHEMA)

@@ -153,7 +153,7 @@ class HeadSet:
         Raises:
             PlanError: The file is missing, too large, a pickle, damaged, or of another schema.
         """
-        path = Path(path_or_repo)
+        path = hub.local(path_or_repo, "a head set")
         if path.suffix in _PICKLES:
             raise PlanError(
                 f"{path.name} looks like a pickle, which could run code when read. attnctl reads JSON head sets only: "

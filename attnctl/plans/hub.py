@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
-from attnctl.errors import PlanError
+from attnctl.errors import PlanError, shown
 
-__all__ = ["HUB_ID", "fetching", "find", "may_fetch", "push"]
+__all__ = ["HUB_ID", "fetching", "find", "local", "may_fetch", "push"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,6 +32,13 @@ def fetching(allowed: bool) -> Iterator[None]:
 def may_fetch() -> bool:
     """Return whether a Hub id may be looked up in the network here; what is on this machine may be used always."""
     return _FETCH.get()
+
+
+def local(place: str | os.PathLike[str], noun: str) -> Path:
+    """Return what names a file or folder as a path, or raise PlanError for what names nothing."""
+    if not isinstance(place, (str, os.PathLike)):
+        raise PlanError(f"{shown(place)} was given; expected the file or folder of {noun}, or a Hub id.")
+    return Path(place)
 
 
 def find(repo: str, files: Sequence[str], noun: str, revision: str | None = None) -> Path:

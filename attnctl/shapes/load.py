@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnctl.data.model_folders import check_folder
-from attnctl.errors import ConfigError, nearest
+from attnctl.errors import ConfigError, nearest, shown
 from attnctl.shapes.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ def load_shapes(
 
     import torch
 
-    _check_device(torch.device(device))
+    try:
+        _check_device(torch.device(device))
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={shown(device)} was given; expected one of torch's, such as 'cpu'.") from None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={shown(dtype)} was given; expected one of torch's, such as torch.float16, or None.")
     if folder is not None and "model_index.json" in _FILES[name]:
         check_folder(root)
     with _no_loading_bars():

@@ -19,7 +19,7 @@ from itertools import combinations, product
 import cv2
 import numpy as np
 
-from attnctl.errors import ConfigError, JudgeError, nearest
+from attnctl.errors import ConfigError, JudgeError, nearest, shown
 
 __all__ = [
     "BACKGROUNDS",
@@ -150,6 +150,8 @@ def outline(image: np.ndarray, thing: Thing, value: tuple[int, ...], zoom: float
 
 def render(scene: Scene) -> np.ndarray:
     """Draw the scene, anti-aliased: uint8 RGB [64, 64, 3]."""
+    if not isinstance(scene, Scene):
+        raise JudgeError(f"{shown(scene)} was given; expected a Scene, which parse(...) makes of a caption.")
     canvas = np.empty((SIZE * _ZOOM, SIZE * _ZOOM, 3), np.uint8)
     canvas[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
@@ -168,6 +170,8 @@ def parse(text: str) -> Scene:
     Raises:
         JudgeError: the text is not of the form "a COLOUR SHAPE [and a COLOUR SHAPE ...] on BACKGROUND".
     """
+    if not isinstance(text, str):
+        raise JudgeError(f"{shown(text)} was given; expected a caption, such as 'a red circle on gray'.")
     head, sep, background = text.strip().lower().rstrip(".").partition(" on ")
     things = []
     for part in re.split(r"\s+and\s+|\s*,\s*", head):

@@ -20,7 +20,7 @@ from attnctl.backbones.look.grids import GridWatch
 from attnctl.backbones.look.probe import AttentionProbe, probe_attention
 from attnctl.backbones.look.sites import BackboneSite, backbone_sites, sites_of
 from attnctl.core.control import Control
-from attnctl.core.handle import Handle
+from attnctl.core.handle import Handle, place_in
 from attnctl.core.hosts.hook import Hook
 from attnctl.core.hosts.rows import Layout
 from attnctl.core.sites import select
@@ -83,14 +83,13 @@ class BackboneHandle(Handle):
         """Return the maps of the last forward pass."""
         return self.result(self._capture)
 
-    def result(self, control: Control) -> WordMaps:
+    def result(self, control: Control | int) -> WordMaps:
         """Return the maps of the last forward pass.
 
         Raises: ConfigError if another control was attached, NeverApplied before the first pass.
         """
         capture = self._capture
-        if control is not capture:
-            raise ConfigError(f"{control!r} is not a {type(control).__name__} that this handle has attached.")
+        place_in(self.controls, control)
         if not self._layers:
             raise NeverApplied("Capture has recorded nothing yet: run the model with the handle enabled.")
         images = next(iter(self._layers.values())).shape[0]

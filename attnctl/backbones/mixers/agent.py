@@ -24,7 +24,7 @@ class AgentMixer(Mixer, kind="agent"):
         super().__init__(slot, backend=backend)
         require(init in ("zero", "trunc"), ConfigError, f"init={init!r} was given; expected 'zero' or 'trunc'.")
         require(
-            num_agents == "all" or isinstance(num_agents, int),
+            num_agents == "all" or (isinstance(num_agents, int) and num_agents >= 1),
             ConfigError,
             f"num_agents={num_agents!r} was given; expected a square number or 'all'.",
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.data.controls import load_entry_points
-from attnctl.errors import ConfigError, nearest
+from attnctl.errors import ConfigError, nearest, shown
 
 __all__ = ["MIXERS", "Mixer", "Slot", "find_mixer", "join_heads", "side_conv", "split_heads", "zero_conv"]
 
@@ -132,7 +132,7 @@ def find_mixer(kind: str | type[Mixer]) -> type[Mixer]:
             )
         return kind
     if not isinstance(kind, str):
-        raise ConfigError(f"kind={kind!r} was given; expected a kind by name or a subclass of Mixer.")
+        raise ConfigError(f"kind={shown(kind)} was given; expected a kind by name or a subclass of Mixer.")
     broken = ""
     if kind not in MIXERS:
         try:

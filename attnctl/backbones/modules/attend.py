@@ -6,11 +6,12 @@ Annotations are real objects here and in every file of modules (no deferred eval
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnctl.errors import UnsupportedModelError, shown
 from attnctl.kernels import dispatch
 
-__all__ = ["attend", "ceil_div", "require"]
+__all__ = ["attend", "ceil_div", "check_model", "require"]
 
 
 @register_notrace_function
@@ -54,6 +55,14 @@ def attend(
 def ceil_div(a: int, b: int) -> int:
     """Divide and round up."""
     return (a + b - 1) // b
+
+
+def check_model(model: object) -> None:
+    """Raise UnsupportedModelError for what is no torch module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{shown(model)} was given; expected a model of timm in the first place, such as timm.create_model(...)."
+        )
 
 
 def require(ok: bool, error: type[Exception], message: str) -> None:

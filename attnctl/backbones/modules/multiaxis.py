@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Slot, join_heads, split_heads
 from attnctl.backbones.mixers.multiaxis import MultiAxisMixer
-from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.attend import attend, check_model, require
 from attnctl.backbones.modules.partition import key_mask, partition, restore
 from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 
@@ -125,6 +125,7 @@ def any_size(model: nn.Module, backend: str = "auto") -> nn.Module:
     Raises: UnsupportedModelError for a model without MaxViT's channels-last partition attention, ConflictError for one
     with swapped attention.
     """
+    check_model(model)
     if "_attnctl_swaps" in vars(model):
         raise ConflictError("This model has swapped attention: call any_size before swap, or attnctl.unswap first.")
     places = [(n, m) for n, m in model.named_modules() if isinstance(m, PartitionAttentionCl)]

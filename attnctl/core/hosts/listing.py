@@ -11,7 +11,7 @@ import torch
 from attnctl.core.hosts.families import Family, family_of, kind_of
 from attnctl.core.hosts.modules import named_below
 from attnctl.core.sites import Grid, Site
-from attnctl.errors import SiteError, UnsupportedModelError
+from attnctl.errors import SiteError, UnsupportedModelError, shown
 
 __all__ = [
     "DENOISERS",
@@ -63,10 +63,23 @@ def denoisers_of(target: Any) -> dict[str, torch.nn.Module]:
     modules = {n: m for n, m in modules.items() if n not in _PERHAPS or family_of(unwrapped(m)).classes}
     if not modules:
         raise UnsupportedModelError(
-            f"{type(target).__name__} has no `unet` or `transformer` that is a torch module. "
+            f"{shown(target, 60)} has no `unet` or `transformer` that is a torch module. {_instead(target)}"
             "Pass a diffusers pipeline that denoises with attention, or the denoiser itself."
         )
     return modules
+
+
+def _instead(target: Any) -> str:
+    """Say what to do about the commonest mistakes; "" where there is nothing to add."""
+    if isinstance(target, str):
+        return "Load the model first, with DiffusionPipeline.from_pretrained(...). "
+    if isinstance(target, type):
+        return f"Make an object of it first, with {target.__name__}.from_pretrained(...). "
+    if isinstance(target, (list, tuple)):
+        return "Control one pipeline per call. "
+    if hasattr(target, "resolve") and hasattr(target, "sites"):
+        return "The pipeline comes first, the controls after it. "
+    return ""
 
 
 def _inner(module: torch.nn.Module) -> torch.nn.Module:

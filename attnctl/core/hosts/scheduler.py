@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnctl.core.hosts.arguments import given_time, time_of
 from attnctl.core.hosts.noise import noting_noise
-from attnctl.errors import UnsupportedModelError
+from attnctl.errors import ConfigError, UnsupportedModelError, unboxed
 
 __all__ = ["Listener", "SchedulerWatch", "call_time", "later_evaluation", "noise_time", "place_of", "step_of"]
 
@@ -79,6 +80,13 @@ def _watch_of(scheduler: Any) -> SchedulerWatch | None:
     return slot.watch if slot is not None and slot.owner == id(scheduler) else None
 
 
+def _check_steps(steps: Any) -> None:
+    """Raise ConfigError for a number of steps that no run has; schedulers divide by it, or run none in silence."""
+    steps = unboxed(steps)
+    if isinstance(steps, numbers.Real) and (steps < 1 or steps != int(steps)):
+        raise ConfigError(f"num_inference_steps={steps} was given; expected a whole number of steps, 1 or more.")
+
+
 @functools.cache
 def _watched(original: type) -> type:
     cls: Any = original
@@ -89,6 +97,7 @@ def _watched(original: type) -> type:
         watch = _watch_of(self)
         if watch is not None:
             watch.listener.claim()
+            _check_steps(kwargs.get("num_inference_steps", args[0] if args else None))
         result = cls.set_timesteps(self, *args, **kwargs)
         if watch is not None:
             watch.current = self

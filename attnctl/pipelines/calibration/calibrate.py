@@ -23,9 +23,10 @@ from torch import Tensor
 
 from attnctl.core.sites import Selector
 from attnctl.data.progress import Progress
-from attnctl.errors import ConfigError, PlanError
+from attnctl.errors import ConfigError, PlanError, shown
 from attnctl.kernels.sparse.block_mass import choose_masks, choose_masks_together, choose_orders
 from attnctl.pipelines.calibration.measure import Settings, Sums, over_prompts, runner
+from attnctl.pipelines.refusals import check_arguments, check_pipeline, check_prompts
 from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import LAYOUTS, order_name
@@ -113,8 +114,11 @@ def calibrate(
         PlanError: `out` holds the measurements of other settings.
     """
     settings = checked(density, block, block_q, groups, metric, eps, sigma, alpha, budget)
-    if isinstance(prompts, str) or not prompts:
-        raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
+    check_pipeline(pipe, "calibrate")
+    check_prompts(prompts)
+    if call is not None and not isinstance(call, Mapping):
+        raise ConfigError(f"call={shown(call)} was given; expected arguments, such as {{'num_inference_steps': 20}}.")
+    check_arguments(pipe, call or ())
     store = None if out is None else Path(out)
     if store is not None:
         _claim(store, settings, prompts, seed, call)

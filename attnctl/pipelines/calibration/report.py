@@ -19,8 +19,9 @@ from attnctl.core.attach import attach
 from attnctl.core.call import AttnCall, Proceed, Wrapper
 from attnctl.core.sites import Site
 from attnctl.data.pictures import grid
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, shown
 from attnctl.pipelines.calibration.calibrate import Calibration
+from attnctl.pipelines.refusals import check_arguments, check_pipeline, check_prompts
 from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import order_name
@@ -88,8 +89,9 @@ def check_plan(
     Raises:
         ConfigError: There is no prompt.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ConfigError(f"prompts={prompts!r} was given; expected a list of at least one prompt.")
+    check_pipeline(pipe, "check_plan")
+    check_prompts(prompts)
+    check_arguments(pipe, call or ())
     rows = []
     with showing_steps(pipe, call, 2 * len(prompts), "check the plan", quiet=quiet):
         for i, prompt in enumerate(prompts):
@@ -125,6 +127,8 @@ def write_report(
         folder: Made where it is missing.
         checks: What `check_plan` returned.
     """
+    if not isinstance(found, Calibration):
+        raise ConfigError(f"found={shown(found)} was given; expected what calibrate(...) returns.")
     path = Path(folder)
     rows = []
     for row in found.rows:

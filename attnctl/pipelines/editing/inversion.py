@@ -25,7 +25,7 @@ from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.listing import find_sites, halve
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.data.clips import open_clip
-from attnctl.errors import ConfigError, UnsupportedModelError, window
+from attnctl.errors import ConfigError, UnsupportedModelError, shown, window
 from attnctl.pipelines.editing.codec import check_pipeline, encode, latent_factor
 from attnctl.pipelines.editing.flow_inversion import invert_flow
 from attnctl.pipelines.editing.running import running_on
@@ -51,6 +51,8 @@ def ddim_of(scheduler: Any) -> Any:
 
     if isinstance(scheduler, DDIMScheduler):
         return scheduler
+    if not hasattr(scheduler, "config"):
+        raise UnsupportedModelError(f"{shown(scheduler)} was given; expected a scheduler of diffusers, pipe.scheduler.")
     name, config = type(scheduler).__name__, dict(scheduler.config)
     sde = str(config.get("algorithm_type", "")).startswith("sde")
     if sde or any(part in name for part in _STOCHASTIC):

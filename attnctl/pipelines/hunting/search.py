@@ -20,6 +20,7 @@ from attnctl.pipelines.hunting.log import HuntLog, fingerprint_of, key_of
 from attnctl.pipelines.hunting.plan import Head, HuntPlan
 from attnctl.pipelines.hunting.results import Hunted, Round
 from attnctl.pipelines.hunting.work import Row, Scorer, Unit, cut, draw, first_change, marks_of, units
+from attnctl.pipelines.refusals import check_pipeline
 from attnctl.pipelines.workers import Workers
 from attnctl.plans import HeadSet
 
@@ -66,6 +67,7 @@ def hunt(
         raise ConfigError(f"scorer={scorer!r} was given; expected a callable (images, prompts) -> numbers.")
     if not isinstance(plan, HuntPlan):
         raise ConfigError(f"plan={plan!r} was given; expected a HuntPlan.")
+    check_pipeline(pipe, "hunt")
     sites = find_sites(pipe)
     pool = plan.pool(sites)
     plan.estimate(pool)
