@@ -259,3 +259,18 @@ def test_on_a_phone_results_come_into_view_and_work_can_be_stopped(browser: Any,
     assert tab.evaluate("innerWidth") == 390  # nothing is wider than the screen
     assert tab.evaluate("document.querySelector('#image-marks table').getBoundingClientRect().right") <= 390
     phone.close()
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_no_tab_is_wider_than_its_screen(browser: Any, page: str, width: int) -> None:
+    screen = browser.new_context(viewport={"width": width, "height": 844}, is_mobile=width < 400, has_touch=width < 400)
+    tab = screen.new_page()
+    tab.set_default_timeout(60_000)
+    tab.goto(page)
+    tab.wait_for_selector("#image-go")
+    for labels in (("Image",), ("Regions",), ("Words",), ("Heads",), ("Video", "Generate"), ("Video", "Edit")):
+        for label in labels:
+            tab.get_by_role("tab", name=label, exact=True).click()
+        tab.wait_for_timeout(500)
+        assert tab.evaluate("document.documentElement.scrollWidth") == width, labels
+    screen.close()

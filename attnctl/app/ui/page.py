@@ -27,6 +27,7 @@ CSS = """
 .marks table { width: 100%; font-size: 13px; }
 .marks th, .marks td { border-color: var(--border-color-primary) !important; padding: 4px 8px !important; }
 .marks th, .marks td:first-child { white-space: nowrap; }
+#edit-examples th, #edit-examples td { white-space: normal !important; }
 #head p { margin: 0; }
 #stop { align-self: flex-start; height: auto; }
 @media (max-width: 799px) {
