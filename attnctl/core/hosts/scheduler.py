@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -83,7 +82,7 @@ def _watch_of(scheduler: Any) -> SchedulerWatch | None:
 def _check_steps(steps: Any) -> None:
     """Raise ConfigError for a number of steps that no run has; schedulers divide by it, or run none in silence."""
     steps = unboxed(steps)
-    if isinstance(steps, numbers.Real) and (steps < 1 or steps != int(steps)):
+    if isinstance(steps, (int, float)) and (steps < 1 or steps % 1 != 0):
         raise ConfigError(f"num_inference_steps={steps} was given; expected a whole number of steps, 1 or more.")
 
 

@@ -86,7 +86,7 @@ def parts_in(image: slice | None = None, text: slice | None = None, keys: slice 
 def image_keys(call: Any) -> slice:
     """Return the places of the image among the keys of a call; `call.image` has those among the queries."""
     if call.keys is not None:
-        return call.keys  # type: ignore[no-any-return]
+        return call.keys
     return slice(0, call.k.shape[-2]) if call.image is None else call.image
 
 
