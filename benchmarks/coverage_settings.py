@@ -97,7 +97,8 @@ def region(cls: Any, model: Model) -> Any:
     text = other_texts(model.inputs, TEXT_INPUTS) or {}
     if model.layout != "cond":
         total = row_count(model.inputs)
-        text = take_rows(text, slice(total // 2, total), total, family=family_of(model.module))
+        kept = take_rows(model.inputs | text, slice(total // 2, total), total, zoo.FRAMES, family_of(model.module))
+        text = {name: kept[name] for name in text}
     return cls(embeds=(text,), areas=((0, 0, 0.5, 1),), stop=1.0, sites=_names(model, cls, "cross", "joint"))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 import zoo_pipelines as pipes
 from contract import Replace
 from PIL import Image
@@ -226,6 +227,26 @@ def test_embeddings_of_another_model_or_batch_are_refused(sd: Any, embeds: Tenso
     regions = Regions(embeds=({"prompt_embeds": embeds},), areas=HALVES[:1], stop=1.0)
     with pytest.raises(ConfigError, match="does not take the embeddings that were given for a region's prompt"):
         run(pipe, call | {"prompt": None} | given, regions)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_text_for_a_video_has_one_row_or_one_for_each_frame() -> None:
+    model, inputs = zoo.build("animatediff", dtype=torch.float64)  # 2 rows of 3 frames
+    text = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for rows in (1, 3):
+        regions = Regions(embeds=({"encoder_hidden_states": text.expand(rows, -1, -1)},), areas=HALVES[:1], stop=1.0)
+        with attnctl.control(model, regions, layout="uncond_first") as handle:
+            handle.set_step(0, 3, 600.0)
+            found.append(zoo.call(model, inputs))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], zoo.call(model, inputs))
+    for rows in (2, 6):
+        regions = Regions(embeds=({"encoder_hidden_states": text.expand(rows, -1, -1)},), areas=HALVES[:1], stop=1.0)
+        with attnctl.control(model, regions, layout="uncond_first") as handle:
+            handle.set_step(0, 3, 600.0)
+            with pytest.raises(ConfigError, match="the call has 3 rows"):
+                zoo.call(model, inputs)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (2000, 3)])

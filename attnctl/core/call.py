@@ -28,7 +28,6 @@ from attnctl.kernels.maps import FEW_KEYS, SelfMap, text_columns
 
 __all__ = ["AttnCall", "CallState", "Proceed", "SiteHook", "Wrapper", "is_last", "run_wrappers"]
 
-
 _ONE_ROW = Rows(1, slice(0, 1))
 
 
@@ -73,13 +72,11 @@ class CallState:
         """Forget the last call and describe a new one."""
         self.denoiser, self.family, self.bound = denoiser, family, bound
         self.tokens = CallTokens(denoiser, family, bound)
-        self.phase = "base"
-        self.call += 1
+        self.phase, self.call = "base", self.call + 1
 
     def end_call(self) -> None:
         """Drop references to the call's tensors."""
-        if self.last_grid is None:  # reading it may wait for the device: once is enough for a report
-            self.last_grid = self.grid
+        self.last_grid = self.last_grid or self.grid  # reading it may wait for the device: once is enough for a report
         self.bound = {}
         if self.tokens is not None:
             self.tokens.close()
@@ -111,6 +108,7 @@ class AttnCall:
         index: 0 for the first attention of the processor; IP-Adapters compute a second one.
         kernel: What computes the plain attention.
         hidden: What the processor was called with, before its projections; None where it is no tensor.
+        place: What `on_image` is to tell, where a control reads other tokens than the image's; else None.
         wants_sums: Whether a control will read columns of the map, for which the kernel's sums are kept.
         sums: Log-sum-exp of each query's logits [B, H, Nq], where it is wanted and the kernel gives it.
         after: Functions that a wrapper appends, to be applied in order to what the processor returns (the output
@@ -134,12 +132,11 @@ class AttnCall:
         self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
         self.site, self.state, self.index = link.site, link.state, index
         self.image, self.text, self.keys, _ = parts
-        self.kernel = kernel
-        self.hidden = hidden
+        self.kernel, self.hidden = kernel, hidden
+        self.place: tuple[slice, Grid] | None = None
         self.after = [] if after is None else after
-        self.wants_sums = False
+        self._link, self.wants_sums = link, False
         self.sums: torch.Tensor | None = None
-        self._link = link
 
     @property
     def block_call(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -207,6 +204,8 @@ class AttnCall:
 
     def on_image(self) -> tuple[slice, Grid]:
         """Return the query tokens that lie on the image, and how they lie on it."""
+        if self.place is not None:
+            return self.place
         self._check_told(self.image)
         image = slice(0, self.q.shape[-2]) if self.image is None else self.image
         return placed_on_image(self.state, self.site.name, image, self.grid)

@@ -28,6 +28,8 @@ def check_pipeline(pipe: Any, what: str) -> None:
 def check_arguments(pipe: Any, names: Collection[str]) -> None:
     """Raise ConfigError for an argument that a pipeline does not name: some swallow any, and leave it out."""
     signature = inspect.signature(type(pipe).__call__).parameters
+    if sum(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in signature.values()) < 2:
+        return  # somebody has wrapped it: what it takes cannot be told
     for name in names:
         if name not in signature:
             raise ConfigError(f"{type(pipe).__name__} takes no {name!r}." + nearest(name, signature))

@@ -56,6 +56,8 @@ class Capture(CaptureFields):
             each other share their words: S^k A (IR-Diffusion, arXiv 2411.19261, takes 1 to 4); 0 for the plain maps.
         heads: Heads to record, or None for all.
         rows: "cond" for the maps of the prompt, "uncond" for those of the negative prompt.
+        reference: Number of a reference picture, from 0, whose tokens are read in place of the image's: where in it the
+            words lie (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit and others whose calls tell where it is).
         prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample; without weights
             such as "(cat)1.5", which are no part of what is tokenised.
         budget: Most bytes that the maps may take; more is an error in the first call of the denoiser.

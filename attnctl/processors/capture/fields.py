@@ -13,7 +13,7 @@ import torch
 
 from attnctl.core.control import Control
 from attnctl.core.registry import knob
-from attnctl.errors import ConfigError, unboxed
+from attnctl.errors import ConfigError, unboxed, whole
 
 __all__ = ["CaptureFields"]
 
@@ -36,6 +36,7 @@ class CaptureFields(Control, abstract=True):
     refine: int = knob(0, 0, unit="times")
     heads: Sequence[int] | None = None
     rows: Half = knob("cond", options=Half)
+    reference: int | None = None
     prompt: str | Sequence[str] | None = None
     budget: int = knob(2 << 30, 1, unit="bytes")
     device: str | None = None
@@ -64,6 +65,7 @@ class CaptureFields(Control, abstract=True):
         self._check_words()
         self._check_points()
         self._check_concepts()
+        self._check_reference()
         self._check_device()
 
     def _check_heads(self) -> None:
@@ -129,6 +131,15 @@ class CaptureFields(Control, abstract=True):
         if self.refine or "heads" in self.keep:
             raise ConfigError("Capture: maps of concepts join all heads: leave out refine, and heads of keep=.")
         object.__setattr__(self, "concepts", tuple(many))
+
+    def _check_reference(self) -> None:
+        if self.reference is None:
+            return
+        object.__setattr__(self, "reference", whole(self.reference, "Capture: reference", 0))
+        if self.points is not None or self.concepts is not None or self.refine:
+            raise ConfigError(
+                "Capture: reference reads where words lie in a reference: leave out points, concepts and refine."
+            )
 
     def _check_device(self) -> None:
         if self.device is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import Rows, row_alone
+from attnctl.core.hosts.references import references_of
 from attnctl.core.hosts.words import Concept, RowText, given_text, prompt_words, row_texts, weights
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Grid, Site
@@ -176,7 +178,7 @@ class Recorder(LiveControl):
 
     def _add(self, call: AttnCall, rows: slice) -> None:
         name, state = call.site.name, call.state
-        maps, grid = self._maps(call, rows)
+        maps, grid = self._maps(call if self.capture.reference is None else self._on_reference(call), rows)
         if (alone := row_alone(call.q, state.rows, call.index)) is not None:
             before = [] if alone == rows.start else self._rows_before[name]
             self._rows_before[name] = [*before, maps]
@@ -211,6 +213,23 @@ class Recorder(LiveControl):
         else:
             layer.parts[0] += maps
         layer.count, layer.call = layer.count + 1, state.call
+
+    def _on_reference(self, call: AttnCall) -> AttnCall:
+        """Return the call with a reference picture in place of the image."""
+        number, found = self.capture.reference, references_of(call.state)
+        assert number is not None
+        if number >= len(found):
+            raise ConfigError(
+                f"Capture: reference={number} was given, and the call of the denoiser tells of {len(found)} reference "
+                f"pictures beside the image{' (0 is the first)' if found else ''}."
+            )
+        start, grid = found[number]
+        start += call.on_image()[0].start
+        if call.site.kind != "joint" or start + math.prod(grid) > call.q.shape[2]:
+            raise UnsupportedModelError(
+                f"Capture: {call.site.name} does not hold the tokens of the reference picture. Choose other sites."
+            )
+        return call.with_(place=(slice(start, start + math.prod(grid)), grid))
 
     def _stored(self, maps: Tensor) -> Tensor:
         return maps.to(torch.float16 if self.capture.store == "float16" else torch.float32).contiguous()

@@ -360,12 +360,15 @@ def _to_rows(values: Mapping[str, Any], rows: int, like: Mapping[str, Any], what
         if isinstance(value, torch.Tensor):
             value = _like(value, example)
             per_row = not isinstance(example, torch.Tensor) or (example.ndim > 0 and example.shape[0] == rows)
-            if value.ndim < 2 or value.shape[0] == rows or not per_row:
+            count = rows
+            if isinstance(example, torch.Tensor) and example.ndim == value.ndim == 3:
+                per_row, count = True, example.shape[0]  # more than `rows` where each frame of a row has its text
+            if value.ndim < 2 or value.shape[0] == count or not per_row:
                 return value
-            if value.shape[0] == 1:
-                return value.expand(rows, *value.shape[1:])
+            if value.shape[0] in (1, rows) and count % value.shape[0] == 0:
+                return value.repeat_interleave(count // value.shape[0], 0)
             raise ConfigError(
-                f"{what.format(name)} has the shape {tuple(value.shape)}, and the call has {rows} rows with the "
+                f"{what.format(name)} has the shape {tuple(value.shape)}, and the call has {count} rows with the "
                 "prompt; give one row, or as many."
             )
         if isinstance(value, list) and len(value) == 1 and isinstance(example, list) and len(example) == rows:
