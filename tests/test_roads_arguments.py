@@ -189,5 +189,5 @@ def test_rows_of_arrays_are_lists_of_sites(row: Any) -> None:
     assert control == PAG(sites=row.tolist(), scope="all")
     with attnctl.control(model, control, layout="cond"):
         pass
-    with pytest.raises(SiteError, match="a name, a glob, a depth"), attnctl.control(model, PAG(sites=b"mid")):
+    with pytest.raises(SiteError, match="a name, glob, depth or range"), attnctl.control(model, PAG(sites=b"mid")):
         pass
