@@ -118,8 +118,12 @@ def readers() -> dict[str, Reader]:
     controls = (PAG(sites=range(1, 9, 2)), SoftPAG(heads=heads), AStar(concepts=("cat", "dog")))
     one = record(controls=tuple(map(control_to_dict, controls)))
     facts = {"a.attn": {"i": 0, "calls": {"0": 2}, "call": {"grid": [1, 4, 6], "n_text": 7, "text_first": True}}}
-    store = save({"0/mass/0": torch.rand(2, len(LAYOUTS), 3, 3)}, metadata={"sites": json.dumps(facts)})
-    frames = [Image.effect_noise((24, 16), 80).convert("RGB") for _ in range(3)]
+    store = save(
+        {"0/mass/0": torch.rand(2, len(LAYOUTS), 3, 3, generator=torch.Generator().manual_seed(0))},
+        metadata={"sites": json.dumps(facts)},
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (3, 16, 24), dtype=np.uint8)
+    frames = [Image.fromarray(one).convert("RGB") for one in noise]
     found = {
         "record": Reader(_written(lambda p: save_image(Image.new("RGB", (8, 6)), p / "x.png", one)), _records),
         "maps": Reader(_written(lambda p: made().save(p / "m.safetensors")), _maps),

@@ -253,3 +253,32 @@ def test_an_animation_may_not_be_as_large_as_a_picture(
         else:
             with pytest.raises(ClipError, match="31x20 pixels; expected 1 to 600"):
                 FileClip(path)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 9000, 9000), (20000, 30000, 24, 16), (0, 3, 65535, 300)])
+@pytest.mark.parametrize("frame", [0, 1, 2])
+def test_a_gif_does_not_grow_with_a_picture_outside_of_it(
+    place: tuple[int, int, int, int], frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its canvas grows to hold each picture, of which the header of the file says nothing."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 16, 24), dtype=np.uint8)
+    pictures = [Image.fromarray(one) for one in noise]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:])
+    content, descriptor = buffer.getvalue(), b"\x2c" + struct.pack("<4H", 0, 0, 24, 16)
+    parts = content.split(descriptor)
+    assert len(parts) == 4
+    new = [descriptor] * 3
+    new[frame] = b"\x2c" + struct.pack("<4H", *place)
+    (tmp_path / "a.gif").write_bytes(parts[0] + b"".join(d + part for d, part in zip(new, parts[1:], strict=True)))
+    sizes: list[int] = []
+    allocate = Image.core.fill
+
+    def noted(mode: str, size: tuple[int, int], color: Any) -> Any:
+        sizes.append(size[0] * size[1])
+        return allocate(mode, size, color)
+
+    monkeypatch.setattr(Image.core, "fill", noted)
+    with pytest.raises(ClipError, match=r"pixels; expected 1 to|exceeds limit"):
+        FileClip(tmp_path / "a.gif")
+    assert all(size <= 24 * 16 for size in sizes)

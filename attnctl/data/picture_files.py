@@ -103,8 +103,7 @@ class PictureFile:
                     self._image.load()  # only then does it know how long it stays
             except EOFError:
                 break
-            if self._image.format == "TIFF":
-                self._check()
+            self._check()  # pages differ in size, and a GIF's canvas grows with a picture that lies outside
             seconds += float(self._image.info.get("duration", 0)) / 1000
             count += 1
         if seconds > 0:
