@@ -26,7 +26,23 @@ from attnctl.shapes.load import load_shapes
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nag"
 SETTING = {"scale": 3.0, "tau": 2.0, "alpha": 0.4}
-SAMPLE = ("sdxl", "wan_i2v", "sd35", "flux", "qwen", "zimage", "hunyuanvideo", "cogvideox_rope")
+SAMPLE = (
+    *(
+        "sd15",
+        "sdxl",
+        "sd3",
+        "sd35",
+        "flux",
+        "flux2",
+        "qwen",
+        "zimage",
+        "cogvideox",
+        "cogvideox_rope",
+        "wan",
+        "wan_i2v",
+    ),
+    *("ltx", "hunyuanvideo", "chroma", "sana", "pixart"),
+)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
