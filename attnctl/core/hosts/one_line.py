@@ -48,12 +48,12 @@ def one_line(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any]
     cut = {name: None if _RESIDUALS.search(name) else value for name, value in bound.items()}
     if family.unet:
         return _unet(denoiser, cut)
-    keep = _line(grid, (main[0] if isinstance(main, (list, tuple)) else main).device)
+    keep = _line(grid)
     tokens = math.prod(grid)
     if isinstance(main, Tensor) and main.ndim == 3:
         if main.shape[1] != tokens:  # reference images or padding stand beside the image
             return None
-        cut[main_name(bound)] = main[:, keep]
+        cut[main_name(bound)] = main[:, keep.start : keep.stop : keep.step]
     else:
         line = _spatial(denoiser, family, bound, grid)
         if line is None:
@@ -81,10 +81,10 @@ def _of_whole_call(value: Any, rows: int) -> bool:
     return vectors or (value.ndim == 1 and value.shape[0] in (1, rows))
 
 
-def _line(grid: Grid, device: torch.device) -> Tensor:
+def _line(grid: Grid) -> range:
     """Return the places of the tokens of the first frame's first row or column, whichever is longer."""
     _, h, w = grid
-    return torch.arange(w, device=device) if w >= h else torch.arange(h, device=device) * w
+    return range(w) if w >= h else range(0, h * w, w)
 
 
 def _spatial(denoiser: torch.nn.Module, family: Family, bound: Mapping[str, Any], grid: Grid) -> Any:
@@ -130,7 +130,7 @@ def _unet(denoiser: torch.nn.Module, cut: dict[str, Any]) -> dict[str, Any] | No
     return cut
 
 
-def _cut(name: str, value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:
+def _cut(name: str, value: Any, tokens: int, keep: range, texts: set[int], text: str | None) -> Any:
     """Cut an argument to the line; position ids once, because the grid that is read off theirs waits for the device."""
     if not (name.endswith("ids") and isinstance(value, Tensor) and not value.requires_grad):
         return _tokens(value, tokens, keep, texts, text)
@@ -143,7 +143,7 @@ def _cut(name: str, value: Any, tokens: int, keep: Tensor, texts: set[int], text
     return value if line is None else line
 
 
-def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | None) -> Any:
+def _tokens(value: Any, tokens: int, keep: range, texts: set[int], text: str | None) -> Any:
     """Cut whatever has an axis with the image's tokens, or with those and the text's."""
     if isinstance(value, dict):
         return {k: _tokens(v, tokens, keep, texts, text) for k, v in value.items()}
@@ -152,13 +152,13 @@ def _tokens(value: Any, tokens: int, keep: Tensor, texts: set[int], text: str | 
         return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    keep = keep.to(value.device)
+    line = torch.arange(keep.start, keep.stop, keep.step, device=value.device)
     for axis, length in enumerate(value.shape):
         if length == tokens:
-            value = value.index_select(axis, keep)
+            value = value.index_select(axis, line)
         elif length - tokens in texts and text is not None:
             others = torch.arange(length - tokens, device=value.device)
-            places = [others, keep + len(others)] if text == "first" else [keep, others + tokens]
+            places = [others, line + len(others)] if text == "first" else [line, others + tokens]
             value = value.index_select(axis, torch.cat(places))
     return value
 
