@@ -101,11 +101,11 @@ def _note(what: str) -> None:
     """Note a wait, if the innermost frame outside torch and this file is the package's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_ROOT):
+        file, handed_on = frame.f_code.co_filename, frame.f_code.co_name == "__torch_function__"
+        if file.startswith(_ROOT) and not handed_on:  # what a host calls passes through the package, which looks
             for stalls in _now[-1:]:
                 stalls.found.append(f"{what} at {file[len(_ROOT) + 1 :]}:{frame.f_lineno}")
-        if "/torch/" not in file and file != __file__:
+        if "/torch/" not in file and file != __file__ and not handed_on:
             return
         frame = frame.f_back
 

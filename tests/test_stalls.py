@@ -5,7 +5,7 @@ from __future__ import annotations
 import processes
 import pytest
 
-FAMILIES = ("sd15", "sd3", "flux", "lumina2", "qwen", "hunyuanvideo", "wan", "cogvideox", "animatediff")
+FAMILIES = ("sd15", "sd3", "flux", "lumina2", "cogview4", "qwen", "hunyuanvideo", "wan", "cogvideox", "animatediff")
 
 
 # Of each source of waits one; `benchmarks/reliability.py` runs all, and all families.
