@@ -33,9 +33,11 @@ def test_import_is_silent() -> None:
 
 
 def test_import_is_quick() -> None:
-    # Beyond torch and diffusers; processor time, so that a busy machine does not count.
-    seconds = min(float(run(TIMED)) for _ in range(2))
-    assert seconds < 0.3
+    # Beyond torch and diffusers; the least processor time of some, since a busy machine's caches are cold.
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.3:
+        seconds.append(float(run(TIMED)))
+    assert min(seconds) < 0.3, seconds
 
 
 HEAVY = ("timm", "cv2", "matplotlib", "gradio", "tyro", "xformers.ops")
