@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 import zoo_host_pipelines as hosts
 import zoo_pipelines as pipes
 from contract import Replace, assert_clean, snapshot
@@ -69,6 +70,40 @@ def test_maps_of_words_lie_on_the_reference(name: str) -> None:
         columns = logits.softmax(-1)[..., [part.text.start + 1, part.text.start + 3]].mean(1)
         got = layer[:, :, 0, 0, 0].flatten(2).mT.double()
         assert (got - columns).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_flux2_numbers_its_pictures_in_position_ids(batched: bool) -> None:
+    model, inputs = zoo.build("flux2", dtype=torch.float64)
+    sizes = ((4, 3), (5, 2))
+    beside = [torch.cat([zoo.grid_ids(h, w), torch.zeros(h * w, 1)], 1) for h, w in sizes]
+    for n, ids in enumerate(beside):
+        ids[:, 0] = 10 * (n + 1)
+    x, ids = inputs["hidden_states"], torch.cat([inputs["img_ids"], *beside])
+    more = torch.randn(len(x), 22, x.shape[2], generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    inputs |= {
+        "hidden_states": torch.cat([x, more], 1),
+        "img_ids": ids[None].expand(len(x), -1, -1) if batched else ids,
+    }
+    wanted: dict[str, list[Tensor]] = {}
+
+    def see(call: Any, proceed: Any) -> Tensor:
+        start, text = call.on_image()[0].stop, call.text.start
+        maps = (call.q @ call.k.mT * call.q.shape[-1] ** -0.5).softmax(-1)[..., [text + 1, text + 3]].mean(1)
+        wanted[call.site.name] = [maps[:, start : start + 12], maps[:, start + 12 : start + 22]]
+        return proceed(call)
+
+    captures = [Capture(words=(1, 3), reference=n) for n in (0, 1)]
+    with attnctl.control(model, Replace(function=see), layout="cond"):
+        plain = zoo.call(model, inputs)
+    with attnctl.control(model, *captures, layout="cond") as handle:
+        assert torch.equal(zoo.call(model, inputs), plain)
+        found = [handle.result(c) for c in captures]
+    for n, (maps, size) in enumerate(zip(found, sizes, strict=True)):
+        assert maps.layers.keys() == wanted.keys()
+        for site, layer in maps.layers.items():
+            assert layer.shape[-2:] == size
+            assert (layer[:, :, 0, 0, 0].flatten(2).mT.double() - wanted[site][n]).abs().max() < 1e-6
 
 
 def test_what_no_call_holds_is_refused() -> None:

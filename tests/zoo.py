@@ -781,16 +781,6 @@ _SHALLOW: dict[str, dict[str, Any]] = {
         "attention_head_dim": (2, 4),
     },
     "animatediff": _TWO_LEVELS,
-    "svd": {
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlockSpatioTemporal",),
-        "up_block_types": ("CrossAttnUpBlockSpatioTemporal",),
-    },
-    "unet3d": {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock3D",),
-        "up_block_types": ("CrossAttnUpBlock3D",),
-    },
     "flux": {"num_layers": 1, "num_single_layers": 2},
     "flux2": {"num_layers": 1, "num_single_layers": 2},
     "auraflow": {"num_mmdit_layers": 1, "num_single_dit_layers": 2},
@@ -798,7 +788,7 @@ _SHALLOW: dict[str, dict[str, Any]] = {
     "zimage": {"n_layers": 2},  # behind a refiner
     "lumina2": {"num_layers": 2},
 }
-_DEEP = frozenset({"hunyuandit"})  # no fewer layers have a skip connection
+_DEEP = frozenset({"hunyuandit", "svd", "unet3d"})  # fewer have no skip connection, or no level to change to
 
 
 def shallow(name: str, layers: int = 3) -> dict[str, Any]:

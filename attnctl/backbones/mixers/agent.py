@@ -6,8 +6,7 @@ from torch import Tensor
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
 from attnctl.backbones.modules.agent import AgentCore, agent_mix, pool_agents
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["AgentMixer"]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["HedgehogMixer", "hedgehog_features", "hedgehog_weights"]
 

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
-from attnctl.backbones.modules.attend import require
 from attnctl.backbones.modules.inline import inline, local_convolution, local_kernels
 from attnctl.backbones.modules.rank_linear import mala, rala, rotation
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["InLineMixer", "MALAMixer", "RALAMixer", "inline", "mala", "rala"]
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["LocalLinearMixer", "local_linear_weights"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.attend import attend
 from attnctl.backbones.modules.head_gates import HeadGates
 from attnctl.backbones.modules.head_gates import load_balance as balance
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["MoHMixer", "balance", "routed_attention"]
 

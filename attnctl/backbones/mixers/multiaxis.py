@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import require
 from attnctl.backbones.modules.partition import axis_attention
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["MultiAxisMixer"]
 

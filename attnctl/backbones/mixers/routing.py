@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot, join_heads, side_conv, split_heads, zero_conv
-from attnctl.backbones.modules.attend import attend, ceil_div, require
+from attnctl.backbones.modules.attend import attend, ceil_div
 from attnctl.backbones.modules.routing import gather_windows, merge_windows, split_windows, top_windows, window_means
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["RoutingMixer"]
 

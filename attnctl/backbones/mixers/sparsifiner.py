@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import attend, require
-from attnctl.errors import ConfigError
+from attnctl.backbones.modules.attend import attend
+from attnctl.errors import ConfigError, require
 
 __all__ = ["SparsifinerMixer"]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import attend, require
-from attnctl.errors import ConfigError
+from attnctl.backbones.modules.attend import attend
+from attnctl.errors import ConfigError, require
 
 __all__ = ["TiCMixer"]
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Grid, Mixer, Slot
-from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.attend import attend
 from attnctl.backbones.modules.partition import padded_size, partition, restore
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["VSAMixer"]
 

@@ -12,10 +12,10 @@ from timm.layers import DropPath, LayerNorm2d, register_notrace_module
 from torch import Tensor, nn
 
 from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs
-from attnctl.backbones.modules.attend import attend, ceil_div, require
+from attnctl.backbones.modules.attend import attend, ceil_div
 from attnctl.backbones.modules.blocks import Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.backbones.modules.groups import merge_groups, split_groups
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["EMOv2", "HybridAttention2d", "InvertedResidual"]
 

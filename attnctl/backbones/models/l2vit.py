@@ -11,11 +11,10 @@ from timm.layers import DropPath, LayerNorm2d, register_notrace_module
 from torch import Tensor, nn
 
 from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs
-from attnctl.backbones.modules.attend import require
 from attnctl.backbones.modules.blocks import FeedForward, Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.backbones.modules.groups import GroupAttention2d
 from attnctl.backbones.modules.resize import pad_to
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["L2ViT", "LinearAttention2d", "linear_attention"]
 

@@ -15,10 +15,10 @@ from timm.layers import DropPath, create_conv2d, pad_same, register_notrace_modu
 from torch import Tensor, nn
 
 from attnctl.backbones.models.config import exactly, load_filter, register, size_cfgs
-from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.attend import attend
 from attnctl.backbones.modules.blocks import Pyramid, Stage, drop_rates, init_linear, take_state
 from attnctl.backbones.modules.routing import merge_windows, split_windows
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["MOAT", "MOATAttention2d", "MOATBlock", "from_tensorflow"]
 

@@ -13,9 +13,9 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.modules.attend import attend, require
+from attnctl.backbones.modules.attend import attend
 from attnctl.backbones.modules.resize import fit_axis
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["AgentAttention2d", "AgentCore", "agent_mix", "key_bias", "pool_agents", "query_bias", "resize_agents"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnctl.errors import UnsupportedModelError, shown
 from attnctl.kernels import dispatch
 
-__all__ = ["attend", "ceil_div", "check_model", "require"]
+__all__ = ["attend", "ceil_div", "check_model"]
 
 
 @register_notrace_function
@@ -63,9 +63,3 @@ def check_model(model: object) -> None:
         raise UnsupportedModelError(
             f"{shown(model)} was given; expected a model of timm in the first place, such as timm.create_model(...)."
         )
-
-
-def require(ok: bool, error: type[Exception], message: str) -> None:
-    """Raise error(message) unless ok."""
-    if not ok:
-        raise error(message)

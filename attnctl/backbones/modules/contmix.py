@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["ContMixBlock", "window_places"]
 

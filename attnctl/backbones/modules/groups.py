@@ -12,8 +12,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.modules.attend import attend, ceil_div, require
-from attnctl.errors import ConfigError
+from attnctl.backbones.modules.attend import attend, ceil_div
+from attnctl.errors import ConfigError, require
 
 __all__ = ["DynamicBias", "GroupAttention2d", "merge_groups", "split_groups"]
 

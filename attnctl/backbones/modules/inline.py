@@ -11,8 +11,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["InLineAttention2d", "inline", "local_convolution", "local_kernels"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from attnctl.backbones.mixers.base import Slot, join_heads, split_heads
 from attnctl.backbones.mixers.multiaxis import MultiAxisMixer
-from attnctl.backbones.modules.attend import attend, check_model, require
+from attnctl.backbones.modules.attend import attend, check_model
 from attnctl.backbones.modules.partition import key_mask, partition, restore
-from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
+from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError, require
 
 __all__ = ["AnySizePartition", "MultiAxisAttention", "any_size"]
 

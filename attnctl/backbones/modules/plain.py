@@ -5,8 +5,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.modules.attend import attend, require
-from attnctl.errors import ConfigError
+from attnctl.backbones.modules.attend import attend
+from attnctl.errors import ConfigError, require
 
 __all__ = ["MapAttention"]
 

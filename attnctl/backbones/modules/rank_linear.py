@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from attnctl.backbones.modules.attend import attend, require
-from attnctl.errors import ConfigError
+from attnctl.backbones.modules.attend import attend
+from attnctl.errors import ConfigError, require
 
 __all__ = ["GatedLinearAttention2d", "mala", "rala", "rotate", "rotation"]
 

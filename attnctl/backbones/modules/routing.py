@@ -12,9 +12,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.jit import Final
 
-from attnctl.backbones.modules.attend import attend, ceil_div, require
+from attnctl.backbones.modules.attend import attend, ceil_div
 from attnctl.backbones.modules.routed_flex import routed_flex
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["BiLevelRoutingAttention", "gather_windows", "merge_windows", "split_windows", "top_windows", "window_means"]
 

@@ -9,8 +9,7 @@ import torch
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from attnctl.backbones.modules.attend import require
-from attnctl.errors import ConfigError
+from attnctl.errors import ConfigError, require
 
 __all__ = ["SoftmaxFreeAttention2d", "gaussian", "newton_inverse"]
 
