@@ -104,6 +104,14 @@ def _endless() -> None:
     knob(3.0)
 
 
+def _misplaced() -> None:
+    knob(3, 5, 1)
+
+
+def _missing_option() -> None:
+    knob("sideways", options=("rows", "columns"))
+
+
 def _groundless() -> None:
     Conflict("PAG", "site", "")
 
@@ -122,6 +130,8 @@ def _undecorated() -> None:
 REFUSED: list[tuple[Callable[[], None], str]] = [
     (_second_pag, r"Two controls are called PAG: one of attnctl\.processors\.pag, one of elsewhere"),
     (_nameless, "called 'no name'.*give its class a name"),
+    (_misplaced, r"default of knob\(\)=3 must be a whole number from 5 to 1"),
+    (_missing_option, r"default of knob\(\)='sideways'"),
     (_silent, "Silent says nothing about itself.*about = About"),
     (_pageless, "page='' is empty.*name the page"),
     (_idle, "does=' ' is empty.*what the control does"),

@@ -131,15 +131,14 @@ def knob(
             `dataclasses.field`.
 
     Raises:
-        ConfigError: A number has no range.
+        ConfigError: A number has no range, or the default lies outside of it.
     """
-    above = more.get("above")
-    measured = [x for x in (default, low, above) if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    measured = [x for x in (default, low, more.get("above")) if isinstance(x, (int, float)) and not isinstance(x, bool)]
     if options is not None:
         kind, options = "choice", tuple(options) if isinstance(options, (tuple, list)) else get_args(options)
     elif kind is None and measured:
         kind = "whole" if isinstance(measured[0], int) else "number"
-    if kind in ("number", "whole") and low is None and above is None:
+    if kind in ("number", "whole") and low is None and more.get("above") is None:
         raise ConfigError(f"knob({default!r}): the field has no range. Give low= (-math.inf for no limit), or above=.")
     if span is None and more.get("shown") and low is not None and high is not None and not math.isinf(high - low):
         span = (low, high, 0.05 if kind == "number" else 1)
@@ -154,6 +153,8 @@ def knob(
         span=span,
         **described,
     )
+    if default is not dataclasses.MISSING:
+        bounds.checked(default, "the default of knob()")
     return field(default=default, metadata={_KEY: bounds}, **more)
 
 
