@@ -216,8 +216,8 @@ class DenoiserHandle(Handle):
 
 def _take_over(new: ControlledDenoiser, old: ControlledDenoiser) -> None:
     """Go on with what the controls have kept that are attached still."""
-    kept = {id(c): live for c, _, live in old.parts}
-    new.parts[:] = [(c, sites, kept.get(id(c), live)) for c, sites, live in new.parts]
+    by_control = {id(c): live for c, _, live in old.parts}
+    new.parts[:] = [(c, sites, by_control.get(id(c), live)) for c, sites, live in new.parts]
     new.live = [(c, live) for c, _, live in new.parts if live is not None]
     new.memory, new.passes = old.memory, old.passes
 

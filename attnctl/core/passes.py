@@ -278,8 +278,8 @@ class ControlledDenoiser:
         for name, link in self.links.items():
             link.wrappers, link.reached = wrappers.get(name), False
         self.forwards = forwards or {}
-        own = contextlib.nullcontext(False) if context is None else own_context(self.module, context)
-        with own as cached, overridden(self.forwards):
+        cache_context = contextlib.nullcontext(False) if context is None else own_context(self.module, context)
+        with cache_context as cached, overridden(self.forwards):
             args, named = as_given(self.module, kwargs, self.positional)
             return main_output(self.module.forward(*args, **named)), cached
 

@@ -112,9 +112,9 @@ class Prefix:
         if self.paused:
             return
         self.store[module] = mapped(output, Leaf)
-        held = list(leaves(self.store[module]))
+        items = list(leaves(self.store[module]))
         needed = self._needed[module]
-        for leaf, wanted in zip(held, needed if len(needed) == len(held) else [True] * len(held), strict=True):
+        for leaf, wanted in zip(items, needed if len(needed) == len(items) else [True] * len(items), strict=True):
             leaf.tensor = leaf.tensor if wanted else None
 
     def stubs(self, rows: Rows) -> dict[torch.nn.Module, Callable[..., Any]]:
@@ -124,9 +124,9 @@ class Prefix:
         """
         forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
         for module, output in self.store.items():
-            held = list(leaves(output))
-            rowless = not held or any(not leaf.shape or leaf.shape[0] % rows.total for leaf in held)
-            if rowless or any(leaf.changed() for leaf in held):
+            items = list(leaves(output))
+            rowless = not items or any(not leaf.shape or leaf.shape[0] % rows.total for leaf in items)
+            if rowless or any(leaf.changed() for leaf in items):
                 self.proven = False  # it is computed again, and might read what was not kept
                 if self.chosen is not None:
                     self.chosen.pop(module, None)

@@ -88,11 +88,11 @@ def select(
         if not exact:
             eligible = [s for s in eligible if s.kind != "dual"]
         if not eligible:
-            found = ", ".join(sorted({s.kind for s in matched}))
+            other_kinds = ", ".join(sorted({s.kind for s in matched}))
             here = next((kind for kind in allowed if any(s.kind == kind for s in sites)), None)
             hint = "this model has none of these kinds" if here is None else f"sites={here!r} selects what it acts on"
             raise SiteError(
-                f"{what} acts on {', '.join(allowed)} attention, but {part!r} selects only {found} attention "
+                f"{what} acts on {', '.join(allowed)} attention, but {part!r} selects only {other_kinds} attention "
                 f"({matched[0].name}, ...): {hint}. A control of your own says in its class: kinds = (...)."
             )
         chosen.update((s.name, s) for s in eligible)

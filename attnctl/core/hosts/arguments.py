@@ -95,8 +95,8 @@ def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
             arguments.update(value)
         else:
             arguments[name] = value
-    own: dict[str, Any] = own_containers(arguments)
-    return own
+    copies: dict[str, Any] = own_containers(arguments)
+    return copies
 
 
 @functools.cache
@@ -111,10 +111,10 @@ def as_given(
 
     Tools that wrap a denoiser's `forward` may read its arguments by position (DeepCache does).
     """
-    own = own_containers(dict(arguments))
+    copies = own_containers(dict(arguments))
     parameters = list(_signature(type(denoiser).forward).parameters)[1 : positional + 1]
-    names = list(itertools.takewhile(own.__contains__, parameters))
-    return tuple(own.pop(name) for name in names), own
+    names = list(itertools.takewhile(copies.__contains__, parameters))
+    return tuple(copies.pop(name) for name in names), copies
 
 
 def own_containers(value: Any) -> Any:

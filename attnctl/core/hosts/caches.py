@@ -37,21 +37,21 @@ def own_context(denoiser: Any, name: str) -> Iterator[bool]:
     if not managers:  # nothing keeps state; entering a context would only leave an empty registry on the module
         yield False
         return
-    held = [(m, f, getattr(m, f)) for m in managers for f in ("_context", "_current_context") if hasattr(m, f)]
+    contexts = [(m, f, getattr(m, f)) for m in managers for f in ("_context", "_current_context") if hasattr(m, f)]
     try:
         with denoiser.cache_context(name):
-            for manager, field_, context in held:
+            for manager, field_, context in contexts:
                 if dataclasses.is_dataclass(context) and not isinstance(context, type):  # the host's step and sigma
                     setattr(manager, field_, dataclasses.replace(context, name=name))
             yield True
     finally:
-        for manager, field_, context in held:
+        for manager, field_, context in contexts:
             setattr(manager, field_, context)
 
 
 def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
     """Collect the diffusers state managers below a denoiser; they hold one state a context."""
-    found: list[Any] = []
+    all_managers: list[Any] = []
     for _, hook in hooks_below(denoiser):
         managers = [m for name, m in vars(hook).items() if name.endswith("state_manager") and m is not None]
         if not managers and getattr(hook, "_is_stateful", False):
@@ -60,8 +60,8 @@ def _state_managers(denoiser: torch.nn.Module) -> list[Any]:
                 "the base pass and a further one would take each other's attention for their own. Call "
                 "disable_cache() on it first; FirstBlockCache keeps passes apart."
             )
-        found += [m for m in managers if all(m is not other for other in found)]
-    return found
+        all_managers += [m for m in managers if all(m is not other for other in all_managers)]
+    return all_managers
 
 
 def hooks_of(module: torch.nn.Module) -> Mapping[str, Any]:

@@ -55,9 +55,9 @@ def negative_arguments(
         ConfigError: There is no negative prompt.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
-    own = {name: value for name, value in arguments.items() if name in parameters}
+    values = {name: value for name, value in arguments.items() if name in parameters}
     prompts = [name for name in parameters if re.match(r"(pooled_)?prompt(_|$)(?!template)", name)]
-    given = {name: own.get(f"negative_{name}") for name in prompts if own.get(f"negative_{name}") is not None}
+    given = {name: values.get(f"negative_{name}") for name in prompts if values.get(f"negative_{name}") is not None}
     encoded = {name: value for name, value in given.items() if "embeds" in name or "mask" in name}
     # A text of the control's own goes before what the call was given, embeddings before its text.
     if embeds is not None:
@@ -70,19 +70,19 @@ def negative_arguments(
         raise ConfigError(_NONE)
     if embeds is None and "prompt" in prompts and not any(n == "prompt" or "embeds" in n for n in chosen):
         chosen["prompt"] = ""  # a negative prompt for another encoder alone: pipelines take the first one's as empty
-    count = _prompts(own)
+    count = _prompts(values)
     if count is not None:
         chosen = {n: _repeated(v, count, embeds is not None) for n, v in chosen.items()}
     # Pooled embeddings stay the prompt's in any case; a pipeline may ask for them beside others.
     replaced = [name for name in prompts if "prompt" in chosen or "pooled" not in name]
-    return own | dict.fromkeys(replaced) | chosen
+    return values | dict.fromkeys(replaced) | chosen
 
 
-def _prompts(own: Mapping[str, Any]) -> int | None:
+def _prompts(arguments: Mapping[str, Any]) -> int | None:
     """Count the prompts of a call that was given a list of them, or embeddings of several; None for a single one."""
-    if isinstance(own.get("prompt"), (list, tuple)):
-        return len(own["prompt"])
-    embeds = own.get("prompt_embeds") if own.get("prompt") is None else None
+    if isinstance(arguments.get("prompt"), (list, tuple)):
+        return len(arguments["prompt"])
+    embeds = arguments.get("prompt_embeds") if arguments.get("prompt") is None else None
     count = len(embeds) if isinstance(embeds, (torch.Tensor, list)) else 1
     return count if count > 1 else None
 
@@ -237,8 +237,8 @@ def _mark(value: Any) -> Any:
 def _unchanged(mark: Any, value: Any) -> bool:
     """Tell whether an argument is the one of a mark."""
     if isinstance(value, torch.Tensor):
-        known = isinstance(mark, tuple) and isinstance(mark[0], weakref.ref)
-        return bool(known and mark[0]() is value and mark[1] == version_of(value))
+        is_tensor_mark = isinstance(mark, tuple) and isinstance(mark[0], weakref.ref)
+        return bool(is_tensor_mark and mark[0]() is value and mark[1] == version_of(value))
     if isinstance(value, Mapping):
         names = [name for name, _ in mark]
         return names == list(value) and all(_unchanged(m, value[name]) for name, m in mark)

@@ -49,8 +49,8 @@ class Leaf:
 
     def changed(self) -> bool:
         """Tell whether the host has written into the tensor since."""
-        held = self._spare if self.tensor is None else self.tensor  # both count the writes to one memory
-        return self.written or (held is not None and held._version != self._version)
+        tensor = self._spare if self.tensor is None else self.tensor  # both count the writes to one memory
+        return self.written or (tensor is not None and tensor._version != self._version)
 
     def take(self, rows: Rows) -> torch.Tensor:
         """Return the prompt rows of the tensor, or of one NaN in its shape."""
@@ -71,8 +71,8 @@ def is_not_by_rows(name: str) -> bool:
 
 def _row_of(name: str) -> str:
     """Return the name of the row that a module stands in, "" where it stands in none."""
-    found = _ROW.match(name)
-    return found[1] if found else ""
+    match = _ROW.match(name)
+    return match[1] if match else ""
 
 
 def leaves(value: Any) -> Iterator[Any]:

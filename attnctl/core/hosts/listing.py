@@ -37,12 +37,12 @@ DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer"
 _PERHAPS = ("prior", "decoder", "prior_prior")  # in some pipelines they decode images or read text
 
 
-def naming_denoisers(found: Callable[..., Found], number: int) -> Callable[..., Found]:
+def naming_denoisers(resolve: Callable[..., Found], number: int) -> Callable[..., Found]:
     """Have a function that looks into one of several denoisers say whose sites are not as a control asks."""
 
     def named(module: torch.nn.Module, *rest: Any) -> Found:
         try:
-            return found(module, *rest)
+            return resolve(module, *rest)
         except SiteError as error:
             if number == 1:
                 raise
@@ -120,12 +120,12 @@ def sites_of(denoiser: torch.nn.Module) -> tuple[Site, ...]:
     processed = {n: m for m, n in named_below(denoiser).items() if "processor" in vars(m) or "processor" in m._modules}
     attentions = [(n, m) for n, m in processed.items() if callable(m.processor) and _queries(m)]
     kinds = {n: kind for n, m in attentions if (kind := kind_of(family, denoiser, n, m))}
-    found = [(n, m) for n, m in attentions if n in kinds]
-    if not found:
+    modules = [(n, m) for n, m in attentions if n in kinds]
+    if not modules:
         raise UnsupportedModelError(_nothing(denoiser))
-    order = [_execution_key(n, i, family.first) for i, (n, _) in enumerate(found)]
+    order = [_execution_key(n, i, family.first) for i, (n, _) in enumerate(modules)]
     sites: list[Site] = []
-    for _, (name, module) in sorted(zip(order, found, strict=True)):
+    for _, (name, module) in sorted(zip(order, modules, strict=True)):
         kind = kinds[name]
         parallel = kind == "dual" and sites and sites[-1].kind == "joint"
         depth = (sites[-1].depth if parallel else sites[-1].depth + 1) if sites else 0

@@ -106,8 +106,8 @@ class Route:
 
     def levels(self, grid: Sequence[float]) -> list[float]:
         """Order the levels of a run, which fall, as they are reached."""
-        kept = list(grid[self.first :])
-        return kept[::-1] if self.up else kept
+        levels = list(grid[self.first :])
+        return levels[::-1] if self.up else levels
 
     @property
     def walked(self) -> Rule:
@@ -183,9 +183,9 @@ class PathScheduler:
         if self.flow:
             grid = [1 - float(s) if self.inverted else float(s) for s in self.base.sigmas.double()]
         else:
-            known = self.base.alphas_cumprod
+            alphas = self.base.alphas_cumprod
             last = float(self.base.final_alpha_cumprod)
-            grid = [_level(a) for a in (*(float(known[int(t)]) for t in self.base.timesteps), last)]
+            grid = [_level(a) for a in (*(float(alphas[int(t)]) for t in self.base.timesteps), last)]
         self.levels = self.route.levels(grid)
         self.at = self.route.evaluations(self.levels)
         times = [self._time(level) for level in self.at]

@@ -68,12 +68,12 @@ def _setting(pipe: Any, name: str, arguments: Mapping[str, Any]) -> Any:
 
     A callback may change the attribute in the run; which of the two counts, the loop of the pipeline's call shows.
     """
-    own, argument = getattr(pipe, name, None), arguments.get(name)
-    if own is None:
+    attribute, argument = getattr(pipe, name, None), arguments.get(name)
+    if attribute is None:
         return argument
     kind: Any = type(pipe)
-    numbers = isinstance(own, (int, float)) and isinstance(argument, (int, float))
-    return argument if numbers and own != argument and _takes_argument(kind, name) else own
+    numbers = isinstance(attribute, (int, float)) and isinstance(argument, (int, float))
+    return argument if numbers and attribute != argument and _takes_argument(kind, name) else attribute
 
 
 @functools.cache

@@ -260,19 +260,19 @@ def _native_backend(processor: Any, native: Any) -> Iterator[None]:
         yield
         return
     # Two calls may pass through one module side by side (NAG's): the last to leave puts back what the first met.
-    inside, held = _NATIVE.get(id(processor), (0, vars(processor).get("_attention_backend", _MISSING)))
-    _NATIVE[id(processor)] = inside + 1, held
+    inside, backend = _NATIVE.get(id(processor), (0, vars(processor).get("_attention_backend", _MISSING)))
+    _NATIVE[id(processor)] = inside + 1, backend
     processor._attention_backend = native
     try:
         yield
     finally:
-        inside, held = _NATIVE.pop(id(processor))
+        inside, backend = _NATIVE.pop(id(processor))
         if inside > 1:
-            _NATIVE[id(processor)] = inside - 1, held
-        elif held is _MISSING:
+            _NATIVE[id(processor)] = inside - 1, backend
+        elif backend is _MISSING:
             del processor._attention_backend
         else:
-            processor._attention_backend = held
+            processor._attention_backend = backend
 
 
 _MISSING = object()

@@ -83,8 +83,8 @@ def published_in(cls: Any, family: Any, sites: Sequence[Site] = ()) -> Default |
     for c in cls.__mro__:
         for default in (vars(c).get("published", {}).get(family.name), family.published.get(c.__name__)):
             if default is not None and (not sites or default.fits(sites, cls.kinds)):
-                found: Default = default
-                return found
+                result: Default = default
+                return result
     return None
 
 
@@ -92,8 +92,8 @@ def unpublished(what: str, kinds: Sequence[str], family: str, sites: Sequence[Si
     """Say that no publication names sites of a control, and which it could act on."""
     names = [s.name for s in sites if s.kind in kinds]
     if not names:
-        found = ", ".join(sorted({s.kind for s in sites}))
-        return SiteError(f"{what} acts on {', '.join(kinds)} attention; this {family} model has {found} only.")
+        model_kinds = ", ".join(sorted({s.kind for s in sites}))
+        return SiteError(f"{what} acts on {', '.join(kinds)} attention; this {family} model has {model_kinds} only.")
     shown = ", ".join(names[:3] + (["...", names[-1]] if len(names) > 3 else []))
     return SiteError(
         f"{what} has no default sites: no publication names any for {family} models, so `sites` must be given. "

@@ -26,10 +26,10 @@ def read_once(x: Tensor, what: str, read: Callable[[Tensor], T]) -> T:
     if entry is None or entry[0]() is not x or entry[1] != version:
         entry = weakref.ref(x, lambda _: _READINGS.pop(key, None)), version, {}
         _READINGS[key] = entry
-    found = entry[2]
-    if what not in found:
-        found[what] = read(x)
-    value: T = found[what]
+    readings = entry[2]
+    if what not in readings:
+        readings[what] = read(x)
+    value: T = readings[what]
     return value
 
 

@@ -34,8 +34,8 @@ def references_of(state: Any) -> tuple[tuple[int, Grid], ...]:
     starts = [0, *itertools.accumulate(math.prod(grid) for grid in pictures)]
     if counts.before not in starts or starts[-1] != counts.stream:
         return ()
-    own = range(counts.before, counts.before + counts.image)
-    return tuple((n - counts.before, g) for n, g in zip(starts, pictures, strict=False) if n not in own)
+    image = range(counts.before, counts.before + counts.image)
+    return tuple((n - counts.before, g) for n, g in zip(starts, pictures, strict=False) if n not in image)
 
 
 def _numbered(bound: Mapping[str, Any]) -> list[Grid]:

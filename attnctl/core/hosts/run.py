@@ -96,8 +96,8 @@ class PipelineRun:
         if prompts is not None:
             prompts.close()
             state.prompts = prompts.call if self.call.pipe is self.pipe else prompt_call(values)
-        asked = None if state.prompts is None else prompt_call(values)
-        samples = None if asked is None else asked.samples
+        text_call = None if state.prompts is None else prompt_call(values)
+        samples = None if text_call is None else text_call.samples
         state.rows = self.rows.read(w.module, w.family, bound, samples, values.get("latent_rows"))
 
     def _follow(self) -> None:

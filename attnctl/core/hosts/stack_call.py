@@ -133,8 +133,8 @@ class CallOnStack:
 class _Unread:
     """Rows that nobody has told: what is read of them anyway is an error, and no guess."""
 
-    def __init__(self, why: str, **told: Any) -> None:
-        vars(self).update(told, _why=why)
+    def __init__(self, why: str, **facts: Any) -> None:
+        vars(self).update(facts, _why=why)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -132,9 +132,9 @@ def with_sum(pred: Any, p: Tensor, c: Tensor, rows: Rows, pipe: Any, s: float | 
         new_u = new_c = p
     else:
         if s is None or s == 1:
-            told = "does not tell its guidance scale" if s is None else "has a guidance scale of 1"
+            cause = "does not tell its guidance scale" if s is None else "has a guidance scale of 1"
             raise UnsupportedModelError(
-                f"{type(pipe).__name__} {told}, which is needed to put another sum of its predictions in the place of "
+                f"{type(pipe).__name__} {cause}, which is needed to put another sum of its predictions in the place of "
                 "its own" + (". Call it without guidance_rescale." if both else ".")
             )
         new_u, new_c = c - (p - c) / (s - 1), c

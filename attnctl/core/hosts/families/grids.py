@@ -102,11 +102,11 @@ def _box(places: Tensor) -> Grid | None:
 
     Conditions stand before it (LTXConditionPipeline), each at a later time than the first.
     """
-    own = places[0]
-    corner = (own == own.amin(1, keepdim=True)).all(0).nonzero()[-1]
-    counts = [torch.tensor([axis.unique().numel()], device=own.device) for axis in own[1:]]
+    axes = places[0]
+    corner = (axes == axes.amin(1, keepdim=True)).all(0).nonzero()[-1]
+    counts = [torch.tensor([axis.unique().numel()], device=axes.device) for axis in axes[1:]]
     first, rows, columns = torch.cat([corner, *counts]).tolist()
-    frames, rest = divmod(own.shape[1] - first, rows * columns)
+    frames, rest = divmod(axes.shape[1] - first, rows * columns)
     return None if rest else (frames, rows, columns)
 
 

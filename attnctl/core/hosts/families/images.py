@@ -42,10 +42,10 @@ def _pictures(bound: Bound, rows: slice) -> dict[str, Any]:
     """OmniGen counts the places of its pictures by rows, and lists the pictures of all rows in that order."""
     sizes, latents = bound["input_image_sizes"], iter(bound["input_img_latents"])
     of_rows = {row: [(place, next(latents)) for place in places] for row, places in sizes.items()}
-    kept = {row: found for row, found in of_rows.items() if rows.start <= row < rows.stop}
+    selection = {row: pairs for row, pairs in of_rows.items() if rows.start <= row < rows.stop}
     return {
-        "input_image_sizes": {row - rows.start: [place for place, _ in found] for row, found in kept.items()},
-        "input_img_latents": [picture for found in kept.values() for _, picture in found],
+        "input_image_sizes": {row - rows.start: [place for place, _ in pairs] for row, pairs in selection.items()},
+        "input_img_latents": [picture for pairs in selection.values() for _, picture in pairs],
     }
 
 

@@ -34,10 +34,10 @@ def tokens(model: torch.nn.Module, bound: Bound) -> Tokens | None:
     captions, pictures, seen = rows[0]
     if any(row != rows[0] for row in rows):
         return None
-    own = pictures[-1]
+    length = pictures[-1]
     before = sum(map(_padded, pictures[:-1]))
     words = None if len(captions) == 1 else 0
-    return Tokens(own, before, _padded(own) - own, text=words, side="first", last=seen)
+    return Tokens(length, before, _padded(length) - length, text=words, side="first", last=seen)
 
 
 def _lengths(bound: Bound, row: int) -> tuple[list[int], list[int], int]:
