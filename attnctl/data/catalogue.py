@@ -89,8 +89,8 @@ def _own(cls: type) -> tuple[Any, ...]:
 def _published(cls: type[Control]) -> tuple[tuple[str, str], ...]:
     """List the families whose published sites the control takes for `sites=None`: none where a rule chooses them."""
     rule = isinstance(cls.about, About) and cls.about.sites and not cls.published
-    found = [(family.name, published_in(cls, family)) for family in FAMILIES]
-    return () if rule else tuple((name, default.describe()) for name, default in found if default is not None)
+    pairs = [(family.name, published_in(cls, family)) for family in FAMILIES]
+    return () if rule else tuple((name, default.describe()) for name, default in pairs if default is not None)
 
 
 def conflicts_of(cls: type[Control]) -> list[tuple[str, Conflict]]:
@@ -137,12 +137,12 @@ def _default(field: Any) -> str:
 
 def _meanings(cls: type) -> dict[str, str]:
     """Read what fields mean off the sections "Attributes" of a class and its bases."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = re.search(
             r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(vars(base).get("__doc__") or ""), re.M
         )
         if section is not None:
             parts = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1], re.M)
-            found |= {name: " ".join(meaning.split()) for name, meaning in parts}
-    return found
+            meanings |= {name: " ".join(meaning.split()) for name, meaning in parts}
+    return meanings

@@ -192,15 +192,15 @@ def _check_container(path: Path, head: bytes) -> None:
     boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
     if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
         raise ClipError(f"{path.name} is a HEIF or AVIF picture, which is not read: convert it to PNG or JPEG.")
-    own = (
+    is_video = (
         head[4:8] in boxes
         or head.startswith(_CONTAINERS)
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or any(head[first:][:1] == head[second:][:1] == b"G" for first, second in ((0, 188), (4, 196)))  # MPEG-TS
     )
-    if not own and path.suffix.lower() in SUFFIXES:
+    if not is_video and path.suffix.lower() in SUFFIXES:
         raise ClipError(f"{path.name} is not an image that can be read, whatever its name says: it is damaged.")
-    if not own:
+    if not is_video:
         raise ClipError(
             f"{path.name} is no video that is read: expected MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, Ogg or ASF, an "
             "image, or a folder of images. It is damaged, or names other files."

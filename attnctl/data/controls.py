@@ -38,8 +38,8 @@ def controls(package: str = "") -> dict[str, type]:
     """List the controls of the package and those whose modules are imported, by name; of one package if it is named."""
     for module in set(homes().values()):
         importlib.import_module(module)
-    found = {name: CONTROLS[name] for name in sorted(CONTROLS)}
-    return {n: c for n, c in found.items() if not package or c.__module__.partition(".")[0] == package}
+    classes = {name: CONTROLS[name] for name in sorted(CONTROLS)}
+    return {n: c for n, c in classes.items() if not package or c.__module__.partition(".")[0] == package}
 
 
 def control_named(name: str, module: str | None = None) -> type:
@@ -61,11 +61,11 @@ def control_named(name: str, module: str | None = None) -> type:
         except ConfigError as error:
             broken = f" {error}"
     if name not in CONTROLS:
-        known = {n: c for n, c in controls().items() if "<locals>" not in c.__qualname__}
+        names = {n: c for n, c in controls().items() if "<locals>" not in c.__qualname__}
         bring = f"import {module}" if module else "import the module that defines it"
-        hint = nearest(name, known) if module is None else ""
+        hint = nearest(name, names) if module is None else ""
         raise ConfigError(
-            f"Unknown method {name!r}; known: {', '.join(known)}.{hint} A control of your own is known once its module "
+            f"Unknown method {name!r}; known: {', '.join(names)}.{hint} A control of your own is known once its module "
             f"is imported: {bring} first.{broken}"
         )
     declared(CONTROLS[name])

@@ -188,8 +188,8 @@ def layers_sheet(image: Image.Image, maps: WordMaps, word: str, index: int = 0, 
 
 def _place(name: str) -> str:
     """Name the stage of a UNet that a layer is in; nothing for others."""
-    found = _STAGE.match(name)
-    return "" if found is None else found[3] or f"{found[1]}.{found[2]}"
+    match = _STAGE.match(name)
+    return "" if match is None else match[3] or f"{match[1]}.{match[2]}"
 
 
 def _shown(maps: WordMaps, words: Sequence[str], index: int) -> list[str]:

@@ -58,10 +58,10 @@ def points_in(
     smooth = cv2.GaussianBlur(map_, (0, 0), max(blur * max(map_.shape), 1e-3))
     if not inside.any():
         return (), ()
-    own = np.where(inside, smooth, -np.inf)
+    heat = np.where(inside, smooth, -np.inf)
     low = smooth.min()
-    n, parts = cv2.connectedComponents((own >= low + 0.5 * (own.max() - low)).astype(np.uint8), connectivity=8)
-    peaks = [np.where(parts == i, own, -np.inf) for i in range(1, n)]
+    n, parts = cv2.connectedComponents((heat >= low + 0.5 * (heat.max() - low)).astype(np.uint8), connectivity=8)
+    peaks = [np.where(parts == i, heat, -np.inf) for i in range(1, n)]
     peaks.sort(key=lambda part: -float(part.max()))
     tops = tuple(_place(part) for part in peaks[:positive])
     gap = max(1, min(map_.shape) // 8)

@@ -74,7 +74,7 @@ def regions(
     """
     if not 0 <= index < maps.images:
         raise ConfigError(f"Image {index} is past the end: there are {maps.images}.")
-    found = []
+    entries = []
     for n, word in enumerate(maps.words):
         if not maps.tokens[index][n]:
             continue
@@ -82,7 +82,7 @@ def regions(
         parts = boxes(mask)
         left, top = (min((p[i] for p in parts), default=0) for i in (0, 1))
         right, bottom = (max((p[i] + p[i + 2] for p in parts), default=0) for i in (0, 1))
-        found.append(
+        entries.append(
             {
                 "word": word,
                 "bbox": [left, top, right - left, bottom - top],
@@ -92,7 +92,7 @@ def regions(
                 "peak": round(float(maps.get_map(word)[index].max()), 6),
             }
         )
-    return found
+    return entries
 
 
 def _mask(mask: Any) -> np.ndarray:

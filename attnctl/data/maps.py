@@ -204,8 +204,8 @@ class WordMaps(Mapping[str, Tensor]):
 
     def _cut(self, layer: Tensor, step: int | None, head: int | None) -> Tensor:
         """Reduce [images, words, steps, heads, frames, h, w] to [images, words, frames, h, w]."""
-        known = self.heads if self.heads is not None else tuple(range(layer.shape[3]))
-        for name, value, have in (("step", step, self.steps), ("head", head, known)):
+        heads = self.heads if self.heads is not None else tuple(range(layer.shape[3]))
+        for name, value, have in (("step", step, self.steps), ("head", head, heads)):
             if value is None:
                 continue
             if name + "s" not in self.keep:
@@ -218,7 +218,7 @@ class WordMaps(Mapping[str, Tensor]):
         if step is not None:
             layer = layer[:, :, self.steps.index(step)].unsqueeze(2)
         if head is not None:
-            layer = layer[:, :, :, known.index(head)].unsqueeze(3)
+            layer = layer[:, :, :, heads.index(head)].unsqueeze(3)
         return reduced(layer.float(), (2, 3), self.reduce)
 
     def mask(self, word: str, threshold: float | Literal["otsu"] = "otsu", **options: Any) -> Tensor:
@@ -266,7 +266,7 @@ def joined(parts: Sequence[WordMaps]) -> WordMaps:
         return parts[0]
     steps = tuple(sorted({s for part in parts for s in part.steps}))
     shapes = [{name: (*t.shape[:2], *t.shape[3:]) for name, t in part.layers.items()} for part in parts]
-    if len(steps) == sum(len(part.steps) for part in parts) and all(own == shapes[0] for own in shapes):
+    if len(steps) == sum(len(part.steps) for part in parts) and all(shape == shapes[0] for shape in shapes):
         if "steps_reduced" in parts[0].about:
             raise ConfigError(
                 'Capture: reduce="ema" runs over the steps of one denoiser, and this pipeline changed its denoiser on '

@@ -176,11 +176,11 @@ def warp_error(frames: np.ndarray | Sequence[object], found: Flow | None = None)
             back = cv2.remap(g, to_x, to_y, cv2.INTER_LINEAR)
             warped = cv2.remap(video[i + 1].astype(np.float32) / 255, to_x, to_y, cv2.INTER_LINEAR)
         apart = ((f + back) ** 2).sum(-1)
-        known = apart <= 0.01 * ((f**2).sum(-1) + (back**2).sum(-1)) + 0.5
-        known &= (to_x >= 0) & (to_x <= columns - 1) & (to_y >= 0) & (to_y <= rows - 1)
-        left_out.append(1 - known.mean())
-        if known.any():
-            errors.append(((video[i].astype(np.float32) / 255 - warped) ** 2).mean(-1)[known].mean())
+        mask = apart <= 0.01 * ((f**2).sum(-1) + (back**2).sum(-1)) + 0.5
+        mask &= (to_x >= 0) & (to_x <= columns - 1) & (to_y >= 0) & (to_y <= rows - 1)
+        left_out.append(1 - mask.mean())
+        if mask.any():
+            errors.append(((video[i].astype(np.float32) / 255 - warped) ** 2).mean(-1)[mask].mean())
     return (float(np.mean(errors)) if errors else math.nan), float(np.mean(left_out))
 
 
@@ -196,16 +196,16 @@ def measure(frames: np.ndarray | Sequence[object], fps: float = 8.0, method: str
         ConfigError: another type, size or method, or `fps` is not positive.
     """
     video = _check(frames)
-    found = flow(video, method)
-    error, occluded = warp_error(video, found)
+    flows = flow(video, method)
+    error, occluded = warp_error(video, flows)
     return VideoFigures(
-        motion_mean=found.motion_mean,
-        motion_top5=found.motion_top5,
+        motion_mean=flows.motion_mean,
+        motion_top5=flows.motion_top5,
         dynamic=dynamic(video, fps, method),
         temporal_flicker=temporal_flicker(video),
         warp_error=error,
         occluded=occluded,
-        flow_accel=found.accel,
+        flow_accel=flows.accel,
     )
 
 

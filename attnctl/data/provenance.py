@@ -19,14 +19,14 @@ OPTIONAL = ("xformers",)
 
 def versions(names: Sequence[str] = RECORDED, optional: Sequence[str] = OPTIONAL) -> dict[str, str]:
     """Name the versions of Python and of installed packages, without importing any of them."""
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in (*names, *optional):
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if name in names:
-                found[name] = "not installed"
-    return found
+                by_name[name] = "not installed"
+    return by_name
 
 
 def hardware(device: str = "cpu") -> str:

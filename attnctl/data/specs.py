@@ -57,8 +57,8 @@ def control_from_dict(data: Mapping[str, Any]) -> Any:
         raise ConfigError(f"A control is an object with a 'method' and its fields, got {data!r}.")
     name, module = data["method"], data.get("module")
     cls = control_named(name, module if isinstance(module, str) else None)
-    told = ("method",) if _is_plain(cls) else ("method", "module")
-    return _make(cls, name, {key: _decode(value) for key, value in data.items() if key not in told})
+    header = ("method",) if _is_plain(cls) else ("method", "module")
+    return _make(cls, name, {key: _decode(value) for key, value in data.items() if key not in header})
 
 
 def parse_control(text: str) -> Any:
@@ -221,14 +221,14 @@ def _nested(name: Any, where: str) -> type:
     """Find a dataclass that a field may hold: those of `attnctl.plans`, and no other."""
     try:
         module = importlib.import_module("attnctl.plans")
-        known = {n: c for n in module.__all__ if isinstance(c := getattr(module, n), type)}
+        classes = {n: c for n in module.__all__ if isinstance(c := getattr(module, n), type)}
     except ModuleNotFoundError:
-        known = {}
-    known = {n: c for n, c in known.items() if dataclasses.is_dataclass(c)}
-    if not isinstance(name, str) or name not in known:
-        close = nearest(name, known)
-        raise ConfigError(f"{where} holds an unknown type {name!r:.80}; known: {', '.join(known) or 'none'}.{close}")
-    return known[name]
+        classes = {}
+    classes = {n: c for n, c in classes.items() if dataclasses.is_dataclass(c)}
+    if not isinstance(name, str) or name not in classes:
+        close = nearest(name, classes)
+        raise ConfigError(f"{where} holds an unknown type {name!r:.80}; known: {', '.join(classes) or 'none'}.{close}")
+    return classes[name]
 
 
 def _literal(node: ast.expr) -> Any:
