@@ -22,7 +22,7 @@ _RECORDED = (
 )  # fmt: skip
 
 
-def again(asked: Any, source: Path) -> Result:
+def again(options: Any, source: Path) -> Result:
     """Make the pictures of a record again, with the options of `attnctl generate`, and compare them with it.
 
     Raises:
@@ -30,7 +30,7 @@ def again(asked: Any, source: Path) -> Result:
         RecordError: The record cannot be read or run.
     """
     for name in _RECORDED:
-        if getattr(asked, name) not in (None, ()):
+        if getattr(options, name) not in (None, ()):
             raise UsageError(f"--from repeats a record as it is: drop --{name}, or drop --from.")
 
     importing()
@@ -44,18 +44,18 @@ def again(asked: Any, source: Path) -> Result:
         for n, r in enumerate(records)
         for i in r.shows
     ]
-    paths = [below(asked.out, name) for name in names]
-    check_free([*paths, *map(sidecar, paths)], force=asked.force)
+    paths = [below(options.out, name) for name in names]
+    check_free([*paths, *map(sidecar, paths)], force=options.force)
     rows: list[dict[str, Any]] = []
     changed: dict[str, tuple[str, str]] = {}
     for record in records:
         these = paths[len(rows) : len(rows) + len(record.shows)]
-        done = _sampled(asked, record, these)
+        done = _sampled(options, record, these)
         changed |= differences(record, done.record)
         for n, i in enumerate(record.shows):
-            save_image(done.images[i], these[n], replace(done.record, shows=(i,)), force=asked.force)
+            save_image(done.images[i], these[n], replace(done.record, shows=(i,)), force=options.force)
             if done.videos:
-                write_video(done.videos[i], these[n], asked.fps, asked.force)
+                write_video(done.videos[i], these[n], options.fps, options.force)
             same = done.record.sha256[i] == record.sha256[i]
             rows.append({**picture_row(these[n], done.record, i), "identical": same})
     same = all(row["identical"] for row in rows)
@@ -70,7 +70,7 @@ def again(asked: Any, source: Path) -> Result:
     return Result(data, pictures_table(rows), 0 if same else 1)
 
 
-def _sampled(asked: Any, record: Any, paths: Sequence[Path]) -> Any:
+def _sampled(options: Any, record: Any, paths: Sequence[Path]) -> Any:
     """Load the model of a record and run its call again."""
     from attnctl.pipelines.generate import makes_videos
     from attnctl.pipelines.models import device_and_dtype, load
@@ -78,21 +78,21 @@ def _sampled(asked: Any, record: Any, paths: Sequence[Path]) -> Any:
     from attnctl.pipelines.stepping import step_bar
 
     device, dtype = device_and_dtype(
-        record.device if asked.device == "auto" else asked.device,
-        record.dtype if asked.dtype == "auto" else asked.dtype,
+        record.device if options.device == "auto" else options.device,
+        record.dtype if options.dtype == "auto" else options.dtype,
     )
-    model, recorded = _model_of(asked, record), asked.model is None
+    model, recorded = _model_of(options, record), options.model is None
     say(f"Loading {model} ({device}, {dtype})")
     loaded = load(model, revision=_commit(record), device=device, dtype=dtype, recorded=recorded)
     if makes_videos(loaded.pipe):
-        check_free([path.with_suffix(".mp4") for path in paths], force=asked.force)
+        check_free([path.with_suffix(".mp4") for path in paths], force=options.force)
     with step_bar(loaded.pipe, record.steps, 1, "generate") as bar:
         return sample_again(loaded, record, bar.update)
 
 
-def _model_of(asked: Any, record: Any) -> str:
-    if asked.model is not None:
-        return asked.model
+def _model_of(options: Any, record: Any) -> str:
+    if options.model is not None:
+        return options.model
     local = (record.revision or "").startswith("sha256:") and not record.model.startswith("shapes:")
     if local or not (record.model.startswith("shapes:") or _HUB_ID.fullmatch(record.model)):
         raise UsageError(f"The record was made with the local model {record.model!r}: say where it is with --model.")

@@ -97,8 +97,8 @@ class Batch:
 
         if self.force:
             return list(runs)
-        found = {path: reason for run in runs for path, reason in unlike(run, loaded).items()}
-        other = {path: reason for path, reason in found.items() if reason}
+        reasons = {path: reason for run in runs for path, reason in unlike(run, loaded).items()}
+        other = {path: reason for path, reason in reasons.items() if reason}
         crew.wait()  # nobody writes before all have looked
         if other:
             path, reason = next(iter(other.items()))
@@ -107,7 +107,7 @@ class Batch:
                 f"{path}{more} is there, but not as it would be made now: {reason}. Choose another folder, or pass "
                 "--force."
             )
-        missing = [run for run in runs if any(job.path in found for job in run.jobs)]
+        missing = [run for run in runs if any(job.path in reasons for job in run.jobs)]
         there = len(self.jobs) - sum(len(run.jobs) for run in missing)
         if there and not crew.rank:
             say(f"{there} of {len(self.jobs)} picture(s) are there with an equal record, and stay.")
@@ -178,7 +178,7 @@ class Batch:
         return paths
 
 
-def make_many(asked: Any, command: str, model: str) -> Result:
+def make_many(options: Any, command: str, model: str) -> Result:
     """Make a list of prompts, with every column of --compare.
 
     Raises:
@@ -188,23 +188,23 @@ def make_many(asked: Any, command: str, model: str) -> Result:
     """
     from attnctl.data.prompt_files import PromptLine, read_prompts
 
-    if asked.prompts is not None and asked.prompt:
+    if options.prompts is not None and options.prompt:
         raise UsageError("--prompts has the prompts in a file: leave out --prompt.")
-    if asked.compare and asked.control:
+    if options.compare and options.control:
         raise UsageError("--compare names the controls of each column: put those of --control there.")
-    lines = None if asked.prompts is None else read_prompts(asked.prompts)  # before anything is imported
-    call, batch = asked.described(command, () if lines is None else ("",)), asked.whole("batch", 1)
+    lines = None if options.prompts is None else read_prompts(options.prompts)  # before anything is imported
+    call, batch = options.described(command, () if lines is None else ("",)), options.whole("batch", 1)
 
     from attnctl.errors import ConfigError
     from attnctl.pipelines.batches import Column, jobs_of
 
     if lines is None:
-        lines = tuple(PromptLine(number=i, prompt=text) for i, text in enumerate(asked.prompt, 1))
-    columns = columns_of(asked.compare) or [Column(" + ".join(asked.control) or "plain", call.controls)]
+        lines = tuple(PromptLine(number=i, prompt=text) for i, text in enumerate(options.prompt, 1))
+    columns = columns_of(options.compare) or [Column(" + ".join(options.control) or "plain", call.controls)]
     try:
         jobs = jobs_of(
-            lines, columns, call, seed=asked.whole("seed", 0), num=asked.whole("num", 1), out=asked.out,
-            controls_of=controls_of(lines, asked.compare),
+            lines, columns, call, seed=options.whole("seed", 0), num=options.whole("num", 1), out=options.out,
+            controls_of=controls_of(lines, options.compare),
         )  # fmt: skip
     except ConfigError as error:
         raise UsageError(str(error)) from None
@@ -213,12 +213,12 @@ def make_many(asked: Any, command: str, model: str) -> Result:
         if job.call.controls not in seen:
             seen.append(job.call.controls)
             check_controls(job.call.controls, batch)
-    table = "pictures" if asked.prompts is None else f"{slug(asked.prompts.stem)}-pictures"
-    check_replaceable(asked.out, table)
-    check_writable(asked.out)
+    table = "pictures" if options.prompts is None else f"{slug(options.prompts.stem)}-pictures"
+    check_replaceable(options.out, table)
+    check_writable(options.out)
     say(f"{len(lines)} prompt(s), {len(jobs)} picture(s)")
-    many = Batch(call, columns, jobs, batch, asked.out, table, asked.force, bool(asked.compare), asked.fps)
-    return many.run(model, asked.revision, asked.device, asked.dtype)
+    many = Batch(call, columns, jobs, batch, options.out, table, options.force, bool(options.compare), options.fps)
+    return many.run(model, options.revision, options.device, options.dtype)
 
 
 def controls_of(lines: Sequence[PromptLine], compare: Sequence[str]) -> dict[int, tuple[Any, ...]]:
@@ -230,16 +230,16 @@ def controls_of(lines: Sequence[PromptLine], compare: Sequence[str]) -> dict[int
     from attnctl.data.specs import parse_controls
     from attnctl.errors import AttnctlError
 
-    found: dict[int, tuple[Any, ...]] = {}
+    controls: dict[int, tuple[Any, ...]] = {}
     for line in lines:
         if line.control is not None and compare:
             raise UsageError(f"Line {line.number} has controls of its own, and --compare gives every line the same.")
         try:
             if line.control is not None:
-                found[line.number] = tuple(c for text in line.control for c in parse_controls(text))
+                controls[line.number] = tuple(c for text in line.control for c in parse_controls(text))
         except AttnctlError as error:
             raise UsageError(f"Line {line.number}: {error}") from None
-    return found
+    return controls
 
 
 def check_replaceable(out: Path, name: str) -> None:

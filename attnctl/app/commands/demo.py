@@ -78,12 +78,12 @@ class Demo(Common):
         importing()
         began = time.perf_counter()
         path = below(self.out, FILE)
-        found = _make(path, command, self.force)
+        panels = _make(path, command, self.force)
         done = demo_sheets.make(size, self.out, command, force=self.force) if self.all else []
         seconds = time.perf_counter() - began
         pictures = [str(path), *(p for one in done for p in one["pictures"])]
         say(f"{seconds:.0f} s; pictures in {', '.join(pictures)}")
-        data = {"seconds": round(seconds, 1), "picture": str(path), "panels": found}
+        data = {"seconds": round(seconds, 1), "picture": str(path), "panels": panels}
         if self.all:
             data |= {"prompts": size.prompts, "steps": size.steps, "guidance": size.guidance, "sheets": done}
         tables = [_table(), *([demo_sheets.text(done)] if done else [])]
@@ -112,7 +112,7 @@ def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
 
     cards: list[Card] = []
     records: list[Any] = []
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     whole = sum(panel.seconds for panel in PANELS)
     with Progress(_PARTS, "part", "demo") as bar:
         passed = 0.0  # seconds that the finished steps take on one core, roughly
@@ -129,9 +129,9 @@ def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
             records += made.records
             frames = [[_NAMES.get(frame) for frame in pair.frames] for pair in made.pairs]
             facts = {"title": panel.title, "model": panel.model, "control": panel.control, "frames": frames}
-            found.append(facts | {"recorded": asdict(panel.recorded)})
+            entries.append(facts | {"recorded": asdict(panel.recorded)})
     save_image(card_sheet(cards, footer=_FOOTER), path, records, force=force)
-    return found
+    return entries
 
 
 _NAMES = {(30, 150, 70): "as asked", (200, 60, 50): "not as asked", None: None}

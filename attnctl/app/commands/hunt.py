@@ -177,11 +177,11 @@ class Hunt(Common):
         from attnctl.pipelines.hunting.scorers import objective_of
 
         name, log = self.objective or {"shapes": "shapes"}.get(self.preset, "pickscore"), self.log or self.out / "log"
-        found = search(loaded.pipe, plan, objective_of(name, device), log=log, model=loaded.name, objective=name)
+        result = search(loaded.pipe, plan, objective_of(name, device), log=log, model=loaded.name, objective=name)
         if crew.rank:
             return None
-        found.save(self.out, force=self.force)
-        return found
+        result.save(self.out, force=self.force)
+        return result
 
     def _plan(self) -> Any:
         """Build the plan that the flags describe."""

@@ -31,13 +31,13 @@ class Models(Common):
         from attnctl.data.coverage import Row, stored
 
         classes = denoiser_classes()
-        found = stored()
+        coverage = stored()
         if self.name:
             chosen = _chosen(self.name, classes, {f.name: f.classes for f in FAMILIES})
             classes = tuple(c for c in classes if c in chosen)
         unknown = Row("unknown", (), {}, "unknown", (), {})
-        rows = {cls: found.get(cls, unknown) for cls in classes}
-        names = [n for n in controls("attnctl") if any(n in row.cells for row in found.values())]
+        rows = {cls: coverage.get(cls, unknown) for cls in classes}
+        names = [n for n in controls("attnctl") if any(n in row.cells for row in coverage.values())]
         if not self.json and (left := [n for n in controls("attnctl") if n not in names]):
             say(f"Not run on the classes, and so not in the table: {', '.join(left)}.")
         data: dict[str, Any] = {

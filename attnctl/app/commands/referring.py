@@ -57,15 +57,15 @@ def find(
     masks = [folder / f"{name}{end}" for name in names for end in ends]
     check_free([folder / "segments.json", folder / "segments.png", *masks], force=force)
     loaded, started = load(), time.perf_counter()
-    found = refer(loaded.pipe, pictures, expressions, **look)
+    segments = refer(loaded.pipe, pictures, expressions, **look)
     frames = [path.name] if clip.count == 1 else [f"{path.name}#{n + 1}" for n in range(clip.count)]
     facts = {"model": loaded.name, "revision": loaded.revision, "strength": look["strength"], "seed": look["seed"]}
-    data = {"info": {"description": "found by attnctl maps --segment", **facts}, **coco(found, frames)}
+    data = {"info": {"description": "found by attnctl maps --segment", **facts}, **coco(segments, frames)}
     content = {
         folder / "segments.json": (json.dumps(data, indent=1) + "\n").encode(),
-        folder / "segments.png": _png(segments_sheet(pictures, found)),
+        folder / "segments.png": _png(segments_sheet(pictures, segments)),
     }
-    drawn = [mask for one in found for mask in one.masks]
+    drawn = [mask for one in segments for mask in one.masks]
     content |= {place: _png(mask_picture(mask)) for place, mask in zip(masks, drawn, strict=True)}
     publish(content, force=force)
     say(f"{clip.count} picture(s) in {time.perf_counter() - started:.1f} s")
@@ -82,7 +82,7 @@ def _name(data: Mapping[str, Any], annotation: Mapping[str, Any]) -> str:
 
 def _points(annotation: Mapping[str, Any], label: int) -> str:
     pairs = zip(annotation["point_coords"], annotation["point_labels"], strict=True)
-    return " ".join(f"{x},{y}" for (x, y), own in pairs if own == label)
+    return " ".join(f"{x},{y}" for (x, y), point_label in pairs if point_label == label)
 
 
 def _png(image: Any) -> bytes:

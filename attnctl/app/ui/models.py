@@ -68,8 +68,8 @@ class Models:
     @property
     def edits(self) -> tuple[str, ...]:
         """Name the models that edit pictures and clips: all but the UNet of videos."""
-        own = [] if self.given is None else [self.given]
-        return (*own, *(n for n in (*self.images, *self.videos) if n not in (self.given, "shapes:video")))
+        user_models = [] if self.given is None else [self.given]
+        return (*user_models, *(n for n in (*self.images, *self.videos) if n not in (self.given, "shapes:video")))
 
     def get(self, name: str) -> Loaded:
         """Return a model, loaded when it is first asked for.

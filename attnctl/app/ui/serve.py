@@ -52,12 +52,12 @@ def serving(
     """
     if port is not None and not 1 <= port <= 65535:
         raise ConfigError(f"A port is a whole number from 1 to 65535, got {port}.")
-    with contextlib.closing(OwnFolder(_FOLDER)) as own, _temporary(own.path / "uploads"):
+    with contextlib.closing(OwnFolder(_FOLDER)) as folder, _temporary(folder.path / "uploads"):
         require_gradio()
         from attnctl.app.ui.page import CSS, SCRIPT, build, theme
 
-        made = own.path / "made"
-        for part in (made, own.path / "uploads"):
+        made = folder.path / "made"
+        for part in (made, folder.path / "uploads"):
             part.mkdir()
         page = build(models, made)
         try:

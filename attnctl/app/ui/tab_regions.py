@@ -150,8 +150,8 @@ def _hex(colour: tuple[int, int, int]) -> str:
 
 def _follow(drawing: dict[str, Any] | None) -> list[Any]:
     """Bring drawn boxes into the fields; what was typed for other regions stays."""
-    found = drawn_boxes(None if drawing is None else drawing.get("composite"))
-    return [gr.skip() if box is None else box for box in found]
+    boxes = drawn_boxes(None if drawing is None else drawing.get("composite"))
+    return [gr.skip() if box is None else box for box in boxes]
 
 
 def _make(models: Models, folder: Path) -> Callable[..., Any]:
