@@ -37,8 +37,8 @@ class Host(nn.Module):
 
     def keep(self, original: nn.Module) -> None:
         """Take over from an original, of which this module already holds some children under their names."""
-        held = {id(m) for m in self.modules()}
-        shared = [n for n, m in original.named_modules() if id(m) in held]
+        ids = {id(m) for m in self.modules()}
+        shared = [n for n, m in original.named_modules() if id(m) in ids]
         self._shared = tuple(n for n in shared if not any(n.startswith(f"{outer}.") for outer in shared))
         self._original = (original,)  # in a tuple, which hides it from the module tree
         self._trainable = self._shared_flags()
@@ -96,8 +96,8 @@ class Host(nn.Module):
         for name, module in self._alone().items():
             at = f"{prefix}{name}." if name else prefix
             module._load_from_state_dict(state_dict, at, metadata, False, [], [], errors)
-            for own in (*module._parameters, *module._buffers):
-                state_dict.pop(at + own, None)  # or the children of this module would call it unexpected
+            for key in (*module._parameters, *module._buffers):
+                state_dict.pop(at + key, None)  # or the children of this module would call it unexpected
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -234,7 +234,7 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
         if not chosen:
             raise SiteError(f"blocks chose none of the {len(names)} places: {', '.join(names[:4])}, ...")
         return chosen
-    kept: set[str] = set()
+    selection: set[str] = set()
     for item in [blocks] if isinstance(blocks, str) or not isinstance(blocks, Iterable) else list(blocks):
         if isinstance(item, str):
             hits = fnmatch.filter(names, item) or [n for n in names if n.startswith(item + ".")]
@@ -247,10 +247,10 @@ def _choose(names: list[str], blocks: Blocks) -> list[str]:
             raise SiteError(
                 f"blocks={item!r} was given; expected an index from 0 to {len(names) - 1}, or a name or glob.{hint}"
             )
-        kept.update(hits)
-    if not kept:
+        selection.update(hits)
+    if not selection:
         raise SiteError(f"blocks={blocks!r} names nothing; expected at least one of the {len(names)} places.")
-    return [n for n in names if n in kept]
+    return [n for n in names if n in selection]
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:

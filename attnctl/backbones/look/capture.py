@@ -181,16 +181,16 @@ def _questions_of(
     for site in sites:
         for token in site.tokens:
             having.setdefault(token, []).append(site)
-    known = sorted(having, key=lambda t: (t != "class", t.startswith("pool")))  # else in the order of the sites
+    tokens = sorted(having, key=lambda t: (t != "class", t.startswith("pool")))  # else in the order of the sites
     if places:
-        known.insert(next((i for i, t in enumerate(known) if t.startswith("pool")), len(known)), "mean")
-    words = list(capture.words or known[:1])
+        tokens.insert(next((i for i, t in enumerate(tokens) if t.startswith("pool")), len(tokens)), "mean")
+    words = list(capture.words or tokens[:1])
     chosen = list(sites)
     for word in words:
-        if word not in known:
+        if word not in tokens:
             raise ConfigError(
-                f"Capture: {word!r} is no token of this backbone; these are: {', '.join(known)}."
-                f"{nearest(str(word), known)} For places of the image give points."
+                f"Capture: {word!r} is no token of this backbone; these are: {', '.join(tokens)}."
+                f"{nearest(str(word), tokens)} For places of the image give points."
             )
         able = places if word == "mean" else having[word]
         chosen = _answering(capture, chosen, [s for s in chosen if s in able], repr(word))
@@ -203,10 +203,10 @@ def _answering(
     """Return the sites that can answer. Raises: ConfigError where the user chose others, or none is left."""
     others = [s for s in sites if s not in able]
     if not able or (others and capture.sites is not None):
-        asked = others[0] if others else sites[0]
-        has = [*asked.tokens, *(["mean", "points"] if asked.reading.pool is None else [])]
+        site = others[0] if others else sites[0]
+        has = [*site.tokens, *(["mean", "points"] if site.reading.pool is None else [])]
         raise ConfigError(
-            f"Capture: {what} was asked of {asked.name}, which answers {', '.join(has)}. Choose other sites, or leave "
+            f"Capture: {what} was asked of {site.name}, which answers {', '.join(has)}. Choose other sites, or leave "
             "sites out: then those are recorded that can answer."
         )
     return list(able)

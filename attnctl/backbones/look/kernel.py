@@ -128,8 +128,8 @@ class AtSum(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _PRODUCTS and not self.leaf.requires_grad:
             keys, values = args
-            own = values[..., : self.width].detach()
-            self.leaf = own.transpose(1, 2).flatten(2).clone().requires_grad_()
+            part = values[..., : self.width].detach()
+            self.leaf = part.transpose(1, 2).flatten(2).clone().requires_grad_()
             back = self.leaf.unflatten(2, (-1, self.width)).transpose(1, 2)
             args = keys.detach(), torch.cat([back, values[..., self.width :].detach()], dim=-1)
         return func(*args, **(kwargs or {}))

@@ -174,10 +174,10 @@ def checkpoint_filter_fn(state: dict[str, Any], model: nn.Module) -> dict[str, T
 
     timm keeps a downsampling at the start of the next stage and recomputes index buffers and masks.
     """
-    own = take_state(state)
-    official = "layers.0.downsample.reduction.weight" in own
+    weights = take_state(state)
+    official = "layers.0.downsample.reduction.weight" in weights
     out = {}
-    for key, value in own.items():
+    for key, value in weights.items():
         part = key.split(".")
         if part[-1] in ("relative_position_index", "attn_mask"):
             continue

@@ -91,8 +91,8 @@ def stage_types(attn_type: str, depths: tuple[int, ...]) -> list[list[str]]:
     Raises: ConfigError for another number of letters, unknown letters, an M without its count.
     """
     letters, count = attn_type[: len(depths)], attn_type[len(depths) :]
-    known = len(letters) == len(depths) and set(letters) <= set("ABM")
-    if not known or bool(count) != ("M" in letters) or (count and not count.isdigit()):
+    is_valid = len(letters) == len(depths) and set(letters) <= set("ABM")
+    if not is_valid or bool(count) != ("M" in letters) or (count and not count.isdigit()):
         raise ConfigError(
             f"attn_type={attn_type!r} was given; expected {len(depths)} letters of A (agent), B (the host's own) "
             "or M (A first, then B), and after an M how many blocks are A, as in 'AAMB2'."

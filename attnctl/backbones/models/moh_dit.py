@@ -184,8 +184,8 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: MoHDiT) -> dict[str, T
     names = {"attn.wg.": "route.", "attn.wg_0.": "split.", "attn.wg_1.": "share."}
     out = {}
     for key, value in take_state(dict(state)).items():
-        for theirs, own in names.items():
-            key = key.replace(theirs, f"attn.mixer.gates.{own}")
+        for theirs, gate in names.items():
+            key = key.replace(theirs, f"attn.mixer.gates.{gate}")
         out[key] = value
     return load_filter(out, model)
 

@@ -124,8 +124,8 @@ def checkpoint_filter_fn(state: dict[str, Any], model: Any) -> dict[str, Tensor]
             depth = len(model.stages[stage].blocks) - 1
             key = f"stages.{stage}.blocks.{depth}.{rest}"
         elif stage >= 0 and kind == "block":
-            for theirs, own in _GATES.items():
-                rest = rest.replace(f"attn.{theirs}", f"attn.{own}")
+            for theirs, gate in _GATES.items():
+                rest = rest.replace(f"attn.{theirs}", f"attn.{gate}")
             key = f"stages.{stage}.blocks.{rest.replace('dwconv.dwconv.', 'dwconv.')}"
         out[key] = value
     return load_filter(out, model)

@@ -38,11 +38,11 @@ def newton_inverse(a: Tensor, normed: bool = False, iterations: int = 20) -> Ten
             start = torch.where(error > 1.01, start / 2, start)
     else:
         fixed = a + 0.01 * eye
-    known = fixed.detach()
-    v = start.detach() * known
+    matrix = fixed.detach()
+    v = start.detach() * matrix
     for _ in range(iterations):
-        v = 2 * v - v @ known @ v
-    v = v - v @ (fixed - known) @ v  # the value of v, with the gradient of an inverse
+        v = 2 * v - v @ matrix @ v
+    v = v - v @ (fixed - matrix) @ v  # the value of v, with the gradient of an inverse
     if normed:
         root = a.sum(-1).rsqrt()
         v = root[..., :, None] * v * root[..., None, :]

@@ -144,6 +144,6 @@ class AggregatedAttention2d(_Cosine):
         beside = beside.masked_fill(real == 0, float("-inf"))
         away = scaled @ F.normalize(far[0], dim=-1).transpose(-2, -1) + self.bias(h, w, kh, kw)
         weights = torch.cat([beside, away], dim=-1).softmax(dim=-1)
-        own = weights[..., :9] + q @ self.learnable_tokens + self.learnable_bias
-        out = (own.unsqueeze(-2) @ self._neighbours(near[1], h, w)).squeeze(-2) + weights[..., 9:] @ far[1]
+        local_weights = weights[..., :9] + q @ self.learnable_tokens + self.learnable_bias
+        out = (local_weights.unsqueeze(-2) @ self._neighbours(near[1], h, w)).squeeze(-2) + weights[..., 9:] @ far[1]
         return self.finish(out, tokens).reshape(b, h, w, c)
