@@ -138,12 +138,12 @@ def backends(
     device_type: "cuda" where torch sees one, else "cpu". dtype: float16 on CUDA, else float32.
     """
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    kept = dtype or (torch.float16 if kind == "cuda" else torch.float32)
-    found = {}
+    precision = dtype or (torch.float16 if kind == "cuda" else torch.float32)
+    results = {}
     for name in _KERNELS:
-        reason = probe(name, kind, kept, head_dim)
-        found[name] = Backend(name, not reason, reason)
-    return found
+        reason = probe(name, kind, precision, head_dim)
+        results[name] = Backend(name, not reason, reason)
+    return results
 
 
 def check_backend(backend: str, weight: Tensor) -> None:

@@ -175,8 +175,8 @@ def query_rows(
     logits = (pick(q, places, 2).to(wide) * scale) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-2, -1)
     if mask is None:
         return logits.softmax(dim=-1)
-    own = mask if mask.shape[-2] == 1 else pick(mask, places, 2)
-    return masked_softmax(logits + as_bias(own, wide))
+    mask_rows = mask if mask.shape[-2] == 1 else pick(mask, places, 2)
+    return masked_softmax(logits + as_bias(mask_rows, wide))
 
 
 def linear_rows(q: Tensor, k: Tensor, places: Sequence[int]) -> Tensor:

@@ -39,11 +39,11 @@ class Partners:
 
     def merge(self, count: int) -> Merge:
         """Merge the `count` tokens that resemble their destinations most."""
-        gone, kept = self.order[:, :count], self.order[:, count:]
+        gone, rest = self.order[:, :count], self.order[:, count:]
         target = self.best.gather(1, gone)
         ones = torch.ones(len(target), len(self.dst), device=target.device)
         counts = ones.scatter_add(1, target, torch.ones_like(target, dtype=ones.dtype))
-        return Merge(self.src[kept], self.src[gone], self.dst, target, counts)
+        return Merge(self.src[rest], self.src[gone], self.dst, target, counts)
 
 
 @dataclass(frozen=True, slots=True)

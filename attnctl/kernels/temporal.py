@@ -64,8 +64,8 @@ class Reference:
 
     def take(self, rows: slice) -> Reference:
         """Keep some rows."""
-        kept = self.maps.unflatten(0, (self.rows, -1))[rows]
-        return Reference(kept.flatten(0, 1), kept.shape[0], self.grid)
+        maps = self.maps.unflatten(0, (self.rows, -1))[rows]
+        return Reference(maps.flatten(0, 1), maps.shape[0], self.grid)
 
     def with_heads(self, heads: int) -> Reference:
         """Average groups of heads where the guided layer has fewer; the mean of all where the numbers do not fit."""
@@ -100,8 +100,8 @@ def centred_map(q: Tensor, k: Tensor, scale: float | None = None, out: Tensor | 
     scale = channels**-0.5 if scale is None else scale
     if out is not None and _in_place(q) and _in_place(k):
         laid = out.view(q.shape[1], -1, frames, frames)
-        for h, own in enumerate(laid):
-            torch.baddbmm(own, q[:, h], k[:, h].transpose(1, 2), beta=0, alpha=scale, out=own)
+        for h, head_map in enumerate(laid):
+            torch.baddbmm(head_map, q[:, h], k[:, h].transpose(1, 2), beta=0, alpha=scale, out=head_map)
         return torch.softmax(laid, -1, out=laid).sub_(1 / frames).transpose(0, 1)
     rows, columns = _packed(q), _packed(k).transpose(1, 2)
     logits = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale).view(*lead, frames, frames)
@@ -177,8 +177,8 @@ def guided_maps(
     pieces: list[Tensor] = []
     for row, part in _parts(layer, unit, q.shape[1] * q.shape[2] ** 2, q.device):
         if maps is None:
-            own = None if room is None else room[part].flatten()[: q[part, ..., 0].numel() * q.shape[2]]
-            a = centred_map(q[part], k[part], scale, None if own is None else own.view(*q[part].shape[:3], -1))
+            memory = None if room is None else room[part].flatten()[: q[part, ..., 0].numel() * q.shape[2]]
+            a = centred_map(q[part], k[part], scale, None if memory is None else memory.view(*q[part].shape[:3], -1))
         else:
             a = (maps[part].to(wide) - 1 / maps.shape[-1]).contiguous()
         e1 = _energy(a) if row in sums else None  # before the map is overwritten
@@ -198,7 +198,7 @@ def guided_maps(
     if band is None:
         return pieces, None
     kinds = 2 if low is None else 3
-    energies = torch.stack([torch.stack(found).view(-1, kinds).sum(0) for found in sums.values()], 1)
+    energies = torch.stack([torch.stack(terms).view(-1, kinds).sum(0) for terms in sums.values()], 1)
     return pieces, F.pad(energies, (0, 0, 0, 3 - kinds))
 
 
@@ -252,10 +252,10 @@ def weigh(pieces: list[Tensor], v: Tensor, band: Band, beta: float | Tensor, out
         if matrix is not None:
             laid = _times(laid, matrix, memory)
         elif not band.whole:
-            own = gain[part] if spread else gain
-            own = own.transpose(0, 1) if turned else own
+            factor = gain[part] if spread else gain
+            factor = factor.transpose(0, 1) if turned else factor
             low = None if band.mean_only else _times(laid, band.low(v), memory)
-            laid = laid * own if low is None else torch.lerp(low, laid, own)
+            laid = laid * factor if low is None else torch.lerp(low, laid, factor)
         laid = laid + 1 / frames if graph or band.whole else laid.add_(1 / frames)
         a = laid.transpose(0, 1) if turned else laid
         if memory is not None and out is not None and _in_place(v):

@@ -12,13 +12,13 @@ from torch import Tensor
 __all__ = ["swapped", "swapped_mask"]
 
 
-def swapped(own: Tensor, text: Tensor, at: slice) -> Tensor:
+def swapped(sequence: Tensor, text: Tensor, at: slice) -> Tensor:
     """Put text tokens [B, H, T, D] in the place of those that stand `at` a part of a sequence [B, H, N, D]."""
-    return torch.cat([own[:, :, : at.start], text, own[:, :, at.stop :]], 2)
+    return torch.cat([sequence[:, :, : at.start], text, sequence[:, :, at.stop :]], 2)
 
 
 def swapped_mask(
-    own: Tensor | None,
+    mask: Tensor | None,
     other: Tensor | None,
     *,
     at: slice,
@@ -30,7 +30,7 @@ def swapped_mask(
     """Put the masks of two calls together.
 
     Args:
-        own: Mask of the call that gives the sequence, [B, H, Nq, Nk] or what broadcasts to it.
+        mask: Mask of the call that gives the sequence, [B, H, Nq, Nk] or what broadcasts to it.
         other: Mask of the call that gives the text.
         at: Places of the text among the sequence's keys (and queries, where all ask).
         text: Places of the text among the keys of the other call (and its queries).
@@ -41,20 +41,20 @@ def swapped_mask(
     Returns:
         A mask that broadcasts over the new queries and keys, or None where all may attend to all.
     """
-    if own is None and other is None:
+    if mask is None and other is None:
         return None
-    own, other = _four(own), _four(other)
+    mask, other = _four(mask), _four(other)
     over_text = _part(other, slice(seen[0], seen[0] + 1), text)
     sizes = (at.start, text.stop - text.start, keys - at.stop)
 
     def rows(part: slice) -> Tensor:
         """Return the lines of some of the sequence's queries."""
-        mine = [_part(own, part, columns) for columns in (slice(0, at.start), slice(at.stop, keys))]
+        mine = [_part(mask, part, columns) for columns in (slice(0, at.start), slice(at.stop, keys))]
         return _line([mine[0], over_text, mine[1]], sizes)
 
     if queries is not None:
         return rows(queries)
-    if all(m is None or m.shape[2] == 1 for m in (own, other)):
+    if all(m is None or m.shape[2] == 1 for m in (mask, other)):
         return rows(slice(0, 1))
     over_rest = _part(other, text, slice(seen[1], seen[1] + 1))
     middle = _line([over_rest, _part(other, text, text), over_rest], sizes)

@@ -114,10 +114,10 @@ def _attend(
     count, heads = len(rows), q.shape[1]
 
     def taken(x: Tensor, tokens: Tensor, text: Tensor | None) -> Tensor:
-        found = x.index_select(2, tokens.flatten()).unflatten(2, tokens.shape).transpose(1, 2)
+        tiles = x.index_select(2, tokens.flatten()).unflatten(2, tokens.shape).transpose(1, 2)
         if text is not None:
-            found = torch.cat([found, text[:, None].expand(-1, count, -1, -1, -1)], 3)
-        return found.flatten(0, 1)
+            tiles = torch.cat([tiles, text[:, None].expand(-1, count, -1, -1, -1)], 3)
+        return tiles.flatten(0, 1)
 
     keys, values = (taken(x, columns, None if texts is None else texts[i]) for i, x in enumerate((k, v)))
     if mask is not None and len(mask) > 1:

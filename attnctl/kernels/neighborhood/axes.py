@@ -107,19 +107,19 @@ def window_places(axis: Axis) -> list[tuple[int, int, int, int]]:
 
     Places are counted within the group: token i of an axis with dilation e is place i div e of group i mod e.
     """
-    found = []
+    places = []
     for i in range(axis.length):
         group, place = i % axis.dilation, i // axis.dilation
         n = -(-(axis.length - group) // axis.dilation)
         size, first = min(axis.window, n), place // axis.stride * axis.stride
         if axis.causal:
             leader = min(first + axis.stride - 1, n - 1)
-            found.append((group, place, max(leader - size + 1, 0), place + 1))
+            places.append((group, place, max(leader - size + 1, 0), place + 1))
         else:
             leader = min(first + axis.stride // 2, n - 1)
             start = min(max(leader - size // 2, 0), n - size)
-            found.append((group, place, start, start + size))
-    return found
+            places.append((group, place, start, start + size))
+    return places
 
 
 def neighborhood_mask(axes: Sequence[Axis], device: torch.device | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class _Span(NamedTuple):
 
 def _spans(axis: Axis, tile: int) -> list[_Span]:
     """Cut an axis into tiles of at most `tile` queries of one group."""
-    found = []
+    spans = []
     places = window_places(axis)
     for group in range(min(axis.dilation, axis.length)):
         seen = places[group :: axis.dilation]
@@ -49,8 +49,8 @@ def _spans(axis: Axis, tile: int) -> list[_Span]:
                 tuple(group + p * axis.dilation for p in range(*ends)) for ends in ((a, a + len(part)), (first, last))
             )
             kind = tuple((p[2] - first, p[3] - first) for p in part), len(keys), first - a
-            found.append(_Span(queries, keys, kind))
-    return found
+            spans.append(_Span(queries, keys, kind))
+    return spans
 
 
 def best_tile(axes: tuple[Axis, ...]) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ def _make(axes: tuple[Axis, ...], apart: bool) -> tuple[tuple[Work, ...], Tensor
         for span in _spans(axis, size):
             kinds.setdefault((span.kind[:2], span.kind[2] if apart else 0), []).append(span)
         by_axis.append(kinds)
-    found = []
+    works = []
     for parts in itertools.product(*(kinds.values() for kinds in by_axis)):
         queries, keys = (
             _product([[getattr(s, name) for s in spans] for spans in parts], lengths) for name in ("queries", "keys")
@@ -108,9 +108,9 @@ def _make(axes: tuple[Axis, ...], apart: bool) -> tuple[tuple[Work, ...], Tensor
         alike = [spans[0].kind for spans in parts]
         seen, steps = _seen(alike)
         shared = all(set(ends) == {(0, count)} for ends, count, _ in alike)
-        found.append(Work(queries, keys, None if shared else seen, steps if apart else None))
-    order = torch.cat([work.queries.flatten() for work in found])
-    return tuple(found), order.argsort()
+        works.append(Work(queries, keys, None if shared else seen, steps if apart else None))
+    order = torch.cat([work.queries.flatten() for work in works])
+    return tuple(works), order.argsort()
 
 
 def _product(parts: list[list[tuple[int, ...]]], lengths: list[int]) -> Tensor:

@@ -271,8 +271,8 @@ def _take_call(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runs: _Runs, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     heads = q.shape[1]
-    kept = _take(q, runs, wanted, heads), _take(k, runs, wanted, heads), _take(v, runs, wanted, heads)
-    return *kept, _take_mask(mask, runs, wanted, heads)
+    qkv = _take(q, runs, wanted, heads), _take(k, runs, wanted, heads), _take(v, runs, wanted, heads)
+    return *qkv, _take_mask(mask, runs, wanted, heads)
 
 
 def _take_mask(mask: Tensor | None, runs: _Runs, wanted: bool, heads: int) -> Tensor | None:

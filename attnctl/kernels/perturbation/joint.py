@@ -90,8 +90,8 @@ def block_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         rows = slice(start, min(start + step, image.stop))
         q_row, k_row, v_row = (x[..., rows, :].to(wide) for x in (q, k, v))
         q_row = q_row * scale
-        own = (q_row * k_row).sum(dim=-1, keepdim=True)
-        logits = torch.cat([own, q_row @ k_text.transpose(-2, -1)], dim=-1)
+        self_logits = (q_row * k_row).sum(dim=-1, keepdim=True)
+        logits = torch.cat([self_logits, q_row @ k_text.transpose(-2, -1)], dim=-1)
         if mask is None:
             w = logits.softmax(dim=-1)
         else:
@@ -160,8 +160,8 @@ def _block_bias(mask: Tensor, rows: slice, image: slice, dtype: torch.dtype) -> 
     if mask.shape[-1] == 1:
         return as_bias(cut, dtype)
     if mask.shape[-2] == 1:
-        own = cut[..., rows].transpose(-2, -1)
+        diagonal = cut[..., rows].transpose(-2, -1)
     else:
-        own = cut[..., rows].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        diagonal = cut[..., rows].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     text = torch.cat([cut[..., : image.start], cut[..., image.stop :]], dim=-1)
-    return as_bias(torch.cat([own, text.expand(*own.shape[:-1], text.shape[-1])], dim=-1), dtype)
+    return as_bias(torch.cat([diagonal, text.expand(*diagonal.shape[:-1], text.shape[-1])], dim=-1), dtype)

@@ -141,9 +141,9 @@ class _Together:
         table = keys @ queries.transpose(-2, -1)
         # In place where a thread writes no number that another one reads; graphs of whole operations promise no such.
         table = torch.softmax(table, -2, out=None if table.device.type == "mps" else table).flatten(0, 1)
-        kept = self._kept[0]
-        index = self._row_blocks[..., first : first + queries.shape[1]].expand(*kept.shape[:3], -1)
-        kept.scatter_add_(-1, index, self._bags(table, "sum"))
+        mass = self._kept[0]
+        index = self._row_blocks[..., first : first + queries.shape[1]].expand(*mass.shape[:3], -1)
+        mass.scatter_add_(-1, index, self._bags(table, "sum"))
         if self.eps is not None:
             self._kept[2].scatter_reduce_(-1, index, self._bags(table, "max"), "amax")
             self._kept[1].scatter_add_(-1, index, self._bags(table.lt_(self.eps), "sum"))  # in place: read no more
@@ -276,11 +276,11 @@ def _sizes(n: int, block: int, like: Tensor) -> Tensor:
     return sizes
 
 
-def choose_orders(found: BlockMass, density: float, metric: str = "mass", alpha: float = 0.5) -> tuple[Tensor, Tensor]:
+def choose_orders(masses: BlockMass, density: float, metric: str = "mass", alpha: float = 0.5) -> tuple[Tensor, Tensor]:
     """Choose the order of every head.
 
     Args:
-        found: What `block_mass` says, for all orders.
+        masses: What `block_mass` says, for all orders.
         density: Share of blocks that will be kept.
         metric: "mass": the most mass in that share of the blocks; "paro": the paper's formula with the sign of its
             first term corrected; "paro_literal": as printed, for study.
@@ -291,14 +291,14 @@ def choose_orders(found: BlockMass, density: float, metric: str = "mass", alpha:
         first wins, so that a head keeps its order unless another one helps.
     """
     if metric == "mass":
-        flat = found.mass.flatten(-2)
-        kept = flat.topk(max(1, round(density * flat.shape[-1])), dim=-1).values.sum(-1)
-        cost = 1 - kept / flat.sum(-1).clamp_min(1e-30)
+        flat = masses.mass.flatten(-2)
+        mass = flat.topk(max(1, round(density * flat.shape[-1])), dim=-1).values.sum(-1)
+        cost = 1 - mass / flat.sum(-1).clamp_min(1e-30)
     else:
-        assert found.sparse is not None
-        assert found.uneven is not None
-        first = found.sparse if metric == "paro_literal" else 1 - found.sparse
-        cost = alpha * _share(first) + (1 - alpha) * _share(found.uneven)
+        assert masses.sparse is not None
+        assert masses.uneven is not None
+        first = masses.sparse if metric == "paro_literal" else 1 - masses.sparse
+        cost = alpha * _share(first) + (1 - alpha) * _share(masses.uneven)
     best = cost.amin(-1, keepdim=True)
     close = cost <= best + _TIE * best.abs().clamp_min(1e-12)
     return close.int().argmax(-1), cost
@@ -321,8 +321,8 @@ def choose_masks(mass: Tensor, density: float, *, together: bool = False) -> Ten
         Bool, in the shape of `mass`.
     """
     flat = mass.flatten(-3) if together else mass.flatten(-2)
-    kept = max(1, math.floor(density * flat.shape[-1] + 0.5))
-    least = flat.topk(kept, dim=-1).values[..., -1]
+    count = max(1, math.floor(density * flat.shape[-1] + 0.5))
+    least = flat.topk(count, dim=-1).values[..., -1]
     return _above(mass, least[(..., None, None, None) if together else (..., None, None)])
 
 
@@ -337,9 +337,9 @@ def choose_masks_together(masses: Sequence[Tensor], density: float) -> list[Tens
         Bool, in the shape of each of `masses`.
     """
     flat = torch.cat([m.flatten() for m in masses])
-    kept = max(1, math.floor(density * flat.numel() + 0.5))
+    count = max(1, math.floor(density * flat.numel() + 0.5))
     # kthvalue rather than topk: it has no limit on how many, and needs no copy of the largest.
-    least = flat.kthvalue(flat.numel() - kept + 1).values
+    least = flat.kthvalue(flat.numel() - count + 1).values
     return [_above(m, least) for m in masses]
 
 

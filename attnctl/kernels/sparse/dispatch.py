@@ -226,9 +226,9 @@ def _each_sample(
         return out.view(*q.shape[:3], v.shape[-1])
     rows = []
     for i in range(len(q)):
-        one, own = slice(i, i + 1), slice(i * heads, (i + 1) * heads)
+        one, span = slice(i, i + 1), slice(i * heads, (i + 1) * heads)
         if ("sample", i) not in plan.cache:
-            plan.cache["sample", i] = replace(plan, keep=plan.keep[:, own], order=plan.order[own])
+            plan.cache["sample", i] = replace(plan, keep=plan.keep[:, span], order=plan.order[span])
         some = plan.cache["sample", i]
         rows.append(
             block_sparse(

@@ -57,8 +57,8 @@ def run(call: LaidOut) -> Tensor:
     text = k_text.shape[2]
     gap, fill = _gaps(plan, text)
     words = q.new_ones((1, text), dtype=torch.bool) if words is None else words
-    asked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    mask = block_mask(plan, group, words.expand(batch, -1), backward=asked)
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    mask = block_mask(plan, group, words.expand(batch, -1), backward=backward)
     keys, values = (
         torch.cat([F.pad(repeat_heads(x, heads), (0, 0, 0, gap)), F.pad(repeat_heads(t, heads), (0, 0, 0, fill))], 2)
         for x, t in ((k, k_text), (v, v_text))
@@ -146,10 +146,10 @@ def _kept(keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Callable[..
     """Return the whole mask, which an uncompiled kernel asks everywhere; the text's blocks are all kept."""
     blocks = F.pad(keep, (0, -(-real.shape[1] // block_k) - keep.shape[-1]), value=True)
 
-    def kept(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return blocks[h, row // block_q, column // block_k] & real[b, column]
 
-    return kept
+    return mask_mod
 
 
 def tile(block: int) -> int:

@@ -80,7 +80,7 @@ def run_with_sums(
     memory = None if differentiable else Memory()
     out = None if differentiable else v.new_empty((batch, heads, n, v.shape[-1]))
     logs = q.new_empty((batch, heads, n), dtype=wide_dtype(q.dtype)) if sums else None
-    found = []
+    outputs = []
     orders = layout(plan, group, q.device)
     for h in range(heads):
         work = bundles(plan, group, h, times, q.device)
@@ -96,15 +96,15 @@ def run_with_sums(
                 (block_means(keys, plan.block_k), block_means(values, plan.block_k)) if plan.rest else None,
             )  # fmt: skip
             queries = _laid_out("queries", q[b, h, image], there, memory)
-            own = None if logs is None else logs.new_empty(n)
-            results = _compute(queries, head, work, times * plan.block_q, scale, memory, own)
-            if logs is not None and own is not None:
-                logs[b, h] = own.index_select(0, back)
+            head_logs = None if logs is None else logs.new_empty(n)
+            results = _compute(queries, head, work, times * plan.block_q, scale, memory, head_logs)
+            if logs is not None and head_logs is not None:
+                logs[b, h] = head_logs.index_select(0, back)
             if out is None:
-                found.append(results.index_select(0, back))
+                outputs.append(results.index_select(0, back))
             else:
                 torch.index_select(results, 0, back, out=out[b, h])
-    return torch.stack(found).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out, logs
+    return torch.stack(outputs).unflatten(0, (heads, batch)).transpose(0, 1) if out is None else out, logs
 
 
 class _Head(NamedTuple):
@@ -180,7 +180,7 @@ def _compute(
     """Compute one head's attention, in the order of its queries, [n, Dv]; write the sums' logs into `sums` [n]."""
     n = queries.shape[0]
     out = None if memory is None else memory.take("results", (n, head.values.shape[-1]), head.values)
-    found, at = [], 0
+    outputs, at = [], 0
     blocks = head.blocks()
     for bundle in work:
         rows, count = bundle.blocks.shape
@@ -209,11 +209,11 @@ def _compute(
                 first = at + i * together * height
                 sums[first : first + logs.numel()] = logs.flatten()
             if out is None:
-                found.append(result.flatten(0, 2))
+                outputs.append(result.flatten(0, 2))
             else:
                 done[i].copy_(result)
         at = stop
-    return torch.cat(found) if out is None else out
+    return torch.cat(outputs) if out is None else out
 
 
 def attend_with_sums(

@@ -107,14 +107,14 @@ class Layout(NamedTuple):
 
 def derived(plan: Blocks, group: int, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """Return what `make` derives from a plan for a part of the run; that of another part is dropped first."""
-    part, found = plan.cache.get("lists", (None, {}))
+    part, entries = plan.cache.get("lists", (None, {}))
     if part != group:
-        found = {}
-        plan.cache["lists"] = group, found
-    if key not in found:
+        entries = {}
+        plan.cache["lists"] = group, entries
+    if key not in entries:
         with torch.inference_mode(False):
-            found[key] = make()
-    value: T = found[key]
+            entries[key] = make()
+    value: T = entries[key]
     return value
 
 
@@ -150,11 +150,11 @@ def put_back(x: Tensor, plan: Blocks, group: int) -> Tensor:
     return _reorder(x, layout(plan, group, x.device), inverse=True)
 
 
-def _reorder(x: Tensor, found: Layout | None, *, inverse: bool) -> Tensor:
-    if found is None:
+def _reorder(x: Tensor, order: Layout | None, *, inverse: bool) -> Tensor:
+    if order is None:
         return x
     b, h, n, d = x.shape
-    return x.reshape(b, h * n, d).index_select(1, found.rows(inverse=inverse)).view(b, h, n, d)
+    return x.reshape(b, h * n, d).index_select(1, order.rows(inverse=inverse)).view(b, h, n, d)
 
 
 def coarser(keep: Tensor, times: int) -> Tensor:
@@ -212,15 +212,15 @@ def _bundles(keep: Tensor, n: int, block_q: int, block_k: int, *, rest: bool) ->
     kinds = 4 * whole.sum(-1) + (2 * keep[:, -1] if ragged else 0)
     if n % block_q:
         kinds[-1] += 1  # alone
-    found = []
+    parts = []
     for kind in kinds.unique().tolist():
         rows = (kinds == kind).nonzero()[:, 0]
         # Sorted by row, then by column: the columns of a row lie together.
         columns = whole.index_select(0, rows).nonzero()[:, 1].view(len(rows), kind // 4)
         left = _left_out(keep.index_select(0, rows)) if rest else None
-        found.append(Bundle(rows, columns, kind // 2 % 2 == 1, left))
+        parts.append(Bundle(rows, columns, kind // 2 % 2 == 1, left))
     # The partial query block comes last.
-    return sorted(found, key=lambda b: int(b.rows[-1]) == len(keep) - 1 and bool(n % block_q))
+    return sorted(parts, key=lambda b: int(b.rows[-1]) == len(keep) - 1 and bool(n % block_q))
 
 
 def _left_out(keep: Tensor) -> Tensor | None:

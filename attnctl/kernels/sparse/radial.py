@@ -39,7 +39,7 @@ def radial_blocks(frames: int, tokens: int, block: int, decay: float, sink: bool
     count = -(-frames * tokens // block)
     rows = -(-tokens // block) * block
     room = 2 * rows // block + 1  # blocks that a frame may reach into, wherever it begins
-    kept = torch.zeros(count + room, count + room, dtype=torch.bool)
+    mask = torch.zeros(count + room, count + room, dtype=torch.bool)
     parts: dict[tuple[int, int, float], Tensor] = {}
     for i in range(frames):
         for j in range(frames):
@@ -51,10 +51,10 @@ def radial_blocks(frames: int, tokens: int, block: int, decay: float, sink: bool
                 parts[(*at, width)] = _frame_pair(tokens, block, rows, width, *at)
             part = parts[(*at, width)]
             top, left = i * tokens // block, j * tokens // block
-            kept[top : top + part.shape[0], left : left + part.shape[1]] |= part
-    kept = kept[:count, :count]
+            mask[top : top + part.shape[0], left : left + part.shape[1]] |= part
+    mask = mask[:count, :count]
     # No row may be empty: a token sees its own block at least.
-    return kept | torch.eye(count, dtype=torch.bool)
+    return mask | torch.eye(count, dtype=torch.bool)
 
 
 def _width(apart: int, tokens: int, block: int, decay: float) -> float:

@@ -42,7 +42,7 @@ def with_means(
     keys, values = (
         block_means(lay_out(repeat_heads(x[:, :, image], heads), plan, group), plan.block_k).to(wide) for x in (k, v)
     )
-    kept, sizes = plan.keep[group].to(q.device), block_sizes(n, plan.block_k, keys).log()
+    mask, sizes = plan.keep[group].to(q.device), block_sizes(n, plan.block_k, keys).log()
     near, logs = lay_out(out, plan, group), lay_out(sums[..., None], plan, group)
     parts = []
     step = chunk_rows(q.shape[0], heads, keys.shape[2], q.device)
@@ -50,7 +50,7 @@ def with_means(
         rows = slice(first, min(first + step, n))
         blocks = torch.arange(rows.start, rows.stop, device=q.device) // plan.block_q
         logits = (queries[:, :, rows].to(wide) * scale) @ keys.transpose(-2, -1) + sizes
-        logits = logits.masked_fill(kept[:, blocks], -torch.inf)
+        logits = logits.masked_fill(mask[:, blocks], -torch.inf)
         far = logits.logsumexp(-1, keepdim=True)
         share = (far - logs[:, :, rows]).sigmoid()  # 0 where a row keeps all blocks: its far sum is -inf
         means = (logits - far.masked_fill(far.isneginf(), 0)).exp() @ values

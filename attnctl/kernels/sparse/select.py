@@ -117,8 +117,8 @@ def keep_density(scores: Tensor, density: float, *, by_row: bool) -> Tensor:
     """
     flat = scores if by_row else scores.flatten(-2)
     count = max(1, math.floor(density * flat.shape[-1] + 0.5))
-    found = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(count, dim=-1).indices, True)
-    return found if by_row else found.view_as(scores) | _best(scores)
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(count, dim=-1).indices, True)
+    return mask if by_row else mask.view_as(scores) | _best(scores)
 
 
 def keep_mass(scores: Tensor, mass: float) -> Tensor:

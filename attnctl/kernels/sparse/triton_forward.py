@@ -167,9 +167,9 @@ def forward(
     k_scales += (batch * heads + head) * k_scale_count
     token = begin + tl.arange(0, TILE_Q)
     real = token < n
-    found = tl.load(order + token, mask=real, other=0) if REORDERED else token
+    positions = tl.load(order + token, mask=real, other=0) if REORDERED else token
     # Quantised queries and keys are laid out already; values and results never are.
-    queries = _rows(q, token if INT8 else found, real, Q_TOKEN, WIDTH, PADDED, True)
+    queries = _rows(q, token if INT8 else positions, real, Q_TOKEN, WIDTH, PADDED, True)
     q_scale = 1.0
     if INT8:
         q_scale = tl.load(q_scales + (batch * heads + head) * q_scale_count + begin // TILE_Q, mask=begin < n, other=0)
@@ -199,7 +199,7 @@ def forward(
             WIDTH, WIDTH_V, PADDED, PADDED_V, WORDS or i == 1, SPLIT, WORDS, INT8, PRECISION,
         )  # fmt: skip
     if SUMS:
-        _store_sums(sums + (batch * heads + head) * n, found, real, top * scale + tl.log2(total))
-    _store(out, found, real, acc / total[:, None], OUT_TOKEN, WIDTH_V, PADDED_V)
+        _store_sums(sums + (batch * heads + head) * n, positions, real, top * scale + tl.log2(total))
+    _store(out, positions, real, acc / total[:, None], OUT_TOKEN, WIDTH_V, PADDED_V)
     if SPLIT:
-        _store(out + PADDED_V, found, real, rest / total[:, None], OUT_TOKEN, WIDTH_V - PADDED_V, PADDED_V)
+        _store(out + PADDED_V, positions, real, rest / total[:, None], OUT_TOKEN, WIDTH_V - PADDED_V, PADDED_V)

@@ -56,18 +56,18 @@ def masked(call: LaidOut) -> Tensor:
 def all_keys(k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor, plan: Blocks) -> tuple[Tensor, Tensor]:
     """Return the keys and values of text, of the image and, where they count, of its blocks' means, [B, H, all, D]."""
     means = [block_means(x, plan.block_k) for x in (k, v)] if plan.rest else [k[:, :, :0], v[:, :, :0]]
-    found = [torch.cat(parts, 2) for parts in ((k_text, k, means[0]), (v_text, v, means[1]))]
-    return repeat_heads(found[0], plan.heads), repeat_heads(found[1], plan.heads)
+    tensors = [torch.cat(parts, 2) for parts in ((k_text, k, means[0]), (v_text, v, means[1]))]
+    return repeat_heads(tensors[0], plan.heads), repeat_heads(tensors[1], plan.heads)
 
 
 def bias_of(plan: Blocks, group: int, rows: Tensor, text: int, words: Tensor | None, like: Tensor) -> Tensor:
     """Return what is added to the logits of some image rows, [B or 1, H, rows, all keys]."""
     n = plan.n_image or rows.numel()
-    kept = plan.keep[group].to(like.device)[:, rows // plan.block_q]
-    keep = F.pad(kept.repeat_interleave(plan.block_k, -1)[..., :n], (text, 0), value=True)
+    blocks = plan.keep[group].to(like.device)[:, rows // plan.block_q]
+    keep = F.pad(blocks.repeat_interleave(plan.block_k, -1)[..., :n], (text, 0), value=True)
     shown = like.new_ones((1, text), dtype=torch.bool) if words is None else words
     bias = as_bias(keep & F.pad(shown, (0, n), value=True)[:, None, None], like.dtype)
     if not plan.rest:
         return bias
-    means = block_sizes(n, plan.block_k, bias).log().masked_fill(kept, -torch.inf)
+    means = block_sizes(n, plan.block_k, bias).log().masked_fill(blocks, -torch.inf)
     return torch.cat([bias, means.expand(len(bias), -1, -1, -1)], -1)

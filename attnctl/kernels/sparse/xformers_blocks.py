@@ -111,7 +111,7 @@ def _sequences(plan: Blocks, group: int, text: int, most: int, device: torch.dev
     key_counts = (keep.flatten(0, 1) * sizes).sum(-1)
     row_ends = keep.flatten(0, 1).sum(-1).cumsum(0).tolist()
     query_counts = [plan.block_q] * (nq - 1) + [n - (nq - 1) * plan.block_q]
-    found, row = [], 0
+    batches, row = [], 0
     counts = key_counts.tolist()
     while row < heads * nq:
         stop, taken = row + 1, counts[row]
@@ -121,11 +121,11 @@ def _sequences(plan: Blocks, group: int, text: int, most: int, device: torch.dev
         span = slice(row_ends[row - 1] if row else 0, row_ends[stop - 1])
         queries = [query_counts[r % nq] for r in range(row, stop)]
         begin = row // nq * n + row % nq * plan.block_q
-        found.append(
+        batches.append(
             Sequences(
                 slice(begin, begin + sum(queries)), firsts[span].to(device), lengths[span].to(device), taken,
                 xformers.block_diagonal(queries, counts[row:stop], device),
             )
         )  # fmt: skip
         row = stop
-    return found
+    return batches
