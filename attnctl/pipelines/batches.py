@@ -109,8 +109,8 @@ def jobs_of(
         where = f"line {line.number}: "
         values = {name: getattr(line, name) for name in ("seed", "num", "steps", "width", "height")}
         check_wholes(values, ConfigError, where)
-        own = {name: value for name in _SETTINGS if (value := getattr(line, name)) is not None}
-        base = replace(usual, prompts=(line.prompt,), **own)
+        settings = {name: value for name in _SETTINGS if (value := getattr(line, name)) is not None}
+        base = replace(usual, prompts=(line.prompt,), **settings)
         check_pixels_asked(base.width, base.height, ConfigError)
         first = seed if line.seed is None else line.seed
         for column in columns:
@@ -176,13 +176,13 @@ def unlike(run: Run, loaded: Loaded) -> dict[Path, str]:
         ConfigError: as `settings_of`.
     """
     expected = settings_of(loaded, run.call)
-    found: dict[Path, str] = {}
+    reasons: dict[Path, str] = {}
     for i, job in enumerate(run.jobs):
         if not job.path.exists():
-            found[job.path] = ""
+            reasons[job.path] = ""
         elif reason := _difference(job.path, i, expected, run.call):
-            found[job.path] = reason
-    return found
+            reasons[job.path] = reason
+    return reasons
 
 
 def _difference(path: Path, place: int, expected: Mapping[str, Any], call: Call) -> str:

@@ -30,10 +30,10 @@ def doubts(path: Path, records: Sequence[Record]) -> list[str]:
         A sentence for each contradiction, the most telling ones first; none where all agrees.
     """
     other = sidecar(path) if path.suffix.lower() != ".json" else path.with_suffix(".png")
-    found = _beside(path, other, records)
+    texts = _beside(path, other, records)
     if len(records) == len(records[0].shows) == 1:
-        found += _pixels(path if other.suffix == ".json" else other, records[0])
-    return found + [text for record in records for text in _command(record)]
+        texts += _pixels(path if other.suffix == ".json" else other, records[0])
+    return texts + [text for record in records for text in _command(record)]
 
 
 def _beside(path: Path, other: Path, records: Sequence[Record]) -> list[str]:
@@ -44,13 +44,13 @@ def _beside(path: Path, other: Path, records: Sequence[Record]) -> list[str]:
         return []
     if len(theirs) != len(records):
         return [f"{other.name} has {len(theirs)} record(s), and {path.name} {len(records)}"]
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for mine, their in zip(records, theirs, strict=True):
         a, b = mine.to_dict(), their.to_dict()
         for name in a:
             if a[name] != b[name]:
-                found.setdefault(name, f"{name}={_short(a[name])} in {path.name} is {_short(b[name])} in {other.name}")
-    return list(found.values())
+                texts.setdefault(name, f"{name}={_short(a[name])} in {path.name} is {_short(b[name])} in {other.name}")
+    return list(texts.values())
 
 
 def _pixels(picture: Path, record: Record) -> list[str]:
@@ -83,27 +83,27 @@ def _command(record: Record) -> list[str]:
     for flag, value in itertools.pairwise(words):
         if flag.startswith("--"):
             given.setdefault(flag[2:], []).append(value)
-    found = []
+    texts = []
     for name in _FLAGS:
         for text in given.get(name, ())[-1:]:
             recorded = getattr(record, name)
             if not _same(name, text, recorded):
-                found.append(f"{name}={_short(recorded)}: its command says --{name} {text[:80]}")
+                texts.append(f"{name}={_short(recorded)}: its command says --{name} {text[:80]}")
     if given.get("prompt") and not set(record.prompts) <= set(given["prompt"]):
-        found.append(f"prompts={_short(record.prompts)}: its command says --prompt {given['prompt'][0][:80]!r}")
+        texts.append(f"prompts={_short(record.prompts)}: its command says --prompt {given['prompt'][0][:80]!r}")
     first = int(given["seed"][-1]) if given.get("seed", ["x"])[-1].isdigit() else 0
     if min(record.seeds) < first:
-        found.append(f"seeds={_short(record.seeds)}: its command says --seed {first}")
-    return found + _controls(record, given.get("control", []))
+        texts.append(f"seeds={_short(record.seeds)}: its command says --seed {first}")
+    return texts + _controls(record, given.get("control", []))
 
 
 def _controls(record: Record, texts: Sequence[str]) -> list[str]:
     try:
-        told = [control_to_dict(parse_control(text)) for text in texts]
+        controls = [control_to_dict(parse_control(text)) for text in texts]
     except AttnctlError:  # names that this version does not know, or files that are elsewhere
         return []
-    told = [control for control in told if control["method"] != "Capture"]
-    if json.loads(json.dumps(told)) == json.loads(json.dumps(list(record.controls))):
+    controls = [control for control in controls if control["method"] != "Capture"]
+    if json.loads(json.dumps(controls)) == json.loads(json.dumps(list(record.controls))):
         return []
     names = ", ".join(str(control.get("method")) for control in record.controls) or "none"
     return [f"controls ({names}): its command says {' '.join(texts)[:120] or 'none'}"]

@@ -82,12 +82,12 @@ class _Arguments(Control):
     found: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
-        kept = self.found
+        calls = self.found
 
         class Keeping(LiveControl):
             def before_call(self, passes: LiveDenoiser) -> None:
-                if not kept:
-                    kept.append(own_containers(dict(passes.state.bound)))
+                if not calls:
+                    calls.append(own_containers(dict(passes.state.bound)))
 
         return Keeping()
 

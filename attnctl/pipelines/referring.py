@@ -64,9 +64,9 @@ def expression_map(maps: WordMaps, words: Sequence[str], sinks: float | None = 1
         layer = maps.stacked(layers=site.name)[:, 0]
         flat = layer.flatten(1)
         if sinks is not None:
-            found = find_sinks(flat, sinks, chosen)
+            sink_mask = find_sinks(flat, sinks, chosen)
             # A word's map is the mean over its tokens, and the sum of all is what its columns take away.
-            flat = without_sinks(flat * counts[:, None], found) / counts[:, None]
+            flat = without_sinks(flat * counts[:, None], sink_mask) / counts[:, None]
         part = resized(flat[chosen].mean(0).unflatten(0, layer.shape[1:]), maps.grid)
         total = part if total is None else total + part
     assert total is not None
@@ -111,9 +111,9 @@ def refer(
     """
     if not isinstance(expressions, Sequence):
         raise ConfigError(f"expressions={shown(expressions)} was given; expected a text, or a list of texts.")
-    asked = (expressions,) if isinstance(expressions, str) else tuple(expressions)
+    texts = (expressions,) if isinstance(expressions, str) else tuple(expressions)
     images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-    if not asked or not images:
+    if not texts or not images:
         raise ConfigError("Give one expression or more, and one picture or more.")
     if threshold != "otsu":
         number(threshold, "threshold", 0.0, 1.0)
@@ -121,8 +121,8 @@ def refer(
         number(sinks, "sinks", 1.0)
     capture = TokenCapture(sites=sites)
     how = {"strength": strength, "draws": draws, "seed": seed, **options}
-    found = []
-    for expression in asked:
+    segments = []
+    for expression in texts:
         words, prompt = _prompt(expression, magnets)
         heats = []
         for image in images:
@@ -133,8 +133,8 @@ def refer(
                     "cut off. Give a shorter expression, or fewer magnets."
                 )
             heats.append(expression_map(maps, words, sinks))
-        found.append(_referred(expression, torch.stack(heats), _size(images[0]), whole, threshold, points))
-    return found
+        segments.append(_referred(expression, torch.stack(heats), _size(images[0]), whole, threshold, points))
+    return segments
 
 
 def _prompt(expression: str, magnets: Sequence[str]) -> tuple[tuple[str, ...], str]:

@@ -214,10 +214,10 @@ def grid_and_steps(
     watch = SparseAttention(Online(density=1.0))  # dense
     with attach(pipe, watch) as handle:
         _runner(pipe, prompt, 0, {"output_type": "latent", **dict(call or {})})()
-        found = [site.grid for site in handle.sites if site.grid is not None and site.kind in watch.kinds]
-    if not found:
+        grids = [site.grid for site in handle.sites if site.grid is not None and site.kind in watch.kinds]
+    if not grids:
         raise ConfigError("No self- or joint attention with a known token grid was seen: nothing can be compared.")
-    return max(found, key=math.prod), len(pipe.scheduler.timesteps)
+    return max(grids, key=math.prod), len(pipe.scheduler.timesteps)
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -233,14 +233,14 @@ def read_store(path: Path) -> dict[str, Sums]:
     with open_tensors(path, _STORE, cure=cure) as file:
         facts = parse_json((file.metadata() or {}).get("sites", ""), path.name, _STORE)
         try:
-            found = {name: _sums(fact) for name, fact in facts.items()}
+            by_site = {name: _sums(fact) for name, fact in facts.items()}
             places = {fact["i"]: name for name, fact in facts.items()}
-            if len(places) != len(found):
+            if len(places) != len(by_site):
                 raise ValueError("two sites have one place")
             for key in list(file.keys()):
                 if key != "none":
-                    _add(found, places, key, file.get_tensor(key))
-            for name, sums in found.items():
+                    _add(by_site, places, key, file.get_tensor(key))
+            for name, sums in by_site.items():
                 if not sums.calls or sums.mass.keys() != sums.calls.keys():
                     raise ValueError(f"{name} lacks a part of the run")
                 shapes = {tuple(t.shape) for t in sums.mass.values()}
@@ -248,7 +248,7 @@ def read_store(path: Path) -> dict[str, Sums]:
                     raise ValueError(f"{name} has parts of different shapes")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{path.name} cannot be read ({error!r:.160}): it is damaged. {cure}") from None
-    return found
+    return by_site
 
 
 def _sums(fact: Any) -> Sums:
@@ -263,10 +263,10 @@ def _sums(fact: Any) -> Sums:
     return Sums({"grid": grid, "n_text": n_text, "text_first": first}, calls)
 
 
-def _add(found: dict[str, Sums], places: Mapping[int, str], key: str, tensor: Tensor) -> None:
+def _add(by_site: dict[str, Sums], places: Mapping[int, str], key: str, tensor: Tensor) -> None:
     """Put a tensor of a store where its name says."""
     place, kind, group = key.split("/")
-    sums = found[places[int(place)]]
+    sums = by_site[places[int(place)]]
     axes = 4 if kind == "mass" else 2
     shape = tensor.shape if tensor.ndim == axes and tensor.dtype in (torch.float32, torch.float64) else (0, 0)
     if not tensor.numel() or shape[1] not in (1, len(LAYOUTS)):

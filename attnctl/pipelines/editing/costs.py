@@ -72,7 +72,7 @@ def flow_costs(edit: Any, sites: Sequence[Site], shape: Shape, steps: int, rule:
         acting = max(_end(getattr(edit, name, 0.0)) for name in ("cross_replace", "self_replace"))
     fused = math.ceil(down * acting)
     store = getattr(edit, "store", "recompute")
-    kept = {"recompute": 0, "qk": fused * qk, "maps": fused * maps}[store]
+    store_bytes = {"recompute": 0, "qk": fused * qk, "maps": fused * maps}[store]
     rows = 2.0 if inversionless else (1 + fused / max(down, 1) if store == "recompute" else 1.0)
     on_device = latents if latents <= ON_DEVICE or inversionless else one
     return {
@@ -82,9 +82,9 @@ def flow_costs(edit: Any, sites: Sequence[Site], shape: Shape, steps: int, rule:
         "edit_calls": max(1, round(steps * edit.strength)) * edit.average if inversionless else down,
         "rows_beside": rows,
         "latent_bytes": latents,
-        "device_bytes": on_device + kept,
-        "kept_bytes": kept,
-        "bytes": (0 if inversionless else latents) + kept,
+        "device_bytes": on_device + store_bytes,
+        "kept_bytes": store_bytes,
+        "bytes": (0 if inversionless else latents) + store_bytes,
         "qk_bytes": fused * qk,
         "maps_bytes": fused * maps,
     }

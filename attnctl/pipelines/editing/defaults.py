@@ -52,12 +52,12 @@ def defaults_of(pipe: Any, family: str, method: str) -> Defaults:
         return _TABLE[family, method]
     parameters = inspect.signature(type(pipe).__call__).parameters
 
-    def own(names: tuple[str, ...], otherwise: Any) -> Any:
-        found = (parameters[n].default for n in names if n in parameters)
-        return next((v for v in found if isinstance(v, (int, float)) and v > 1), otherwise)
+    def default_of(names: tuple[str, ...], otherwise: Any) -> Any:
+        defaults = (parameters[n].default for n in names if n in parameters)
+        return next((v for v in defaults if isinstance(v, (int, float)) and v > 1), otherwise)
 
-    steps = int(own(("num_inference_steps",), 28))
-    scale = float(own(("guidance_scale", "true_cfg_scale"), 4.0))
+    steps = int(default_of(("num_inference_steps",), 28))
+    scale = float(default_of(("guidance_scale", "true_cfg_scale"), 4.0))
     if method == "FlowEdit":
         fields = {"source_scale": max(1.0, scale / 4), "target_scale": scale, "strength": 0.66}
         return Defaults(steps, scale, f"{type(pipe).__name__}'s own; FlowEdit's share for SD3", fields)

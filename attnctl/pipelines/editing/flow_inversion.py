@@ -189,11 +189,11 @@ class _Noter(LiveControl):
             return proceed(call)
         alone = call.index == 0
         if self.control.keep and alone and call.site.name in self.fusion.fused:
-            kept, store = row_of(call, 0), self.inversion.store
+            row, store = row_of(call, 0), self.inversion.store
             assert store is not None
             if store.mode == "maps":
-                kept = {"map": MapAttention.of(kept["q"], kept["k"], call.scale, kept.get("mask")).map}
-            store.put(call.state.step, call.site.name, kept)
+                row = {"map": MapAttention.of(row["q"], row["k"], call.scale, row.get("mask")).map}
+            store.put(call.state.step, call.site.name, row)
         elif self.tokens and alone and call.site.name in self.fusion.masking:
             share = word_column(call, 0, self.tokens)
             self.sums = share if self.sums is None else self.sums + share

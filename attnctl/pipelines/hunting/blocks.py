@@ -77,13 +77,13 @@ class BlockHunt(Pictures):
             pool = list(select(sites, self.sites, kinds=_KINDS, what="the pool"))
         blocks = {s.name.rpartition(".")[0]: s.name for s in reversed(pool)}
         firsts = set(blocks.values())
-        found = tuple((m, s.name) for s in pool for m in self.methods if m != "SLG" or s.name in firsts)
-        if not found:
+        pairs = tuple((m, s.name) for s in pool for m in self.methods if m != "SLG" or s.name in firsts)
+        if not pairs:
             raise SiteError(
                 "There is no block to try: the model has no self- or joint-attention that the plan's sites leave. "
                 "attnctl.find_sites(pipe) lists what there is."
             )
-        return found
+        return pairs
 
     def control(self, candidate: Candidate) -> Guidance:
         """Return a candidate as a control."""

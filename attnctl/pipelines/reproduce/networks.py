@@ -131,8 +131,8 @@ class Networks:
 
     def _inception_file(self) -> Path:
         """Find the weights of FID's Inception network, or fetch them."""
-        kept = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
-        path = self._inception or kept
+        cache_path = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
+        path = self._inception or cache_path
         if path.is_file():
             return path
         cure = (
@@ -144,13 +144,13 @@ class Networks:
         try:
             if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
                 raise OSError("HF_HUB_OFFLINE forbids it")
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(_ADDRESS, str(kept), hash_prefix="6726825d", progress=False)
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(_ADDRESS, str(cache_path), hash_prefix="6726825d", progress=False)
         except (OSError, RuntimeError) as error:  # no network, or another file under that name
             raise ConfigError(
                 f"FID's Inception network ({_INCEPTION}, 0.1 GB) cannot be fetched ({error}). {cure}"
             ) from None
-        return kept
+        return cache_path
 
     # Captions and preferences
 

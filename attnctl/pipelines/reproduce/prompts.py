@@ -86,7 +86,7 @@ def controls_of(experiment: Experiment, variant: Variant, one: Asked, plan: str 
     put = {"words": repr(words), "extra": repr(one.extra), "prompt": repr(one.prompt), "plan": repr(plan)}
     if "{heads}" in str(variant.controls):
         put["heads"] = repr(_pairs(experiment.heads) if heads is None else heads)
-    return [re.sub(r"\{(\w+)\}", lambda found: put[found[1]], text) for text in variant.controls]
+    return [re.sub(r"\{(\w+)\}", lambda match: put[match[1]], text) for text in variant.controls]
 
 
 def check_extras(experiment: Experiment, wanted: Sequence[Asked]) -> None:
@@ -128,10 +128,10 @@ def pictures_in(folder: Path, what: str = "pictures") -> list[Path]:
     """
     if not folder.is_dir():
         raise ConfigError(f"There is no folder of {what} {folder}. Expected pictures ({', '.join(SUFFIXES)}).")
-    found = sorted((p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()), key=str)
-    if not found:
+    pictures = sorted((p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()), key=str)
+    if not pictures:
         raise ConfigError(f"The folder of {what} {folder} is empty: expected pictures ({', '.join(SUFFIXES)}).")
-    return found
+    return pictures
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str]]:

@@ -149,22 +149,22 @@ def experiments(method: str, only: str | None = None, *, toy: bool = False) -> t
         raise ConfigError(
             f"There is no recipe for {method!r}; recipes are {', '.join(methods())}.{nearest(name, methods())}"
         )
-    found = _read(name, toy)
+    recipe = _read(name, toy)
     if only is None:
-        return found
-    names = [e.name for e in found]
+        return recipe
+    names = [e.name for e in recipe]
     if only not in names:
         raise ConfigError(f"{name} has no experiment {only!r}; it has {', '.join(names)}.{nearest(only, names)}")
-    return tuple(e for e in found if e.name == only)
+    return tuple(e for e in recipe if e.name == only)
 
 
 @cache
 def _read(method: str, toy: bool) -> tuple[Experiment, ...]:
     data = tomllib.loads((FOLDER / f"{method}.toml").read_text(encoding="utf-8"))
-    own = data.pop("experiments")
+    entries = data.pop("experiments")
     small = data.pop("toy")
     made = []
-    for name, entry in own.items():
+    for name, entry in entries.items():
         mine = entry.pop("toy", {})
         fields = {"method": method, "name": name, **data, **entry}
         if toy:

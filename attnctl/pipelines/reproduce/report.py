@@ -88,10 +88,10 @@ def _figures(value: list[float] | float | None, n: int, first: list[float] | Non
     if isinstance(value, float):
         return empty | {"measured": value, "n": n}
     mean, low, high = _interval(value, share)
-    found = empty | {"measured": mean, "low": low, "high": high, "n": len(value)}
+    figures = empty | {"measured": mean, "low": low, "high": high, "n": len(value)}
     if first is not None and len(first) == len(value):
-        found["difference"] = list(_interval([a - b for a, b in zip(value, first, strict=True)], False))
-    return found
+        figures["difference"] = list(_interval([a - b for a, b in zip(value, first, strict=True)], False))
+    return figures
 
 
 def _interval(values: Sequence[float], share: bool) -> tuple[float, float | None, float | None]:
@@ -202,10 +202,10 @@ def catalogue_rows(folder: Path | None) -> Iterator[tuple[str, ...]]:
             for metric in by_name(experiment.metrics):
                 names = [v.name for v in experiment.variants[1 if metric.pairs else 0 :]]
                 published = [experiment.figure(name, metric.name) for name in names]
-                found = [rows.get((name, metric.name), {}).get("measured") for name in names]
+                measurements = [rows.get((name, metric.name), {}).get("measured") for name in names]
                 yield (
                     experiment.label, experiment.model, metric.about, " / ".join(names),
-                    _joined(published, metric, NOT_GIVEN), _joined(found, metric, NOT_RUN),
+                    _joined(published, metric, NOT_GIVEN), _joined(measurements, metric, NOT_RUN),
                 )  # fmt: skip
 
 

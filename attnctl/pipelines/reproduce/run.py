@@ -135,14 +135,14 @@ class Job:
                 "num_inference_steps": call.steps, "guidance_scale": call.guidance, "height": call.height,
                 "width": call.width, **call.options,
             }  # fmt: skip
-            found = calibrate(
+            calibration = calibrate(
                 self.loaded.pipe, _calibration_prompts(self.experiment), density=variant.density,
                 block=self.experiment.block, call={k: v for k, v in settings.items() if v is not None},
                 out=folder / "measured", model=self.loaded.name, quiet=True, seed=1_000_000,
             )  # fmt: skip
             self.crew.wait()  # no process may still look for the plan when the first one writes it
             if not self.crew.rank:
-                found.plan.save_pretrained(folder)
+                calibration.plan.save_pretrained(folder)
         self.crew.wait()
         return folder.as_posix()
 

@@ -135,8 +135,8 @@ def find_masks(data: Path, *, held_out: float = 0.2, seed: int = 0) -> Split:
             f"The masks to train on below {root} hold the class 0 and no other ({IGNORED} counts for nothing); "
             f"expected at least two classes, numbered 0, 1 and so on. In black and white masks, write 1 for {IGNORED}."
         )
-    for part, found in zip(parts, values, strict=True):
-        for (_, mask), seen in zip(part, found, strict=True):
+    for part, part_values in zip(parts, values, strict=True):
+        for (_, mask), seen in zip(part, part_values, strict=True):
             strange = sorted(v for v in seen if v >= len(classes))
             if strange:
                 raise ConfigError(
@@ -305,10 +305,10 @@ def _folder(path: Path) -> Path:
 
 
 def _other(root: Path) -> Path:
-    found = [root / name for name in _HELD_OUT if (root / name).is_dir()]
-    if not found:
+    folders = [root / name for name in _HELD_OUT if (root / name).is_dir()]
+    if not folders:
         raise ConfigError(f"{root} has train, but none of {', '.join(_HELD_OUT)} beside it.")
-    return found[0]
+    return folders[0]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -319,8 +319,8 @@ def _visible(folder: Path) -> list[Path]:
 def _others(folders: set[Path]) -> tuple[Path, ...]:
     """List the visible files of folders that are no pictures by their names, and pictures beside folders of classes."""
     files = (p for folder in sorted(folders) for p in _visible(folder) if not p.is_dir())
-    held = {p.parent for p in folders}
-    return tuple(p for p in files if p.suffix.lower() not in SUFFIXES or p.parent in held)
+    parents = {p.parent for p in folders}
+    return tuple(p for p in files if p.suffix.lower() not in SUFFIXES or p.parent in parents)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -329,7 +329,7 @@ def _pictures(folder: Path) -> list[Path]:
     Raises:
         ConfigError: A link to nothing, or pictures in a folder below.
     """
-    found = []
+    pictures = []
     for path in _visible(folder):
         if path.is_dir():
             if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
@@ -342,8 +342,8 @@ def _pictures(folder: Path) -> list[Path]:
             if not path.exists():
                 raise ConfigError(f"{path} is a link to a file that does not exist. Mend it, or take it out.")
             if path.is_file():
-                found.append(path)
-    return found
+                pictures.append(path)
+    return pictures
 
 
 def _name(text: str) -> str:
@@ -355,13 +355,13 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
     folders = [p for p in _visible(root) if p.is_dir()]
     if len(folders) < 2:
         raise ConfigError(f"{root} has {len(folders)} class folders; expected at least two, each with pictures.")
-    found = {_name(p.name): _pictures(p) for p in folders}
-    if len(found) < len(folders):
+    classes = {_name(p.name): _pictures(p) for p in folders}
+    if len(classes) < len(folders):
         raise ConfigError(f"{root} has two folders of the same name, with accents in two spellings. Merge them.")
-    for name, files in found.items():
+    for name, files in classes.items():
         if not files:
             raise ConfigError(f"{root / name} has no pictures ({', '.join(SUFFIXES)}).")
-    return found
+    return classes
 
 
 def _with_masks(root: Path) -> list[tuple[Path, Path]]:
@@ -370,11 +370,11 @@ def _with_masks(root: Path) -> list[tuple[Path, Path]]:
             raise ConfigError(f"{root} has no folder {name}; expected images and masks with files of the same names.")
     images = _pictures(root / "images")
     masks: dict[str, Path] = {}
-    for files, known in ((_pictures(root / "masks"), masks), (images, {})):
+    for files, paths in ((_pictures(root / "masks"), masks), (images, {})):
         for path in files:
-            if (name := _name(path.stem)) in known:
-                raise ConfigError(f"{path} and {known[name].name} have one name: which mask belongs to which picture?")
-            known[name] = path
+            if (name := _name(path.stem)) in paths:
+                raise ConfigError(f"{path} and {paths[name].name} have one name: which mask belongs to which picture?")
+            paths[name] = path
     if not images:
         raise ConfigError(f"{root / 'images'} has no pictures ({', '.join(SUFFIXES)}).")
     for image in images:

@@ -309,8 +309,8 @@ def _described(recipe: Recipe, split: Split) -> Run:
     )  # fmt: skip
     cfg: Any = get_pretrained_cfg(recipe.model)
     config = resolve_data_config({}, pretrained_cfg=None if cfg is None else cfg.to_dict())
-    own = recipe.model_options.get("img_size", config["input_size"][-2:])
-    height, width = (own, own) if isinstance(own, int) else own
+    model_size = recipe.model_options.get("img_size", config["input_size"][-2:])
+    height, width = (model_size, model_size) if isinstance(model_size, int) else model_size
     if recipe.size is not None:
         height = width = recipe.size
     if recipe.task == "segment" and (height % 32 or width % 32):

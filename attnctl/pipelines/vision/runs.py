@@ -114,11 +114,11 @@ def load_run(folder: Path) -> tuple[Run, nn.Module]:
     """
     data = read_json(folder / "run.json", _RUN)
     check_schema(data, "run.json", _RUN, kind="vision run", schema=_SCHEMA)
-    known = {k: v for k, v in data.items() if k not in ("kind", "schema")}
+    values = {k: v for k, v in data.items() if k not in ("kind", "schema")}
     try:
         for name in ("classes", "size", "mean", "std"):
-            known[name] = tuple(known[name])
-        run = Run(**known)
+            values[name] = tuple(values[name])
+        run = Run(**values)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'run.json'} is no run of this version: {error}") from None
     model = build_model(run)
@@ -131,14 +131,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     expected = Expected("the weights of a run", ConfigError)
     with open_tensors(path, expected, cure="Train again, or choose another run.") as tensors:
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    own = model.state_dict()
-    other = [n for n in state if n in own and own[n].shape != state[n].shape]
+    weights = model.state_dict()
+    other = [n for n in state if n in weights and weights[n].shape != state[n].shape]
     if other:
         raise ConfigError(
             f"{path} is for other classes or another model: {other[0]} is {tuple(state[other[0]].shape)}, expected "
-            f"{tuple(own[other[0]].shape)}."
+            f"{tuple(weights[other[0]].shape)}."
         )
-    missing = sorted(set(own) ^ set(state))
+    missing = sorted(set(weights) ^ set(state))
     if missing:
         raise ConfigError(f"{path} is of another model: {missing[0]} is in one of them only.")
     model.load_state_dict(state)
