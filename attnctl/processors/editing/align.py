@@ -41,14 +41,14 @@ def word_tokens(tokenizer: Any, prompt: str) -> tuple[tuple[int, ...], ...]:
     A word has the tokens that stand for its characters; words cut off by the tokenizer's length have none.
     """
     ids, spans = token_spans(tokenizer, prompt)
-    kept = len(ids) if len(ids) <= tokenizer.model_max_length else tokenizer.model_max_length - 1
-    found, at = [], 0
+    count = len(ids) if len(ids) <= tokenizer.model_max_length else tokenizer.model_max_length - 1
+    words, at = [], 0
     for word in prompt.split(" "):
         end = at + len(word)
-        inside = [i for i, (a, b) in enumerate(spans[:kept]) if a < end and b > at and prompt[a:b].strip()]
-        found.append(tuple(inside))
+        inside = [i for i, (a, b) in enumerate(spans[:count]) if a < end and b > at and prompt[a:b].strip()]
+        words.append(tuple(inside))
         at = end + 1
-    return tuple(found)
+    return tuple(words)
 
 
 def replace_matrix(

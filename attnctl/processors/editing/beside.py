@@ -245,15 +245,15 @@ class RowEditing(BesideSource):
             return proceed(call)
         alone = call.q.shape[0] == 1 and rows.total > 1
         if self.rides:
-            kept = self.source_at(call)
+            source_row = self.source_at(call)
         else:
             store: SourceStore | None = self.inversion.store
             assert store is not None
             mine = call.index == (self.edit if alone else 0)
-            kept = store.get(call.state.step, call.site.name, call.q.device) if mine else None
-        if kept is None:
+            source_row = store.get(call.state.step, call.site.name, call.q.device) if mine else None
+        if source_row is None:
             return proceed(call)
-        return self.fusion.fuse(call, proceed, kept, 0 if alone else self.edit)
+        return self.fusion.fuse(call, proceed, source_row, 0 if alone else self.edit)
 
     def stepped(self, step: int, latents: Tensor) -> Tensor:
         scheduler, fusion = self.scheduler(), self.fusion

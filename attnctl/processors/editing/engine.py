@@ -107,8 +107,8 @@ class Editing(LiveControl):
         self.changes_latents = control.blend_latents or self.inversion.region is not None
         self.steps = self.inversion.steps
         self.follow = self.source.plan.follow(self.steps)
-        kept = self.inversion.store
-        self.kept = SourceStore("recompute") if kept is None or control.store == "recompute" else kept
+        store = self.inversion.store
+        self.kept = SourceStore("recompute") if store is None or control.store == "recompute" else store
         self.attention = SourceAttention(self.kept, "maps" if control.store == "maps" else "qk")
         self._check()
         self.begin_run()
@@ -116,13 +116,13 @@ class Editing(LiveControl):
     def _check(self) -> None:
         """Refuse an inversion that was made for another edit."""
         control, inversion = self.control, self.inversion
-        told = inversion.settings
+        settings = inversion.settings
         if inversion.prompt != control.source:
             raise ConfigError(
                 f"FateZero: the inversion was made with the prompt {inversion.prompt!r}, not with "
                 f"source={control.source!r}. Invert again, or give that source."
             )
-        if inversion.keys != control.keys or told.get("keyed") != self.source.keyed:
+        if inversion.keys != control.keys or settings.get("keyed") != self.source.keyed:
             raise ConfigError(
                 f"FateZero: the inversion looked at frames {inversion.keys!r}, the edit at {control.keys!r} (or at "
                 "other layers). Invert with the control that edits."
@@ -185,11 +185,11 @@ class Editing(LiveControl):
                 f"num_inference_steps={self.steps}, or invert again in {state.steps} steps."
             )
         timesteps = getattr(getattr(passes.pipe, "scheduler", None), "timesteps", None)
-        told = None if timesteps is None else [int(t) for t in timesteps.tolist()]
-        if told is not None and told[::-1] != list(inversion.timesteps):
+        times = None if timesteps is None else [int(t) for t in timesteps.tolist()]
+        if times is not None and times[::-1] != list(inversion.timesteps):
             raise ConfigError(
-                f"FateZero: {type(passes.pipe.scheduler).__name__} runs through timesteps {told[:3]}..., the inversion "
-                f"through {list(inversion.timesteps[::-1][:3])}...: use the DDIMScheduler that inverted it "
+                f"FateZero: {type(passes.pipe.scheduler).__name__} runs through timesteps {times[:3]}..., the "
+                f"inversion through {list(inversion.timesteps[::-1][:3])}...: use the DDIMScheduler that inverted it "
                 "(attnctl.pipelines.ddim_of(pipe.scheduler))."
             )
         rows, shape = state.rows, state.bound["sample"].shape[1:]
@@ -199,10 +199,10 @@ class Editing(LiveControl):
                 f"and the denoiser was called with {rows.prompts} prompt rows of {tuple(shape)}. Give one prompt a "
                 "frame and latents=inversion.noise."
             )
-        asked = None if state.prompts is None else set(state.prompts.prompts)
-        if asked not in (None, {self.control.target}):
+        prompts = None if state.prompts is None else set(state.prompts.prompts)
+        if prompts not in (None, {self.control.target}):
             raise ConfigError(
-                f"FateZero: the run's prompts are {sorted(asked or ())}, the control's target is "
+                f"FateZero: the run's prompts are {sorted(prompts or ())}, the control's target is "
                 f"{self.control.target!r}: the tokens would not correspond. Give that prompt for every frame."
             )
         self.how = self.source.plan.how.to(state.bound["sample"])
@@ -291,8 +291,8 @@ class Editing(LiveControl):
             source = self.attention.attend(self.step, call, call.v[cond], indices, proceed)
             return _put(out, cond, source if mask is None else torch.where(mask[:, None, :, None], out[cond], source))
 
-        def attend(own: bool, at: Tensor | None) -> Tensor:
-            if own:
+        def attend(is_edit: bool, at: Tensor | None) -> Tensor:
+            if is_edit:
                 return proceed(call.with_(q=take_queries(call.q[cond], at), k=call.k[cond], v=call.v[cond]))
             return self.attention.attend(self.step, call, call.v[cond], indices, proceed, at)
 

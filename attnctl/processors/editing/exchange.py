@@ -116,9 +116,9 @@ class Exchange:
         if self.control.mode == "refine":
             ids: dict[str, int] = {}
             numbers = [[ids.setdefault(token, len(ids)) for token in r.tokens] for r in (s, t)]
-            mapper, known = refine_map(numbers[0], numbers[1], length=max(len(numbers[0]), len(numbers[1])))
+            mapper, mask = refine_map(numbers[0], numbers[1], length=max(len(numbers[0]), len(numbers[1])))
             return {
-                j: [(int(mapper[j]), 1.0)] for j in range(len(t.tokens)) if known[j] and int(mapper[j]) < len(s.tokens)
+                j: [(int(mapper[j]), 1.0)] for j in range(len(t.tokens)) if mask[j] and int(mapper[j]) < len(s.tokens)
             }
         matrix = replace_matrix(
             s.prompt_text,
@@ -128,11 +128,11 @@ class Exchange:
             max(len(s.tokens), len(t.tokens)),
             self.control.replace_tail,
         )
-        found: dict[int, list[tuple[int, float]]] = {}
+        columns: dict[int, list[tuple[int, float]]] = {}
         for i, j in matrix.nonzero().tolist():
             if i < len(s.tokens) and j < len(t.tokens):
-                found.setdefault(j, []).append((i, float(matrix[i, j])))
-        return found
+                columns.setdefault(j, []).append((i, float(matrix[i, j])))
+        return columns
 
     def weights(self, length: int) -> Tensor:
         """Return the equalizer, [length]."""
@@ -158,8 +158,8 @@ class Exchange:
 
 def _words(r: Reading) -> list[list[int]]:
     """Return the tokens of each word of a prompt, words being what single spaces part."""
-    found, at = [], r.prompt[0]
+    words, at = [], r.prompt[0]
     for word in r.prompt_text.split(" "):
-        found.append(r.at((at, at + len(word))))
+        words.append(r.at((at, at + len(word))))
         at += len(word) + 1
-    return found
+    return words

@@ -158,16 +158,16 @@ class _Pairs(LiveControl):
         assert self.passes is not None
         rows, pred = self.passes.state.rows, main_output(output)
         extra = 1.0 if (family := self.passes.state.family) is not None and family.from_prompt else 0.0
-        own, given = self.control.source_scale + extra, self.control.target_scale + extra
+        scale, given = self.control.source_scale + extra, self.control.target_scale + extra
         if self.embedded or not isinstance(pred, Tensor):
             return None
         if rows.role == "both" and rows.uncond is not None:
             source, u = rows.cond.start, pred[rows.uncond.start]
-            c = u + own / given * (pred[source] - u)  # u + given (c' - u) = u + own (c - u)
+            c = u + scale / given * (pred[source] - u)  # u + given (c' - u) = u + scale (c - u)
             return with_main_output(output, torch.cat([pred[:source], c[None], pred[source + 1 :]]))
         if rows.role == "all":
             self.prompt_half = pred[:1]
         if rows.role == "uncond" and self.prompt_half is not None:
-            u = (pred[:1] * (1 - own) + (own - given) * self.prompt_half) / (1 - given)
+            u = (pred[:1] * (1 - scale) + (scale - given) * self.prompt_half) / (1 - given)
             return with_main_output(output, torch.cat([u, pred[1:]]))
         return None

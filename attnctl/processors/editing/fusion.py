@@ -143,7 +143,7 @@ def self_fuse(attend: Callable[[bool, Tensor | None], Tensor], split: Split | No
     if split is None:
         return attend(False, None)
     sides = ((True, split.own), (False, split.source))
-    return take_queries(torch.cat([attend(own, at) for own, at in sides if at.shape[1]], 2), split.back)
+    return take_queries(torch.cat([attend(is_edit, at) for is_edit, at in sides if at.shape[1]], 2), split.back)
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ class CrossEdit:
         return cls(matrix, torch.zeros(matrix.shape[1]), weight)
 
     @classmethod
-    def refine(cls, mapper: Tensor, known: Tensor, weight: Tensor) -> CrossEdit:
+    def refine(cls, mapper: Tensor, mask: Tensor, weight: Tensor) -> CrossEdit:
         """Take the source columns that an alignment names; new tokens keep the edit's map."""
         length = mapper.shape[0]
         take = torch.zeros(length, length)
-        take[mapper.clamp_min(0), torch.arange(length)] = known
-        return cls(take, 1 - known, weight)
+        take[mapper.clamp_min(0), torch.arange(length)] = mask
+        return cls(take, 1 - mask, weight)
 
     def to(self, like: Tensor) -> CrossEdit:
         """Move to the device of a tensor, in its wide dtype."""

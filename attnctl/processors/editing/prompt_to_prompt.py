@@ -84,8 +84,8 @@ class PromptToPrompt(WordEdit):
     def groups(self, sites: Sequence[Site], family: Any) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         fused, masks = super().groups(sites, family)
         if self.sites is None:
-            own = {s.name for s in fused} | {s.name for s in sites if s.kind == "cross"}
-            fused = tuple(s for s in sites if s.name in own)
+            names = {s.name for s in fused} | {s.name for s in sites if s.kind == "cross"}
+            fused = tuple(s for s in sites if s.name in names)
         return fused, masks
 
     def attached(self, sites: tuple[Site, ...], denoiser: torch.nn.Module, pipe: Any) -> LiveControl:
@@ -127,17 +127,17 @@ class _Pair(LiveControl):
 
     def _check_run(self, passes: LiveDenoiser) -> None:
         state, control = passes.state, self.control
-        told = None if state.prompts is None else state.prompts.prompts
+        prompts = None if state.prompts is None else state.prompts.prompts
         if (
             state.rows.prompts != 2
             or state.rows.role not in ("both", "all")
-            or told
+            or prompts
             not in (
                 None,
                 (control.source, control.target),
             )
         ):
-            given = f"{state.rows.prompts} prompt rows" if told is None else f"the prompts {list(told)}"
+            given = f"{state.rows.prompts} prompt rows" if prompts is None else f"the prompts {list(prompts)}"
             raise ConfigError(
                 f"PromptToPrompt edits one image beside its source: run pipe([{control.source!r}, {control.target!r}], "
                 f"latents=noise.repeat(2, 1, 1, 1)), one image a prompt; the run has {given}."
@@ -252,9 +252,9 @@ class _RowPair(_Pair):
             self.held = row_of(call, 0)
         if alone and call.index != source + 1:
             return proceed(call)
-        kept = self.held if alone else row_of(call, source)
-        assert kept is not None
-        return self.fusion.fuse(call, proceed, kept, 0 if alone else source + 1)
+        source_row = self.held if alone else row_of(call, source)
+        assert source_row is not None
+        return self.fusion.fuse(call, proceed, source_row, 0 if alone else source + 1)
 
     def _sum_words(self, call: AttnCall, source: int) -> None:
         """Add up the attention to the blend words over steps, layers and heads."""

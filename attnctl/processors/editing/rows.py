@@ -42,9 +42,9 @@ SourceRow = dict[str, Tensor]
 def row_of(call: AttnCall, row: int) -> SourceRow:
     """Return what a source's row attends with at one site: image queries, all keys, the mask."""
     image = call.image or slice(0, call.q.shape[2])
-    kept = {"q": call.q[row : row + 1, :, image], "k": call.k[row : row + 1]}
+    tensors = {"q": call.q[row : row + 1, :, image], "k": call.k[row : row + 1]}
     mask = mask_part(_four(call.mask), rows=slice(row, row + 1), queries=image)
-    return kept if mask is None else kept | {"mask": mask}
+    return tensors if mask is None else tensors | {"mask": mask}
 
 
 def _four(mask: Tensor | None) -> Tensor | None:
@@ -138,44 +138,44 @@ class RowFusion:
 
     # One attention call ----------------------------------------------------------------------------------------
 
-    def fuse(self, call: AttnCall, proceed: Proceed, kept: SourceRow, edit: int) -> Tensor:
+    def fuse(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
         """Compute a call in which the edit's row takes its source's attention.
 
         Args:
             call: The call.
             proceed: What computes it.
-            kept: The source's attention at this site.
+            source_row: The source's attention at this site.
             edit: The edit's row.
         """
         kind = call.site.kind
         if kind == "joint":
-            return self._joint(call, proceed, kept, edit) if self.selves or self.crossing else proceed(call)
+            return self._joint(call, proceed, source_row, edit) if self.selves or self.crossing else proceed(call)
         if kind == "cross":
-            return self._cross(call, proceed, kept, edit) if self.crossing else proceed(call)
-        return self._self(call, proceed, kept, edit) if self.selves else proceed(call)
+            return self._cross(call, proceed, source_row, edit) if self.crossing else proceed(call)
+        return self._self(call, proceed, source_row, edit) if self.selves else proceed(call)
 
-    def _source(self, call: AttnCall, kept: SourceRow) -> RowAttention:
-        if "map" in kept:
-            return MapAttention(kept["map"])
-        return PairAttention(call, kept["q"], kept["k"], kept.get("mask"))
+    def _source(self, call: AttnCall, source_row: SourceRow) -> RowAttention:
+        if "map" in source_row:
+            return MapAttention(source_row["map"])
+        return PairAttention(call, source_row["q"], source_row["k"], source_row.get("mask"))
 
-    def _self(self, call: AttnCall, proceed: Proceed, kept: SourceRow, edit: int) -> Tensor:
+    def _self(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
         mask, at = self.mask_at(call), slice(edit, edit + 1)
-        if mask is None and "q" in kept and call.mask is None:
-            return proceed(call.with_(q=_put(call.q, at, kept["q"]), k=_put(call.k, at, kept["k"])))
-        out, source = proceed(call), self._source(call, kept).whole(call.v[at])
+        if mask is None and "q" in source_row and call.mask is None:
+            return proceed(call.with_(q=_put(call.q, at, source_row["q"]), k=_put(call.k, at, source_row["k"])))
+        out, source = proceed(call), self._source(call, source_row).whole(call.v[at])
         return _put(out, at, source if mask is None else torch.where(mask[:, None, :, None], out[at], source))
 
-    def _cross(self, call: AttnCall, proceed: Proceed, kept: SourceRow, edit: int) -> Tensor:
+    def _cross(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
         at, length = slice(edit, edit + 1), call.k.shape[2]
-        of_source = kept["map" if "map" in kept else "k"].shape[-1 if "map" in kept else 2]
+        of_source = source_row["map" if "map" in source_row else "k"].shape[-1 if "map" in source_row else 2]
         how, follow, _ = self._tokens(of_source, length, call.q.device, call.q.dtype)
         assert follow is not None
         from_source, from_edit = fold_values(call.v[at], how, follow)
         out = proceed(call.with_(v=_put(call.v, at, from_edit)))
-        return _put(out, at, out[at] + self._source(call, kept).whole(from_source))
+        return _put(out, at, out[at] + self._source(call, source_row).whole(from_source))
 
-    def _joint(self, call: AttnCall, proceed: Proceed, kept: SourceRow, edit: int) -> Tensor:
+    def _joint(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
         if call.image is None or call.text is None:
             raise UnsupportedModelError(
                 f"{call.site.name}: nothing tells image from text tokens in this call, whose attention is joint."
@@ -187,23 +187,23 @@ class RowFusion:
                 f"{call.site.name} attends to {call.k.shape[2]} keys, of which {n} are the image's and {of_target} the "
                 "text's: what the others are worth in an edit is not known."
             )
-        keys = kept["map"].shape[-1] if "map" in kept else kept["k"].shape[2]
+        keys = source_row["map"].shape[-1] if "map" in source_row else source_row["k"].shape[2]
         how, follow, fresh = self._tokens(keys - n, of_target, call.q.device, call.q.dtype)
         mass: Mass = "edit" if self.control.text_mass == "edit" else "inside"
         fusion = Fusion(self.selves, how, follow, self.mask_at(call), mass, fresh)
         mask = mask_part(_four(call.mask), rows=at)
-        own = PairAttention(call, call.q[at, :, image], call.k[at], mask_part(mask, queries=image))
+        pair = PairAttention(call, call.q[at, :, image], call.k[at], mask_part(mask, queries=image))
         first = text.start < image_keys(call).start
         places = _places(first, n, keys - n), Tokens(image_keys(call), text)
-        fused = fuse_image(self._source(call, kept), own, places, call.v[at], fusion)
+        fused = fuse_image(self._source(call, source_row), pair, places, call.v[at], fusion)
         if not (is_last(proceed) and call.own_kernel):  # others may need whole calls
             out = proceed(call).clone()
             out[at, :, image] = fused.to(out.dtype)
             return out
         row = fused.to(call.v.dtype)
         if call.keys is None:  # text queries keep the edit's own attention: they carry the target's words
-            asked = call.with_(q=call.q[at, :, text], k=call.k[at], v=call.v[at], mask=mask_part(mask, queries=text))
-            row = torch.cat([asked.plain(), row] if first else [row, asked.plain()], 2)
+            text_row = call.with_(q=call.q[at, :, text], k=call.k[at], v=call.v[at], mask=mask_part(mask, queries=text))
+            row = torch.cat([text_row.plain(), row] if first else [row, text_row.plain()], 2)
         rest = functools.partial(_rows, call)
         before = [proceed(rest(slice(0, edit)))] if edit else []
         behind = call.q.shape[0] > edit + 1

@@ -66,9 +66,9 @@ class SourceStore:
     """
 
     def __init__(self, mode: StoreMode, offload: Offload = "none", folder: str | Path | None = None) -> None:
-        for name, value, known in (("store", mode, StoreMode), ("offload", offload, Offload)):
-            if value not in get_args(known):
-                raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(get_args(known))}.")
+        for name, value, options in (("store", mode, StoreMode), ("offload", offload, Offload)):
+            if value not in get_args(options):
+                raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(get_args(options))}.")
         self.mode, self.offload = mode, offload
         self.nbytes = self.peak = 0
         self._kept: dict[tuple[int, str], dict[str, Tensor] | Path] = {}
@@ -107,16 +107,16 @@ class SourceStore:
 
     def get(self, step: int, site: str, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors of one site at one step."""
-        kept = self._kept.get((step, site))
-        if kept is None:
+        entry = self._kept.get((step, site))
+        if entry is None:
             steps = sorted({s for s, _ in self._kept})
             raise ConfigError(
                 f"The inversion kept nothing of {site} at step {step} (it kept steps {steps}): invert with the control "
                 "that edits."
             )
-        if isinstance(kept, Path):
-            return load_file(kept, device=str(device))
-        return {n: t.to(device, non_blocking=True) for n, t in kept.items()}
+        if isinstance(entry, Path):
+            return load_file(entry, device=str(device))
+        return {n: t.to(device, non_blocking=True) for n, t in entry.items()}
 
     def forget(self) -> None:
         """Drop everything kept in memory."""
@@ -144,16 +144,16 @@ class SourceAttention:
 
     def write(self, step: int, call: AttnCall, indices: Sequence[Sequence[int]]) -> None:
         """Keep what an attention call of a source pass computes with; `call.k` not gathered yet."""
-        kept: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         self.store.scales[call.site.name] = call.scale
         if self.mode == "maps":
-            kept["map"] = softmax_map(call.q, gather_frames(call.k, indices), call.scale)
+            tensors["map"] = softmax_map(call.q, gather_frames(call.k, indices), call.scale)
         elif call.site.kind == "cross":
-            kept["q"] = call.q
+            tensors["q"] = call.q
             self.store.put_text(call.site.name, call.k)
         else:
-            kept["q"], kept["k"] = call.q, call.k
-        self.store.put(step, call.site.name, kept)
+            tensors["q"], tensors["k"] = call.q, call.k
+        self.store.put(step, call.site.name, tensors)
 
     def attend(
         self,
@@ -166,26 +166,26 @@ class SourceAttention:
     ) -> Tensor:
         """Compute the source's map times given values [f, H, Nk, D], for some queries [f, n] or all."""
         if self.mode == "maps":
-            kept = self.store.get(step, call.site.name, v.device)
-            return take_queries(kept["map"], at).to(v.dtype) @ v
+            tensors = self.store.get(step, call.site.name, v.device)
+            return take_queries(tensors["map"], at).to(v.dtype) @ v
         q, k = self.queries_keys(step, call, indices)
         return proceed(call.with_(q=take_queries(q, at), k=k, v=v))
 
     def queries_keys(self, step: int, call: AttnCall, indices: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return the source's queries and gathered keys."""
-        kept = self.store.get(step, call.site.name, call.q.device)
+        tensors = self.store.get(step, call.site.name, call.q.device)
         if call.site.kind == "cross":
-            return kept["q"], self.store.text(call.site.name).to(call.q.device)
-        return kept["q"], gather_frames(kept["k"], indices)
+            return tensors["q"], self.store.text(call.site.name).to(call.q.device)
+        return tensors["q"], gather_frames(tensors["k"], indices)
 
     def columns(self, step: int, site: str, tokens: Sequence[int], device: torch.device) -> Tensor:
         """Sum a cross-attention map over some tokens and average it over heads: [f, N], float32."""
-        kept = self.store.get(step, site, device)
-        if "map" in kept:
-            shares = torch.stack([kept["map"][..., token] for token in tokens], -1)
+        tensors = self.store.get(step, site, device)
+        if "map" in tensors:
+            shares = torch.stack([tensors["map"][..., token] for token in tokens], -1)
             return shares.float().sum(-1).mean(1)
         k = self.store.text(site).to(device)
-        return columns(kept["q"], k, token_weights(tokens, k), scale=self.store.scales[site])[..., 0].mean(1)
+        return columns(tensors["q"], k, token_weights(tokens, k), scale=self.store.scales[site])[..., 0].mean(1)
 
 
 def _alone(x: Tensor) -> Tensor:
