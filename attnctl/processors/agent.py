@@ -205,14 +205,14 @@ class AgentAttention(Control):
         )
 
     def _compared(self, call: AttnCall) -> Tensor:
-        found = call.hidden if self.metric == "norm" else call.block_input
-        if found is None or found.ndim != 3 or found.shape[1] != call.q.shape[2]:
+        tokens = call.hidden if self.metric == "norm" else call.block_input
+        if tokens is None or tokens.ndim != 3 or tokens.shape[1] != call.q.shape[2]:
             raise UnsupportedModelError(
                 f"{self._label}: the tokens that {call.site.name} should be compared by (metric={self.metric!r}) did "
                 "not come by; gradient checkpointing and compiled blocks hide the block's input. Use metric='norm', or "
                 "ratio=0."
             )
-        return found
+        return tokens
 
     def _choice(self, call: AttnCall, size: tuple[int, int], side: int) -> Tensor | None:
         """Draw the token of each cell: the same in the base pass and in a perturbed pass of the step."""

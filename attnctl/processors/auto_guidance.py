@@ -33,8 +33,8 @@ def dropped(out: torch.Tensor, share: float, seed: int) -> torch.Tensor:
         seed: Which; the global generators are left alone.
     """
     generator = torch.Generator(out.device).manual_seed(seed)
-    kept = torch.rand(1, *out.shape[1:], generator=generator, device=out.device) >= share
-    return out * kept / (1 - share)
+    mask = torch.rand(1, *out.shape[1:], generator=generator, device=out.device) >= share
+    return out * mask / (1 - share)
 
 
 @dataclass(frozen=True, kw_only=True)

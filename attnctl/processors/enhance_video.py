@@ -54,8 +54,8 @@ def cross_frame_intensity(q: Tensor, k: Tensor, frames: int, scale: float | None
     for start in range(0, a.shape[2], step):
         part = slice(start, start + step)
         logits = (a[:, :, part].to(wide) * scale) @ b[:, :, part].to(wide).transpose(-2, -1)
-        own = logits.diagonal(dim1=-2, dim2=-1) - logits.logsumexp(-1)
-        total = total - torch.expm1(own).flatten(1).sum(1)
+        log_weights = logits.diagonal(dim1=-2, dim2=-1) - logits.logsumexp(-1)
+        total = total - torch.expm1(log_weights).flatten(1).sum(1)
     return total / (a[0, ..., 0].numel() * (frames - 1))
 
 

@@ -143,8 +143,8 @@ class SoftPAG(Guidance):
             )
         chosen = _sites_of_pairs(self._label, self._pairs, sites, self.kinds)
         if self.sites is not None:
-            asked = {s.name for s in super().resolve(sites, family)}
-            outside = [s.name for s in chosen if s.name not in asked]
+            names = {s.name for s in super().resolve(sites, family)}
+            outside = [s.name for s in chosen if s.name not in names]
             if outside:
                 raise SiteError(f"{self._label}: heads name {outside[0]}, which sites={self.sites!r} leaves out.")
         return chosen
@@ -171,13 +171,13 @@ class SoftPAG(Guidance):
 
 def _site_of(label: str, where: str | int, sites: Sequence[Site], kinds: tuple[str, ...]) -> Site:
     """Find the one site that a head pair addresses."""
-    found = select(sites, where, kinds=kinds, what=label)
-    if len(found) > 1:
+    hits = select(sites, where, kinds=kinds, what=label)
+    if len(hits) > 1:
         raise SiteError(
-            f"{label}: {where!r} names {len(found)} attention sites ({found[0].name}, {found[1].name}, ...), but a "
+            f"{label}: {where!r} names {len(hits)} attention sites ({hits[0].name}, {hits[1].name}, ...), but a "
             "head belongs to one. Give the full name of the site."
         )
-    return found[0]
+    return hits[0]
 
 
 def _sites_of_pairs(

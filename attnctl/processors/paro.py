@@ -110,8 +110,8 @@ class PARO(Control):
     @property
     def _by_site(self) -> Mapping[str, BlockPlan]:
         """Return the plans by site; one plan for all stands under ""."""
-        held: ModelPlan | BlockPlan = vars(self)["_plans"]
-        return {"": held} if isinstance(held, BlockPlan) else held.plans
+        plan: ModelPlan | BlockPlan = vars(self)["_plans"]
+        return {"": plan} if isinstance(plan, BlockPlan) else plan.plans
 
     def _plan_of(self, site: Site) -> BlockPlan:
         plans = self._by_site

@@ -110,8 +110,8 @@ class _Ends:
     @staticmethod
     def tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """List the token tensors that a block was called with, hidden states first."""
-        found = [*args[:2], *(kwargs[n] for n in _TOKENS if kwargs.get(n) is not None)]
-        return [t for t in found if isinstance(t, torch.Tensor) and t.ndim >= 3]
+        candidates = [*args[:2], *(kwargs[n] for n in _TOKENS if kwargs.get(n) is not None)]
+        return [t for t in candidates if isinstance(t, torch.Tensor) and t.ndim >= 3]
 
     def learn(self, output: Any, inputs: list[torch.Tensor]) -> None:
         """Match outputs with inputs.

@@ -98,20 +98,20 @@ def reference_stage(sites: Sequence[Site], wanted: str | None = None) -> str:
         SiteError: The stage asked for has no temporal attention, or no decoder stage has any.
     """
     stages = [int(s.name.split(".")[1]) for s in sites if s.kind == "temporal" and decoder_stage(s.name)]
-    known = [f"up_blocks.{i}" for i in sorted(set(stages))]
-    if wanted is not None and wanted.replace("up.", "up_blocks.") in known:
+    names = [f"up_blocks.{i}" for i in sorted(set(stages))]
+    if wanted is not None and wanted.replace("up.", "up_blocks.") in names:
         return wanted.replace("up.", "up_blocks.")
-    if wanted is not None or not known:
+    if wanted is not None or not names:
         raise SiteError(
             f"BroadWay: {wanted or 'the decoder'} has no temporal attention to take reference maps from. "
-            f"Stages that have: {', '.join(known) or 'none'}. alpha=0 needs none."
+            f"Stages that have: {', '.join(names) or 'none'}. alpha=0 needs none."
         )
     return f"up_blocks.{max(min(stages), max(stages) - 2)}"
 
 
 def is_after(site: Site, stage: str) -> bool:
-    own = decoder_stage(site.name)
-    return own is not None and int(own.split(".")[1]) > int(stage.split(".")[1])
+    site_stage = decoder_stage(site.name)
+    return site_stage is not None and int(site_stage.split(".")[1]) > int(stage.split(".")[1])
 
 
 def _checked_beta(beta: Any) -> Beta:

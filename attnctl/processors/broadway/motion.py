@@ -63,10 +63,10 @@ class Motion(LiveControl):
         stage = reference_stage(find_sites(denoiser), self.control.reference)
         names = {s.name for s in sites}
         for site in sites:
-            own = decoder_stage(site.name)
-            if own is None or int(own.split(".")[1]) <= int(stage.split(".")[1]):
+            site_stage = decoder_stage(site.name)
+            if site_stage is None or int(site_stage.split(".")[1]) <= int(stage.split(".")[1]):
                 continue
-            guide = site.name.replace(own, stage, 1)
+            guide = site.name.replace(site_stage, stage, 1)
             if guide not in names:
                 raise SiteError(
                     f"BroadWay: {site.name} has no counterpart {guide} to take reference maps from. Select other "
@@ -199,8 +199,8 @@ class Motion(LiveControl):
         return Layer(rows, grid, cond)
 
     def _store(self, call: AttnCall, maps: Reference) -> None:
-        kept = call.state.scratch.setdefault((id(self), call.state.phase, call.site.name), [])
-        kept.append((maps, call.state.rows.cond))
+        entries = call.state.scratch.setdefault((id(self), call.state.phase, call.site.name), [])
+        entries.append((maps, call.state.rows.cond))
 
     def _reference(self, call: AttnCall) -> Reference:
         """Return the maps that guide this call: of the same window of frames, where there are several."""
@@ -208,17 +208,17 @@ class Motion(LiveControl):
         guide = self.guides[name]
         window = scratch.get((id(self), phase, name), 0)
         scratch[id(self), phase, name] = window + 1
-        kept = scratch.get((id(self), phase, guide))
-        if kept is not None:
-            maps = kept[window % len(kept)][0]
+        entries = scratch.get((id(self), phase, guide))
+        if entries is not None:
+            maps = entries[window % len(entries)][0]
         else:  # a perturbed pass that took the reference stage over from the base pass
-            kept = scratch.get((id(self), "base", guide))
-            if kept is None:
+            entries = scratch.get((id(self), "base", guide))
+            if entries is None:
                 raise UnsupportedModelError(
                     f"BroadWay: {guide} did not run before {name}, so there is no reference. A cache that skips blocks "
                     "does that: switch it off, or set alpha=0."
                 )
-            maps, cond = kept[window % len(kept)]
+            maps, cond = entries[window % len(entries)]
             maps = maps.take(cond)
         have, heads = maps.maps.shape[1], call.q.shape[1]
         if have != heads and self.control.head_match == "strict":
@@ -244,10 +244,10 @@ def _betas(beta: Any, sites: tuple[Site, ...]) -> dict[str, float | Sequence[flo
     """Give every site its gain."""
     if not isinstance(beta, Mapping):
         return {s.name: beta for s in sites}
-    found: dict[str, float | Sequence[float]] = {s.name: 1.0 for s in sites}
+    betas: dict[str, float | Sequence[float]] = {s.name: 1.0 for s in sites}
     for selector, value in beta.items():
-        found.update((s.name, value) for s in select(sites, selector, what="BroadWay beta"))
-    return found
+        betas.update((s.name, value) for s in select(sites, selector, what="BroadWay beta"))
+    return betas
 
 
 def _spread(beta: float | Tensor, weight: Tensor | None) -> float | Tensor:

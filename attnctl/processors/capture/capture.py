@@ -93,8 +93,8 @@ class Capture(CaptureFields):
             return concept_path(sites, concept_sites(sites, self.sites, family), family)
         if self.points is None:
             text = super().resolve(sites, family)
-            own = {s.name for s in (*text, *partners(text, sites).values())} if self.refine else None
-            return text if own is None else tuple(s for s in sites if s.name in own)
+            names = {s.name for s in (*text, *partners(text, sites).values())} if self.refine else None
+            return text if names is None else tuple(s for s in sites if s.name in names)
         if self.sites is None:
             return self.default_sites(sites, family)
         chosen = select(sites, self.sites, kinds=(*_LOOKING, "temporal"), what="Capture of points")

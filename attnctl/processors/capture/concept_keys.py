@@ -76,8 +76,8 @@ class KeyConceptRecorder(ConceptRecorder):
         rows: Rows = state.rows
         at = (rows.cond if rows.prompts else slice(0, rows.total)).start
         frames = state.grid[0] if rows.role == "both" and state.grid else 1
-        told = take_rows(state.bound, slice(at, at + 1), rows.total, frames, self.family)
-        text = told.get(_TEXT)
+        inputs = take_rows(state.bound, slice(at, at + 1), rows.total, frames, self.family)
+        text = inputs.get(_TEXT)
         if not isinstance(text, Tensor) or text.ndim != 3 or text.shape[-1] != self.embedded.shape[-1]:
             shape = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
             raise UnsupportedModelError(
@@ -87,7 +87,7 @@ class KeyConceptRecorder(ConceptRecorder):
         # Behind the concepts stand empty tokens: some hosts tell text from an image prompt by its length.
         made = text.new_zeros(text.shape[0], max(text.shape[1], len(self.own)), text.shape[2])
         made[:, : len(self.own)] = self.embedded.to(made)
-        told |= {name: None for name in told if "encoder" in name and "mask" in name} | {_TEXT: made}
+        inputs |= {name: None for name in inputs if "encoder" in name and "mask" in name} | {_TEXT: made}
         keys: dict[tuple[str, int], Tensor] = {}
 
         def note(call: AttnCall, proceed: Proceed) -> Tensor:
@@ -95,7 +95,7 @@ class KeyConceptRecorder(ConceptRecorder):
             keys[call.site.name, call.index] = call.k[:1, :, text.start : text.start + len(self.own)].detach()
             return proceed(call)
 
-        kwargs = one_line(self.denoiser, self.family, told) or told
+        kwargs = one_line(self.denoiser, self.family, inputs) or inputs
         with torch.no_grad():
             self._passes.extra_pass("concepts", kwargs, {site.name: note for site in self.sites})
         self.keys = keys

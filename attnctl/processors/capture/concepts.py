@@ -134,26 +134,26 @@ def embed_concepts(pipe: Any, concepts: Sequence[str]) -> tuple[Tensor, tuple[Co
             f"Capture: {type(pipe).__name__} has no encode_prompt(), by which a concept is encoded. Use words=..., "
             "which every family takes."
         )
-    told = inspect.signature(encode).parameters
-    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in told}
-    options |= {"num_images_per_prompt": 1} if "num_images_per_prompt" in told else {}
-    options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in told else {}
+    parameters = inspect.signature(encode).parameters
+    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
+    options |= {"num_images_per_prompt": 1} if "num_images_per_prompt" in parameters else {}
+    options |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in parameters else {}
     watch = EncoderWatch(pipe)
     with watch.listening():
         states = pipe.encode_prompt(prompt=list(concepts), device=pipe._execution_device, **options)[0]
-    found = _laid_out(pipe, concepts) if is_known(pipe) else _heard(pipe, watch, concepts, states)
-    return torch.stack([s[list(c.positions)].mean(0) for s, c in zip(states, found, strict=True)]), tuple(found)
+    entries = _laid_out(pipe, concepts) if is_known(pipe) else _heard(pipe, watch, concepts, states)
+    return torch.stack([s[list(c.positions)].mean(0) for s, c in zip(states, entries, strict=True)]), tuple(entries)
 
 
 def _laid_out(pipe: Any, concepts: Sequence[str]) -> list[Concept]:
     """Find each concept in its own prompt, where the pipeline's layout of text is known."""
     last = max(part.offset for part in text_parts(pipe))
-    found = []
+    entries = []
     for concept in concepts:
         (whole,) = find_words(pipe, concept, [concept])
         places = tuple(p for p in whole.positions if p >= last)
-        found.append(Concept(concept, places, whole.tokens[-len(places) :]))
-    return found
+        entries.append(Concept(concept, places, whole.tokens[-len(places) :]))
+    return entries
 
 
 def _heard(pipe: Any, watch: EncoderWatch, concepts: Sequence[str], states: Any) -> list[Concept]:
@@ -164,7 +164,7 @@ def _heard(pipe: Any, watch: EncoderWatch, concepts: Sequence[str], states: Any)
             f"Capture: what the text encoders of {type(pipe).__name__} make of a concept cannot be told from what they "
             "were given. Use words=..., which every family takes."
         )
-    return [words_in(own[-1:], [concept])[0] for own, concept in zip(readings, concepts, strict=True)]
+    return [words_in(group[-1:], [concept])[0] for group, concept in zip(readings, concepts, strict=True)]
 
 
 class ConceptRecorder(Recorder):
@@ -266,8 +266,8 @@ class StreamConceptRecorder(ConceptRecorder):
                 "cannot tell what they may read."
             )
         arguments, options = call.block_call
-        told = take_rows(bind_call(block, arguments, options), rows, state.rows.total)
-        image, text = told["hidden_states"], told["encoder_hidden_states"]
+        inputs = take_rows(bind_call(block, arguments, options), rows, state.rows.total)
+        image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
         at = call.image
         image_k, image_v = (x[rows][:, :, at] for x in (call.k, call.v))
         outputs: list[Tensor] = []
@@ -287,11 +287,11 @@ class StreamConceptRecorder(ConceptRecorder):
             if key not in state.scratch:
                 made = self.stream.begins(self.denoiser, self.embedded, text.device)
                 state.scratch[key] = made.to(text.dtype).expand(len(image), -1, -1)
-            told |= {"hidden_states": image[:, :1], "encoder_hidden_states": state.scratch[key]}
-            if told.get("image_rotary_emb") is not None:
+            inputs |= {"hidden_states": image[:, :1], "encoder_hidden_states": state.scratch[key]}
+            if inputs.get("image_rotary_emb") is not None:
                 tokens = len(self.own), text.shape[1], image.shape[1]
-                told["image_rotary_emb"] = rotary_of_few(told["image_rotary_emb"], *tokens)
-            state.scratch[key] = block.forward(**told)[self.stream.output]
+                inputs["image_rotary_emb"] = rotary_of_few(inputs["image_rotary_emb"], *tokens)
+            state.scratch[key] = block.forward(**inputs)[self.stream.output]
         return outputs[0]
 
     def _maps(self, call: AttnCall, rows: slice) -> tuple[Tensor, Grid]:

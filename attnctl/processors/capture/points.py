@@ -75,8 +75,8 @@ class PointRecorder(Recorder):
             maps[..., start : start + tokens.stop - tokens.start].unflatten(0, (-1, m)).permute(0, 3, 2, 1, 4)
         )  # [b, P, H, m, N]
         if len(self.points[0]) == 3 and frames == 1:
-            own = [self._frame(call, point, m) for point in self.points]
-            maps = torch.stack([maps[:, n, :, frame] for n, frame in enumerate(own)], 1).unsqueeze(3)
+            point_frames = [self._frame(call, point, m) for point in self.points]
+            maps = torch.stack([maps[:, n, :, frame] for n, frame in enumerate(point_frames)], 1).unsqueeze(3)
         return maps.flatten(-2), (maps.shape[3] * frames, h, w)
 
     def _frame(self, call: AttnCall, point: tuple[float, ...], frames: int) -> int:
@@ -121,8 +121,10 @@ class PointRecorder(Recorder):
         for point in self.points:
             row, column = token_at(point, h, w)
             at = row * w + column
-            own = mask
+            place_mask = mask
             if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-                own = mask.unflatten(0, (-1, h * w))[:, at]
-            maps.append(query_rows(q[:, at], k[:, at], [self._frame(call, point, frames)], mask=own, scale=call.scale))
+                place_mask = mask.unflatten(0, (-1, h * w))[:, at]
+            maps.append(
+                query_rows(q[:, at], k[:, at], [self._frame(call, point, frames)], mask=place_mask, scale=call.scale)
+            )
         return torch.cat(maps, 2).transpose(1, 2), (frames, 1, 1)

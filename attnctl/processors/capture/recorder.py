@@ -148,8 +148,8 @@ class Recorder(LiveControl):
             made = []
             for one in concepts:
                 w = torch.zeros(n_text, len(self.labels))
-                known = [n for n, label in enumerate(self.labels) if label in one]
-                w[:, known] = weights([one[self.labels[n]] for n in known], n_text)
+                indices = [n for n, label in enumerate(self.labels) if label in one]
+                w[:, indices] = weights([one[self.labels[n]] for n in indices], n_text)
                 made.append(w)
             same = all(c is concepts[0] for c in concepts)
             w = made[0] if same else torch.stack(made).repeat_interleave(repeat, dim=0)
@@ -216,14 +216,14 @@ class Recorder(LiveControl):
 
     def _on_reference(self, call: AttnCall) -> AttnCall:
         """Return the call with a reference picture in place of the image."""
-        number, found = self.capture.reference, references_of(call.state)
+        number, places = self.capture.reference, references_of(call.state)
         assert number is not None
-        if number >= len(found):
+        if number >= len(places):
             raise ConfigError(
-                f"Capture: reference={number} was given, and the call of the denoiser tells of {len(found)} reference "
-                f"pictures beside the image{' (0 is the first)' if found else ''}."
+                f"Capture: reference={number} was given, and the call of the denoiser tells of {len(places)} reference "
+                f"pictures beside the image{' (0 is the first)' if places else ''}."
             )
-        start, grid = found[number]
+        start, grid = places[number]
         start += call.on_image()[0].start
         if call.site.kind != "joint" or start + math.prod(grid) > call.q.shape[2]:
             raise UnsupportedModelError(

@@ -51,22 +51,22 @@ def partners(chosen: Sequence[Site], sites: Sequence[Site], what: str = "Capture
     Raises:
         SiteError: A block has none.
     """
-    found: dict[str, Site] = {}
+    by_site: dict[str, Site] = {}
     for site in chosen:
         if site.kind != "cross":
             continue
         block = site.name.rpartition(".")[0]
-        own: list[Any] = [
+        candidates: list[Any] = [
             s for s in sites if s.kind == "self" and s.name.rpartition(".")[0] == block and s.depth < site.depth
         ]
-        if not own:
+        if not candidates:
             use = "so its maps cannot be refined" if what == "Capture" else "which its loss asks for"
             cure = ", or refine=0" if what == "Capture" else ""
             raise SiteError(
                 f"{what}: the block of {site.name} has no self-attention before it, {use}. Choose other sites{cure}."
             )
-        found[site.name] = own[-1]
-    return found
+        by_site[site.name] = candidates[-1]
+    return by_site
 
 
 class RefiningRecorder(Recorder):

@@ -63,9 +63,9 @@ class Rescale(Combining):
 class _LiveRescale(LiveSum):
     def before_call(self, passes: LiveDenoiser) -> None:
         super().before_call(passes)
-        if (own := guidance_rescale(passes.pipe)) > 0:
+        if (phi := guidance_rescale(passes.pipe)) > 0:
             raise ConflictError(
-                f"{self.control.describe()}: the pipeline rescales its guidance itself (guidance_rescale={own:g}). Use "
+                f"{self.control.describe()}: the pipeline rescales its guidance itself (guidance_rescale={phi:g}). Use "
                 "one of the two."
             )
 

@@ -151,10 +151,10 @@ def _checked_masks(label: str, masks: Any, concepts: int) -> tuple[Mask | None, 
         raise ConfigError(
             f"{label}: {len(masks)} masks were given for {concepts} concepts; give one for each, or None."
         )
-    kept: list[Mask | None] = []
+    layout: list[Mask | None] = []
     for place, mask in enumerate(masks):
         if mask is None:
-            kept.append(None)
+            layout.append(None)
             continue
         try:
             array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask, dtype=np.float64)
@@ -168,5 +168,5 @@ def _checked_masks(label: str, masks: Any, concepts: int) -> tuple[Mask | None, 
             raise ConfigError(f"{label}: mask {place} must hold values from 0 to 1.")
         if array.max() < 0.5:
             raise ConfigError(f"{label}: mask {place} is empty: it names no place. Give None for a free concept.")
-        kept.append(tuple(tuple(float(v) for v in row) for row in array))
-    return tuple(kept)
+        layout.append(tuple(tuple(float(v) for v in row) for row in array))
+    return tuple(layout)

@@ -171,8 +171,8 @@ def retention(maps: Tensor, masks: Tensor) -> Tensor:
     """
     maps = _wide(maps)
     masks = masks.detach().to(maps).expand_as(maps)
-    kept = _ratio(torch.minimum(maps, masks).sum((2, 3)), (maps + masks).sum((2, 3)))
-    return (1 - kept).sum(1)
+    overlap = _ratio(torch.minimum(maps, masks).sum((2, 3)), (maps + masks).sum((2, 3)))
+    return (1 - overlap).sum(1)
 
 
 # Attend-and-Excite

@@ -132,11 +132,11 @@ def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[
     checkpointed, by `checkpointing` or by the user, run again during backward under what `remember` noted.
     """
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    held: list[tuple[torch.nn.Module, str, Any]] = []
+    originals: list[tuple[torch.nn.Module, str, Any]] = []
     again: Checkpointing | None = None
 
     def put(module: torch.nn.Module, name: str, value: Any) -> None:
-        held.append((module, name, vars(module).get(name, _MISSING)))
+        originals.append((module, name, vars(module).get(name, _MISSING)))
         vars(module)[name] = value
 
     try:
@@ -154,7 +154,7 @@ def prepared(denoiser: torch.nn.Module, checkpointing: bool, remember: Callable[
     finally:
         if again is not None:
             again.remove()
-        for module, name, value in reversed(held):
+        for module, name, value in reversed(originals):
             if value is _MISSING:
                 vars(module).pop(name, None)
             else:

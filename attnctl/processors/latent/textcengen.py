@@ -125,7 +125,7 @@ class TextCenGen(LatentGuidance):
             conflict = (level * free).sum((-2, -1)) / free.sum() > self.theta
             moved = shifted(level, displacement(level, self.space, self.force, self.margin))
             goal = moved * (1 - self.exclusion * free)
-        own = maps / maps.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-        apart = 1 - 2 * torch.minimum(own, goal).sum((-2, -1)) / (own + goal).sum((-2, -1))
-        inside = (own * free).sum((-2, -1)) / own.sum((-2, -1))
+        heat = maps / maps.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+        apart = 1 - 2 * torch.minimum(heat, goal).sum((-2, -1)) / (heat + goal).sum((-2, -1))
+        inside = (heat * free).sum((-2, -1)) / heat.sum((-2, -1))
         return ((apart + inside) * conflict).sum(1)

@@ -148,10 +148,10 @@ def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:
 
 def same_keys(keys: NegativeKeys, part: AttnCall) -> bool:
     """Tell whether a negative prompt's keys are the prompt's own, as those of an image prompt are."""
-    own = part.k[:, :, text_keys(part)]
-    if keys.k.shape[1:] != own.shape[1:] or own.is_meta:
+    prompt_k = part.k[:, :, text_keys(part)]
+    if keys.k.shape[1:] != prompt_k.shape[1:] or prompt_k.is_meta:
         return False
-    return torch.equal(_repeated(keys.k, own.shape[0]), own)
+    return torch.equal(_repeated(keys.k, prompt_k.shape[0]), prompt_k)
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:

@@ -194,25 +194,25 @@ class LiveNegative(LiveControl):
         part = prompt_rows(call)
         if part is None:
             return proceed(call)
-        first, own = part
+        first, prompt = part
         key = call.site.name, call.index - first
         if call.site.kind == "joint" and has_text_stream(call):
-            return self._joint(key, call, own, proceed)
+            return self._joint(key, call, prompt, proceed)
         if self._batched and state.phase == "base":
             assert (
                 state.rows.uncond is not None
             )  # a perturbed pass, of the prompt's rows alone, takes what this one saw
             self.keys[key] = NegativeKeys.of(call.rows(state.rows.uncond))
         elif state.phase == "base":
-            if self.time.moved(key, own):
+            if self.time.moved(key, prompt):
                 self.keys = {}
             if key not in self.keys:
                 self._record()
         keys = self.keys.get(key)
-        if keys is None or not self._is_text(key, keys, own):
+        if keys is None or not self._is_text(key, keys, prompt):
             return proceed(call)
         out = proceed(call)
-        away = proceed(keys.attended(own)) if call.site.kind != "joint" else keys.attended(own).plain()
+        away = proceed(keys.attended(prompt)) if call.site.kind != "joint" else keys.attended(prompt).plain()
         return self._guided(call, out, away, image_queries(call))
 
     def _is_text(self, key: Key, keys: NegativeKeys, part: AttnCall) -> bool:

@@ -207,10 +207,10 @@ class LiveRegions(LiveControl):
     def _joint(self, key: Key, part: AttnCall) -> Tensor:
         """Attend with the prompt's image queries, [b, H, N, D]; and with the regions' texts."""
         image = image_queries(part)
-        groups, held = self._where(part, image.stop - image.start)
+        groups, areas = self._where(part, image.stop - image.start)
         base_pass = part.state.phase == "base"
         texts: list[NegativeKeys | None] = []
-        for text, places in zip(self.texts, held, strict=True):
+        for text, places in zip(self.texts, areas, strict=True):
             if text.same:
                 texts.append(None)
             elif base_pass:
@@ -253,21 +253,21 @@ class LiveRegions(LiveControl):
 
     def _group(self, part: AttnCall, texts: list[NegativeKeys | None], places: Tensor, seen: Tensor) -> Tensor:
         """Attend with the image queries of one set of regions to its texts and to the image tokens that it sees."""
-        image, own, rows = image_queries(part), text_keys(part), part.q.shape[0]
+        image, prompt, rows = image_queries(part), text_keys(part), part.q.shape[0]
         mask = part.mask if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))
         at = places + image.start
         plain = not texts or any(text is None for text in texts)
         parts: list[Keys] = []
         if plain or self.control.base > 0:
             bias = 0.0 if plain else self.control.base_bias
-            columns = torch.arange(own.start, own.stop, device=at.device)
-            parts.append((part.k[:, :, own], part.v[:, :, own], _columns(part, mask, at, columns, bias)))
+            columns = torch.arange(prompt.start, prompt.stop, device=at.device)
+            parts.append((part.k[:, :, prompt], part.v[:, :, prompt], _columns(part, mask, at, columns, bias)))
         for text in texts:
             if text is not None:
                 k, v = (x.expand(rows, *x.shape[1:]) for x in (text.k, text.v))
                 parts.append((k, v, _text_columns(part, text)))
         # References and registers beside image and text are seen by all.
-        low, high = sorted((own, image), key=lambda span: span.start)
+        low, high = sorted((prompt, image), key=lambda span: span.start)
         gaps = ((0, low.start), (low.stop, high.start), (high.stop, part.k.shape[2]))
         columns = torch.cat([seen + image.start, *(torch.arange(*gap, device=at.device) for gap in gaps)])
         parts.append((part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, at, columns, 0.0)))
@@ -305,13 +305,13 @@ def _text_sees(part: AttnCall, meeting: AttnCall, places: Tensor) -> Tensor:
     keys = NegativeKeys.of(meeting)
     columns = places + image.start
     mask = None if part.mask is None else check_mask(part.mask, (*part.q.shape[:3], part.k.shape[2]))
-    own = (keys.k, keys.v, _text_columns(part, keys))
+    words = (keys.k, keys.v, _text_columns(part, keys))
     area = (part.k[:, :, columns], part.v[:, :, columns], _columns(part, mask, columns[:1], columns, 0.0))
     rows = part.q.shape[0]
     q = meeting.q[:, :, text]
     if q.shape[0] != rows:
         raise UnsupportedModelError(f"Regions: {q.shape[0]} rows of a region's text do not fit the prompt's {rows}.")
-    return _attend(part, q, [own, area])
+    return _attend(part, q, [words, area])
 
 
 def _folded(grid: Grid | None, tokens: int) -> Grid | None:

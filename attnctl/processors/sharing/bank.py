@@ -224,19 +224,19 @@ class LiveBank(LiveControl):
                     "Consistent: the bank was written without negative rows, and this run has them: give the guidance "
                     "scale of the run that wrote it, or call bank.clear() and write it again."
                 )
-            kept = self.bank.get(state.step, call.site.name, half)
-            if kept is None:
+            entry = self.bank.get(state.step, call.site.name, half)
+            if entry is None:
                 return proceed(call)
-            parts[half] = self._fitted(kept, call, cut.stop - cut.start, frames)
+            parts[half] = self._fitted(entry, call, cut.stop - cut.start, frames)
         ordered = [parts[half] for half in sorted(parts, key=lambda h: halves[h].start)]
         k, v = (torch.cat([getattr(part, name) for part in ordered]) for name in ("k", "v"))
         masks = [part.mask for part in ordered if part.mask is not None]
         lent = Lent(k, v, torch.cat(masks) if masks else None)
         return proceed(lengthened(call, lent, self.control.bias, self.control.factor))
 
-    def _fitted(self, kept: Lent, call: AttnCall, pictures: int, frames: int) -> Lent:
+    def _fitted(self, entry: Lent, call: AttnCall, pictures: int, frames: int) -> Lent:
         """Give what was kept to each picture's rows: [pictures * frames, H, ids * M, D]."""
-        k = kept.k
+        k = entry.k
         if k.shape[1] != frames or k.shape[2] != call.k.shape[1] or k.shape[4] != call.k.shape[3]:
             raise ConfigError(
                 f"Consistent: the bank holds {k.shape[2]} heads of {k.shape[4]} channels and {k.shape[1]} frames at "
@@ -248,10 +248,10 @@ class LiveBank(LiveControl):
             x = x.to(call.k.device, call.k.dtype if x.is_floating_point() else None, non_blocking=True)
             return x.permute(1, 2, 0, 3, 4).flatten(2, 3).repeat(pictures, 1, 1, 1)
 
-        mask = kept.mask
+        mask = entry.mask
         if mask is not None:  # [ids, frames, H, 1, M]
             mask = mask.to(call.q).permute(1, 2, 3, 0, 4).flatten(3).repeat(pictures, 1, 1, 1)
-        return Lent(spread(k), spread(kept.v), mask)
+        return Lent(spread(k), spread(entry.v), mask)
 
     def describe(self) -> str | None:
         return f"  {self.bank.describe()}"

@@ -209,13 +209,13 @@ class IRDiffusion(ShareAttention):
     ) -> _Part:
         """Return a picture's own keys without those of other subjects: all of them with `group` None."""
         k, v = (x[at[0] : at[1]] for x in (call.k, call.v))
-        kept = torch.ones(k.shape[2], dtype=torch.bool)
+        mask = torch.ones(k.shape[2], dtype=torch.bool)
         if group is not None:
             others = [s for s in range(len(inside)) if s not in group]
             hidden = inside[others].any(0) & ~inside[list(group)].any(0)
             start = image.start if call.keys is None else call.keys.start
-            kept[start : start + len(hidden)] = ~hidden
-        columns = kept.nonzero().flatten().to(k.device)
+            mask[start : start + len(hidden)] = ~hidden
+        columns = mask.nonzero().flatten().to(k.device)
         return _Part(k[:, :, columns], v[:, :, columns], at, columns, 0.0)
 
     def _reference(

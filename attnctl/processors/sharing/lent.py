@@ -61,13 +61,13 @@ def lengthened(call: AttnCall, lent: Lent, bias: float = 0.0, factor: float = 1.
         bias: What is added to the logits of the lent keys.
         factor: What they are multiplied by.
     """
-    own = call.mask
-    if own is not None:
-        own = check_mask(own, (*call.q.shape[:3], call.k.shape[2]))
-        own = as_bias(own.expand(*own.shape[:3], call.k.shape[2]), call.q.dtype)
+    call_mask = call.mask
+    if call_mask is not None:
+        call_mask = check_mask(call_mask, (*call.q.shape[:3], call.k.shape[2]))
+        call_mask = as_bias(call_mask.expand(*call_mask.shape[:3], call.k.shape[2]), call.q.dtype)
     added = lent.mask
     if bias != 0:
         added = bias + (call.q.new_zeros(1, 1, 1, lent.k.shape[2]) if added is None else added)
     k = lent.k if factor == 1 else lent.k * factor
-    k, v, mask = joined_keys([(call.k, call.v, own), (k, lent.v, added)], call.q)
+    k, v, mask = joined_keys([(call.k, call.v, call_mask), (k, lent.v, added)], call.q)
     return call.with_(k=k, v=v, mask=mask, wants_sums=False)

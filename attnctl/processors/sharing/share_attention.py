@@ -176,9 +176,9 @@ class ShareAttention(Control):
             return proceed(call)
         call = call.with_(wants_sums=False)  # they would be sums over other keys than the call's own
         if self.halves == "cond" and len(rows.groups) > 1:
-            table, own = self._rows(tables, call, rows.cond), call.rows(rows.cond)
+            table, prompt = self._rows(tables, call, rows.cond), call.rows(rows.cond)
             parts = [
-                self._attend(own, proceed, table, image, tokens) if part == rows.cond else proceed(call.rows(part))
+                self._attend(prompt, proceed, table, image, tokens) if part == rows.cond else proceed(call.rows(part))
                 for part in rows.groups
             ]
             return torch.cat(parts)

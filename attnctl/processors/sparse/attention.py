@@ -104,14 +104,14 @@ class SparseAttention(Control):
     @property
     def first_step(self) -> int:
         """Return the number of steps at the beginning that stay dense."""
-        own = self.select.dense_steps if isinstance(self.select, Online) else None
-        return self.dense_steps if own is None else own
+        steps = self.select.dense_steps if isinstance(self.select, Online) else None
+        return self.dense_steps if steps is None else steps
 
     def default_sites(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if self._by_plan is not None:
             return self._by_plan.default_sites(sites, family)
-        own = [k for k in self.kinds if any(s.kind == k for s in sites)] or "self"
-        return select(sites, own, what=self._label)
+        kinds = [k for k in self.kinds if any(s.kind == k for s in sites)] or "self"
+        return select(sites, kinds, what=self._label)
 
     def resolve(self, sites: Sequence[Site], family: Family) -> tuple[Site, ...]:
         if self._by_plan is not None:

@@ -273,8 +273,8 @@ class LiveSparse(LiveControl):
         """Return under what a call's own choice lies, and under what that which it uses."""
         leader = self.names[self.places[call.site.name] // select.share * select.share]
         state = call.state
-        own, used = ((name, call.index, state.phase, state.rows.role) for name in (call.site.name, leader))
-        return own, used
+        key, used = ((name, call.index, state.phase, state.rows.role) for name in (call.site.name, leader))
+        return key, used
 
     def result(self, parts: Sequence[LiveControl]) -> float:
         """Return the share of the maps between image tokens that was computed where the control acted last."""
