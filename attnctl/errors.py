@@ -211,10 +211,12 @@ def check_short(value: Any, what: str) -> None:
 
 def check_fields(cls: Any, names: Iterable[str]) -> None:
     """Raise ConfigError for a name that is no argument of a dataclass."""
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{cls.__name__} has no field {name!r}. It has {', '.join(known)}.{nearest(name, known)}")
+        if name not in fields:
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r}. It has {', '.join(fields)}.{nearest(name, fields)}"
+            )
 
 
 def choice(value: Any, what: str, options: Sequence[Any]) -> Any:
@@ -225,9 +227,9 @@ def choice(value: Any, what: str, options: Sequence[Any]) -> Any:
     """
     x = unboxed(value)
     if isinstance(x, bool) or not any(type(x) is type(option) and x == option for option in options):
-        known = ", ".join(str(option) for option in options)
+        listing = ", ".join(str(option) for option in options)
         close = nearest(x, [o for o in options if isinstance(o, str)], 1) if isinstance(x, str) else ""
-        raise ConfigError(f"{what}={value!r:.60} is unknown. Choose one of {known}.{close}")
+        raise ConfigError(f"{what}={value!r:.60} is unknown. Choose one of {listing}.{close}")
     return x
 
 

@@ -96,8 +96,8 @@ class Blocks:
         if ("sized", n_image) not in self.cache:
             _check_size(self.keep, n_image, self.block_q, self.block_k)
             self.cache["sized", n_image] = replace(self, n_image=n_image)
-        found: Blocks = self.cache["sized", n_image]
-        return found
+        blocks: Blocks = self.cache["sized", n_image]
+        return blocks
 
     def span(self, tokens: int) -> slice:
         """Return where the image tokens lie in a sequence; the text may be longer or shorter than the plan's.

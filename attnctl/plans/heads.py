@@ -82,10 +82,10 @@ class HeadSet:
         """
         pairs = []
         for label in re.split(r"[\s,;{}]+", labels.strip(" {}")):
-            found = re.fullmatch(r"L(\d+)H(\d+)", label)
-            if found is None:
+            match = re.fullmatch(r"L(\d+)H(\d+)", label)
+            if match is None:
                 raise SiteError(f"{label!r} in {labels!r} is no head; expected labels such as L1H10.")
-            pairs.append((int(found[1]), int(found[2])))
+            pairs.append((int(match[1]), int(match[2])))
         return cls(pairs=tuple(pairs), **about)
 
     def card(self) -> str:
@@ -122,11 +122,11 @@ class HeadSet:
             PlanError: The values are not a head set of a known schema.
         """
         check_schema(data, source, _EXPECTED, kind="heads", schema=SCHEMA)
-        known = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
         for name in data:
-            if name not in known | {"kind", "schema"}:
-                raise PlanError(f"{source} has an unknown field {name!r}.{nearest(name, sorted(known))}")
-        values = {n: v for n, v in data.items() if n in known}
+            if name not in names | {"kind", "schema"}:
+                raise PlanError(f"{source} has an unknown field {name!r}.{nearest(name, sorted(names))}")
+        values = {n: v for n, v in data.items() if n in names}
         pairs = _checked_pairs(values.pop("pairs", None), PlanError, source)
         _check_facts(values, PlanError, source)
         return cls(pairs=pairs, **values)

@@ -62,19 +62,19 @@ def order_ids(orders: Sequence[int | str], heads: int) -> tuple[int, ...]:
     """
     if isinstance(orders, str) or not isinstance(orders, Sequence) or len(orders) != heads:
         raise PlanError(f"order={orders!r:.80} was given; expected one order for each of {heads} heads.")
-    found = []
+    ids = []
     for order in orders:
         if isinstance(order, str) and order.upper() in LAYOUTS:
-            found.append(LAYOUTS.index(order.upper()))
+            ids.append(LAYOUTS.index(order.upper()))
         elif type(order) in (int, float) and order in range(len(LAYOUTS)):
-            found.append(int(order))
+            ids.append(int(order))
         else:
             hint = nearest(order, LAYOUTS) if isinstance(order, str) else ""
             raise PlanError(
                 f"Order {order!r:.40} is unknown; expected 0 to {len(LAYOUTS) - 1} or one of "
                 f"{', '.join(LAYOUTS)}.{hint}"
             )
-    return tuple(found)
+    return tuple(ids)
 
 
 def permutation(grid: Grid, order: int, block: int = _BLOCK) -> Tensor:

@@ -64,10 +64,10 @@ def teach_motion(
     for step in range(steps):
         m = torch.randint(len(motions), (batch,), generator=generator)
         k = torch.randint(len(kinds), (batch,), generator=generator)
-        known = before(plain[k])[0]
-        target = _moved(known, first, extra[m], codes[m])
+        reference = before(plain[k])[0]
+        target = _moved(reference, first, extra[m], codes[m])
         loss = (text_encoder(ids[m, k])[0] - target).square().mean()
-        loss = loss + (text_encoder(plain[k])[0] - known).square().mean()
+        loss = loss + (text_encoder(plain[k])[0] - reference).square().mean()
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (1 - step / steps)
         optimizer.zero_grad()
