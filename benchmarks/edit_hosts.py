@@ -37,7 +37,7 @@ from attnctl.app.cli import main as attnctl_main  # noqa: E402
 from attnctl.data.clips import FileClip, gif_bytes, mp4_bytes  # noqa: E402
 
 INPUTS = {"MP4": "in.mp4", "GIF": "in.gif", "folder": "frames", "picture": "in.png"}
-FRAMES, HEIGHT, WIDTH, WINDOW = 6, 32, 48, 5
+FRAMES, HEIGHT, WIDTH, WINDOW = 6, 32, 64, 5  # LTX takes sides divisible by 32
 
 
 def write_inputs(folder: Path) -> None:

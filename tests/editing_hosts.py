@@ -55,7 +55,10 @@ def tokenizer(length: int = 512, end: bool = True, texts: tuple[str, ...] = ()) 
     made.train_from_iterator(
         [*WORDS, *texts] * 20,
         trainers.BpeTrainer(
-            vocab_size=510 if texts else 420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+            vocab_size=1000 if texts else 420,
+            special_tokens=[*SPECIAL, *LLAMA] if texts else SPECIAL,
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     if end:
@@ -67,13 +70,13 @@ def tokenizer(length: int = 512, end: bool = True, texts: tuple[str, ...] = ()) 
 
 def _llama_tokenizer() -> Any:
     """Make a tokenizer that reads HunyuanVideo's template as its own does: in 95 tokens, which the pipeline crops."""
-    template = DEFAULT_PROMPT_TEMPLATE["template"].removesuffix("{}")
+    template = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
     made = tokenizer(2048, end=False, texts=(template,))
     short = int(DEFAULT_PROMPT_TEMPLATE["crop_start"]) - len(made(template)["input_ids"])
     assert short >= 0
-    marks = " ".join(["<bos>"] * short)
     backend = made.backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(single=f"{marks} $A", special_tokens=[("<bos>", 1)])
+    marked = " ".join([*["<bos>"] * short, "$A"])
+    backend.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[("<bos>", 1)])
     return made
 
 
