@@ -170,11 +170,11 @@ class Guidance(Control, abstract=True):
         scale: Guidance weight w; 0 switches the control off.
         adaptive: How fast the weight falls along the run; 0 keeps it constant.
         adaptive_form: "knob": w (1 - a^4 (1000 - t)) with a in [0, 1] (the form of ComfyUI's PAG node); "timestep":
-            w - a (1000 - t) with a in weight units a timestep (diffusers' `pag_adaptive_scale`). t runs from 1000
+            w - a (1000 - t) with a in weight units per timestep (diffusers' `pag_adaptive_scale`). t runs from 1000
             (noise) to 0; the weight stops at 0.
         every: Compute the perturbed pass on every m-th step and reuse its c - p on the steps between.
         combine: "add" gives u + d, c + d; "rescale_safe" gives c, u - d / (s - 1), exact under guidance rescale;
-            "auto" takes the second where the pipeline rescales.
+            "auto" takes the second if the pipeline rescales.
     """
 
     scale: float = knob(3.0, -math.inf, span=(0.0, 10.0, 0.1), shown=True)

@@ -77,18 +77,18 @@ class AgentAttention(Control):
 
     Attributes:
         ratio: Share of the tokens merged away, 0 to 1; 0 merges none and takes the mean of each cell as agents.
-        agent_ratio: Share merged away for the agents; 0.95 in cells of 4 x 4 leaves one agent a cell.
+        agent_ratio: Share merged away for the agents; 0.95 in cells of 4 x 4 leaves one agent per cell.
         cell: Side of a cell while agents act; one token of each cell stays.
-        late_cell: Side of a cell after that.
+        late_cell: Side of a cell after the agents have stopped.
         agents_stop: Fraction of the run at which agents stop.
         k_scale2: Power of the logit scale in the second softmax.
         k_shortcut: Share of the values added to the output.
         max_downsample: Act where the grid is at most so many times smaller than the latents: 1, 2, 4 or 8.
-        use_rand: Draw the token of each cell anew at every step and site; else the first. As published, an odd number
-            of rows takes the first.
-        seed: Seeds those draws, which touch no other generator.
-        metric: What tokens are compared by: "block", the input of the transformer block (published), or "norm", the
-            input of its attention, which needs no hook on the block.
+        use_rand: Whether the token of each cell is drawn at every step and site; if not, it is the first one. As
+            published, with an odd number of rows it is the first one.
+        seed: Seed of these draws, which have a generator of their own.
+        metric: Values by which tokens are compared: "block", the input of the transformer block (published), or
+            "norm", the input of its attention, which needs no hook on the block.
 
     Example:
         >>> AgentAttention(ratio=0.3).describe()

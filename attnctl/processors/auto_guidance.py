@@ -44,7 +44,7 @@ class AutoGuidance(Guidance):
     Attributes:
         scale: Guidance weight w; 0 switches the control off. The paper's weight is w + 1.
         dropout: Share of the outputs of the chosen attentions that is dropped.
-        seed: Which of them.
+        seed: Seed that chooses the dropped outputs.
 
     Example:
         >>> AutoGuidance(dropout=0.2).describe()

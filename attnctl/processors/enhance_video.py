@@ -65,7 +65,7 @@ class EnhanceAVideo(Control):
 
     Attributes:
         weight: Added to the number of latent frames; None for the published one of the family (CogVideoX 3.4,
-            HunyuanVideo 4, Wan 4). Others need a number; 0 and up.
+            HunyuanVideo 4, Wan 4). Other families need a number of 0 or more.
 
     Example:
         >>> EnhanceAVideo(weight=4.0).describe()

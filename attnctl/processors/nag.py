@@ -66,9 +66,9 @@ class NAG(Control):
         scale: Extrapolation s; 0 switches the control off. The authors' nag_scale is s + 1.
         tau: Bound of the norm ratio, 1 or more.
         alpha: Blend with the unguided output, 0 to 1.
-        negative_prompt: What to keep away from; None for the negative prompt of the pipeline's call.
-        negative_embeds: Embeddings of it by the names of the pipeline's arguments for the prompt's ("prompt_embeds"),
-            or of the denoiser's ("encoder_hidden_states"); None to encode the text.
+        negative_prompt: Text to keep away from; None for the negative prompt of the pipeline's call.
+        negative_embeds: Embeddings of the negative prompt, under the names of the pipeline's arguments for those of the
+            prompt ("prompt_embeds"), or of the denoiser's ("encoder_hidden_states"); None to encode the text.
         norm: Norm of z that tau bounds, over all heads and channels of a token: 1 as in the paper and the authors'
             later files, 2 as in their first file for FLUX.
         form: How joint attention gets the negative prompt: "stream" (its text beside the prompt's), "rows" (a whole

@@ -43,8 +43,8 @@ class SLG(Guidance):
     The published setting for SD3.5 medium is blocks 7, 8 and 9 at scale 2.8 from 1 % to 20 % of the run.
 
     Attributes:
-        skip_in: "extra": a further pass without the blocks. "negative": the prediction for the negative prompt, which
-            guides already: no further pass runs, and `scale` plays no part. It needs classifier-free guidance.
+        skip_in: "extra" runs a further pass without the blocks. "negative" leaves the blocks out of the prediction for
+            the negative prompt: no further pass runs, and `scale` is not used. It needs classifier-free guidance.
 
     Example:
         >>> SLG(sites=["transformer_blocks.7", "transformer_blocks.8", "transformer_blocks.9"]).scale

@@ -45,16 +45,16 @@ class BroadWay(MotionFields):
         beta: Gain of the high band, 0 or more. A number; several numbers for a course over the window (linear between
             them); or a mapping from selectors ("up.2", "up_blocks.3") to either, sites not named taking 1.
         tau: Half width of the high band in bins; "auto" is F // 2 - 1 (the published 7 of 16): all but the mean.
-        motion: One knob in place of alpha and beta: 0 changes nothing, 1 is the published setting, more is more.
+        motion: One knob in place of alpha and beta: 0 changes nothing, 1 is the published setting, more is stronger.
             alpha = 0.6 min(motion, 1), beta = 1 + motion / 2.
         reference: Decoder stage that guides, such as "up_blocks.1"; None for the lowest of the last three with
             temporal attention, which is the published one in models of four stages.
-        interpolation: How its maps are enlarged. The paper does not say; nearest costs least.
-        head_match: Where the reference has more heads, "group_mean" averages them in groups (ours); "strict" refuses.
-        energy_floor: Never less than the energy before self-guidance. Off, a beta below 1 dampens motion.
+        interpolation: How the maps of the reference are enlarged. The paper leaves this open; "nearest" costs least.
+        head_match: If the reference has more heads, "group_mean" averages them in groups (ours); "strict" raises.
+        energy_floor: Keep at least the energy before self-guidance. If False, a beta below 1 reduces motion.
         beta_scope: "batch": one gain for all prompts of a batch, as published; "sample": one for each.
-        mask: Where to act, a picture of any size: white fully, black not at all. A path, a PIL image, or an array or
-            tensor [height, width] of 0 to 1. Kept as rows of numbers.
+        mask: Where to act, as a picture of any size: fully where it is white, not at all where it is black. A path, a
+            PIL image, or an array or tensor [height, width] of 0 to 1. Kept as rows of numbers.
 
     Example:
         >>> BroadWay(motion=1.0).strength()

@@ -38,28 +38,28 @@ class Capture(CaptureFields):
         words: Words, phrases ("black bear"), occurrences ("cat#2") or places of text tokens (whole numbers); a tuple
             of tuples gives each prompt of a batch its own. None for all words of the prompt.
         points: Places of the image instead of words: pairs (x, y) in shares of width and height from the top left,
-            each from 0 to 1, or (x, y, frame) of a video. Recorded is what the token there attends to: every token of
+            each from 0 to 1, or (x, y, frame) of a video. The map shows what the token there attends to: every token of
             the image (self- and joint attention), or its own place in every frame (temporal attention).
-        concepts: Words or phrases that need not stand in the prompt, two or more (SD3, FLUX, Qwen-Image, CogVideoX,
-            and wherever cross-attention reads the text). Recorded is how much each place of the image is like each of
-            them: shares of these concepts, which sum to 1, so that what else is in the image, such as the background,
-            wants a concept of its own (ConceptAttention, arXiv 2502.04320).
+        concepts: Words or phrases that need not be in the prompt, two or more (SD3, FLUX, Qwen-Image, CogVideoX,
+            and wherever cross-attention reads the text). The map shows how much each place of the image is like each of
+            them: shares of these concepts, which sum to 1, so that all else in the image, such as the background,
+            needs a concept of its own (ConceptAttention, arXiv 2502.04320).
         sites: Selector of cross- and joint-attention sites; None for all of them. With points: of self-, joint, dual or
             temporal ones; None for all self- and joint attention. With concepts: joint blocks, None for the
             paper's; or cross-attention, None for all of it.
         reduce: "mean", "sum" or "max" over steps, heads and layers; "none" for the mean, with steps and heads kept;
-            "ema" for the mean over heads and layers and a running one over the steps, which forgets by `decay`.
-        decay: What is kept of the running mean at each step with reduce="ema", from 0 to below 1.
-        keep: What is kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
+            "ema" for the mean over heads and layers and a running mean over the steps, with the factor `decay`.
+        decay: Share of the running mean that is kept at each step with reduce="ema", from 0 to below 1.
+        keep: Axes that are kept apart while recording: "steps", "heads" or both. Layers are always kept apart; without
             "steps" the memory does not grow with the steps of the run.
-        refine: How often each word map is multiplied by the self-attention of its block, so that places which look at
+        refine: How often each word map is multiplied by the self-attention of its block, so that places that attend to
             each other share their words: S^k A (IR-Diffusion, arXiv 2411.19261, takes 1 to 4); 0 for the plain maps.
         heads: Heads to record, or None for all.
         rows: "cond" for the maps of the prompt, "uncond" for those of the negative prompt.
-        reference: Number of a reference picture, from 0, whose tokens are read in place of the image's: where in it the
-            words lie (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit and others whose calls tell where it is).
-        prompt: The prompt, where the pipeline is called with embeddings: text, or one text a sample; without weights
-            such as "(cat)1.5", which are no part of what is tokenised.
+        reference: Number of a reference picture, from 0, whose tokens are read instead of the image's, to show where in
+            it the words are (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit and others whose calls show where it is).
+        prompt: The prompt, if the pipeline is called with embeddings: text, or one text per sample; without weights
+            such as "(cat)1.5", which are not tokenised.
         budget: Most bytes that the maps may take; more is an error in the first call of the denoiser.
         device: Where the maps are kept, or None for where attention runs.
         store: "float16" halves the memory of steps that are kept apart; sums are float32 always.

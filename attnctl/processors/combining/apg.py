@@ -32,8 +32,8 @@ class APG(Combiner):
         eta: Weight of the part that is parallel to c; 1 keeps it.
         norm: Greatest norm r of c - u for each picture, 0 for no limit. The paper's are for 4 x 128 x 128 latents in
             the space of clean images: 15 for SDXL, 7.5 for SD3. It grows with the root of the number of latents.
-        momentum: beta; each step adds beta times the difference of the step before, which holds the earlier ones. Below
-            0 pushes less where the direction stays (the paper's: -0.5 for SDXL); 0 for none.
+        momentum: beta; each step adds beta times the difference of the step before, which contains the earlier ones. A
+            value below 0 guides less where the direction stays the same (the paper's: -0.5 for SDXL); 0 for none.
         fill_steps: Steps at the beginning with u + s (c - u) at the pipeline's own scale, while the momentum fills.
 
     Example:

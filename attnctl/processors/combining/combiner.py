@@ -118,8 +118,8 @@ class Combiner(Combining, abstract=True):
 
     Attributes:
         scale: Guidance scale w, counted as in u + w (c - u); None for the pipeline's own.
-        space: What the rule is given: "model" for the model's own predictions, as diffusers' guiders do; "x0" for the
-            clean images and "eps" for the noise that they stand for. Linear rules are the same in all of them.
+        space: Form of the predictions that the rule receives: "model" for the model's own, as in diffusers' guiders;
+            "x0" for the clean images, "eps" for the noise. Linear rules give the same result in all of them.
     """
 
     scale: float | None = knob(None, -math.inf, hint="blank: the pipeline's", shown=True)

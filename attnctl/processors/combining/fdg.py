@@ -29,7 +29,7 @@ class FDG(Combiner):
     """Guide fine detail and coarse structure with scales of their own (arXiv 2506.19713).
 
     Attributes:
-        scale: Times what the scales of the levels are taken; None for 1.
+        scale: Factor by which all `scales` are multiplied; None for 1.
         scales: Guidance scale of each level, the finest first; each level halves the sides.
         parallel: Weight of the part of each level's difference that is parallel to c, likewise; 1 keeps it.
 

@@ -27,8 +27,8 @@ class GuidanceInterval(Combining):
     Other guidance has windows of its own: this one is about classifier-free guidance and the rules in its place.
 
     Attributes:
-        interval: First and last fraction of the run between which it is guided, the last excluded. `start` and `stop`
-            are those of the control: outside of them the pipeline guides as always.
+        interval: First and last fraction of the run between which guidance acts, the last excluded. Outside the
+            control's `start` and `stop` the pipeline guides as always.
 
     Example:
         >>> GuidanceInterval(interval=(0.1, 0.7)).describe()

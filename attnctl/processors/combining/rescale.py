@@ -31,7 +31,7 @@ class Rescale(Combining):
     """Give the guided sum the standard deviation of the prompt's prediction (arXiv 2305.08891).
 
     Attributes:
-        phi: How far, in [0, 1]: 0 changes nothing.
+        phi: Share of the rescaled sum in the result, in [0, 1]; 0 changes nothing.
 
     Example:
         >>> Rescale(phi=0.5).describe()

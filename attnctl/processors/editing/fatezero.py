@@ -43,17 +43,17 @@ class FateZero(SourceEdit):
     prompt.
 
     Attributes:
-        keys: Frames whose keys and values self-attention sees: "mid", "first", "last", "previous", a whole number to
-            look back (-1) or ahead (1), or a list of these; "self" for each frame its own.
+        keys: Frames whose keys and values self-attention reads: "mid", "first", "last", "previous", a whole number of
+            frames back (-1) or ahead (1), or a list of these; "self" for each frame its own.
             Transformers attend to all frames already.
-        keys_factor: Downsampling from which on `keys` holds; None for the layers that are edited.
-        store: How the source's attention is had: "recompute", "qk" or "maps" (see `attnctl.processors.editing.source`).
+        keys_factor: Layers at this downsampling or coarser use `keys`; None for the layers that are edited.
+        store: Where the source's attention comes from: "recompute" runs the source again, "qk" and "maps" keep it.
         blend_attention: Whether self-attention is fused by the blend mask.
         blend_latents: Whether the latents outside the blend mask are the source's.
-        blend_window: Window of the run in which they are.
-        latent_align: Which of the source's latents they take: "aligned" of the same noise level; "official" of one
-            level noisier, as released.
-        inversion: What is edited.
+        blend_window: Window of the run in which latents are blended.
+        latent_align: Source latents that are blended in: "aligned", those of the same noise level; "official", those
+            of one level noisier, as released.
+        inversion: The inverted source, as `attnctl.pipelines.invert` makes it.
 
     Example:
         >>> FateZero(source="a red car", target="a blue car", blend_words=["car"]).describe()

@@ -42,11 +42,11 @@ class FlowEdit(Control):
         source: The prompt that describes the source.
         target: The prompt that describes the result.
         source_scale: Guidance of the source's velocity.
-        target_scale: Guidance of the target's; the pipeline must be called with it.
+        target_scale: Guidance of the target's velocity; the pipeline must be called with this scale.
         strength: Share of the steps that edit, counted from the clean end (n_max of n); the rest keeps the source.
         plain: Share of the steps, at the clean end, that only denoise the edit (n_min of n).
         average: Noises to average over per step (n_avg).
-        seed: Seeds the noises.
+        seed: Seed of the noises.
 
     Example:
         >>> FlowEdit(source="a red car", target="a blue car").describe()

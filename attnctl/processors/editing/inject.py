@@ -48,9 +48,9 @@ class Inject(Control):
     Attributes:
         source: The prompt that describes the source.
         target: The prompt that describes the result.
-        parts: What is taken: some of "q", "k" and "v".
+        parts: Parts that are taken from the source: some of "q", "k" and "v".
         tokens: "all" tokens, text too, or those of the "image".
-        inversion: What is edited.
+        inversion: The inverted source.
 
     Example:
         >>> Inject(source="a red car", target="a blue car").describe()

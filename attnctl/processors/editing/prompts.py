@@ -72,8 +72,8 @@ class WordEdit(Control, abstract=True):
     Attributes:
         source: The prompt that describes the source.
         target: The prompt that describes the result.
-        mode: "refine" aligns the prompts token by token, and new tokens keep their own attention; "replace" puts the
-            words of the target in the places of the source's, for prompts of equally many words.
+        mode: "refine" aligns the prompts token by token, and new tokens keep their own attention; "replace" gives the
+            words of the target the places of the source's words, for prompts with the same number of words.
         cross_replace: Window of the run in which cross-attention follows the source: an end b or (start, end), as
             fractions; or windows by word of the target, others under "default_".
         self_replace: The same for self-attention.
@@ -81,13 +81,13 @@ class WordEdit(Control, abstract=True):
             the target); None for everywhere.
         blend_threshold: Attention above this share of its maximum counts as inside; at 0 all is inside, at 1 nothing.
         equalizer: Weights of words of the target, above 1 for more of them.
-        factor: Downsampling of the latents from which on layers take part; None for 2, and for 1 in models whose
-            latents have no more than 32 x 32 cells. Transformers have one resolution, and take part whole.
-        mask_factor: Downsampling of the layers whose attention to the blend words is looked at; None for 4, or the
+        factor: Layers at this downsampling of the latents or coarser are edited; None for 2, and for 1 in models whose
+            latents have at most 32 x 32 cells. Transformers have one resolution: all of their layers are edited.
+        mask_factor: Downsampling of the layers whose attention to the blend words gives the mask; None for 4, or the
             nearest below that the model has.
-        replace_tail: In mode "replace", "official" takes what follows the last changed word by position, as released.
-        text_mass: In joint attention, whose share of the attention goes to the text: "source" (inside the blend words
-            the edit's), or "edit".
+        replace_tail: In mode "replace", "official" aligns tokens after the last changed word by position, as released.
+        text_mass: In joint attention, the share of attention that goes to the text: "source" takes the source's (inside
+            the blend words the edit's), "edit" the edit's.
     """
 
     source: str

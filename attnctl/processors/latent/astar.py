@@ -44,10 +44,10 @@ class AStar(LatentGuidance):
         seg: Weight of the segregation loss.
         ret: Weight of the retention loss, from the second step on, or from the first with `masks`.
         masks: A layout: for each concept a mask of any size (bool or 0 to 1, rows first, as array, tensor or nested
-            tuples), or None for a concept that is free. A mask takes the place of the step before in the retention
-            loss.
-        binarise: What counts as active in the map of the step before: a fraction of the way from its minimum to its
-            maximum, "mean" or "otsu".
+            tuples), or None for a concept that is free. In the retention loss a mask replaces the map of the step
+            before.
+        binarise: Threshold above which a place of the map of the step before is active: a fraction of the way from its
+            minimum to its maximum, "mean" or "otsu".
 
     Example:
         >>> AStar(concepts=("cat", "dog"), seg=2.0).describe()

@@ -32,14 +32,14 @@ class LatentGuidance(LatentFields, abstract=True):
         concepts: Words, phrases or token places of the prompt, two or more for losses that compare them; a tuple of
             tuples gives each prompt of a batch its own, equally many.
         prompt: The prompt, or one for each image, for calls that pass embeddings instead of text; without
-            weights such as "(cat)1.5", which are no part of what is tokenised.
+            weights such as "(cat)1.5", which are not tokenised.
         step_size: alpha_0; 0 switches the control off.
         schedule: "sqrt": alpha falls to alpha_0 sqrt(1/2) along the run, as in Attend-and-Excite; or "constant".
-        grad_transform: "none", "l2" (gradient of length 1 a sample, so that alpha is a distance) or "sign".
+        grad_transform: "none", "l2" (a gradient of length 1 per sample, so that alpha is a distance) or "sign".
         update: "latents": z' = z - alpha grad L before the step. "velocity", for flow matching alone: the latents stay,
             and the prediction becomes v' = v + alpha sigma^2 grad L, with the noise level sigma in [0, 1] (FOCUS,
-            arXiv 2510.02315: lambda sigma (1 - t) grad L, t from 0 at noise to 1, off a velocity that points to the
-            image; diffusers' points to the noise).
+            arXiv 2510.02315: lambda sigma (1 - t) grad L, t from 0 at noise to 1, is subtracted from a velocity that
+            points to the image; diffusers' points to the noise).
         iterations: Gradient steps before each denoising step; 1 with update="velocity".
         map_norm: "none" (probabilities), "max", "minmax", or "ae" (softmax(100 A) over the text tokens).
         smoothing: Width of the 3 x 3 blur of the maps; 0 for none.

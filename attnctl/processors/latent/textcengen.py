@@ -83,7 +83,7 @@ class TextCenGen(LatentGuidance):
         space: The part to keep free: a box (left, top, right, bottom) in fractions of the picture.
         theta: Mean of a concept's map in the space, from 0 to 1, above which the concept moves.
         force: Distance in shares of the picture at which a push out of the space is as long as the distance.
-        margin: Strength of the picture's borders.
+        margin: Strength of the push away from the picture's borders.
         exclusion: How much of a moved map is taken out of the space, 0 to 1.
     """
 

@@ -59,8 +59,8 @@ class Regions(Control):
         areas: One area per region: a box (left, top, right, bottom) in fractions of the picture, the name of a picture
             file that is white inside, or a mask [h, w] from 0 to 1. Areas may overlap.
         base: How much a covered token follows the prompt of the call, 0 to 1, besides the regions' prompts.
-        isolation: Where image tokens see their own region alone, in joint attention: "none", at every second site
-            ("alternate") or at "all".
+        isolation: Sites of joint attention at which image tokens attend only to their own region: "none", every second
+            one ("alternate") or "all".
         stop: Fraction of the run at which the control ends, 0 to 1.
     """
 

@@ -98,7 +98,7 @@ class Banked(ShareAttention, abstract=True):
     """Shared attention whose later runs may see what a first run has kept.
 
     Attributes:
-        bank: Keeps the keys of a first run's pictures, which the pictures of later runs then see in place of each
+        bank: Keeps the keys of a first run's pictures; the pictures of later runs attend to these instead of to each
             other's.
     """
 

@@ -33,11 +33,11 @@ class Consistent(Banked):
     """Keep a subject the same over the pictures of a batch (arXiv 2405.01434).
 
     Attributes:
-        sources: "others": each picture sees all the others.
+        sources: "others": each picture attends to all the others.
         share: Share of the others' tokens, above 0, to 1.
         chance: Probability that a site shares in a step before 2/5 of the run, 0 to 1; the first step is plain.
         late_chance: The probability after that, 0 to 1.
-        bank: Keeps the keys of a first run's pictures, which the pictures of later runs then see in place of each
+        bank: Keeps the keys of a first run's pictures; the pictures of later runs attend to these instead of to each
             other's.
     """
 

@@ -77,10 +77,10 @@ class IRDiffusion(ShareAttention):
     """Keep subjects of one picture apart, and each like its reference in another picture of the batch.
 
     Attributes:
-        boxes: One entry per picture of the batch, or one for all: of each subject the box (left, top, right, bottom)
-            in fractions of the picture, or None where it is not in that picture.
+        boxes: One entry per picture of the batch, or one for all: for each subject its box (left, top, right, bottom)
+            in fractions of the picture, or None if it is not in that picture.
         references: The number of each subject's reference picture, from 0; empty for isolation alone.
-        isolate_until: Fraction of the run until which subjects do not look at each other; 0 for references alone.
+        isolate_until: Fraction of the run until which subjects do not attend to each other; 0 for references alone.
         reposition: Bring references to the size of the subject, in UNets.
         bias: Added to the logits of a reference's keys.
     """

@@ -25,7 +25,7 @@ class MasaCtrl(ShareAttention):
     """Paint every picture of a batch with the contents of the first one (arXiv 2304.08465).
 
     Attributes:
-        take: "replace", the paper's; "append" lets a picture see its own contents, too.
+        take: "replace", the paper's; with "append" a picture attends to its own contents, too.
         start: Fraction of the run at which the control begins: the layout is made before. The paper's: step 4 of 50.
     """
 

@@ -50,7 +50,7 @@ class ReferenceOnly(ShareAttention):
         reference: A picture file, a picture, or latents as the pipeline takes them; or a tuple with one per picture of
             the batch. Pictures are cut to the shape of the run and brought to its size.
         fidelity: How much rows of the negative prompt keep their plain attention, 0 to 1.
-        seed: Seed of the reference's noise, and of what is drawn.
+        seed: Seed of the reference's noise, and of the draws of `share` and `chance`.
     """
 
     reference: Any = knob(None, kind="free", values="a file, a picture, latents, or one per picture", compare=False)

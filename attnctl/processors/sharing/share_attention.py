@@ -79,15 +79,15 @@ class ShareAttention(Control):
     Attributes:
         sources: The pictures that each picture takes from: "first", "previous", "others" (all of them), the number of
             one picture from 0, or a tuple with one number per picture.
-        take: "append" puts the sources' keys and values behind a picture's own; "replace" takes them in their place.
-        parts: What "replace" takes, of "q", "k" and "v".
+        take: "append" adds the sources' keys and values to a picture's own; "replace" replaces a picture's own by them.
+        parts: Parts that "replace" takes from the source, some of "q", "k" and "v".
         adain: Which of "q", "k" and "v" receive the source's mean and deviation first.
         bias: Added to the logits of appended keys; log(2) counts them twice.
         factor: Multiplies appended keys that are not a picture's own.
         share: Share of a source's tokens that are appended, drawn anew at each step and site; above 0, to 1.
         chance: Probability that the control acts at a site in a step, 0 to 1.
         seed: Seed of both draws.
-        halves: "both" shares among the negative rows, too; "cond" among the rows of the prompt alone.
+        halves: "both" shares among the rows of the negative prompt, too; "cond" among the rows of the prompt alone.
     """
 
     sources: Sources = knob("first", kind="free", values="first, previous, others, a number or one per picture")

@@ -38,8 +38,8 @@ class SparseAttention(Control):
     """Compute only a part of every attention map between image tokens.
 
     Attributes:
-        select: What to compute: `Online`, `Neighborhood`, `SlidingTile`, `Radial` of `attnctl.plans`, or a plan as
-            `PARO` takes it.
+        select: Part of the map to compute: `Online`, `Neighborhood`, `SlidingTile`, `Radial` of `attnctl.plans`, or a
+            plan as `PARO` takes it.
         dense_steps: Steps at the beginning of the run that stay dense.
         dense_layers: Sites at the beginning of the model that stay dense.
         kernel: Block-sparse kernel by name, or "auto"; windows of neighbours have a kernel of their own.
