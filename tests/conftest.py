@@ -41,9 +41,10 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector run again, and leave aside what was imported, which it would look through each time."""
+    """Let the collector run again, seldom, and leave aside what was imported, which it would look through each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 

@@ -129,7 +129,9 @@ def _flow(**more: Any) -> Any:
 
 
 def sd3() -> Any:
-    model = zoo.build("sd3", 1, joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH)[0]
+    model = zoo.build("sd3", 1, joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=64)[
+        0
+    ]
     return diffusers.StableDiffusion3Pipeline(
         transformer=model,
         scheduler=_flow(),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_base import write_base
 
 from attnctl.errors import ConfigError
 from attnctl.shapes import sample_clip
@@ -77,8 +78,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def base():
-    return load_base(None)
+def folder(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path):
+    return load_base(folder)
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +172,13 @@ def test_the_shipped_recipe_scales_with_its_warm_up() -> None:
 # command line
 
 
-def test_one_command_makes_the_model(base, tmp_path, capsys, monkeypatch) -> None:
+def test_one_command_makes_the_model(folder: Path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(train_video, "make_expected", lambda vae: expected_of_clips())
     monkeypatch.setattr(train_video, "STAGES", tuple(replace(s, batch=2, frames=1) for s in STAGES[:2]))
     command = [
-        "video",
-        "--out",
-        str(tmp_path),
-        "--clips",
-        "2",
-        "--scale",
-        "0.0001",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-    ]
+        "video", "--out", str(tmp_path), "--base", str(folder), "--clips", "2", "--scale", "0.0001",
+        "--threads", "1", "--device", "cpu",
+    ]  # fmt: skip
     assert main(command) == 0
     assert "(step 1)" in capsys.readouterr().out
     before = files(tmp_path / "direct")

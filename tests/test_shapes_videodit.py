@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,8 +85,13 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, vae) -> dict:
-    """Train for three steps, in one go and after a kill, and export."""
-    out = tmp_path_factory.mktemp("videodit")
+    """Train for three steps, in one go and after a kill, and export; with two blocks in place of eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(videodit, "LAYERS", 2)
+        return trained(tmp_path_factory.mktemp("videodit"), vae)
+
+
+def trained(out: Path, vae: Any) -> dict:
     options = {"phases": PHASES, "bf16": False, "quiet": True}
     through = train_videodit(out / "a", PLAN, vae, clips(), **options)
     Stop.drawn = 0
@@ -295,7 +302,9 @@ def test_missing_and_damaged_weights_are_named(tmp_path, runs: dict, monkeypatch
         load_shapes("videodit", folder=tmp_path / "w")
 
 
-def test_command_line_of_training(tmp_path, capsys) -> None:
+def test_command_line_of_training(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(videodit, "LAYERS", 2)
+    monkeypatch.setattr("attnctl.shapes.training.train_videodit._MEASURED", 2)
     arguments = ["videodit", "--out", str(tmp_path), "--clips", "2"]
     arguments += ["--vae-steps", "1", "--steps", "1", "--decoder-steps", "1"]
     arguments += ["--course", "0:1x2", "--threads", "1", "--device", "cpu"]

@@ -43,6 +43,7 @@ __all__ = [
 _SEEN = 9  # frames of a clip that the autoencoder learns from: one alone, four after it, four after those
 _CROP = SIZE // 2
 _ROUGHNESS = 0.15  # in standard deviations of a latent
+_MEASURED = 24  # clips that give the mean and the spread of the latents
 
 
 def train_video_vae(
@@ -88,11 +89,11 @@ def train_video_vae(
 
 @torch.no_grad()
 def _standardise(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Write the mean and the spread of every latent channel, over 24 clips, into the autoencoder's settings."""
+    """Write the mean and the spread of every latent channel, over some clips, into the autoencoder's settings."""
     rng = np.random.default_rng(1)
     device = next(vae.parameters()).device
     latents = []
-    for _ in range(24):
+    for _ in range(_MEASURED):
         frames = render_clip(sample_clip(rng, frames=videodit.DIT_FRAMES), videodit.DIT_FRAMES)
         latents.append(vae.encode(to_tensor(frames).transpose(0, 1)[None].to(device)).latent_dist.mean.float())
     z = torch.cat(latents)
