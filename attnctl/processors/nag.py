@@ -78,7 +78,7 @@ class NAG(Control):
     scale: float = knob(2.0, 0.0, span=(0.0, 10.0, 0.1), shown=True)
     tau: float = knob(2.5, 1.0, span=(1.0, 10.0, 0.1), shown=True)
     alpha: float = knob(0.5, 0.0, 1.0, shown=True)
-    negative_prompt: str | None = knob(None, values="text, or None", hint="blank: the call's")
+    negative_prompt: str | None = knob(None, values="text", hint="blank: the call's")
     negative_embeds: Mapping[str, Any] | None = knob(None, values="tensors by name", compare=False, repr=False)
     norm: Literal[1, 2] = knob(1, options=Literal[1, 2])
     form: Form = knob("auto", options=Form)

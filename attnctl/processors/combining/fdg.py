@@ -39,7 +39,7 @@ class FDG(Combiner):
     """
 
     scales: tuple[float, ...] = knob((10.0, 5.0), kind="free", values="two numbers or more", shown=True)
-    parallel: tuple[float, ...] | None = knob(None, kind="free", values="None, or as many numbers")
+    parallel: tuple[float, ...] | None = knob(None, kind="free", values="as many numbers")
 
     about: ClassVar[About] = About(
         does="guides fine detail and coarse structure with scales of their own",

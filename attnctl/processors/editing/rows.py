@@ -160,11 +160,14 @@ class RowFusion:
         return PairAttention(call, source_row["q"], source_row["k"], source_row.get("mask"))
 
     def _self(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
-        mask, at = self.mask_at(call), slice(edit, edit + 1)
-        if mask is None and "q" in source_row and call.mask is None:
+        mask, at, image = self.mask_at(call), slice(edit, edit + 1), call.image or slice(0, call.q.shape[2])
+        alone = image.stop - image.start == call.q.shape[2]
+        if alone and mask is None and "q" in source_row and call.mask is None:
             return proceed(call.with_(q=_put(call.q, at, source_row["q"]), k=_put(call.k, at, source_row["k"])))
         out, source = proceed(call), self._source(call, source_row).whole(call.v[at])
-        return _put(out, at, source if mask is None else torch.where(mask[:, None, :, None], out[at], source))
+        row = out[at].clone()  # queries that are no places of the image, such as padding, keep their attention
+        row[:, :, image] = source if mask is None else torch.where(mask[:, None, :, None], row[:, :, image], source)
+        return _put(out, at, row)
 
     def _cross(self, call: AttnCall, proceed: Proceed, source_row: SourceRow, edit: int) -> Tensor:
         at, length = slice(edit, edit + 1), call.k.shape[2]
