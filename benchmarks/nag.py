@@ -44,7 +44,7 @@ ELSEWHERE = {
     "mochi": "its text is pooled into the time embedding; one attention per sample",
     "longcat_audio": "its text is pooled into the time embedding",
     "kandinsky3": "its text is pooled into the time embedding",
-    "stable_audio3": "its text changes more than the keys of its cross-attention",
+    "stable_audio3": "its attention is the difference of two, of which NAG guides the first",
     "omnigen": "a token for the time reads the text, too",
     "bria_fibo2": "its text becomes tokens of the image's own sequence",
     "ltx2": "its text reaches the image through the sound, too",

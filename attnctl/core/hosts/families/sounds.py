@@ -23,6 +23,8 @@ SOUNDS: tuple[Family, ...] = (
         kinds=_NAMED,
         grid=grids.length,
         tokens=grids.ended,
+        note="its attention is the difference of two softmax attentions, and a control acts on each of them by itself: "
+        "PAG's perturbed attention is then zero, maps show the first, and NAG guides the first alone",
     ),
     Family(
         name="ACE-Step",
