@@ -71,3 +71,63 @@ def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting
     with attnctl.control(model, Replace(function=guided), layout="cond"):
         out = zoo.call(model, doubled(inputs, negative))
     return out[: len(out) // 2]
+
+
+def naive_nag_by_keys(model: nn.Module, inputs: Any, negative: Any, **setting: Any) -> Tensor:
+    """Run a model with NAG at its cross-attention, with keys and values that a call with the negative prompt had."""
+    seen: dict[tuple[str, int], AttnCall] = {}
+
+    def note(call: AttnCall, proceed: Proceed) -> Tensor:
+        seen[call.site.name, call.index] = call
+        return proceed(call)
+
+    def guided(call: AttnCall, proceed: Proceed) -> Tensor:
+        there = seen[call.site.name, call.index]
+        if torch.equal(call.k, there.k):  # an image prompt
+            return proceed(call)
+        away = call.with_(k=there.k, v=there.v, mask=there.mask)
+        return naive_guidance(naive_attention(call), naive_attention(away), **setting)
+
+    with attnctl.control(model, Replace(sites="cross", function=note), layout="cond"):
+        zoo.call(model, negative)
+    with attnctl.control(model, Replace(sites="cross", function=guided), layout="cond"):
+        return zoo.call(model, inputs)
+
+
+def naive_nag_by_turns(model: nn.Module, inputs: Any, negative: Any, **setting: Any) -> Tensor:
+    """Run a model with NAG at its joint attention, site after site: for models that take no further rows.
+
+    In each turn both prompts are called with what is known of the sites before, and one more site becomes known: z for
+    the image, and for what stands beside image and text what the prompt's call has there.
+    """
+    known: dict[tuple[str, int], Tensor] = {}
+
+    def turn(arguments: Any) -> tuple[Tensor, dict[tuple[str, int], tuple[Tensor, AttnCall]]]:
+        new: dict[tuple[str, int], tuple[Tensor, AttnCall]] = {}
+
+        def at(call: AttnCall, proceed: Proceed) -> Tensor:
+            text, key = call.text, (call.site.name, call.index)
+            if text is None or text.start == text.stop:
+                return proceed(call)
+            out = naive_attention(call)
+            if key not in known:
+                new[key] = out, call
+                return out
+            keep = known[key].clone()
+            if out.shape[2] == call.k.shape[2]:
+                keep[:, :, text] = out[:, :, text]
+            return keep
+
+        with attnctl.control(model, Replace(sites="joint", function=at), layout="cond"):
+            return zoo.call(model, arguments), new
+
+    while True:
+        out, new = turn(inputs)
+        if not new:
+            return out
+        _, there = turn(negative)
+        key = next(iter(new))
+        (p, call), n = new[key], there[key][0]
+        image = call.image or slice(0, p.shape[2])
+        known[key] = p.clone()
+        known[key][:, :, image] = naive_guidance(p[:, :, image], n[:, :, image], **setting)

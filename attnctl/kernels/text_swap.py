@@ -25,6 +25,7 @@ def swapped_mask(
     text: slice,
     seen: tuple[int, int],
     keys: int,
+    asks: int = 0,
     queries: slice | None = None,
 ) -> Tensor | None:
     """Put the masks of two calls together.
@@ -36,6 +37,7 @@ def swapped_mask(
         text: Places of the text among the keys of the other call (and its queries).
         seen: A token that is no text, among the queries and the keys of the other call.
         keys: Keys of the sequence.
+        asks: A token that is no text, among the sequence's queries.
         queries: The sequence's queries that ask; None for all of them, the new text's included.
 
     Returns:
@@ -56,8 +58,13 @@ def swapped_mask(
         return rows(queries)
     if all(m is None or m.shape[2] == 1 for m in (mask, other)):
         return rows(slice(0, 1))
+    # What stands beside the new text is the sequence's: of that, its own mask leaves out padding.
     over_rest = _part(other, text, slice(seen[1], seen[1] + 1))
-    middle = _line([over_rest, _part(other, text, text), over_rest], sizes)
+    before, behind = (
+        _both(over_rest, _part(mask, slice(asks, asks + 1), columns))
+        for columns in (slice(0, at.start), slice(at.stop, keys))
+    )
+    middle = _line([before, _part(other, text, text), behind], sizes)
     parts = [rows(slice(0, at.start)) if sizes[0] else None, middle, rows(slice(at.stop, keys)) if sizes[2] else None]
     lines = _alike([x.expand(-1, -1, n, -1) for x, n in zip(parts, sizes, strict=True) if x is not None])
     most = [max(line.shape[a] for line in lines) for a in (0, 1)]
@@ -74,6 +81,14 @@ def _part(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
         return None
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return mask if mask.shape[3] == 1 else mask[..., columns]
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Let attend where both masks do; masks that broadcast to each other."""
+    if a is None or b is None:
+        return b if a is None else a
+    a, b = _alike([a, b])
+    return a + b if a.is_floating_point() else a & b
 
 
 def _line(parts: list[Tensor | None], sizes: tuple[int, ...]) -> Tensor:

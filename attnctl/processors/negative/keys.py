@@ -140,7 +140,9 @@ def attend_beside(part: AttnCall, negative: AttnCall) -> tuple[Tensor, Tensor]:
         swapped(y, x[:, :, text], at) for x, y in ((negative.q, part.q), (negative.k, part.k), (negative.v, part.v))
     )
     other = image_queries(negative).start
-    mask = swapped_mask(part.mask, negative.mask, at=at, text=text, seen=(other, other), keys=part.k.shape[2])
+    mask = swapped_mask(
+        part.mask, negative.mask, at=at, text=text, seen=(other, other), keys=part.k.shape[2], asks=image.start
+    )
     out = part.with_(q=q, k=k, v=v, mask=mask).plain()
     moved = 0 if image.start < at.start else length - (at.stop - at.start)
     return out[:, :, image.start + moved : image.stop + moved], out[:, :, at.start : at.start + length]
