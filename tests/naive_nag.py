@@ -18,15 +18,19 @@ import attnctl
 from attnctl.core.call import AttnCall, Proceed
 
 
+def naive_logits(call: AttnCall) -> Tensor:
+    """Compute q k^T scale + mask, [B, H, N, N]."""
+    k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+    logits = call.q @ k.transpose(-1, -2) * (call.scale or call.q.shape[-1] ** -0.5)
+    if call.mask is None:
+        return logits
+    return logits.masked_fill(~call.mask, -math.inf) if call.mask.dtype == torch.bool else logits + call.mask
+
+
 def naive_attention(call: AttnCall) -> Tensor:
     """Compute softmax(q k^T scale + mask) v, [B, H, N, D]; a query without a key gives 0."""
-    groups = call.q.shape[1] // call.k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (call.k, call.v))
-    logits = call.q @ k.transpose(-1, -2) * (call.scale or call.q.shape[-1] ** -0.5)
-    if call.mask is not None:
-        boolean = call.mask.dtype == torch.bool
-        logits = logits.masked_fill(~call.mask, -math.inf) if boolean else logits + call.mask
-    return logits.softmax(-1).nan_to_num(0) @ v
+    v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+    return naive_logits(call).softmax(-1).nan_to_num(0) @ v
 
 
 def naive_guidance(p: Tensor, n: Tensor, scale: float, tau: float, alpha: float, norm: int = 1) -> Tensor:

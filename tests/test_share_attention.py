@@ -12,14 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from contract import run
+from contract import Replace, run
+from naive_nag import naive_attention
 from safetensors.torch import load_file
 from torch import Tensor
 
 import attnctl
-from attnctl.core.call import AttnCall, CallState
+from attnctl.core.call import AttnCall, CallState, Proceed
 from attnctl.core.hosts.arguments import Rows
-from attnctl.core.hosts.tokens import parts_in
+from attnctl.core.hosts.tokens import image_keys, parts_in
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, ConflictError
 from attnctl.kernels import attention
@@ -161,6 +162,38 @@ def test_only_the_pictures_that_take_from_others_change(name: str) -> None:
     assert (out[0] - plain[0]).abs().max() < 1e-12
     assert (out[1] - plain[1]).abs().max() > 1e-9
     assert torch.equal(run(model, given, ShareAttention(chance=0.0)), plain)
+
+
+# Tiny models that the next test leaves out.
+ONE_PICTURE = ("framepack", "qwen21", "helios", "wan_animate2", "cosmos3", "prior")  # a call makes one
+FRAMES = ("animatediff", "svd", "unet3d", "latte", "i2vgenxl")  # in the batch: rows are not pictures
+LINEAR = ("sana", "sana_video", "sana_wm")
+REFUSED = ("lumina2", "mochi", "anyflow_far", "kandinsky6_sr")
+OTHERS = (*ONE_PICTURE, *FRAMES, *LINEAR, *REFUSED)
+
+
+def appended(call: AttnCall, proceed: Proceed) -> Tensor:
+    """Attend to a picture's own keys and to the first picture's image, written out."""
+    at = image_keys(call) if call.image is not None else slice(None)
+    first = [x[:1, :, at].expand(2, -1, -1, -1) for x in (call.k, call.v)]
+    k, v = (torch.cat([x, y], 2) for x, y in zip((call.k, call.v), first, strict=True))
+    mask = call.mask
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        mask = mask.expand(2, *mask.shape[1:3], call.k.shape[2])
+        mask = torch.cat([mask, mask[:1, :, :, at].expand(2, -1, -1, -1)], 3)
+    return naive_attention(call.with_(k=k, v=v, mask=mask)) if call.index == 0 else proceed(call)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in OTHERS])
+def test_every_host_against_the_formula(name: str) -> None:
+    single = name in ("motif_video", "kandinsky5")  # which do not compute in double precision
+    model, given = zoo.build(name, dtype=torch.float32 if single else torch.float64)
+    sites = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
+    out = run(model, given, ShareAttention(sites=sites))
+    expected = run(model, given, Replace(sites=sites, function=appended))
+    assert (out - expected).norm() / expected.norm() < (1e-6 if single else 1e-12)
+    assert (out - zoo.call(model, given)).norm() / expected.norm() > 1e-3
 
 
 def test_negative_rows_may_be_left_alone() -> None:
