@@ -20,7 +20,6 @@ from torch import Tensor
 
 import attnctl
 from attnctl.core.call import AttnCall, Proceed
-from attnctl.core.hosts.ghost import text_arguments
 from attnctl.data.specs import control_to_dict
 from attnctl.errors import ConfigError, ConflictError, UnsupportedModelError
 from attnctl.kernels.areas import box_on_grid, mask_on_grid, patterns
@@ -396,43 +395,3 @@ def test_errors_name_the_control_that_was_given(mmdit: Any) -> None:
             check_beside(model, RegionText.name, RegionText.what)
     finally:
         model.disable_gradient_checkpointing()
-
-
-# Every host ---------------------------------------------------------------------------------------------------------
-
-OTHERWISE = (  # the text is not only attended to: it is pooled into the time embedding, or heard as well
-    *("hunyuandit", "mochi", "lumina_next", "kandinsky3", "kandinsky6", "ltx2", "longcat_audio"),
-    *("zimage", "hidream"),  # padding beside the image keeps the prompt of the call
-    "qwen21",  # the output holds the text, which keeps the prompt of the call
-)
-REFUSED = (  # in words: nothing tells how the image's tokens lie, or no call takes a line of the image alone
-    *("svd", "bria_fibo2", "sana_wm_refiner", "stable_audio", "stable_audio3"),
-    *("hunyuan15", "framepack", "consisid", "ideogram4", "omnigen", "joyimage_plus", "minimax_h3"),
-    *("anyflow_far", "prior"),
-)
-NO_TEXT = ("dit", "unet2d", "minimax_music3", "kandinsky6_sr")
-
-
-@pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in (*OTHERWISE, *REFUSED, *NO_TEXT)])
-def test_on_every_host_a_region_over_all_is_its_text(name: str) -> None:
-    single, row = name in ("motif_video", "kandinsky5"), name == "lumina2"
-    dtype, batch = torch.float32 if single else torch.float64, 1 if row else 2
-    model, inputs = zoo.build(name, batch=batch, dtype=dtype)
-    other = text_arguments(zoo.build(name, batch=batch, dtype=dtype, seed=1)[1], inputs)
-    other = {k: v for k, v in other.items() if k in inputs and "pooled" not in k}
-    kind = "cross" if any(s.kind == "cross" for s in attnctl.find_sites(model)) else "joint"
-    everywhere = Regions(embeds=(other,), areas=((0, 0, 1, 1),), base=0.0, stop=1.0, sites=kind)
-    with attnctl.control(model, everywhere, layout="cond"):
-        out = zoo.call(model, inputs)
-    assert far(out, zoo.call(model, {**inputs, **other})) < (1e-6 if single else 1e-12)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_on_other_hosts_regions_are_refused_in_words(name: str) -> None:
-    model, inputs = zoo.build(name)
-    other = text_arguments(zoo.build(name, seed=1)[1], inputs)
-    other = {k: v for k, v in other.items() if k in inputs}
-    everywhere = Regions(embeds=(other,), areas=((0, 0, 1, 1),), base=0.0, stop=1.0)
-    words = "nothing tells how|cannot be controlled|takes no text"
-    with pytest.raises(UnsupportedModelError, match=words), attnctl.control(model, everywhere, layout="cond"):
-        zoo.call(model, inputs)
