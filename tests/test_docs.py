@@ -210,7 +210,7 @@ def test_printed_commands_are_understood(path: Path) -> None:
             assert not given or given[0] in _COMMANDS, words
             known: Collection[str] = options(given[0]) if given else ()
         elif words[0] == "pytest":
-            known = {"--cov", "--hypothesis-profile"}
+            known = {"--cov", "--dist", "--hypothesis-profile"}
             assert all((ROOT / w).is_file() for w in words if w.startswith("tests/")), words
         elif words[0] == "python" and words[1].endswith(".py"):
             known = script_options(ROOT / words[1])
