@@ -117,6 +117,10 @@ def ticks(progress: Any, models: Models, request: Ask, runs: int = 1) -> Step:
     return following(progress, runs * steps if isinstance(steps, int) else None)
 
 
+class Halt(UsageError):
+    """The user of a window has ended its work."""
+
+
 def following(progress: Any, total: int | None) -> Step:
     """Return what moves the page's bar by one of `total` steps, and ends the work where its window was told to stop."""
     done, window = 0, _window()
@@ -127,7 +131,7 @@ def following(progress: Any, total: int | None) -> Step:
         done += 1
         if window in _STOPPED:
             _STOPPED.discard(window)
-            raise UsageError("Stopped. Nothing was written.")
+            raise Halt("Stopped. Nothing was written.")
         progress((min(done, total or done), total), desc="computing", unit="steps")
 
     progress((0, total), desc="computing", unit="steps")
@@ -157,6 +161,9 @@ def said(action: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return action(*args, **kwargs)
+        except Halt as halt:  # told as asked for; the hidden error ends what waits for a result
+            gr.Info(str(halt), title="Stopped")
+            raise gr.Error(str(halt), visible=False, print_exception=False) from None
         except AttnctlError as error:
             raise gr.Error(" ".join(str(error).split()), title="That cannot be", print_exception=False) from None
         except Exception as error:

@@ -29,6 +29,9 @@ CSS = """
 .marks th, .marks td:first-child { white-space: nowrap; }
 #edit-examples th, #edit-examples td { white-space: normal !important; }
 #head p { margin: 0; }
+:is(button, input, textarea, select, a, [tabindex="0"]):focus-visible {
+  outline: 2px solid var(--body-text-color) !important; outline-offset: -2px;
+}
 #stop { align-self: flex-start; height: auto; }
 @media (max-width: 799px) {
   #stop { position: fixed; right: 12px; bottom: 12px; z-index: 50; box-shadow: 0 1px 6px rgba(0, 0, 0, 0.4); }

@@ -90,8 +90,11 @@ def regions_tab(models: Models, folder: Path) -> None:
         with gr.Column(scale=5, min_width=320):
             fields = Fields(models.images, whole)
             fields.prompt.label = "Prompt of the whole picture"
+            # Above it: a label in the editor lies under its tools on a narrow screen.
+            gr.Markdown("Draw each region in its colour: its box is what the strokes span.")
             canvas = gr.ImageEditor(
-                label="Draw each region in its colour: its box is what the strokes span",
+                label="Regions",
+                show_label=False,
                 type="numpy",
                 image_mode="RGBA",
                 canvas_size=(_CANVAS, _CANVAS),
