@@ -169,7 +169,8 @@ def qwen() -> Any:
         tokenizer=None,
         transformer=zoo.build("qwen", 1)[0],
     )
-    pipe.tokenizer, pipe.text_encoder = tokenizer(2048, end=False), _decoder(Qwen3Model, Qwen3Config)
+    # Registered, so that a saved pipeline has them.
+    pipe.register_modules(tokenizer=tokenizer(2048, end=False), text_encoder=_decoder(Qwen3Model, Qwen3Config))
     return pipe
 
 
