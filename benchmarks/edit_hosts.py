@@ -74,10 +74,14 @@ def one(name: str, model: Path, folder: Path, kind: str) -> dict[str, Any]:
     code, printed, err = run(command(name, model, source, out))
     row: dict[str, Any] = {"exit": code, "seconds": round(time.process_time() - began, 2)}
     if code:
-        return row | {"error": err.strip().splitlines()[-1][:300]}
+        return row | {"error": _last_line(err)}
     clip = FileClip(out)
     height, width = clip.read([0]).shape[1:3]
     return row | {"frames": clip.count, "size": f"{width}x{height}", "sha256": json.loads(printed)["record"]["sha256"]}
+
+
+def _last_line(err: str) -> str:
+    return err.strip().splitlines()[-1][:300]
 
 
 def killed(name: str, model: Path, folder: Path) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def killed(name: str, model: Path, folder: Path) -> dict[str, Any]:
     code, printed, err = run(words)
     said = [line for line in err.splitlines() if "taken over" in line]
     row = {"killed": True, "windows_done": len(done), "exit": code, "said": said[0] if said else ""}
-    return row if code else row | {"sha256": json.loads(printed)["record"]["sha256"]}
+    return row | ({"error": _last_line(err)} if code else {"sha256": json.loads(printed)["record"]["sha256"]})
 
 
 def host(name: str) -> dict[str, Any]:
