@@ -35,7 +35,7 @@ def commands(work: Path) -> dict[str, list[str]]:
     few = ["--steps", "2"]
     words = ["--source", "a red circle on gray", "--target", "a blue circle on gray"]
     return {
-        "demo": ["demo", "--prompts", "1", "--seeds", "1", *few, "--out", str(work / "demo")],
+        "demo": ["demo", "--out", str(work / "demo")],
         "generate": ["generate", "--prompt", PROMPT, *few, "--out", str(work / "generate")],
         "edit": ["edit", str(work / "clip"), *words, *few, "--out", str(work / "edited")],
         "maps": ["maps", "--prompt", PROMPT, *few, "--out", str(work / "maps")],

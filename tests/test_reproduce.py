@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -363,3 +365,21 @@ def test_intervals() -> None:
     assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
     assert report._interval([3.0], False) == (3.0, None, None)
     assert report._interval([1.0, 1.0], True)[1] == pytest.approx(0.342, abs=1e-3)
+
+
+def test_it_says_what_it_does_before_torch_is_imported() -> None:
+    code = """
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(7)
+
+sys.meta_path.insert(0, Stop())
+from attnctl.app.cli import main
+main(["reproduce", "pag", "--toy", "--pictures", "1", "--plan"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 7
+    assert done.stderr.startswith("Importing PyTorch and diffusers")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from attnctl.app.commands.common import Common, Result, UsageError, say, table
+from attnctl.app.commands.common import Common, Result, UsageError, importing, say, table
 from attnctl.plans.writing import check_writable
 
 __all__ = ["Reproduce"]
@@ -84,7 +84,6 @@ class Reproduce(Common):
     def run(self, command: str) -> Result:
         """List the recipes, or plan and run one."""
         from attnctl.errors import ConfigError
-        from attnctl.pipelines.reproduce.metrics import by_name
         from attnctl.pipelines.reproduce.recipes import experiments
 
         if not self.method:
@@ -92,6 +91,9 @@ class Reproduce(Common):
         try:
             self._check_numbers()
             chosen = experiments(self.method, self.only, toy=self.toy)
+            importing()
+            from attnctl.pipelines.reproduce.metrics import by_name
+
             by_name(self._metrics(chosen[0]))
         except ConfigError as error:
             raise UsageError(str(error)) from None
