@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnctl import kernels
+from attnctl.core.call import AttnCall
 
 N_IMAGE, N_TEXT = 12, 5
 N = N_IMAGE + N_TEXT
@@ -55,6 +56,21 @@ def bias(mask: Tensor | None) -> Tensor:
 def logits_of(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
     return q.double() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def map_of(call: AttnCall) -> Tensor:
+    """Write out the map of an attention call, [B, H, N, N]; a query without a key gives 0."""
+    return (logits_of(call.q, call.k, call.scale) + bias(call.mask)).softmax(-1).nan_to_num(0.0)
+
+
+def values_of(call: AttnCall) -> Tensor:
+    """Return the values of a call, one head for each of the queries'."""
+    return call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+
+
+def attended(call: AttnCall) -> Tensor:
+    """Multiply the values of a call by its map, [B, H, N, D], in the type of the values."""
+    return (map_of(call) @ values_of(call).double()).to(call.v.dtype)
 
 
 def target_map(name: str, q: Tensor, k: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:

@@ -6,31 +6,16 @@ of one batch are the authors' way, and need none of that.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import zoo
 from contract import Replace
+from dense_maps import attended
 from torch import Tensor, nn
 
 import attnctl
 from attnctl.core.call import AttnCall, Proceed
-
-
-def naive_logits(call: AttnCall) -> Tensor:
-    """Compute q k^T scale + mask, [B, H, N, N]."""
-    k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
-    logits = call.q @ k.transpose(-1, -2) * (call.scale or call.q.shape[-1] ** -0.5)
-    if call.mask is None:
-        return logits
-    return logits.masked_fill(~call.mask, -math.inf) if call.mask.dtype == torch.bool else logits + call.mask
-
-
-def naive_attention(call: AttnCall) -> Tensor:
-    """Compute softmax(q k^T scale + mask) v, [B, H, N, D]; a query without a key gives 0."""
-    v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
-    return naive_logits(call).softmax(-1).nan_to_num(0) @ v
 
 
 def naive_guidance(p: Tensor, n: Tensor, scale: float, tau: float, alpha: float, norm: int = 1) -> Tensor:
@@ -58,7 +43,7 @@ def naive_nag(model: nn.Module, inputs: Any, negative: Any, kind: str, **setting
     def guided(call: AttnCall, proceed: Proceed) -> Tensor:
         if call.site.kind != kind:
             return proceed(call)
-        out, half = naive_attention(call), call.q.shape[0] // 2
+        out, half = attended(call), call.q.shape[0] // 2
         image = call.image or slice(0, call.q.shape[2])
         if torch.equal(call.k[:half], call.k[half:]):  # an image prompt
             return out
@@ -90,7 +75,7 @@ def naive_nag_by_keys(model: nn.Module, inputs: Any, negative: Any, **setting: A
         if torch.equal(call.k, there.k):  # an image prompt
             return proceed(call)
         away = call.with_(k=there.k, v=there.v, mask=there.mask)
-        return naive_guidance(naive_attention(call), naive_attention(away), **setting)
+        return naive_guidance(attended(call), attended(away), **setting)
 
     with attnctl.control(model, Replace(sites="cross", function=note), layout="cond"):
         zoo.call(model, negative)
@@ -113,7 +98,7 @@ def naive_nag_by_turns(model: nn.Module, inputs: Any, negative: Any, **setting: 
             text, key = call.text, (call.site.name, call.index)
             if text is None or text.start == text.stop:
                 return proceed(call)
-            out = naive_attention(call)
+            out = attended(call)
             if key not in known:
                 new[key] = out, call
                 return out

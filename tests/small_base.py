@@ -21,8 +21,8 @@ def write_base(folder: Path) -> Path:
     tokenizer = models.build_tokenizer(folder / "words")
     vae, text = models.build_vae(), models.build_text_encoder(tokenizer)
     vae.quant_conv.weight.data.mul_(3)
-    config = dict(models.build_unet().config) | {"block_out_channels": CHANNELS}
-    unet = models.build_unet().from_config(config)
+    wide = models.build_unet()
+    unet = wide.from_config(dict(wide.config) | {"block_out_channels": CHANNELS})
     models.assemble(vae, text, tokenizer, unet).save_pretrained(folder)
     write_tokenizer(folder / "tokenizer")
     return folder

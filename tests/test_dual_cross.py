@@ -88,10 +88,13 @@ def test_what_it_is_not_for() -> None:
         DualCrossAttention(vit(), ratio=0)
     with pytest.raises(UnsupportedModelError, match="classifies by its class token"):
         DualCrossAttention(vit(global_pool="avg"))
+    with pytest.raises(UnsupportedModelError, match="VisionTransformerDistilled: expected"):
+        DualCrossAttention(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5))
     with pytest.raises(UnsupportedModelError, match=r"ConvNeXt: expected a timm VisionTransformer"):
         DualCrossAttention(timm.create_model("convnext_atto", num_classes=5))
-    swapped = vit()
+    gated, swapped = vit(), vit()
+    gated.blocks[0].attn.gate = torch.nn.Linear(32, 32)
     attnctl.swap(swapped, "sigmoid")
-    for other in (timm.create_model("vit_small_patch16_18x2_224", num_classes=5), swapped):
+    for other in (timm.create_model("vit_small_patch16_18x2_224", num_classes=5), swapped, gated):
         with pytest.raises(UnsupportedModelError, match="blocks are not timm's own"):
             DualCrossAttention(other)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from contract import distance
+from dense_maps import map_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,19 +126,9 @@ class Fused(Control, abstract=True):
         return out
 
 
-def full_map(call: AttnCall, row: int) -> Tensor:
-    q, k = call.q[row], call.k[row].repeat_interleave(call.q.shape[1] // call.k.shape[1], 0)
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    if call.mask is not None:
-        mask = call.mask[(None,) * (4 - call.mask.ndim)]
-        mask = mask[min(row, mask.shape[0] - 1)]
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1).nan_to_num(0.0)
-
-
 def explicit(fusion: RowFusion, source: AttnCall, s: int, call: AttnCall, e: int) -> Tensor:
     """Write the fused map of the edit's row out, and multiply the edit's values by it."""
-    a_s, a_e = full_map(source, s), full_map(call, e)
+    a_s, a_e = map_of(source)[s], map_of(call)[e]
     v = call.v[e].repeat_interleave(call.q.shape[1] // call.v.shape[1], 0)
     inside = fusion.mask_at(call)
     m = 0.0 if inside is None else inside[0, :, None].double()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 import zoo_pipelines
-from contract import assert_clean, run, snapshot
+from contract import assert_clean, precise, run, snapshot
 from naive_nag import doubled, naive_guidance, naive_nag, naive_nag_by_keys, naive_nag_by_turns
 from safetensors.torch import load_file
 
@@ -101,18 +101,15 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in OUTSIDE])
 def test_every_host_against_the_formula(name: str) -> None:
-    """In double precision, where a model computes in it, and with two rows, where it takes them."""
-    single, row = name in ("motif_video", "kandinsky5"), name == "lumina2"
-    dtype, batch = torch.float32 if single else torch.float64, 1 if row else 2
-    model, inputs = zoo.build(name, batch=batch, dtype=dtype)
-    other = text_arguments(zoo.build(name, batch=batch, dtype=dtype, seed=1)[1], inputs)
+    model, inputs, near = precise(name)
+    other = text_arguments(precise(name, seed=1)[1], inputs)
     other = {k: v for k, v in other.items() if k in inputs}
     cross = any(s.kind == "cross" for s in attnctl.find_sites(model))
     reference = naive_nag_by_keys if cross else naive_nag_by_turns
     with torch.no_grad():
         expected = reference(model, inputs, {**inputs, **other}, **SETTING)
         out = run(model, inputs, NAG(**SETTING, negative_embeds=other))
-        assert distance(out, expected) < (1e-6 if single else 1e-12)
+        assert distance(out, expected) < near
         assert distance(out, zoo.call(model, inputs)) > 1e-4
 
 

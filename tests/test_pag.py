@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from contract import Replace, own
-from naive_nag import naive_attention, naive_logits
+from contract import Replace, own, precise
+from dense_maps import attended, bias, logits_of, values_of
 from torch import Tensor
 
 import attnctl
@@ -238,32 +238,31 @@ HOSTS = [n for n in zoo.EVERY if n not in zoo.NAMES and n not in REFUSED]
 
 def itself(call: AttnCall, proceed: Proceed) -> Tensor:
     """Let each image token attend to itself and to what is no image; where all is image, to itself."""
-    v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+    v = values_of(call)
     if call.image is None:
         return v
-    logits, queries, keys = naive_logits(call).clone(), call.image, image_keys(call)
+    logits, queries, keys = logits_of(call.q, call.k, call.scale) + bias(call.mask), call.image, image_keys(call)
     own_key = torch.eye(queries.stop - queries.start, dtype=torch.bool)
     logits[:, :, queries, keys] = logits[:, :, queries, keys].masked_fill(~own_key, -torch.inf)
-    return logits.softmax(-1).nan_to_num(0) @ v
+    return (logits.softmax(-1).nan_to_num(0) @ v.double()).to(v.dtype)
 
 
 def halfway(call: AttnCall, proceed: Proceed) -> Tensor:
     """Mix each token's attention with itself."""
-    v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+    v = values_of(call)
     if call.q.shape[2] < v.shape[2]:  # the image alone asks
         v = v[:, :, image_keys(call)]
-    return 0.5 * naive_attention(call) + 0.5 * v
+    return 0.5 * attended(call) + 0.5 * v
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_host_against_the_map(name: str) -> None:
-    single = name in ("motif_video", "kandinsky5")  # which do not compute in double precision
-    model, inputs = zoo.build(name, dtype=torch.float32 if single else torch.float64)
+    model, inputs, near = precise(name)
     site = own(find_sites(model))[-1].name
     with torch.no_grad():
         plain = zoo.call(model, inputs)
     for control, function in ((PAG(scale=1.0, sites=site), itself), (SoftPAG(scale=1.0, sites=site), halfway)):
         expected = plain + (plain - call(model, inputs, Replace(sites=site, function=function)))
         out = call(model, inputs, control)
-        assert (out - expected).norm() / expected.norm() < (1e-6 if single else 1e-12)
+        assert (out - expected).norm() / expected.norm() < near
         assert (out - plain).norm() / expected.norm() > 1e-3

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import zoo
+from contract import precise
 
 import attnctl
 from attnctl.core.hosts.ghost import text_arguments
@@ -28,17 +28,15 @@ NO_TEXT = ("dit", "unet2d", "minimax_music3", "kandinsky6_sr")
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in (*OTHERWISE, *REFUSED, *NO_TEXT)])
 def test_on_every_host_a_region_over_all_is_its_text(name: str) -> None:
-    single, row = name in ("motif_video", "kandinsky5"), name == "lumina2"
-    dtype, batch = torch.float32 if single else torch.float64, 1 if row else 2
-    model, inputs = zoo.build(name, batch=batch, dtype=dtype)
-    other = text_arguments(zoo.build(name, batch=batch, dtype=dtype, seed=1)[1], inputs)
+    model, inputs, near = precise(name)
+    other = text_arguments(precise(name, seed=1)[1], inputs)
     other = {k: v for k, v in other.items() if k in inputs and "pooled" not in k}
     kind = "cross" if any(s.kind == "cross" for s in attnctl.find_sites(model)) else "joint"
     everywhere = Regions(embeds=(other,), areas=((0, 0, 1, 1),), base=0.0, stop=1.0, sites=kind)
     with attnctl.control(model, everywhere, layout="cond"):
         out = zoo.call(model, inputs)
     expected = zoo.call(model, {**inputs, **other})
-    assert (out - expected).norm() / expected.norm() < (1e-6 if single else 1e-12)
+    assert (out - expected).norm() / expected.norm() < near
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from contract import Replace, run
-from naive_nag import naive_attention
+from contract import Replace, precise, run
+from dense_maps import attended
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -182,17 +182,16 @@ def appended(call: AttnCall, proceed: Proceed) -> Tensor:
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         mask = mask.expand(2, *mask.shape[1:3], call.k.shape[2])
         mask = torch.cat([mask, mask[:1, :, :, at].expand(2, -1, -1, -1)], 3)
-    return naive_attention(call.with_(k=k, v=v, mask=mask)) if call.index == 0 else proceed(call)
+    return attended(call.with_(k=k, v=v, mask=mask)) if call.index == 0 else proceed(call)
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in OTHERS])
 def test_every_host_against_the_formula(name: str) -> None:
-    single = name in ("motif_video", "kandinsky5")  # which do not compute in double precision
-    model, given = zoo.build(name, dtype=torch.float32 if single else torch.float64)
+    model, given, near = precise(name)
     sites = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
     out = run(model, given, ShareAttention(sites=sites))
     expected = run(model, given, Replace(sites=sites, function=appended))
-    assert (out - expected).norm() / expected.norm() < (1e-6 if single else 1e-12)
+    assert (out - expected).norm() / expected.norm() < near
     assert (out - zoo.call(model, given)).norm() / expected.norm() > 1e-3
 
 

@@ -25,7 +25,7 @@ def swapped_mask(
     text: slice,
     seen: tuple[int, int],
     keys: int,
-    asks: int = 0,
+    asks: int,
     queries: slice | None = None,
 ) -> Tensor | None:
     """Put the masks of two calls together.

@@ -91,7 +91,7 @@ class Reproduce(Common):
         try:
             self._check_numbers()
             chosen = experiments(self.method, self.only, toy=self.toy)
-            importing()
+            importing()  # the metrics bring torch: what is wrong above is said without it
             from attnctl.pipelines.reproduce.metrics import by_name
 
             by_name(self._metrics(chosen[0]))

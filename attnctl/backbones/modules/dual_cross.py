@@ -1,7 +1,8 @@
 """Dual cross-attention learning: a timm ViT that looks again from the places that its class token has looked at.
 
 "Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification" (arXiv 2205.02151),
-written from the paper's equations; there is no released code to compare with. One training step has three branches:
+written from its equations as they are remembered, without released code to compare with. A training step has three
+branches:
 
 1. self-attention    the ViT as it is
 2. global to local   the rollout of all layers tells how much each place reaches the class token; the queries of the
@@ -42,11 +43,11 @@ class DualCrossAttention(nn.Module):
         super().__init__()
         require(0 < ratio <= 1, ConfigError, f"ratio={ratio} was given; expected above 0 to 1.")
         named = type(model).__name__
-        if not isinstance(model, VisionTransformer) or model.cls_token is None or model.global_pool != "token":
+        if type(model) is not VisionTransformer or model.cls_token is None or model.global_pool != "token":
             raise UnsupportedModelError(
                 f"{named}: expected a timm VisionTransformer that classifies by its class token."
             )
-        plain = all(type(block) is Block and type(block.attn) is Attention for block in model.blocks)
+        plain = all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in model.blocks)
         require(plain, UnsupportedModelError, f"{named}: its blocks are not timm's own with softmax attention.")
         self.model, self.ratio = model, ratio
         self.block, self.norm = copy.deepcopy(model.blocks[-1]), copy.deepcopy(model.norm)
@@ -117,7 +118,8 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _attend(attn: Any, asking: Tensor, seen: Tensor) -> Tensor:
     """Attend from some tokens to others by the weights of one attention."""
     q, (_, k, v) = _heads(attn, asking)[0], _heads(attn, seen)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    dropped = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped).transpose(1, 2).flatten(2)
     return attn.proj_drop(attn.proj(attn.norm(out)))
 
 

@@ -82,7 +82,14 @@ class NegativeKeys:
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else _repeated(self.mask, rows)
         k, v = (swapped(y, _repeated(x, rows), at) for x, y in ((self.k, part.k), (self.v, part.v)))
         mask = swapped_mask(
-            part.mask, mask, at=at, text=self.text, seen=self.seen, keys=part.k.shape[2], queries=queries
+            part.mask,
+            mask,
+            at=at,
+            text=self.text,
+            seen=self.seen,
+            keys=part.k.shape[2],
+            asks=queries.start,
+            queries=queries,
         )
         return part.with_(q=part.q[:, :, queries], k=k, v=v, mask=mask)
 
