@@ -39,7 +39,10 @@ class DualCrossAttention(nn.Module):
     Raises: ConfigError for another ratio; UnsupportedModelError for another model.
     """
 
-    def __init__(self, model: nn.Module, ratio: float = 0.1) -> None:
+    model: Any
+    block: Any
+
+    def __init__(self, model: Any, ratio: float = 0.1) -> None:
         super().__init__()
         require(0 < ratio <= 1, ConfigError, f"ratio={ratio} was given; expected above 0 to 1.")
         named = type(model).__name__
@@ -85,11 +88,11 @@ class DualCrossAttention(nn.Module):
         return 0.5 * (errors * (-self.balance).exp() + self.balance).sum()
 
     def _tokens(self, images: Tensor) -> Tensor:
-        model: Any = self.model
+        model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def _answers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        model: Any = self.model
+        model = self.model
         x, row = self.rows(images)
         prefix = model.num_prefix_tokens
         count = math.ceil(self.ratio * (x.shape[1] - prefix))
@@ -101,7 +104,7 @@ class DualCrossAttention(nn.Module):
         return model.forward_head(model.norm(x)), self.head(model.head_drop(model.fc_norm(self.norm(again)[:, 0])))
 
     def _pairs(self, images: Tensor, partners: Tensor) -> Tensor:
-        model: Any = self.model
+        model = self.model
         x = self._tokens(images)
         for block in model.blocks:
             tokens = block.norm1(x)
