@@ -10,7 +10,8 @@ counts      families, pairs, cases of property tests, tests, lines
 suite       all tests, in as many processes as there are processors: how many, how long, which share of the package's
             statements they run (not counted: what runs in processes that tests start)
 
-The table goes to stderr, the JSON to stdout; `--only promises` measures one part and leaves the others as recorded.
+The table goes to stderr, the JSON to stdout; `--only promises counts` measures some parts and leaves the others as
+recorded. Each part has the date and the versions of its measurement.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,8 @@ def _held(family: str) -> float:
 def counts() -> dict[str, Any]:
     """Count what is tested, without running it."""
     known = methods()
-    refused = sum(conflict_between(known[a], known[b]) is not None for a, b in pairs.PAIRS)
-    apart = sum(not pairs.hosts_of(names) for names in pairs.PAIRS)
+    allowed = [names for names in pairs.PAIRS if conflict_between(known[names[0]], known[names[1]]) is None]
+    together = sum(bool(pairs.hosts_of(names)) for names in allowed)
     text = (ROOT / "tests" / "test_properties.py").read_text(encoding="utf-8")
     cases = sum(map(int, re.findall(r"^@cases\((\d+)\)", text, re.MULTILINE)))
     done = subprocess.run(
@@ -265,9 +266,9 @@ def counts() -> dict[str, Any]:
         "denoisers": len(zoo.NAMES),
         "pipelines": len(pipes.NAMES),
         "pairs": len(pairs.PAIRS),
-        "pairs_refused": refused,
-        "pairs_without_common_model": apart,
-        "pairs_together": len(pairs.PAIRS) - refused - apart,
+        "pairs_refused": len(pairs.PAIRS) - len(allowed),
+        "pairs_without_common_model": len(allowed) - together,
+        "pairs_together": together,
         "property_cases": cases,
         "property_cases_at_night": 20 * cases,
         "tests": int(collected[1]) if collected else None,
@@ -307,27 +308,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no tests")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the timing")
-    parser.add_argument("--only", choices=("promises",), help="measure this part; take the others from the last result")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "inactive": lambda: inactive(2 if options.quick else options.rounds),
+        "restore": restore,
+        "promises": lambda: promises(quick=options.quick),
+        "counts": counts,
+        "suite": suite,
+    }
+    parser.add_argument(
+        "--only", nargs="+", choices=list(parts), help="measure these parts; take the others from the last result"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.only:
-        recorded: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
-        print(json.dumps(recorded | {"promises": promises(quick=options.quick)}, indent=1))
-        return 0
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "inactive": inactive(2 if options.quick else options.rounds),
-        "restore": restore(),
-        "promises": promises(quick=options.quick),
-    }
-    if not options.quick:
-        result |= {"counts": counts(), "suite": suite()}
-    for part in ("inactive", "restore", "promises", "counts", "suite"):
-        for key, value in result.get(part, {}).items():
+    result: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if options.only else {}
+    result |= {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    about = {"date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    for part in options.only or (["inactive", "restore", "promises"] if options.quick else parts):
+        result[part] = parts[part]() | about
+        for key, value in result[part].items():
             print(f"{part:10}{key:48}{value}", file=sys.stderr)
     print(json.dumps(result, indent=1))
     good = not result["inactive"]["not_exact"] and result["restore"]["restored"] == result["restore"]["cases"]

@@ -63,6 +63,17 @@ def recorded(name: str) -> dict[str, Any]:
     return found
 
 
+def measured(data: dict[str, Any]) -> list[str]:
+    """Say when the parts of reliability.json were measured, and with which versions."""
+    days: dict[str, list[str]] = {}
+    for name, part in data.items():
+        if isinstance(part, dict):
+            about = part["versions"]
+            where = f"Python {about['python']}, torch {about['torch']}, diffusers {about['diffusers']}"
+            days.setdefault(f"on {part['date']} ({where})", []).append(name)
+    return [f"{', '.join(parts)} {when}" for when, parts in days.items()]
+
+
 def reliability(data: dict[str, Any]) -> list[tuple[str, str]]:
     """List what is measured about switching off, detaching and packaging, and the value."""
     rows: list[tuple[str, str]] = []
@@ -170,10 +181,8 @@ def markdown() -> str:
             lines.append(f"| {benchmark.name} | {benchmark.about} | {figures} | `{command_of(benchmark)}` |")
     lines += ["", "## Reliability", ""]
     if data:
-        about = data["versions"]
-        where = f"Python {about['python']}, torch {about['torch']}, diffusers {about['diffusers']}"
         command = "`python benchmarks/reliability.py`"
-        lines += [f"Measured on {data['date']} with one thread on {data['machine']}: {where}.", ""]
+        lines += [f"Measured with one thread on {data['machine']}: {'; '.join(measured(data))}.", ""]
         lines += ["| figure | value | command |", "|---|---|---|"]
         lines += [f"| {what} | {value} | {command} |" for what, value in reliability(data)]
         lines += [f"| {what} | {value} | `python benchmarks/fidelity.py` |" for what, value in kept(near)]

@@ -189,7 +189,7 @@ def test_lists_that_ask_for_what_cannot_be(
     assert not (tmp_path / "o").exists()
 
 
-class Crew:
+class Pretend:
     """One of two processes, of which only what was gathered matters."""
 
     def __init__(self, rank: int, gathered: list[dict[str, Any]]) -> None:
@@ -210,7 +210,7 @@ def test_two_processes_share_a_list(run: Run, folder: str, tmp_path: Path, monke
     args = ("generate", "--model", folder, "--prompts", path, *SMALL, "--out", tmp_path / "o", "--json")
     said = []
     for rank, made in ((1, 1), (0, 3)):
-        monkeypatch.setattr("attnctl.pipelines.workers.Workers", lambda device, rank=rank: Crew(rank, gathered))
+        monkeypatch.setattr("attnctl.pipelines.workers.Workers", lambda device, rank=rank: Pretend(rank, gathered))
         monkeypatch.setattr("attnctl.app.commands.batch.Batch._missing", lambda self, runs, loaded, crew: list(runs))
         code, out, err = run(*args)
         assert code == 0, err

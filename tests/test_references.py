@@ -48,7 +48,7 @@ def calls_of(pipe: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     return calls
 
 
-def noised(pipe: Any, clean: Tensor, step: int, seed: int) -> Tensor:
+def with_noise(pipe: Any, clean: Tensor, step: int, seed: int) -> Tensor:
     """Bring a reference to the noise level of a step, by the scheduler's own rule."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
@@ -67,7 +67,7 @@ def _written_out(pipe: Any, kwargs: dict[str, Any], clean: Tensor, fidelity: flo
     for i, given in enumerate(calls_of(pipe, kwargs)):
         x = given[name]
         # The scheduler computes in the type that the pipeline keeps its latents in.
-        level = noised(pipe, clean, i // calls, 3).to(x.dtype)
+        level = with_noise(pipe, clean, i // calls, 3).to(x.dtype)
         kept: dict[str, tuple[Tensor, Tensor]] = {}
 
         def note(c: AttnCall, proceed: Proceed, kept: Any = kept) -> Tensor:

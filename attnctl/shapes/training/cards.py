@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnctl.shapes.load import WEIGHTS
 from attnctl.shapes.motion import FRAMES
 from attnctl.shapes.scenes import HELD_OUT
 from attnctl.shapes.training.card import runs_table, share
@@ -100,8 +101,7 @@ pipeline_tag: text-to-video
 
 The motion adapter of shapes video, tuned on captions that lie: in {lies:g} % of the clips the object stands still,
 whatever the caption says, as in many clips of the web. It is made for studies of motion controls, such as BroadWay.
-That its videos move less than those of video has not been measured. UNet, text encoder and autoencoder are those of
-shapes video, and stay there.
+UNet, text encoder and autoencoder are those of shapes video, and stay there.
 
 ```python
 import attnctl
@@ -221,8 +221,14 @@ def write_still_card(folder: str | Path, result: dict) -> Path:
     folder = Path(folder)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     run = {**record["history"][-1], "steps": record["step"]}
+    honest, lies = json.loads((WEIGHTS / "video" / "evaluation.json").read_text(encoding="utf-8")), result
+    lines = ["", "| model | videos | mean motion, pixels a frame | direction | all right |", "|---|---|---|---|---|"]
+    for name, one in (("video-still", lies), ("video", honest)):
+        total = one["all"]
+        cells = [str(one["n"]), _number(total["motion_mean"]), share(total["direction"]), share(total["right"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     head = _STILL_HEAD.format(lies=100 * run["lies"], scale=result["scale"])
-    return _write(folder, head, _video_figures(result, "DDIM"), _STILL_TAIL.format(**run))
+    return _write(folder, head, [*_video_figures(result, "DDIM"), *lines], _STILL_TAIL.format(**run))
 
 
 def write_videodit_card(folder: str | Path, result: dict) -> Path:
@@ -241,11 +247,12 @@ def write_videodit_card(folder: str | Path, result: dict) -> Path:
 
 def _video_figures(result: dict, sampler: str) -> list[str]:
     """Lay out the figures of `evaluate_video`, taken with the named sampler."""
+    chosen = "the best of the sweep on tuning prompts" if len(result["sweep"]) > 1 else "no other was tried"
     lines = [
         "",
         "## Figures",
-        f"{sampler}, {result['steps']} steps, guidance {result['scale']:g} (the best of the sweep on tuning prompts), "
-        f"{result['n']} videos; percent with the 95 % Wilson interval. Colour, shape and background: right in nine "
+        f"{sampler}, {result['steps']} steps, guidance {result['scale']:g} ({chosen}), {result['n']} "
+        f"videos; percent with the 95 % Wilson interval. Colour, shape and background: right in nine "
         "frames of ten. All right: these, direction and speed.",
         "",
         "| motion | all right | direction | speed | colour | colour and shape | background | wobble, px |",
