@@ -25,7 +25,10 @@ from attnctl.backbones.distil import distil
 from attnctl.pipelines.vision.classification import digits
 from attnctl.pipelines.vision.fitting import fit
 
-OPTIONS = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
+OPTIONS = {
+    "img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10,
+    "class_token": False, "global_pool": "avg",
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -51,10 +54,10 @@ def convert(model: nn.Module, kind: str, data: Any, epochs: int, seed: int) -> d
             quiet=True,
         )
         row["taught"] = accuracy(made, test)
-    fit(made, *train, F.cross_entropy, epochs=epochs, lr=1e-3, seed=seed, quiet=True)
+    fit(made, *train, F.cross_entropy, epochs=epochs, batch=16, lr=1e-3, seed=seed, quiet=True)
     row["taught_and_tuned"] = accuracy(made, test)
     raw = attnctl.swap(copy.deepcopy(model), kind)
-    fit(raw, *train, F.cross_entropy, epochs=epochs, lr=1e-3, seed=seed, quiet=True)
+    fit(raw, *train, F.cross_entropy, epochs=epochs, batch=16, lr=1e-3, seed=seed, quiet=True)
     row["tuned"] = accuracy(raw, test)
     return row
 
@@ -64,14 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["hedgehog", "rala", "inline", "sigmoid"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=15, help="of softmax")
+    parser.add_argument("--epochs", type=int, default=12, help="of softmax")
     parser.add_argument("--tune", type=int, default=3, help="epochs after the swap")
     args = parser.parse_args()
     data, rows = digits(32), []
     for seed in args.seeds:
         torch.manual_seed(seed)
         model = timm.create_model("vit_tiny_patch16_224", **OPTIONS)
-        fit(model, *data[0], F.cross_entropy, epochs=args.epochs, lr=2e-3, seed=seed, quiet=True)
+        fit(model, *data[0], F.cross_entropy, epochs=args.epochs, batch=16, lr=5e-3, seed=seed, quiet=True)
         first = accuracy(model, data[1])
         print(f"softmax seed {seed}: {first:.4f}", file=sys.stderr, flush=True)
         for kind in args.kinds:

@@ -124,6 +124,7 @@ SETTINGS: dict[str, Callable[[Any, Model], Any]] = {
     "AStar": words,
     "AttendExcite": words,
     "TextCenGen": words,
+    "TextCenGenMaps": lambda cls, model: cls(concepts=(1, 3), theta=0.0),
     "BroadWay": lambda cls, model: cls(stop=1.0),
     "Capture": lambda cls, model: cls(words=(1, 3)),
     "EnhanceAVideo": lambda cls, model: cls(weight=40.0),

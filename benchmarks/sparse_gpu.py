@@ -2,16 +2,18 @@
 
 For each model's attention: dense torch attention (flash and cuDNN, each alone), then each selector at each density, in
 bfloat16: milliseconds with choosing and lists in one of four calls, peak memory beside the inputs, and the relative L2
-error of some query rows against float32. `--pretend` runs the same lines on a CPU, at tiny shapes and without dense
-kernels.
+error of some query rows against float32. First, what control adds to a step of a whole pipeline that is too small to
+gain anything. `--pretend` runs the same lines on a CPU, at tiny shapes and without dense kernels.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,15 @@ import torch
 from paro_gpu import DENSITIES, WANTED, dense_times, milliseconds
 from torch import Tensor
 
+import attnctl  # first: it keeps xformers from warning where it cannot run
 from attnctl.kernels.neighborhood.attend import neighborhood
 from attnctl.kernels.neighborhood.axes import axes_of, neighborhood_density
 from attnctl.kernels.sparse import select as choices
 from attnctl.kernels.sparse.dispatch import block_sparse, choose_sparse
 from attnctl.kernels.sparse.radial import radial_blocks
+from attnctl.plans import Neighborhood, Online
 from attnctl.plans.blocks import Blocks
+from attnctl.processors import SparseAttention
 
 EVERY, LIMIT_S, ROWS = 4, 570, 256
 
@@ -118,9 +123,35 @@ def error_of(name: str, density: float, q: Tensor, k: Tensor, v: Tensor, shape: 
     return float((out - want).norm() / want.norm())
 
 
+def overhead(repeats: int, device: str) -> dict[str, Any]:
+    """Time a step of the shipped mmdit, plain and under control: there is little to save, so it shows what it costs."""
+    pipe = attnctl.load_shapes("mmdit").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    steps = 4
+    controls = {
+        "plain": None,
+        "windows as wide as the picture": SparseAttention(Neighborhood((16, 16))),
+        "Online of 0.5": SparseAttention(Online(density=0.5, by="pooled", every=EVERY, block=16)),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in controls}
+    for _ in range(repeats + 1):
+        for name, control in controls.items():
+            with nullcontext() if control is None else attnctl.control(pipe, control), torch.inference_mode():
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                pipe("a red circle on gray", num_inference_steps=steps, output_type="latent")
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                taken[name].append(1e3 * (time.perf_counter() - began) / steps)
+    # The first run of each compiles and times kernels.
+    return {"model": "shapes:mmdit", "ms_a_step": {n: round(statistics.median(t[1:]), 2) for n, t in taken.items()}}
+
+
 def rows(repeats: int, pretend: bool) -> Iterator[dict[str, Any]]:
     """Yield the dense times of every model, then a row for every selector and density, until the time is over."""
     began, device = time.monotonic(), "cpu" if pretend else "cuda"
+    yield overhead(1 if pretend else repeats, device)
     for model, shape in (TINY if pretend else MODELS).items():
         size = 3, 1, shape.heads, shape.text + shape.n, shape.width
         block, kind = (16, torch.float32) if pretend else (64, torch.bfloat16)

@@ -6,8 +6,7 @@ python benchmarks/textcengen_effects.py --maps > benchmarks/results/effects_text
 The shipped text2image model draws one object per prompt, and the upper 40 % of the picture shall stay free. Counted are
 the share of the object's pixels that lie in the free space (all that is not background, by colour), the pictures whose
 space holds less than a hundredth of object, and those that show what was asked for. The rival is A-STAR with a mask of
-the rest of the picture for the object. With --maps the rival is the paper's own way, which moves no latents: in each
-cross-attention the maps of the prompt's words are moved, and multiply the values as they then are.
+the rest of the picture for the object. With --maps it is TextCenGenMaps, the paper's own way, which moves no latents.
 
 Settings are chosen on tuning prompts; the figures come from other prompts and seeds. The same prompts and noise in
 pairs; intervals are 95 % bootstrap intervals. The table goes to stderr, the JSON to stdout.
@@ -21,22 +20,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from judged import STEPS, interval
-from torch import Tensor
 from tqdm import tqdm
 
 import attnctl  # first: it keeps xformers from warning where it cannot run
-from attnctl.core.hosts.words import find_words
-from attnctl.core.sites import Site
-from attnctl.kernels.areas import box_on_grid
-from attnctl.kernels.maps import stretched
-from attnctl.processors import AStar, AttnCall, Control, Proceed, TextCenGen, Wrapper
-from attnctl.processors.latent.textcengen import displacement, shifted
+from attnctl.processors import AStar, Control, TextCenGen, TextCenGenMaps
 from attnctl.shapes.judge import judge
 from attnctl.shapes.scenes import BACKGROUNDS, SIZE, parse, single_prompts
 from attnctl.shapes.training.evaluate import generate
@@ -46,7 +38,9 @@ SPACE = (0.0, 0.0, 1.0, 0.4)
 ROWS = round(SPACE[3] * SIZE)
 FAR = 60.0  # distance in RGB from the background at which a pixel is an object's
 BATCH = 16
-Make = Callable[[tuple[tuple[str], ...]], Control]
+Things = tuple[tuple[str, str], ...]
+"""Colour and noun of the object in each prompt."""
+Make = Callable[[Things], Control]
 
 
 def layout() -> np.ndarray:
@@ -56,53 +50,19 @@ def layout() -> np.ndarray:
     return mask
 
 
+def nouns(things: Things) -> tuple[tuple[str], ...]:
+    """Return the noun of each prompt."""
+    return tuple((noun,) for _, noun in things)
+
+
 def moved(**options: Any) -> Make:
     """Return what makes a TextCenGen for the noun of each prompt."""
-    return lambda nouns: TextCenGen(concepts=nouns, space=SPACE, grad_transform="l2", **options)
+    return lambda things: TextCenGen(concepts=nouns(things), space=SPACE, grad_transform="l2", **options)
 
 
 def drawn(**options: Any) -> Make:
     """Return what makes an A-STAR layout for the noun of each prompt."""
-    return lambda nouns: AStar(concepts=nouns, seg=0.0, masks=(layout(),), grad_transform="l2", **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MovedMaps(Control, abstract=True):
-    """Move maps in the attention itself, as the paper does.
-
-    Attributes:
-        places: The word's tokens in each picture's prompt.
-        force: As in TextCenGen.
-    """
-
-    places: tuple[tuple[int, ...], ...]
-    force: float = 0.3
-
-    kinds = ("cross",)
-
-    def default_sites(self, sites: Sequence[Site], family: Any) -> tuple[Site, ...]:
-        """Choose every cross-attention."""
-        return tuple(site for site in sites if site.kind == "cross")
-
-    def wrapper(self, sites: tuple[Site, ...]) -> Wrapper:
-        """Return the wrapper."""
-        return self._moved
-
-    def _moved(self, call: AttnCall, proceed: Proceed) -> Tensor:
-        out, rows = proceed(call), call.state.rows
-        if rows.role == "uncond" or call.grid is None:
-            return out
-        part, (_, h, w) = call.rows(rows.cond), call.grid
-        maps = (part.q @ part.k.mT * (part.scale or part.q.shape[-1] ** -0.5)).softmax(-1)
-        free, told = box_on_grid(SPACE, h, w), TextCenGen(concepts=("a",), space=SPACE)
-        for row, tokens in enumerate(self.places):
-            own = maps[row, :, :, list(tokens)].permute(0, 2, 1).unflatten(2, (h, w))  # [heads, tokens, h, w]
-            level = stretched(own.mean(0), (-2, -1), from_zero=False)
-            conflict = (level * free).sum((-2, -1)) / free.sum() > told.theta
-            by = displacement(level, SPACE, self.force, told.margin).expand(len(own), -1, -1)
-            moved = torch.where(conflict[:, None, None], shifted(own, by) * (1 - told.exclusion * free), own)
-            maps[row, :, :, list(tokens)] = moved.flatten(2).permute(0, 2, 1)
-        return torch.cat([out[: rows.cond.start], maps @ part.v, out[rows.cond.stop :]])
+    return lambda things: AStar(concepts=nouns(things), seg=0.0, masks=(layout(),), grad_transform="l2", **options)
 
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -116,16 +76,16 @@ TRIED: dict[str, dict[str, Make]] = {
 }
 
 
-def rewritten(pipe: Any, stop: float) -> dict[str, Make]:
-    """Return what makes the paper's own control, by the name of its setting."""
+WORDS: dict[str, Callable[[Things], Any]] = {
+    "the noun": nouns,
+    "colour and noun": lambda things: things,
+    "every word": lambda things: (),
+}
 
-    def make(nouns: tuple[tuple[str], ...]) -> Control:
-        # Places depend on the word's place in the prompt, which is the same in all prompts: "a COLOUR SHAPE on GROUND".
-        told = find_words(pipe, f"a red {nouns[0][0]} on gray", ["red", nouns[0][0]])
-        places = tuple(p for concept in told for p in concept.positions)
-        return MovedMaps(places=(places,) * len(nouns), stop=stop)
 
-    return {f"until {stop:g}": make}
+def rewritten(words: str, stop: float) -> Make:
+    """Return what makes a TextCenGenMaps for some words of each prompt."""
+    return lambda things: TextCenGenMaps(concepts=WORDS[words](things), space=SPACE, stop=stop)
 
 
 def run(pipe: Any, prompts: Sequence[str], seed: int, make: Make | None, name: str) -> dict[str, np.ndarray]:
@@ -133,8 +93,8 @@ def run(pipe: Any, prompts: Sequence[str], seed: int, make: Make | None, name: s
     marks: dict[str, list[float]] = {"inside": [], "free": [], "right": []}
     for first in tqdm(range(0, len(prompts), BATCH), desc=name, disable=None):
         part = list(prompts[first : first + BATCH])
-        nouns = tuple((parse(prompt).things[0].shape,) for prompt in part)
-        with attnctl.control(pipe, make(nouns)) if make is not None else nullcontext():
+        things = tuple((thing.color, thing.shape) for thing in (parse(prompt).things[0] for prompt in part))
+        with attnctl.control(pipe, make(things)) if make is not None else nullcontext():
             images = generate(pipe, part, scale=3.0, seed=seed + first, steps=STEPS)
         for image, prompt in zip(images, part, strict=True):
             seen = judge(np.asarray(image))
@@ -151,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=48, help="prompts of the report")
     parser.add_argument("--tune", type=int, default=16, help="prompts of every setting tried")
-    parser.add_argument("--maps", action="store_true", help="the paper's own way, which moves maps in attention")
+    parser.add_argument("--maps", action="store_true", help="TextCenGenMaps, which moves maps in attention")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     pipe = attnctl.load_shapes("text2image")
@@ -162,7 +122,8 @@ def main() -> int:
     rows: dict[str, Any] = {"plain": {m: round(100 * float(v.mean()), 1) for m, v in plain.items()}}
     methods = TRIED
     if options.maps:
-        methods = {"maps moved in attention": rewritten(pipe, 0.2) | rewritten(pipe, 0.5) | rewritten(pipe, 1.0)}
+        ways = {f"{words} until {stop:g}": rewritten(words, stop) for words in WORDS for stop in (0.5, 1.0)}
+        methods = {"TextCenGenMaps": ways}
     for name, tried in methods.items():
         found = {s: run(pipe, tuning, TUNING_SEED, make, f"{name} {s}") for s, make in tried.items()}
         # Free space counts where the picture still shows what was asked for.

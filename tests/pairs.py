@@ -47,6 +47,7 @@ from attnctl.processors import (
     ShareAttention,
     SparseAttention,
     TextCenGen,
+    TextCenGenMaps,
 )
 from attnctl.processors.combining.combiner import Combining
 
@@ -143,6 +144,7 @@ def unet() -> Host:
         "AStar": AStar(concepts=("bear", "water")),
         "AttendExcite": AttendExcite(concepts=("bear", "water"), refine_steps=2),
         "TextCenGen": TextCenGen(concepts=("bear", "water")),
+        "TextCenGenMaps": TextCenGenMaps(concepts=("bear", "water"), theta=0.0),
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
         "PARO": PARO(block_plan(4, 192), **full),
@@ -152,9 +154,7 @@ def unet() -> Host:
         "ReferenceOnly": ReferenceOnly(reference=noise[0].flip(1)),
     }
     changed: dict[str, dict[str, Any]] = {
-        "AttendExcite": {"step_size": 5.0},
-        "AStar": {"step_size": 5.0},
-        "TextCenGen": {"step_size": 5.0},
+        **{name: {"step_size": 5.0} for name in ("AStar", "AttendExcite", "TextCenGen")},
         "Capture": {"words": ("water",)},
         "FateZero": {"self_replace": 0.2},
         "PARO": {"plan": block_plan(4, 192, seed=1)},
@@ -175,6 +175,7 @@ def motion() -> Host:
         "AStar": AStar(**words),
         "AttendExcite": AttendExcite(**words, refine_steps=2),
         "TextCenGen": TextCenGen(**words),
+        "TextCenGenMaps": TextCenGenMaps(**words, theta=0.0),
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
         "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
@@ -199,15 +200,13 @@ def joint() -> Host:
         "AttendExcite": AttendExcite(**words, refine_steps=2),
         "BroadWay": BroadWay(alpha=0.0, stop=1.0),
         "Capture": Capture(words=(1,)),
+        "TextCenGenMaps": TextCenGenMaps(concepts=(1, 3), theta=0.0),
         "PARO": PARO(plan),
         "SparseAttention": SparseAttention(POOLED),
     }
-    changed = {
-        "BroadWay": {"beta": 2.0},
-        "PARO": {"plan": block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True, 1)},
-        "Capture": {"words": (2,)},
-        "AttendExcite": {"step_size": 2.0},
-    }
+    second = block_plan(sites[0].heads, FRAMES * 6 * 4, zoo.TEXT, True, 1)
+    changed = {"BroadWay": {"beta": 2.0}, "PARO": {"plan": second}}
+    changed |= {"Capture": {"words": (2,)}, "AttendExcite": {"step_size": 2.0}}
     call |= {"num_inference_steps": STEPS, "num_frames": 4 * (FRAMES - 1) + 1}
     return _host("joint attention", pipe, call, first, changed, 1)
 
@@ -222,6 +221,7 @@ def crossed() -> Host:
     first: dict[str, Control] = {
         "EnhanceAVideo": EnhanceAVideo(weight=4.0),
         "Regions": Regions(embeds=(embeds,), areas=((0, 0, 0.5, 1),), stop=1.0),
+        "TextCenGenMaps": TextCenGenMaps(concepts=(1, 3), theta=0.0),
     }
     return _host("video with cross-attention", pipe, call | {"num_inference_steps": STEPS}, first, {}, 1)
 

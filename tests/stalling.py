@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pretend_cuda
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 import attnctl
 from attnctl.core.control import Control
 from attnctl.core.hosts.families import family_of
+from attnctl.core.hosts.ghost import text_arguments
 from attnctl.errors import AttnctlError
 from attnctl.pipelines import invert
+from attnctl.plans import Online
 from attnctl.processors import (
     NAG,
     PAG,
@@ -41,10 +43,17 @@ from attnctl.processors import (
     AttendExcite,
     BroadWay,
     Capture,
+    Consistent,
     EnhanceAVideo,
     FateZero,
+    IRDiffusion,
+    MasaCtrl,
     PromptToPrompt,
+    Regions,
     SoftPAG,
+    SparseAttention,
+    StyleAligned,
+    TextCenGenMaps,
 )
 
 STEPS = 3
@@ -62,8 +71,14 @@ REFUSED: dict[str, set[str]] = {
 }
 
 
-def controls(model: nn.Module, inputs: Any) -> Iterator[tuple[str, Callable[[], Control]]]:
-    """Return makers of controls; those that a family has no place for are refused when they are attached."""
+def controls(model: nn.Module, inputs: Any, other: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Control]]]:
+    """Return makers of controls; those that a family has no place for are refused when they are attached.
+
+    Args:
+        model: A tiny denoiser.
+        inputs: The arguments of its call.
+        other: Those of another text.
+    """
     sites = own(attnctl.find_sites(model))
     middle, last = sites[len(sites) // 2], sites[-1]
     heads = [(middle.name, 0), (last.name, last.heads - 1)]
@@ -87,6 +102,18 @@ def controls(model: nn.Module, inputs: Any) -> Iterator[tuple[str, Callable[[], 
     yield "Capture, points", lambda: Capture(points=points)
     plan = plan_for(model, inputs, density=0.5, block_q=16, block_k=16)  # as few launches as reach every line
     yield "PARO", lambda: PARO(plan, kernel="gather")
+    looking = [site.name for site in sites if site.kind in ("self", "joint")]
+    for by in ("pooled", "map"):
+        blocks = Online(density=0.5, by=by, every=2, block=16)  # type: ignore[arg-type]
+        yield f"SparseAttention, {by}", lambda blocks=blocks: SparseAttention(blocks, sites=looking)
+    yield "TextCenGenMaps", lambda: TextCenGenMaps(concepts=(1, 2), theta=0.0)
+    text = {name: value for name, value in other.items() if name in inputs and "pooled" not in name}
+    yield "Regions", lambda: Regions(embeds=(text,), areas=((0, 0, 0.5, 1),), stop=1.0)
+    for sharing in (StyleAligned, MasaCtrl, Consistent):
+        yield sharing.__name__, lambda sharing=sharing: sharing(start=0.0)
+    halves = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+    boxes: Any = (halves, halves)
+    yield "IRDiffusion", lambda: IRDiffusion(boxes=boxes, sites=looking, start=0.0, isolate_until=1.0)
 
 
 def outputs(model: nn.Module, inputs: Any, control: Control) -> tuple[list[Tensor], list[list[str]]]:
@@ -179,7 +206,8 @@ def main() -> int:
         return pipeline_main(sys.argv[2:])
     config = zoo.shallow(name) if name in FEWER else {}
     model, inputs = zoo.build(name, **config)
-    makers, refused = dict(controls(model, inputs)), set()
+    other = text_arguments(zoo.build(name, seed=1, **config)[1], inputs)
+    makers, refused = dict(controls(model, inputs, other)), set()
     card, given = pretend_cuda.move_module(zoo.build(name, **config)[0]), pretend_cuda.moved(inputs)
     for what, make in makers.items():
         try:
@@ -187,6 +215,8 @@ def main() -> int:
         except AttnctlError:
             refused.add(what)
             continue
+        if what.startswith("SparseAttention"):  # no kernel for blocks runs on a card that only pretends: it is dense
+            wanted = [zoo.call(model, inputs)] * STEPS
         computed, waits = outputs(card, given, make())
         apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(computed, wanted, strict=True))
         if apart > NEAR:

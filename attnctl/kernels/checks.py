@@ -30,6 +30,7 @@ __all__ = [
     "repeat_heads",
     "room",
     "rows_of",
+    "send",
     "token_slice",
     "wide_dtype",
 ]
@@ -99,6 +100,11 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def full(value: float | Tensor, like: Tensor) -> Tensor:
     """Return a number as a tensor of another one's device and dtype; a copy of a number would wait for the device."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy a tensor to the device that computes, without waiting for what it is doing."""
+    return x.to(device, dtype or x.dtype, non_blocking=device.type != "cpu")
 
 
 def read_later(x: Tensor) -> Callable[[], Tensor]:

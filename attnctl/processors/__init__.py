@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from attnctl.processors.pag import SoftPAG as SoftPAG
     from attnctl.processors.paro import PARO as PARO
     from attnctl.processors.regions.regions import Regions as Regions
+    from attnctl.processors.regions.textcengen_maps import TextCenGenMaps as TextCenGenMaps
     from attnctl.processors.seg import SEG as SEG
     from attnctl.processors.sharing.bank import IdentityBank as IdentityBank
     from attnctl.processors.sharing.consistent import Consistent as Consistent

@@ -23,7 +23,7 @@ from attnctl.errors import ConfigError, SiteError, unboxed
 from attnctl.processors.capture.refine import partners
 from attnctl.processors.latent.losses import MapNorm, normalise, smooth, token_softmax
 
-__all__ = ["GradTransform", "LatentFields", "Schedule", "Update", "step_sizes", "transformed"]
+__all__ = ["GradTransform", "LatentFields", "Schedule", "Update", "checked_concepts", "step_sizes", "transformed"]
 
 GradTransform = Literal["none", "l2", "sign"]
 Schedule = Literal["sqrt", "constant"]
@@ -78,7 +78,7 @@ class LatentFields(Control, abstract=True):
                 f'{self._label}: update="velocity" leaves the latents where they are, so nothing can be repeated: set '
                 "iterations=1" + (" and refine_steps=0." if self.max_refine else ".")
             )
-        object.__setattr__(self, "concepts", _checked_concepts(self._label, self.concepts))
+        object.__setattr__(self, "concepts", checked_concepts(self._label, self.concepts))
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
 
@@ -166,11 +166,15 @@ class LatentFields(Control, abstract=True):
         return super().default_sites(sites, family)
 
 
-def _checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
+def checked_concepts(label: str, concepts: Any) -> tuple[Any, ...]:
+    """Check words or places of one prompt, or a tuple of them for each prompt of a batch.
+
+    Raises: ConfigError for none, for what is neither, and for a word that is given twice.
+    """
     if isinstance(concepts, (str, int)) or not isinstance(concepts, (tuple, list)) or not concepts:
         raise ConfigError(f"{label}: concepts={concepts!r}: give words of the prompt, such as concepts=('cat', 'dog').")
     if all(isinstance(part, (tuple, list)) for part in concepts):
-        parts = tuple(_checked_concepts(label, part) for part in concepts)
+        parts = tuple(checked_concepts(label, part) for part in concepts)
         if any(isinstance(word, tuple) for part in parts for word in part) or len({len(part) for part in parts}) > 1:
             raise ConfigError(f"{label}: concepts={concepts!r}: give every prompt of the batch equally many words.")
         return parts

@@ -8,7 +8,8 @@ each concept's map A, brought to [0, 1], and the free space R with the middle m:
                 margin / distance^2; their sum, in shares of the picture, moves the map
     exclusion   B = moved map (x + (1 - x) (1 - R)), x = 1 - exclusion
 
-The paper multiplies the values with the moved map in the attention itself. Here the latents move, as A-STAR's do:
+The paper multiplies the values with the moved map in the attention itself, as `TextCenGenMaps` does. Here the latents
+move, as A-STAR's do:
 
     L = sum over concepts in conflict of  1 - 2 sum min(A, B) / sum (A + B)  +  sum of A in R / sum of A
 
@@ -30,10 +31,11 @@ from attnctl.core.registry import knob
 from attnctl.data.about import About
 from attnctl.errors import ConfigError
 from attnctl.kernels.areas import box_on_grid, checked_box
+from attnctl.kernels.checks import send
 from attnctl.kernels.maps import stretched
 from attnctl.processors.latent.guidance import LatentGuidance
 
-__all__ = ["TextCenGen", "displacement", "shifted"]
+__all__ = ["Box", "TextCenGen", "checked_space", "displacement", "shifted"]
 
 Box = tuple[float, float, float, float]
 _NEAR = 1e-3  # share of the picture: closer to a middle or a border no force grows further
@@ -55,11 +57,12 @@ def displacement(maps: Tensor, space: Box, force: float, margin: float) -> Tenso
     y, x = (((torch.arange(n, device=maps.device) + 0.5) / n).to(maps.dtype) for n in (h, w))
     total = maps.sum((-2, -1)).clamp_min(torch.finfo(maps.dtype).tiny)
     centre = torch.stack([(maps.sum(-2) * x).sum(-1), (maps.sum(-1) * y).sum(-1)], -1) / total[..., None]
-    middle = centre.new_tensor([(space[0] + space[2]) / 2, (space[1] + space[3]) / 2])
-    away = centre - middle
+    middle = (space[0] + space[2]) / 2, (space[1] + space[3]) / 2
+    away = torch.stack([at - m for at, m in zip(centre.unbind(-1), middle, strict=True)], -1)
     distance = away.norm(dim=-1, keepdim=True)
     # A map in the very middle goes down, and never nowhere.
-    unit = torch.where(distance > _NEAR, away / distance.clamp_min(_NEAR), away.new_tensor([0.0, 1.0]))
+    down = torch.cat([torch.zeros_like(distance), torch.ones_like(distance)], -1)
+    unit = torch.where(distance > _NEAR, away / distance.clamp_min(_NEAR), down)
     push = unit * force**2 / distance.clamp_min(_NEAR)
     push = push + margin / centre.clamp_min(_NEAR) ** 2 - margin / (1 - centre).clamp_min(_NEAR) ** 2
     edge = 0.5 / min(h, w)
@@ -73,6 +76,21 @@ def shifted(maps: Tensor, by: Tensor) -> Tensor:
     theta[:, :, 2] = -2 * moves
     grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
     return F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False).reshape(maps.shape)
+
+
+def checked_space(space: Any, label: str) -> Box:
+    """Check a free space.
+
+    Raises: ConfigError for what is no box within the picture, or leaves less than a tenth of it.
+    """
+    if not isinstance(space, (list, tuple)) or len(space) != 4:
+        raise ConfigError(
+            f"{label}: space={space!r:.60} is no box: give (left, top, right, bottom) in fractions of the picture."
+        )
+    left, top, right, bottom = box = checked_box(space, f"{label}: space")
+    if (right - left) * (bottom - top) > 0.9:
+        raise ConfigError(f"{label}: space={box} leaves less than a tenth of the picture to its subjects.")
+    return box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +124,10 @@ class TextCenGen(LatentGuidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.space, (list, tuple)) or len(self.space) != 4:
-            raise ConfigError(
-                f"TextCenGen: space={self.space!r:.60} is no box: give (left, top, right, bottom) in fractions of the "
-                "picture."
-            )
-        object.__setattr__(self, "space", checked_box(self.space, "TextCenGen: space"))
-        left, top, right, bottom = self.space
-        if (right - left) * (bottom - top) > 0.9:
-            raise ConfigError(
-                f"TextCenGen: space={self.space} leaves less than a tenth of the picture to its subjects."
-            )
+        object.__setattr__(self, "space", checked_space(self.space, "TextCenGen"))
 
     def loss(self, maps: Tensor, memory: dict[str, Any]) -> Tensor:
-        free = box_on_grid(self.space, *maps.shape[-2:]).to(maps)
+        free = send(box_on_grid(self.space, *maps.shape[-2:]), maps.device, maps.dtype)
         with torch.no_grad():
             level = stretched(maps.detach(), (-2, -1), from_zero=False)
             conflict = (level * free).sum((-2, -1)) / free.sum() > self.theta

@@ -31,6 +31,7 @@ from attnctl.core.hosts.prompt import arguments_of
 from attnctl.core.live import LiveControl, LiveDenoiser
 from attnctl.core.sites import Site
 from attnctl.errors import ConfigError, UnsupportedModelError
+from attnctl.kernels.checks import send
 from attnctl.processors.negative.beside import Beside, Key, check_beside
 from attnctl.processors.negative.keys import (
     NegativeKeys,
@@ -383,4 +384,4 @@ def _like(value: Tensor, example: Any) -> Tensor:
     if not isinstance(example, Tensor):
         return value
     floating = value.is_floating_point() and example.is_floating_point()
-    return value.to(example.device, example.dtype if floating else value.dtype)
+    return send(value, example.device, example.dtype if floating else value.dtype)

@@ -29,7 +29,7 @@ from attnctl.core.sites import Site
 from attnctl.data.about import About
 from attnctl.errors import ConfigError, UnsupportedModelError, unboxed, whole
 from attnctl.kernels.areas import box_on_grid, checked_box, patterns
-from attnctl.kernels.checks import as_bias, check_mask
+from attnctl.kernels.checks import as_bias, check_mask, send
 from attnctl.kernels.sharing import Keys, joined_keys
 from attnctl.processors.sharing.share_attention import ShareAttention
 
@@ -185,7 +185,7 @@ class IRDiffusion(ShareAttention):
                         first = int(table[half + source][0])
                         reference = first, first + len(rows)
                         parts.append(self._reference(call, at, reference, image, grid, subject, number % pictures))
-                queries = (places + image.start).to(call.q.device)
+                queries = send(places + image.start, call.q.device)
                 q = call.q[at[0] : at[1]][:, :, queries]
                 moved[at[0] : at[1], :, queries] = self._attended(call, q, [_masked(p, call, queries) for p in parts])
         return moved
@@ -215,7 +215,7 @@ class IRDiffusion(ShareAttention):
             hidden = inside[others].any(0) & ~inside[list(group)].any(0)
             start = image.start if call.keys is None else call.keys.start
             mask[start : start + len(hidden)] = ~hidden
-        columns = mask.nonzero().flatten().to(k.device)
+        columns = send(mask.nonzero().flatten(), k.device)
         return _Part(k[:, :, columns], v[:, :, columns], at, columns, 0.0)
 
     def _reference(
@@ -231,7 +231,7 @@ class IRDiffusion(ShareAttention):
         """Return a subject's keys in its reference, at the size of the picture's own subject."""
         k, v = (x[source[0] : source[1]] for x in (call.k, call.v))
         start = image.start if call.keys is None else call.keys.start
-        here = (self._inside(self.references[subject], grid)[subject].nonzero().flatten() + start).to(k.device)
+        here = send(self._inside(self.references[subject], grid)[subject].nonzero().flatten() + start, k.device)
         unet = call.state.family is not None and call.state.family.unet
         if not (self.reposition and unet):
             return _Part(k[:, :, here], v[:, :, here], source, here, self.bias)
