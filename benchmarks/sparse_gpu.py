@@ -130,7 +130,7 @@ def overhead(repeats: int, device: str) -> dict[str, Any]:
     steps = 4
     controls = {
         "plain": None,
-        "windows as wide as the picture": SparseAttention(Neighborhood((16, 16))),
+        "windows as wide as the picture": SparseAttention(Neighborhood(window=(16, 16))),
         "Online of 0.5": SparseAttention(Online(density=0.5, by="pooled", every=EVERY, block=16)),
     }
     taken: dict[str, list[float]] = {name: [] for name in controls}
