@@ -201,7 +201,7 @@ def main() -> None:
                 data[task] = data.get(task) or DATA[task]()
                 try:
                     done = train(Row(name), task, seed, data[task], args.epochs or EPOCHS[task])
-                except (AttnctlError, RuntimeError, AttributeError, NotImplementedError) as error:
+                except (AttnctlError, RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
                     done = {"row": name, "task": task, "seed": seed, "refused": str(error).splitlines()[0][:160]}
                 runs.append(done)
                 print(json.dumps(done), file=sys.stderr, flush=True)

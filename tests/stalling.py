@@ -63,6 +63,7 @@ FEWER = ("sd15", "sd3", "flux", "lumina2")
 # What these families refuse, so that a refusal hides no wait.
 _NO_FRAMES, _FRAMES = {"AgentAttention", "EnhanceAVideo"}, {"AgentAttention", "SEG"}
 _UNEVEN = {"PAG", "SEG", "SEG, mean", "NAG", "Capture", "Capture, heads", "Capture, points"}
+_UNEVEN |= {"Regions", "TextCenGenMaps", "IRDiffusion", "StyleAligned", "MasaCtrl", "Consistent"}
 REFUSED: dict[str, set[str]] = {
     "sd15": {"EnhanceAVideo"},
     **dict.fromkeys(("sd3", "flux", "cogview4", "qwen", "animatediff"), _NO_FRAMES),
