@@ -61,6 +61,8 @@ IN_PVT: dict[str, dict[str, Any]] = {
 EPOCHS = {"digits": 8, "scenes": 10, "masks": 6}
 BATCH, RATE = 16, 1e-2  # the best of three settings for softmax on digits
 Data = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+# What attnctl, timm and the decoders raise where a form has no place in a backbone.
+REFUSALS = (AttnctlError, RuntimeError, AttributeError, NotImplementedError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def main() -> None:
                 data[task] = data.get(task) or DATA[task]()
                 try:
                     done = train(Row(name), task, seed, data[task], args.epochs or EPOCHS[task])
-                except (AttnctlError, RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
+                except REFUSALS as error:
                     done = {"row": name, "task": task, "seed": seed, "refused": str(error).splitlines()[0][:160]}
                 runs.append(done)
                 print(json.dumps(done), file=sys.stderr, flush=True)
