@@ -178,6 +178,19 @@ def test_pictures_of_a_batch_move_their_own_words() -> None:
     assert (every[0] - both[1]).abs().max() < 1e-4
 
 
+def test_compiled_blocks_move_them_too() -> None:
+    model, inputs = zoo.build("sd3")
+    control = TextCenGenMaps(concepts=(1, 2), **FIELDS)
+    with attnctl.control(model, control, layout="cond"):
+        eager = zoo.call(model, inputs)
+    for module in model.modules():
+        if type(module).__name__ == "JointTransformerBlock":
+            module.compile(backend="eager")
+    with attnctl.control(model, control, layout="cond"):
+        assert (zoo.call(model, inputs) - eager).abs().max() < 1e-5
+    torch._dynamo.reset()
+
+
 def test_what_cannot_be_is_refused() -> None:
     pipe, call = pipes.build("sd")
     with attnctl.control(pipe, TextCenGenMaps(concepts=("zebra",))), pytest.raises(ConfigError, match="zebra"):
