@@ -21,6 +21,7 @@ from attnctl.core.call import AttnCall, Proceed
 from attnctl.core.hosts.families import family_of
 from attnctl.core.hosts.tokens import image_keys, parts_in
 from attnctl.errors import UnsupportedModelError
+from attnctl.kernels import attention
 from attnctl.processors import Control, FateZero
 from attnctl.processors.editing.fusion import CrossEdit, cross_edit
 from attnctl.processors.editing.joint import Fusion, MapAttention, PairAttention, Tokens, fuse_image
@@ -65,6 +66,21 @@ def test_fixture(mass: Any, kind: str) -> None:
     fusion = Fusion(True, how, CASES["w"], inside, mass)
     out = fuse_image(source, PairAttention(call, q, k), (tokens, tokens), CASES["v_e"], fusion)
     assert distance(out, CASES[f"output.mass_{mass}"]) <= 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_text_mass_needs_no_second_pass_over_the_keys(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, text = 192, 16
+    q, k, v = (torch.randn(1, 2, n + m, 8, generator=torch.Generator().manual_seed(m)) for m in (0, text, text))
+    mask = (torch.arange(n + text) < n + text - 3)[None, None, None] if masked else None
+    link = SimpleNamespace(site=None, state=None, kernel=attention)
+    pair = PairAttention(AttnCall(q, k, v, None, None, link, 0, parts_in(), attention), q, k, mask)
+    part = slice(n, n + text)
+    whole, mass = pair.whole(v), pair.mass(part)
+    monkeypatch.setattr(PairAttention, "mass", lambda *_: pytest.fail("a second pass"))
+    out, found = pair.whole_and_mass(v, part)
+    assert distance(out, whole) <= 1e-6
+    assert distance(found, mass) <= 1e-6
 
 
 # Every family: a call of two rows, the source's and the edit's ------------------------------------------------------

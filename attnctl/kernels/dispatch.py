@@ -23,7 +23,7 @@ from attnctl.kernels.sparse.dispatch import block_sparse
 from attnctl.kernels.timing import fastest, size_class
 from attnctl.plans.blocks import BlockPlan
 
-__all__ = ["Backend", "Plain", "attention", "backends", "choose", "plain", "probe"]
+__all__ = ["Backend", "Plain", "attention", "attention_and_sums", "backends", "choose", "plain", "probe"]
 
 Plain = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
@@ -92,6 +92,20 @@ def attention(
         warnings.warn(f"attnctl: {name} refused a call ({why}); torch's own attention runs instead.", stacklevel=2)
         _REFUSED.add(_kind(q, k, v, mask))
         return sdpa.run(q, k, v, mask, scale)
+
+
+def attention_and_sums(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `attention`, and the log-sum-exp of each query's logits where its kernel gives that away.
+
+    Shapes: as in `attention`; sums [B, H, Nq], or None.
+    """
+    mask = check_call(q, k, v, mask)
+    if q.shape[1] == k.shape[1] and choose(q, k, v, mask) == "sdpa":
+        typed = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        return sdpa.with_sums(q, k, v, mask=typed, scale=scale)
+    return attention(q, k, v, mask=mask, scale=scale), None
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:

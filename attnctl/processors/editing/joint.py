@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from attnctl.core.call import AttnCall
-from attnctl.kernels import columns
-from attnctl.kernels.maps import softmax_map
+from attnctl.kernels import attention, columns
+from attnctl.kernels.dispatch import attention_and_sums
+from attnctl.kernels.maps import key_columns, softmax_map
 from attnctl.processors.editing.fusion import CrossEdit, fold_values
 
 __all__ = ["Fusion", "MapAttention", "Mass", "PairAttention", "RowAttention", "Tokens", "fuse_image", "mask_part"]
@@ -50,6 +51,9 @@ class RowAttention(Protocol):
 
     def mass(self, keys: slice) -> Tensor:
         """Return the map's mass on some keys, [1, H, N, 1]."""
+
+    def whole_and_mass(self, v: Tensor, keys: slice) -> tuple[Tensor, Tensor]:
+        """Attend to all keys, and return the map's mass on some of them, [1, H, N, 1]."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,17 @@ class PairAttention:
         ones[keys] = 1
         return columns(self.q, self.k, ones, mask=self.mask, scale=self.call.scale)
 
+    def whole_and_mass(self, v: Tensor, keys: slice) -> tuple[Tensor, Tensor]:
+        if self.call.kernel is not attention:
+            return self.whole(v), self.mass(keys)
+        out, sums = attention_and_sums(self.q, self.k, v, mask=self.mask, scale=self.call.scale)
+        if sums is None:
+            return out, self.mass(keys)
+        # The kernel has summed over all keys already: the mass on some needs no second pass over the others.
+        ones = torch.ones(keys.stop - keys.start, 1, device=self.k.device)
+        mask = mask_part(self.mask, keys=keys)
+        return out, key_columns(self.q, self.k[:, :, keys], ones, sums, mask=mask, scale=self.call.scale)
+
 
 @dataclass(frozen=True)
 class MapAttention:
@@ -104,6 +119,9 @@ class MapAttention:
 
     def mass(self, keys: slice) -> Tensor:
         return self.map[..., keys].sum(-1, keepdim=True)
+
+    def whole_and_mass(self, v: Tensor, keys: slice) -> tuple[Tensor, Tensor]:
+        return self.whole(v), self.mass(keys)
 
 
 @dataclass(frozen=True)
@@ -155,10 +173,10 @@ def fuse_image(
         length = v_image.shape[2] + of_source.shape[2]
         whole = v.new_zeros(v.shape[0], v.shape[1], length, v.shape[3])
         whole[:, :, s.image], whole[:, :, s.text] = v_image, of_source
-        out = source.whole(whole)
-        if fusion.fresh:
-            out = out + source.mass(s.text).to(out.dtype) * edit.part(e.text, of_edit)
-        return out
+        if not fusion.fresh:
+            return source.whole(whole)
+        out, mass = source.whole_and_mass(whole, s.text)
+        return out + mass.to(out.dtype) * edit.part(e.text, of_edit)
     g = edit.mass(e.text) if fusion.mass == "edit" else source.mass(s.text)
     if inside is not None and fusion.mass == "inside":
         g = torch.where(inside, edit.mass(e.text), g)
