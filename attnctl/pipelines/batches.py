@@ -23,6 +23,7 @@ from attnctl.errors import ConfigError
 from attnctl.pipelines.bounds import MOST, check_pixels_asked, check_wholes
 from attnctl.pipelines.generate import Call, settings_of
 from attnctl.pipelines.models import Loaded
+from attnctl.plans.writing import recover
 
 __all__ = [
     "COLUMNS",
@@ -176,6 +177,8 @@ def unlike(run: Run, loaded: Loaded) -> dict[Path, str]:
         ConfigError: as `settings_of`.
     """
     expected = settings_of(loaded, run.call)
+    for folder in dict.fromkeys(job.path.parent for job in run.jobs):
+        recover(folder)  # a picture that a killed run was just placing is none: the next one's writing would undo it
     reasons: dict[Path, str] = {}
     for i, job in enumerate(run.jobs):
         if not job.path.exists():

@@ -31,7 +31,7 @@ from attnctl.pipelines.stepping import showing_steps
 from attnctl.plans import BlockPlan, ModelPlan
 from attnctl.plans.orders import LAYOUTS, order_name
 from attnctl.plans.reading import Expected, read_bytes
-from attnctl.plans.writing import publish
+from attnctl.plans.writing import publish, recover
 
 __all__ = ["Calibration", "calibrate", "checked"]
 
@@ -239,6 +239,7 @@ def _claim(
     )
     mark = hashlib.sha256(identity.encode()).hexdigest()
     path = store / "settings.sha256"
+    recover(store)  # a mark that a killed run was just placing is written anew
     if path.exists():
         if read_bytes(path, Expected("the mark of a calibration", PlanError, 256)) != mark.encode():
             raise PlanError(f"{store} holds measurements of other prompts or settings: choose another folder.")

@@ -29,7 +29,7 @@ from attnctl.kernels.sparse.block_mass import BlockMass, block_mass
 from attnctl.pipelines.refusals import explained
 from attnctl.plans.orders import LAYOUTS
 from attnctl.plans.reading import Expected, open_tensors, parse_json
-from attnctl.plans.writing import publish
+from attnctl.plans.writing import publish, recover
 
 __all__ = ["Settings", "Sums", "over_prompts", "processes", "read_store", "runner"]
 
@@ -172,6 +172,8 @@ def over_prompts(
     rank, world, wait = processes() if store is not None else (0, 1, lambda: None)
     by_prompt: dict[int, dict[str, Sums]] = {}
     paths = {i: None if store is None else store / f"{name}-{i}.safetensors" for i in range(rank, len(prompts), world)}
+    if store is not None:
+        recover(store)  # what a killed run was just placing is measured anew: the next writing here would undo it
     todo = [i for i, path in paths.items() if path is None or not path.exists()]
     with showing(len(todo)) as shown:
         for n, i in enumerate(todo, 1):

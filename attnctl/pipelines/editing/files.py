@@ -23,7 +23,7 @@ from attnctl.errors import ConfigError
 from attnctl.pipelines.editing.flow_job import FlowJob
 from attnctl.pipelines.editing.job import Job
 from attnctl.plans.reading import Expected, open_tensors
-from attnctl.plans.writing import check_free, publish
+from attnctl.plans.writing import check_free, publish, recover
 
 __all__ = ["Parts", "make_strip", "output_files", "parts_of", "record_of", "write"]
 
@@ -104,6 +104,7 @@ def parts_of(files: list[Path], record: dict[str, Any], job: Job | FlowJob) -> I
         return
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     folder = files[0].parent / f".{files[0].name}.{mark}.parts"
+    recover(folder)  # a window that a killed run was just placing goes first: the next one's writing would undo it
     yield Parts(job, folder)  # which is there from the first window on that is done
     # Not where the run was broken off: it goes on from there. With other settings it began anew: that goes now.
     for left in folder.parent.iterdir() if folder.parent.exists() else ():

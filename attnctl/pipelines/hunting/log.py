@@ -19,7 +19,7 @@ import torch
 
 from attnctl.errors import AttnctlError, PlanError
 from attnctl.plans.reading import Expected, check_regular, parse_json, read_json
-from attnctl.plans.writing import WriteError, publish
+from attnctl.plans.writing import WriteError, publish, recover
 
 __all__ = ["HuntLog", "LogError", "fingerprint_of", "key_of"]
 
@@ -84,6 +84,7 @@ class HuntLog:
     def _claim(self) -> None:
         assert self.folder is not None
         path = self.folder / self.header
+        recover(self.folder)  # a header that a killed run was just placing is written anew
         if not path.exists():
             content = json.dumps({"schema": SCHEMA, **self._about}, indent=1).encode()
             publish({path: content}, force=True)  # processes that start together write the same
