@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,30 +96,46 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def snapshot(*roots: Any) -> dict[str, Any]:
     """Record, by identity, the variables of every module, processor and scheduler below some objects."""
-    return dict(_entries(roots))
-
-
-def _entries(roots: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    found: dict[str, Any] = {}
     for number, root in enumerate(roots):
-        if not isinstance(root, nn.Module):
-            yield from _plain(f"{number}", root)
-            continue
-        for name, module in root.named_modules():
-            where = f"{number}:{name}"
-            yield f"{where} class", type(module)
-            for key, value in vars(module).items():
-                yield f"{where}.{key}", value
-                if isinstance(value, dict):
-                    yield from ((f"{where}.{key}[{k!r}]", v) for k, v in value.items())
-            processor = getattr(module, "processor", None)
-            if processor is not None:
-                yield from _plain(f"{where}.processor", processor)
-        yield from ((f"{number} state {key}", None) for key in root.state_dict())
+        if isinstance(root, nn.Module):
+            _note(found, number, root)
+        else:
+            _note_plain(found, f"{number}", root)
+    return found
 
 
-def _plain(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    yield f"{where} class", type(value)
-    yield from ((f"{where}.{key} kept", None) for key in vars(value))
+def _note(found: dict[str, Any], number: int, root: nn.Module) -> None:
+    """Record a model; tests do so thousands of times, for hundreds of modules with twenty variables each."""
+    for name, module in root.named_modules():
+        where = f"{number}:{name}"
+        found[f"{where} class"] = type(module)
+        held = vars(module)
+        for key, value in held.items():
+            found[f"{where}.{key}"] = value
+            if isinstance(value, dict):
+                for k, v in value.items():
+                    found[f"{where}.{key}[{k!r}]"] = v
+        processor = _processor(module)
+        if processor is not None:
+            _note_plain(found, f"{where}.processor", processor)
+    for key in root.state_dict():
+        found[f"{number} state {key}"] = None
+
+
+def _processor(module: nn.Module) -> Any:
+    """Return a module's processor, if any, asking only who has one: no attribute is an error with a long text."""
+    held = vars(module)
+    if "processor" in held:
+        return held["processor"]
+    has = "processor" in held["_modules"] or hasattr(type(module), "processor")
+    return getattr(module, "processor", None) if has else None
+
+
+def _note_plain(found: dict[str, Any], where: str, value: Any) -> None:
+    found[f"{where} class"] = type(value)
+    for key in vars(value):
+        found[f"{where}.{key} kept"] = None
 
 
 def assert_clean(before: dict[str, Any], *roots: Any) -> None:
@@ -132,7 +148,7 @@ def assert_clean(before: dict[str, Any], *roots: Any) -> None:
         if isinstance(root, nn.Module):
             assert attnctl.handle_of(root) is None
             for module in root.modules():
-                assert not hasattr(getattr(module, "processor", None), "_attnctl")
+                assert not hasattr(_processor(module), "_attnctl")
 
 
 def inputs_requiring_grad(inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:

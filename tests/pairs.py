@@ -62,6 +62,7 @@ METHODS = {name: cls for name, cls in controls("attnctl").items() if not _settin
 SOURCE, TARGET = "a black bear in the water", "a red bear in the water"
 STEPS = 2
 FRAMES = 4  # the least that BroadWay takes
+SMALL, TOKENS = {"height": 24, "width": 16}, 12 * 8  # tokens of the first level of a UNet
 
 
 @dataclass
@@ -135,11 +136,10 @@ def unet() -> Host:
     """Stable Diffusion with two prompts, a source and its edit, from one noise."""
     pipe, _ = pipes.build("sd")
     pipe.register_modules(unet=zoo.build("sd15", 1, **zoo.shallow("sd15"))[0])
-    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    noise = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     words = {"source": SOURCE, "target": TARGET}
     fate = FateZero(**words, blend_words=["bear"], blend_threshold=0.6, self_replace=0.7)
     inversion = invert(pipe, 0.5 * noise + 0.5 * noise.flip(2), control=fate, steps=STEPS)
-    full = {"sites": "down.0"}  # 192 tokens: where merging acts too
     first: dict[str, Control] = {
         "AStar": AStar(concepts=("bear", "water")),
         "AttendExcite": AttendExcite(concepts=("bear", "water"), refine_steps=2),
@@ -147,8 +147,8 @@ def unet() -> Host:
         "TextCenGenMaps": TextCenGenMaps(concepts=("bear", "water"), theta=0.0),
         "Capture": Capture(words=("bear",)),
         "FateZero": dataclasses.replace(fate, inversion=inversion),
-        "PARO": PARO(block_plan(4, 192), **full),
-        "SparseAttention": SparseAttention(POOLED, **full),
+        "PARO": PARO(block_plan(4, TOKENS), sites="down.0"),
+        "SparseAttention": SparseAttention(POOLED, sites="down.0"),
         "Regions": Regions(prompts=("bear",), areas=((0, 0, 0.5, 1),), stop=1.0),
         "PromptToPrompt": PromptToPrompt(**words, cross_replace=0.8, self_replace=0.7),
         "ReferenceOnly": ReferenceOnly(reference=noise[0].flip(1)),
@@ -157,20 +157,20 @@ def unet() -> Host:
         **{name: {"step_size": 5.0} for name in ("AStar", "AttendExcite", "TextCenGen")},
         "Capture": {"words": ("water",)},
         "FateZero": {"self_replace": 0.2},
-        "PARO": {"plan": block_plan(4, 192, seed=1)},
+        "PARO": {"plan": block_plan(4, TOKENS, seed=1)},
         "PromptToPrompt": {"self_replace": 0.2},
     }
-    call = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise, "height": 32, "width": 24}
-    call |= {"num_inference_steps": STEPS, "guidance_scale": 5.0}
-    call["editing"] = {"FateZero": {"prompt": [TARGET] * 2, "latents": inversion.noise}}
+    call = {"prompt": [SOURCE, TARGET], "negative_prompt": ["ugly"] * 2, "latents": noise, **SMALL}
+    editing = {"FateZero": {"prompt": [TARGET] * 2, "latents": inversion.noise}}
+    call |= {"num_inference_steps": STEPS, "guidance_scale": 5.0, "editing": editing}
     return _host("UNet", pipe, call, first, changed, "mid")
 
 
 @functools.cache
 def motion() -> Host:
     """AnimateDiff, whose UNet has temporal attention too."""
-    pipe, call = pipes.build("animatediff")
-    words = {"concepts": ("cat", "a")}
+    (pipe, call), words = pipes.build("animatediff"), {"concepts": ("cat", "a")}
+    pipe.register_modules(unet=zoo.build("animatediff", 1, **zoo.shallow("animatediff"))[0])
     first: dict[str, Control] = {
         "AStar": AStar(**words),
         "AttendExcite": AttendExcite(**words, refine_steps=2),
@@ -178,12 +178,12 @@ def motion() -> Host:
         "TextCenGenMaps": TextCenGenMaps(**words, theta=0.0),
         "BroadWay": BroadWay(stop=1.0),
         "Capture": Capture(words=("cat",)),
-        "PARO": PARO(block_plan(4, 192), sites="down_blocks.0.attentions"),
+        "PARO": PARO(block_plan(4, TOKENS), sites="down_blocks.0.attentions"),
         "SparseAttention": SparseAttention(POOLED, sites="down_blocks.0.attentions"),
         "Regions": Regions(prompts=("cat",), areas=((0, 0, 0.5, 1),), stop=1.0),
-        "ReferenceOnly": ReferenceOnly(reference=torch.ones(4, 16, 12)),
+        "ReferenceOnly": ReferenceOnly(reference=torch.ones(4, 12, 8)),
     }
-    call |= {"num_inference_steps": STEPS, "num_frames": FRAMES}
+    call |= {"num_inference_steps": STEPS, "num_frames": FRAMES, **SMALL}
     call |= {name: [call[name]] * 2 for name in ("prompt", "negative_prompt")}
     return _host("UNet with motion", pipe, call, first, {"BroadWay": {"alpha": 0.2}}, "mid")
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,28 @@ class Code:
         spilled: Bytes of local memory of each thread.
         shared: Bytes of shared memory of a program.
         programs: Programs that fit on a multiprocessor at once.
-        loops: Instructions of every innermost loop that multiplies on tensor cores, the shortest first.
         narrow_loads: Loads of two bytes from global memory.
         warps: Of a program.
         stages: Tiles that are loaded ahead.
+        binary: The kernel itself.
     """
 
     registers: int
     spilled: int
     shared: int
     programs: int
-    loops: tuple[int, ...]
     narrow_loads: int
     warps: int
     stages: int
+    binary: bytes = field(repr=False)
+
+    @functools.cached_property
+    def loops(self) -> tuple[int, ...]:
+        """Instructions of every innermost loop that multiplies on tensor cores, the shortest first.
+
+        Taking a kernel apart lasts as long as a good part of its compilation, and few ask.
+        """
+        return tuple(_loops(self.binary))
 
 
 class _Utils:
@@ -140,9 +148,7 @@ def read(kernel: Any, arch: int) -> Code:
     _, memory, most_warps = _LIMITS[arch]
     programs = min(by_registers, memory // (shared + 1024), most_warps // warps)
     narrow = len(re.findall(r"ld\.global\S*\.[bu]16 ", kernel.asm["ptx"]))
-    return Code(
-        registers, stack, shared, programs, tuple(_loops(kernel.kernel)), narrow, warps, kernel.metadata.num_stages
-    )
+    return Code(registers, stack, shared, programs, narrow, warps, kernel.metadata.num_stages, kernel.kernel)
 
 
 def _dump(tool: str, cubin: bytes, *options: str) -> str:

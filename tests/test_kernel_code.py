@@ -28,7 +28,7 @@ def test_the_main_loop_is_short_on_hopper(width: int, most: int) -> None:
     """Loops over image tiles and over text tiles multiply; the longer of the two, which finds its rows, is the main."""
     code = pretend_card.block_sparse_code(90, width)
     assert len(code.loops) >= 2
-    assert max(code.loops[:2]) <= most, code
+    assert max(code.loops[:2]) <= most, (code.loops, code)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -258,7 +258,8 @@ class ShareAttention(Control):
         key = (rows.total, part.start, part.stop, rows.role, frames, call.q.device)
         if key not in tables:
             halves = len(rows.groups) if part.stop - part.start == rows.total else 1
-            tables[key] = _row_table(self.sources, (part.stop - part.start) // halves, halves, frames).to(call.q.device)
+            table = _row_table(self.sources, (part.stop - part.start) // halves, halves, frames)
+            tables[key] = table.to(call.q.device, non_blocking=True)
         return tables[key]
 
 
