@@ -195,8 +195,8 @@ PANELS: tuple[Panel, ...] = (
         tiles=("plain", "NAG"),
         mark="gone",
         cases=(
-            Case("a blue cross and a green ring on black", 700_000, "a green ring on black", "not: a green ring"),
-            Case("a red square and a blue ring on black", 700_007, "a blue ring on black", "not: a blue ring"),
+            Case("a white ring and a green circle on gray", 700_021, "a white ring on gray", "not: a white ring"),
+            Case("a green ring and a white triangle on teal", 700_011, "a green ring on teal", "not: a green ring"),
         ),
         steps=10,
         seconds=1.5,

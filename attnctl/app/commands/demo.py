@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +104,7 @@ class Demo(Common):
 
 def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
     """Make every panel, and draw the sheet."""
-    from attnctl.app.commands.demo_panels import make, ticks_of
+    from attnctl.app.commands.demo_shares import make_all
     from attnctl.data.card_sheets import Card, card_sheet
     from attnctl.data.progress import Progress
     from attnctl.data.record import save_image
@@ -122,9 +121,7 @@ def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
             passed += seconds
             bar.update(min(_PARTS, round(_PARTS * passed / whole)) - bar.count)
 
-        for panel in PANELS:
-            bar.describe(panel.title)
-            made = make(panel, partial(tick, panel.seconds / ticks_of(panel)), command)
+        for panel, made in zip(PANELS, make_all(PANELS, command, tick, bar.describe), strict=True):
             cards.append(Card(panel.title, _measured(panel.recorded), panel.tiles, made.pairs))
             records += made.records
             frames = [[_NAMES.get(frame) for frame in pair.frames] for pair in made.pairs]

@@ -39,6 +39,8 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # which torch 2.10 does not trace inside of a mode
+            func = torch.unflatten
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return self.attend(*args, **kwargs)

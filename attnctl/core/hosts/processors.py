@@ -256,7 +256,10 @@ def _release_processor(processor: Any) -> Any:
 @contextlib.contextmanager
 def _native_backend(processor: Any, native: Any) -> Iterator[None]:
     """Have diffusers' dispatcher call SDPA, where it can be seen, whatever backend is set."""
-    if not hasattr(processor, "_attention_backend"):
+    # Nothing is set where SDPA is what is chosen: torch 2.10 does not trace what is set and taken back.
+    if not hasattr(processor, "_attention_backend") or (
+        set_backend(processor) is None and id(processor) not in _NATIVE
+    ):
         yield
         return
     # Two calls may pass through one module side by side (NAG's): the last to leave puts back what the first met.
