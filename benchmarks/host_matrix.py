@@ -41,6 +41,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "maps": ("tests/test_maps.py", "-k", "sd15 or sd3 or flux or second_run or several"),
     "swap": ("tests/test_swap.py",),
+    "compile": ("tests/test_compile.py",),
     "backbones": ("tests/test_backbones.py", "-k", "timm_interface or official_keys"),
 }
 _DENOISERS = ("lifecycle", "contract", "pipelines", "pag", "maps")
