@@ -164,9 +164,9 @@ class AttnCall:
 
     def with_(self, **changes: Any) -> AttnCall:
         """Return a copy with some fields replaced."""
-        other = object.__new__(type(self))
-        for name in _FIELDS.split():  # torch 2.10 does not trace copy.copy
-            setattr(other, name, changes[name] if name in changes else getattr(self, name))
+        other, fields = object.__new__(type(self)), _FIELDS.split()  # torch 2.10 does not trace copy.copy
+        for name, value in {**{f: getattr(self, f) for f in fields}, **changes}.items():
+            setattr(other, name, value)
         return other
 
     def plain(self) -> torch.Tensor:
