@@ -143,6 +143,12 @@ def test_lines_tell_how_far_a_job_is(capsys: pytest.CaptureFixture[str], monkeyp
     assert between[0] == "job: 3 of 40 steps, picture 1 of 2, 3 s, about 37 s left"
     assert 4 < len(between) < 15
     assert last == "job: 40 of 40 steps: 40 s"
+    with progress.Progress(40, "step", "job") as bar:
+        now[0] += 30
+        bar.ready()  # the model is loaded: what that took says nothing of the steps
+        now[0] += 1
+        bar.update()
+    assert capsys.readouterr().err.splitlines()[1] == "job: 1 of 40 steps, 31 s, about 39 s left"
     with progress.Progress(3, "step", quiet=True) as bar:
         bar.update(3)
     assert capsys.readouterr().err == ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +36,22 @@ def test_what_fails_in_either_process_is_said(cores: int, monkeypatch: pytest.Mo
         make_all([VISION, BROKEN], "", passed.append, lambda title: None)
     assert sum(passed) == pytest.approx(VISION.seconds)
     assert torch.get_num_threads() == threads
+
+
+def test_the_second_process_leaves_nothing_behind() -> None:
+    code = (
+        "import dataclasses\n"
+        "from attnctl.app.commands import demo_shares\n"
+        "from attnctl.app.panels import PANELS\n"
+        "def passed(seconds):\n"
+        "    if seconds < 0.1: raise SystemExit(3)\n"  # while the second process is at work
+        "demo_shares._cores = lambda: 2\n"
+        "first, second = PANELS[-1], dataclasses.replace(PANELS[0], steps=100, seconds=0.1)\n"
+        "demo_shares.make_all([first, second], '', passed, lambda title: None)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 3, run.stderr
+    assert "resource_tracker" not in run.stderr  # of a semaphore that nobody gave back
 
 
 def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ class Progress:
         self.total, self.unit, self.label, self.note = total, unit, label, ""
         self.count = self._before = done
         self._began = self._said = time.monotonic()
+        self._ready = (self.count, self._began)  # what was done, and when, where the estimate begins
         self._bar: Any = None
         self._lines = not quiet and not sys.stderr.isatty()
         if not quiet and not self._lines:
@@ -55,6 +56,10 @@ class Progress:
         if self._lines and self.count != self.total and (first or now - self._said >= wait):
             self._said = now
             self._say(self._line())
+
+    def ready(self) -> None:
+        """Leave what came before, such as imports and the loading of a model, out of the time that is left."""
+        self._ready = (self.count, time.monotonic())
 
     def describe(self, note: str) -> None:
         """Say what is being done, such as "picture 3 of 8", behind what is counted."""
@@ -91,8 +96,9 @@ class Progress:
 
     def _rest(self, now: float) -> float:
         """Return the seconds that are left, by what this run has done; 0 where nobody can know."""
-        done = self.count - self._before
-        return (now - self._began) / done * (self.total - self.count) if done and self.total is not None else 0.0
+        before, began = self._ready
+        done = self.count - before
+        return (now - began) / done * (self.total - self.count) if done and self.total is not None else 0.0
 
     def _say(self, text: str) -> None:
         if self._lines:

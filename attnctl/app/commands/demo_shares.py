@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -144,7 +145,10 @@ def _second(share: dict[int, Panel], command: str) -> Iterator[_Second]:
 
 
 def _make_share(sender: Any, share: dict[int, Panel], command: str) -> None:
+    from tqdm import tqdm
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both; the first process ends this one
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the machine, which a process that is ended leaves
     with contextlib.suppress(BrokenPipeError):
         try:
             with _one_thread():
