@@ -114,15 +114,15 @@ def _make(path: Path, command: str, force: bool) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     whole = sum(panel.seconds for panel in PANELS)
     with Progress(_PARTS, "part", "demo") as bar:
-        passed = 0.0  # seconds that the steps before this one take on one core, roughly
+        passed = 0.0  # seconds that the finished steps take on one core, roughly
 
         def tick(seconds: float) -> None:
             nonlocal passed
             if not passed:
-                bar.ready()
-            else:
-                bar.update(min(_PARTS, round(_PARTS * passed / whole)) - bar.count)
+                bar.ready()  # the imports are over
             passed += seconds
+            if passed > seconds:
+                bar.update(min(_PARTS, round(_PARTS * passed / whole)) - bar.count)
 
         for panel, made in zip(PANELS, make_all(PANELS, command, tick, bar.describe), strict=True):
             cards.append(Card(panel.title, _measured(panel.recorded), panel.tiles, made.pairs))
