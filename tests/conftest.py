@@ -15,6 +15,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import contract
 import diffusers
 import network
 import pytest
@@ -46,6 +47,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     gc.enable()
+
+
+@pytest.fixture
+def precise(monkeypatch: pytest.MonkeyPatch) -> contract.Precise:
+    """Build tiny models in double precision, and keep it within them."""
+    contract.round_nowhere(monkeypatch)
+    return contract.precise
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 import zoo_pipelines
-from contract import assert_clean, precise, run, snapshot
+from contract import Precise, assert_clean, run, snapshot
 from naive_nag import doubled, naive_guidance, naive_nag, naive_nag_by_keys, naive_nag_by_turns
 from safetensors.torch import load_file
 
@@ -100,8 +100,8 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in OUTSIDE])
-def test_every_host_against_the_formula(name: str) -> None:
-    model, inputs, near = precise(name)
+def test_every_host_against_the_formula(name: str, precise: Precise) -> None:
+    model, inputs = precise(name)
     other = text_arguments(precise(name, seed=1)[1], inputs)
     other = {k: v for k, v in other.items() if k in inputs}
     cross = any(s.kind == "cross" for s in attnctl.find_sites(model))
@@ -109,7 +109,7 @@ def test_every_host_against_the_formula(name: str) -> None:
     with torch.no_grad():
         expected = reference(model, inputs, {**inputs, **other}, **SETTING)
         out = run(model, inputs, NAG(**SETTING, negative_embeds=other))
-        assert distance(out, expected) < near
+        assert distance(out, expected) < 1e-12
         assert distance(out, zoo.call(model, inputs)) > 1e-4
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from contract import Replace, own, precise
+from contract import Precise, Replace, own
 from dense_maps import attended, bias, logits_of, values_of
 from torch import Tensor
 
@@ -256,13 +256,13 @@ def halfway(call: AttnCall, proceed: Proceed) -> Tensor:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_every_host_against_the_map(name: str) -> None:
-    model, inputs, near = precise(name)
+def test_every_host_against_the_map(name: str, precise: Precise) -> None:
+    model, inputs = precise(name)
     site = own(find_sites(model))[-1].name
     with torch.no_grad():
         plain = zoo.call(model, inputs)
     for control, function in ((PAG(scale=1.0, sites=site), itself), (SoftPAG(scale=1.0, sites=site), halfway)):
         expected = plain + (plain - call(model, inputs, Replace(sites=site, function=function)))
         out = call(model, inputs, control)
-        assert (out - expected).norm() / expected.norm() < near
+        assert (out - expected).norm() / expected.norm() < 1e-12
         assert (out - plain).norm() / expected.norm() > 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import zoo
-from contract import precise
+from contract import Precise
 
 import attnctl
 from attnctl.core.hosts.ghost import text_arguments
@@ -27,8 +27,8 @@ NO_TEXT = ("dit", "unet2d", "minimax_music3", "kandinsky6_sr")
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in (*OTHERWISE, *REFUSED, *NO_TEXT)])
-def test_on_every_host_a_region_over_all_is_its_text(name: str) -> None:
-    model, inputs, near = precise(name)
+def test_on_every_host_a_region_over_all_is_its_text(name: str, precise: Precise) -> None:
+    model, inputs = precise(name)
     other = text_arguments(precise(name, seed=1)[1], inputs)
     other = {k: v for k, v in other.items() if k in inputs and "pooled" not in k}
     kind = "cross" if any(s.kind == "cross" for s in attnctl.find_sites(model)) else "joint"
@@ -36,7 +36,7 @@ def test_on_every_host_a_region_over_all_is_its_text(name: str) -> None:
     with attnctl.control(model, everywhere, layout="cond"):
         out = zoo.call(model, inputs)
     expected = zoo.call(model, {**inputs, **other})
-    assert (out - expected).norm() / expected.norm() < near
+    assert (out - expected).norm() / expected.norm() < 1e-12
 
 
 @pytest.mark.parametrize("name", REFUSED)

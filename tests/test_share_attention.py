@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from contract import Replace, precise, run
+from contract import Precise, Replace, run
 from dense_maps import attended
 from safetensors.torch import load_file
 from torch import Tensor
@@ -186,12 +186,12 @@ def appended(call: AttnCall, proceed: Proceed) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in OTHERS])
-def test_every_host_against_the_formula(name: str) -> None:
-    model, given, near = precise(name)
+def test_every_host_against_the_formula(name: str, precise: Precise) -> None:
+    model, given = precise(name)
     sites = [s.name for s in attnctl.find_sites(model) if s.kind in ("self", "joint")]
     out = run(model, given, ShareAttention(sites=sites))
     expected = run(model, given, Replace(sites=sites, function=appended))
-    assert (out - expected).norm() / expected.norm() < near
+    assert (out - expected).norm() / expected.norm() < 1e-12
     assert (out - zoo.call(model, given)).norm() / expected.norm() > 1e-3
 
 

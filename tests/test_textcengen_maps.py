@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 import zoo_pipelines as pipes
-from contract import assert_clean, precise, snapshot
+from contract import Precise, assert_clean, snapshot
 from torch import Tensor
 
 import attnctl
@@ -102,14 +102,14 @@ REFUSED = {  # in words
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.EVERY if n not in REFUSED])
-def test_moved_maps_are_those_written_out_on_every_host(name: str) -> None:
-    model, inputs, near = precise(name)
+def test_moved_maps_are_those_written_out_on_every_host(name: str, precise: Precise) -> None:
+    model, inputs = precise(name)
     plain = zoo.call(model, inputs)
     with attnctl.control(model, TextCenGenMaps(concepts=(1, 2), **FIELDS), layout="cond"):
         out = zoo.call(model, inputs)
     with attnctl.control(model, _Written(places=(1, 2)), layout="cond"):
         expected = zoo.call(model, inputs)
-    assert (out - expected).norm() / expected.norm() < near
+    assert (out - expected).norm() / expected.norm() < 1e-12
     assert not torch.equal(out, plain)
     assert torch.equal(zoo.call(model, inputs), plain)
 
