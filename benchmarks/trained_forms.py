@@ -119,7 +119,7 @@ def masks(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 DATA: dict[str, Callable[[], Data]] = {
     "digits": lambda: digits(32),
-    "scenes": lambda: (scenes(1200, 0), scenes(400, 1_000_003)),
+    "scenes": lambda: (scenes(4000, 0), scenes(400, 1_000_003)),
     "masks": lambda: (masks(800, 0), masks(200, 1_000_003)),
 }
 CLASSES = {"digits": 10, "scenes": len(SHAPES), "masks": 1 + len(SHAPES)}

@@ -191,6 +191,7 @@ def test_a_browser_clicks_and_looks(browser: Any, page: str) -> None:
     tab.click("#image-go")
     tab.wait_for_selector("#image-marks table")
     tab.wait_for_selector("#image-controlled img")
+    tab.wait_for_function("[...document.querySelectorAll('.fill img')].every(i => i.naturalWidth)")  # they load later
     sizes = tab.evaluate("[...document.querySelectorAll('.fill img')].map(i => [i.naturalWidth, i.clientWidth])")
     assert [natural for natural, _ in sizes] == [64, 64]
     assert all(shown > 200 for _, shown in sizes)  # enlarged, not a stamp
